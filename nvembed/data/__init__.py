@@ -1,0 +1,1 @@
+"""Layer 2: sources, splits without leakage, and the training stream."""

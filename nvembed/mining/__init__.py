@@ -1,0 +1,1 @@
+"""Layer 4: hard negatives: pure selection rules, the step that runs them, the audit."""

