@@ -12,7 +12,9 @@ class Source(Config):
 
     name: str
     instruction: str
-    max_documents: int | None = Field(None, ge=10, description="Corpus cap; null takes all. Test positives always stay.")
+    max_documents: int | None = Field(
+        None, ge=10, description="Corpus cap; null takes all. Test positives always stay."
+    )
     max_train: int | None = Field(None, ge=1)
     max_test: int | None = Field(None, ge=1, description="Held-out queries (dev takes as many at most).")
 

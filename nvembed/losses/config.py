@@ -28,7 +28,9 @@ class DistillConfig(Config):
     type: Literal["distill"] = "distill"
     matryoshka_dims: tuple[int, ...] = ()
     cosine_weight: float = Field(1.0, ge=0)
-    similarity_weight: float = Field(0.0, ge=0, description="MSE between student and teacher similarity matrices (Jasper).")
+    similarity_weight: float = Field(
+        0.0, ge=0, description="MSE between student and teacher similarity matrices (Jasper)."
+    )
 
 
 ObjectiveConfig = Annotated[ContrastiveConfig | DistillConfig, Field(discriminator="type")]

@@ -31,7 +31,9 @@ class MineConfig(Config):
     rule: RuleConfig = TopKPercPos()
     num_negatives: int = Field(8, ge=1, description="Kept per example.")
     depth: int = Field(50, ge=1, description="Candidates searched per query.")
-    sts_positive: float = Field(0.8, ge=0, le=1, description="sts pairs at or above this are positives, both directions.")
+    sts_positive: float = Field(
+        0.8, ge=0, le=1, description="sts pairs at or above this are positives, both directions."
+    )
     encode: EncodeConfig = EncodeConfig()
     search: SearchConfig = SearchConfig()
     audit_samples: int = Field(0, ge=0, description="Texts shown in the audit; private by default.")
