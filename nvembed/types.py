@@ -66,7 +66,7 @@ class Batch:
     Attributes:
         step: optimiser step (0-based), the position in the data.
         example_ids: B ids in slot order; their hash stands in `metrics.jsonl`.
-        texts: T texts, example-major: text t belongs to example t // G, role t % G (0 query, 1 positive, 2.. negatives).
+        texts: T texts, example-major: text t belongs to example t // G, role t % G (query, positive, negatives).
             A missing negative is the empty string with `present` false.
         instructions: T prefixes ("" for bare documents); a model input is `instruction + text`.
         token_lengths: int32 [T], tokens of instruction + text with BOS/EOS, truncated at max_length; 0 where absent.

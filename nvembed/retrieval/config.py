@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from nvembed.modeling.config import PoolingConfig
 from nvembed.types import Config
 
 
@@ -43,3 +44,12 @@ class PretrainedModel(Config):
 
 
 MinerConfig = Annotated[PackageModel | PretrainedModel, Field(discriminator="type")]
+
+
+class FolderModel(Config):
+    """An nvembed model folder; `pooling` and `bidirectional` override what the folder says (untrained variants)."""
+
+    type: Literal["folder"] = "folder"
+    folder: str
+    pooling: PoolingConfig | None = None
+    bidirectional: bool | None = None
