@@ -106,7 +106,7 @@ class Lease:
                 holder = held["holder"]
                 raise LeaseHeldError(
                     f"{self.uri} is in use by {holder['user']} on {holder['host']}, pid {holder['pid']} "
-                    f"(last seen {time.time() - held['heartbeat']:.0f} s ago). Wait for it, stop it, or use another --out."
+                    f"(seen {time.time() - held['heartbeat']:.0f} s ago). Wait for it, stop it, or use another --out."
                 )
             self.fence = (held["fence"] if held else 0) + 1
             self._write()

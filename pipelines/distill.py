@@ -1,0 +1,43 @@
+"""The student: teach (teacher vectors, written once) -> train student -> evaluate -> register.
+
+    python pipelines/distill.py [RECIPE] [--set teacher=models:/nvembed-teacher@champion] [--out URI] [--dry-run]
+
+The student is the teacher's first layers, mean pooled; it learns to point where the teacher points.
+"""
+
+from nvembed.data.prepare import PREPARE
+from nvembed.data.stream import DISTILL_STREAM
+from nvembed.distill.student import COMPARE_STUDENT
+from nvembed.distill.teach import TEACH
+from nvembed.evaluation.run import EVALUATE
+from nvembed.modeling.initialise import STUDENT_INIT
+from nvembed.story import Road, tell
+from nvembed.training.launch import TRAIN
+from nvembed.types import Artifact
+
+
+def train_student(road: Road, teacher: Artifact) -> Artifact:
+    """Walk the road from a teacher to its student; returns the student's artifact (model folder at `model/`)."""
+    recipe, student = road.recipe, road.recipe.student
+    prepared = road.step("prepare", PREPARE, recipe.prepare)
+    taught = road.step("teach", TEACH, recipe.teach, prepare=prepared, model=teacher)
+    before = road.step("student_init", STUDENT_INIT, student.init, model=teacher)
+    road.step("evaluate_student_init", EVALUATE, student.evaluate, prepare=prepared, model=before)
+
+    stream = road.step("stream_student", DISTILL_STREAM, student.stream, teach=taught, model=before)
+    after = road.step("train_student", TRAIN, student.train, stream=stream, model=before)
+
+    scores = road.step("evaluate_student", EVALUATE, student.evaluate, prepare=prepared, model=after)
+    road.step("compare_student", COMPARE_STUDENT, student.compare, teach=taught, teacher=teacher, before=before, student=after)
+    road.register("register_student", recipe.register.student_name, model=after, scores=scores)
+    return after
+
+
+def distill(road: Road) -> None:
+    """The whole story of one student of an existing teacher."""
+    train_student(road, road.import_model("teacher", road.recipe.teacher))
+    road.report()
+
+
+if __name__ == "__main__":
+    raise SystemExit(tell(distill, default="distill.yaml", needs=("teacher", "teach", "student")))
