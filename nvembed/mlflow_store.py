@@ -1,0 +1,170 @@
+"""Where MLflow keeps things and what it takes, without MLflow (layer 0).
+
+Used by `tracking.py` and `registry.py`, the only modules that import mlflow.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+import sqlite3
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvembed import storage
+from nvembed.types import Config
+
+logger = logging.getLogger(__name__)
+
+PROBE_SECONDS = 3.0  # a server that does not answer within this is taken for dead
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where MLflow keeps things.
+
+    Attributes:
+        configured: the URI somebody chose (recipe or environment); None for the output's own store.
+        uri: the tracking and registry URI.
+        artifact_root: where a new experiment keeps its artifacts; None leaves it to the server.
+    """
+
+    configured: str | None
+    uri: str
+    artifact_root: str | None
+
+
+def resolve_store(uri: str | None, out: str) -> Store:
+    """The MLflow store of a run.
+
+    Args:
+        uri: the recipe's `tracking.uri`; null falls back to MLFLOW_TRACKING_URI, then to the output.
+        out: output root.
+
+    Raises:
+        UserError: `out` is not local and no tracking URI is given.
+    """
+    configured = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+    if configured is None:
+        if not storage.is_local(out):
+            raise storage.UserError(
+                f"tracking.uri: MLflow's SQLite store needs a local output, this one is {out}. "
+                "Set tracking.uri (or MLFLOW_TRACKING_URI) to a server, or tracking.enabled=false."
+            )
+        database = storage.local_path(out).absolute() / "mlflow.db"
+    elif configured.startswith("sqlite:///"):
+        database = Path(configured.removeprefix("sqlite:///")).absolute()
+    else:
+        return Store(configured, configured, None)
+    return Store(configured, f"sqlite:///{database}", (database.parent / "mlartifacts").as_uri())
+
+
+def flatten(value: Any, path: str = "") -> dict[str, str]:
+    """Parameters of a nested configuration: `{"a.b.0": "x"}`; lists of plain values stay one value (JSON)."""
+    if isinstance(value, Config):
+        value = value.model_dump(mode="json")
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in value):
+        items = list(enumerate(value))
+    if not items:
+        return {valid_name(path): value if isinstance(value, str) else json.dumps(value)} if path else {}
+    flat: dict[str, str] = {}
+    for key, item in items:
+        flat.update(flatten(item, f"{path}.{key}" if path else str(key)))
+    return flat
+
+
+def numbers(value: Any, path: str = "") -> dict[str, float]:
+    """The numeric leaves of a nested value, keyed by path with `/`; texts, flags and nulls are left out."""
+    if isinstance(value, Mapping):
+        found: dict[str, float] = {}
+        for key, item in value.items():
+            found.update(numbers(item, f"{path}/{key}" if path else str(key)))
+        return found
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and path:
+        return {valid_name(path): float(value)}
+    return {}
+
+
+def valid_name(path: str) -> str:
+    """A parameter or metric name MLflow accepts."""
+    return re.sub(r"[^\w\-. :/]", "_", path)[:250]
+
+
+def probe(uri: str) -> None:
+    """Raise OSError or sqlite3.Error at once where MLflow's own client would retry for minutes."""
+    parsed = urllib.parse.urlsplit(uri)
+    scheme = parsed.scheme.split("+")[0]
+    if scheme == "sqlite":
+        path = Path(uri.removeprefix("sqlite:///"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(path, timeout=PROBE_SECONDS)
+        try:
+            connection.execute("PRAGMA schema_version").fetchone()
+        finally:
+            connection.close()
+    elif scheme in ("http", "https"):
+        try:
+            urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=PROBE_SECONDS).close()
+        except urllib.error.HTTPError as error:
+            if error.code >= 500:
+                raise
+    elif scheme in _PORTS and parsed.hostname:
+        socket.create_connection((parsed.hostname, parsed.port or _PORTS[scheme]), PROBE_SECONDS).close()
+
+
+class Follower:
+    """Reads the complete rows added to a growing `metrics.jsonl` since the last `commit`.
+
+    A row that is still being written (no newline) waits. A file that was cut back on resume is read again from the
+    start, so a caller must know which optimiser steps it has.
+    """
+
+    def __init__(self) -> None:
+        self._offset, self._last = 0, b""
+        self._next = (0, b"")
+
+    def read(self, uri: str) -> list[dict[str, Any]]:
+        """The rows after the last commit; each has an integer `step`. Lines that are no such row are logged."""
+        if not storage.exists(uri):
+            return []
+        fs, path = storage.filesystem(uri)
+        fs.invalidate_cache()
+        with fs.open(path, "rb") as file:
+            begin = self._offset - len(self._last)
+            file.seek(begin)
+            if file.read(len(self._last)) == self._last:
+                begin = self._offset
+            else:  # cut back and written again
+                begin = 0
+                file.seek(0)
+            data = file.read()
+        end = data.rfind(b"\n") + 1
+        lines = data[:end].splitlines(keepends=True)
+        self._next = (begin + end, lines[-1] if lines else (self._last if begin else b""))
+        return [row for row in map(_parse, lines) if row is not None]
+
+    def commit(self) -> None:
+        """The rows of the last `read` are done with."""
+        self._offset, self._last = self._next
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+        int(row["step"])
+    except (ValueError, TypeError, KeyError):
+        logger.warning("a line of metrics.jsonl is no JSON object with a step and is not sent: %r", line[:80])
+        return None
+    return dict(row)

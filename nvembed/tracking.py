@@ -1,0 +1,426 @@
+"""MLflow as a reader of the run: what the output directory says, told to a tracking server (layer 3).
+
+The truth lies in the output (`manifest.json`, `metrics.jsonl`). Every call here can be repeated: it looks at what
+MLflow has and sends what is missing. So an outage costs nothing but a warning, and a killed run sends the rest when it
+is resumed. MLflow is imported on first use only, so a recipe is validated without it.
+
+Numbers, parameters, hashes and URIs are sent; texts of the data never are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from nvembed import storage
+from nvembed.mlflow_store import Follower, flatten, numbers, probe, resolve_store
+from nvembed.types import Artifact, Config
+
+logger = logging.getLogger(__name__)
+
+STATE = "tracking.json"
+METRICS = "metrics.jsonl"
+RETRY_SECONDS = 30.0  # after a failure MLflow is left alone for this long
+_STATUS = {"finished": "FINISHED", "skipped": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+_BATCH_METRICS = 1000  # MLflow's own limits of one log_batch call
+_BATCH_PARAMS = 100
+_EMPTY = {"experiment_id": None, "parent_run": None, "closed": None}
+
+
+class TrackingConfig(Config):
+    """MLflow tracking.
+
+    `uri` null: MLFLOW_TRACKING_URI where it is set, else `mlflow.db` and `mlartifacts/` below the (local) output.
+    """
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "nvembed"
+
+
+def open_client(uri: str) -> Any:
+    """An MlflowClient for tracking and registry at `uri`, without global state, telemetry or migration chatter."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+class Tracker:
+    """The MLflow runs of one output: a parent run, and a child run per pipeline step.
+
+    Which runs these are stands in `<out>/tracking.json` and, as a tag, in MLflow; so one output has one parent run,
+    however often it is killed and resumed. No method raises because of MLflow.
+
+    Args:
+        config: where to and whether.
+        out: output root.
+        recipe: the resolved recipe, parameters of the parent run.
+        name: name of the parent run.
+
+    Raises:
+        UserError: the output needs a tracking URI and none is given.
+    """
+
+    def __init__(self, config: TrackingConfig, out: str, recipe: Mapping[str, Any], name: str) -> None:
+        self.config = config
+        self.out = storage.absolute(out)
+        self.name = name
+        self.recipe = recipe
+        self.store = resolve_store(config.uri, self.out) if config.enabled else None
+        self._lock = threading.RLock()
+        self._client: Any = None
+        self._steps: dict[str, StepRun] = {}
+        self._retry_at = 0.0
+        self._down = False
+        self._file = storage.join(self.out, STATE)
+        self._all: dict[str, Any] = {"key": uuid.uuid4().hex, "stores": {}}
+        self._state: dict[str, Any] = {}
+        if self.store is not None:
+            if storage.exists(self._file):
+                self._all = storage.read_json(self._file)
+            self._state = self._all["stores"].setdefault(self.store.configured or "output", dict(_EMPTY, steps={}))
+            self._write_state()  # the key stands here before a run is made under it
+
+    def _write_state(self) -> None:
+        storage.write_json(self._file, self._all)
+
+    def _attempt(self, action: Callable[[Any], None]) -> bool:
+        """Run `action(client)`; False if MLflow fails now, or failed less than RETRY_SECONDS ago."""
+        if self.store is None:
+            return True
+        with self._lock:
+            if time.monotonic() < self._retry_at:
+                return False
+            try:
+                probe(self.store.uri)
+                if self._client is None:
+                    self._open()
+                action(self._client)
+            except Exception as error:  # whatever goes wrong in tracking, the training goes on
+                self._retry_at = time.monotonic() + RETRY_SECONDS
+                if not self._down:
+                    cause = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                    logger.warning("MLflow failed (%s); the run goes on, the rest is sent later", cause)
+                logger.debug("MLflow failure", exc_info=True)
+                self._down = True
+                return False
+            if self._down:
+                logger.warning("MLflow answers again")
+            self._down, self._retry_at = False, 0.0
+            return True
+
+    @property
+    def parent_run_id(self) -> str | None:
+        """Id of the parent run; None while MLflow was never reached."""
+        found: str | None = self._state.get("parent_run")
+        return found
+
+    def _open(self) -> None:
+        assert self.store is not None
+        client = open_client(self.store.uri)
+        state = self._state
+        experiment = client.get_experiment_by_name(self.config.experiment)
+        if experiment is None:
+            state["experiment_id"] = client.create_experiment(self.config.experiment, self.store.artifact_root)
+        elif state["experiment_id"] != experiment.experiment_id:
+            state.update(experiment_id=experiment.experiment_id, parent_run=None)
+        run = self._run(client, state["parent_run"], self._all["key"], self.name, {})
+        if state["parent_run"] != run.info.run_id:  # new, or deleted in MLflow: its steps are told again
+            state["parent_run"] = run.info.run_id
+            for step in state["steps"].values():
+                step.update(run_id=None, sent=None)
+        state["closed"] = None
+        self._write_state()
+        _log_params(client, run, flatten(self.recipe))
+        client.update_run(run.info.run_id, status="RUNNING")
+        tags = {"nvembed.output": self.out, "nvembed.git_revision": storage.git_revision() or "unknown"}
+        _set_tags(client, run.info.run_id, tags)
+        self._client = client
+
+    def _run(self, client: Any, run_id: str | None, key: str, name: str, tags: Mapping[str, str]) -> Any:
+        """The run with this id if it still exists, else the one tagged `key`, else a new one."""
+        from mlflow.exceptions import MlflowException
+
+        if run_id is not None:
+            try:
+                run = client.get_run(run_id)
+                if run.info.lifecycle_stage == "active":
+                    return run
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        experiment_id = self._state["experiment_id"]
+        found = client.search_runs([experiment_id], f"tags.`nvembed.key` = '{key}'", max_results=1)
+        if found:
+            return found[0]
+        made = client.create_run(experiment_id, run_name=name, tags={"nvembed.key": key, **tags})
+        return client.get_run(made.info.run_id)
+
+    @contextmanager
+    def step(
+        self, name: str, config: Config | None = None, inputs: Mapping[str, Artifact] | None = None
+    ) -> Iterator[StepRun]:
+        """The child run of the pipeline step at `<out>/<name>`; ended by `finish`, or by leaving the block.
+
+        Args:
+            name: name of the step.
+            config: its parameters; taken from the manifest when the step is finished, if not given.
+            inputs: its input artifacts, for the lineage; likewise.
+        """
+        handle = self._handle(name, config, inputs or {})
+        handle.start()
+        try:
+            yield handle
+        except KeyboardInterrupt:
+            handle.finish(None, "interrupted")
+            raise
+        except BaseException:
+            handle.finish(None, "failed")
+            raise
+        if handle.status is None:
+            handle.finish(None)
+
+    def _handle(self, name: str, config: Config | None, inputs: Mapping[str, Artifact]) -> StepRun:
+        parts = [flatten(config) if config else {}, {key: value.manifest_hash for key, value in inputs.items()}]
+        identity = storage.hash_json(parts)[:12]
+        with self._lock:
+            if self._state and self._state["steps"].get(name, {}).get("identity") != identity:
+                self._state["steps"][name] = {"identity": identity, "run_id": None, "sent": None}
+            self._steps[name] = StepRun(self, name, config, inputs)
+            return self._steps[name]
+
+    def sync(self) -> bool:
+        """Send whatever MLflow does not have yet; True when nothing is left. Tries at once, and once."""
+        if self.store is None:
+            return True
+        with self._lock:
+            for name, state in list(self._state["steps"].items()):
+                if state["sent"] is None and name not in self._steps:  # left by an earlier run of this output
+                    manifest = storage.join(self.out, name, storage.MANIFEST)
+                    self._steps[name] = StepRun(self, name, None, {})
+                    if storage.exists(manifest):
+                        self._steps[name].publish(Artifact(storage.join(self.out, name), storage.read_json(manifest)))
+            self._retry_at = 0.0
+            sent = [step.send() for step in self._steps.values()]
+            return all(sent)
+
+    def close(self, status: str = "finished") -> bool:
+        """End the parent run after sending the backlog; True when MLflow has everything."""
+        if self.store is None:
+            return True
+        ended, done = _STATUS[status], self.sync()
+        if done and self._state["closed"] == ended:
+            return True  # an unchanged run: MLflow need not be asked at all
+
+        def end(client: Any) -> None:
+            client.set_terminated(self.parent_run_id, ended)
+            self._state["closed"] = ended
+            self._write_state()
+
+        return self._attempt(end) and done
+
+
+class StepRun:
+    """Handle of one child run. `tail` may be called from another thread than `finish`."""
+
+    def __init__(self, tracker: Tracker, name: str, config: Config | None, inputs: Mapping[str, Artifact]) -> None:
+        self.name = name
+        self.status: str | None = None
+        self._tracker = tracker
+        self._parameters = flatten(config) if config else {}
+        self._inputs = {key: (artifact.uri, artifact.manifest_hash) for key, artifact in inputs.items()}
+        self._artifact: Artifact | None = None
+        self._metrics_uri = storage.join(tracker.out, name, METRICS)
+        self._tail = Tail()
+        self._described = False
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._tracker._state["steps"][self.name]
+        return state
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the child run; None when tracking is off or MLflow has not been reached."""
+        return None if self._tracker.store is None else self._state["run_id"]
+
+    def start(self) -> None:
+        """Make the run visible as running; nothing happens where the step was sent in full before."""
+        if self._tracker.store is not None and self._state["sent"] in (None, "FAILED", "KILLED"):
+            self._tracker._attempt(self._describe)
+
+    def tail(self, metrics_uri: str | None = None) -> bool:
+        """Send the optimiser steps MLflow does not have. Cheap; call it every few seconds.
+
+        Args:
+            metrics_uri: `metrics.jsonl`, default `<out>/<step>/metrics.jsonl`.
+
+        Returns:
+            False if MLflow failed and rows wait for the next call.
+        """
+        with self._tracker._lock:
+            self._metrics_uri = metrics_uri or self._metrics_uri
+            if self.status is not None:
+                return self.send()
+            return self._tracker._attempt(self._send_metrics)
+
+    def publish(self, artifact: Artifact) -> None:
+        """Take what is to be sent from the step's artifact."""
+        self._artifact, self.status = artifact, "FINISHED"
+        manifest = artifact.manifest
+        self._parameters = flatten(manifest["config"]) | self._parameters
+        uris = manifest.get("input_uris", {})
+        self._inputs = {name: (uris.get(name, ""), found) for name, found in manifest["inputs"].items()} | self._inputs
+
+    def finish(self, artifact: Artifact | None, status: str = "finished") -> bool:
+        """End the run: results, hashes and lineage of the artifact. False if MLflow failed and `sync` must send it."""
+        with self._tracker._lock:
+            if artifact is not None:
+                self.publish(artifact)
+            self.status = _STATUS[status]
+            return self.send()
+
+    def send(self) -> bool:
+        """Send what is missing, unless everything was sent before."""
+        if self._tracker.store is None:
+            return True
+        if self.status is not None and self._state["sent"] == self._wanted:
+            return True
+        return self._tracker._attempt(self._send_all)
+
+    @property
+    def _wanted(self) -> str | None:
+        """What `sent` says once everything was sent: the manifest's hash, or how the step ended without one."""
+        return self._artifact.manifest_hash if self._artifact is not None else self.status
+
+    def _describe(self, client: Any) -> None:
+        tracker = self._tracker
+        if self._described:
+            return
+        key = f"{tracker._all['key']}/{self.name}/{self._state['identity']}"
+        tags = {"mlflow.parentRunId": tracker.parent_run_id or "", "nvembed.step": self.name}
+        run = tracker._run(client, self._state["run_id"], key, self.name, tags)
+        if self._state["run_id"] != run.info.run_id:
+            self._state["run_id"] = run.info.run_id
+            tracker._write_state()
+        _log_params(client, run, self._parameters)
+        _log_lineage(client, run.info.run_id, self._inputs)
+        if self.status is None:
+            client.update_run(run.info.run_id, status="RUNNING")
+        self._described = True
+
+    def _send_metrics(self, client: Any) -> None:
+        self._describe(client)
+        self._tail.send(client, self._state["run_id"], self._metrics_uri)
+
+    def _send_all(self, client: Any) -> None:
+        self._described = self._described and self._artifact is None  # the manifest may know more than the start did
+        self._send_metrics(client)
+        run_id = self._state["run_id"]
+        if self._artifact is not None:
+            _log_results(client, client.get_run(run_id), self._artifact)
+        if self.status is not None:
+            client.set_terminated(run_id, self.status)
+            self._state["sent"] = self._wanted
+            self._tracker._write_state()
+
+
+class Tail:
+    """Sends rows of a growing `metrics.jsonl`, each (metric, optimiser step) once.
+
+    What MLflow already has is asked once per process and again after every failure, so it does not matter whether a
+    lost call had arrived. Of a step that was repeated after a resume, MLflow keeps what it was told first.
+    """
+
+    def __init__(self) -> None:
+        self._rows = Follower()
+        self._known: dict[str, set[int]] | None = None
+        self._started = 0
+
+    def send(self, client: Any, run_id: str, uri: str) -> None:
+        """Send what is new; rows count as read only after success."""
+        rows = self._rows.read(uri)
+        if rows:
+            known = self._known if self._known is not None else self._ask(client, run_id)
+            self._known = None  # until the calls below have succeeded
+            waiting = [metric for row in rows for metric in self._metrics(row, known)]
+            _log_metrics(client, run_id, waiting)
+            for metric in waiting:
+                known.setdefault(metric.key, set()).add(metric.step)
+            self._known = known
+        self._rows.commit()
+
+    def _ask(self, client: Any, run_id: str) -> dict[str, set[int]]:
+        run = client.get_run(run_id)
+        self._started = run.info.start_time
+        return {key: {m.step for m in client.get_metric_history(run_id, key)} for key in run.data.metrics}
+
+    def _metrics(self, row: Mapping[str, Any], known: Mapping[str, set[int]]) -> list[Any]:
+        from mlflow.entities import Metric
+
+        step = int(row["step"])
+        # repeated calls must carry the same timestamp, or MLflow would keep both
+        when = int(float(row["time"]) * 1000) if "time" in row else self._started + step
+        values = numbers({key: value for key, value in row.items() if key not in ("step", "time")})
+        return [Metric(key, value, when, step) for key, value in values.items() if step not in known.get(key, ())]
+
+
+def _log_metrics(client: Any, run_id: str, metrics: list[Any]) -> None:
+    for begin in range(0, len(metrics), _BATCH_METRICS):
+        client.log_batch(run_id, metrics=metrics[begin : begin + _BATCH_METRICS])
+
+
+def _log_params(client: Any, run: Any, params: Mapping[str, str]) -> None:
+    """Parameters cannot change in MLflow; those a run has already stay."""
+    from mlflow.entities import Param
+
+    new = [Param(key, value) for key, value in params.items() if key not in run.data.params]
+    for begin in range(0, len(new), _BATCH_PARAMS):
+        client.log_batch(run.info.run_id, params=new[begin : begin + _BATCH_PARAMS])
+
+
+def _set_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def _log_lineage(client: Any, run_id: str, inputs: Mapping[str, tuple[str, str]]) -> None:
+    """Input artifacts as data sets of the run; MLflow's digest holds the first 36 digits of the manifest hash."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    if not inputs:
+        return
+    listed = []
+    for name, (uri, manifest_hash) in sorted(inputs.items()):
+        source = json.dumps({"uri": uri, "manifest_hash": manifest_hash})
+        dataset = Dataset(name=name, digest=manifest_hash[:36], source_type="nvembed", source=source)
+        listed.append(DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", name)]))
+    client.log_inputs(run_id, listed)
+    _set_tags(client, run_id, {f"nvembed.input.{name}": found for name, (_, found) in inputs.items()})
+
+
+def _log_results(client: Any, run: Any, artifact: Artifact) -> None:
+    """Hashes as tags; rows, seconds and every numeric result of the manifest as metrics at step 0."""
+    from mlflow.entities import Metric
+
+    manifest = artifact.manifest
+    tags = {"fingerprint": artifact.fingerprint, "manifest_hash": artifact.manifest_hash, "artifact": artifact.uri}
+    tags["git_revision"] = manifest["git_revision"] or "unknown"
+    _set_tags(client, run.info.run_id, {f"nvembed.{key}": value for key, value in tags.items()})
+    started, seconds = manifest["timing"]["started"], manifest["timing"]["seconds"]
+    when = int((started + seconds) * 1000)
+    found = numbers({"rows": manifest["rows"], "result": manifest["metrics"], "seconds": seconds})
+    new = [Metric(key, value, when, 0) for key, value in found.items() if key not in run.data.metrics]
+    _log_metrics(client, run.info.run_id, new)
