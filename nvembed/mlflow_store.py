@@ -124,6 +124,14 @@ def probe(uri: str) -> None:
         socket.create_connection((parsed.hostname, parsed.port or _PORTS[scheme]), PROBE_SECONDS).close()
 
 
+def prepare_environment() -> None:
+    """Defaults for MLflow before it is imported: no telemetry, few retries, no line per database migration."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 class Follower:
     """Reads the complete rows added to a growing `metrics.jsonl` since the last `commit`.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 import uuid
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from nvembed import storage
-from nvembed.mlflow_store import Follower, flatten, numbers, probe, resolve_store
+from nvembed.mlflow_store import Follower, flatten, numbers, prepare_environment, probe, resolve_store
 from nvembed.types import Artifact, Config
 
 logger = logging.getLogger(__name__)
@@ -47,10 +46,7 @@ class TrackingConfig(Config):
 
 def open_client(uri: str) -> Any:
     """An MlflowClient for tracking and registry at `uri`, without global state, telemetry or migration chatter."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    prepare_environment()
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
