@@ -1,0 +1,206 @@
+"""Which candidates become negatives: pure functions over ids, scores and text hashes.
+
+The rule is TopK-PercPos of NV-Retriever (arXiv 2407.15831): a candidate close to the positive is probably a positive
+nobody labelled. The paper's `score < share * positive score` only means that for positive scores; here
+`s < p - (1 - share) * |p|`, the same for p > 0 and still stricter than p itself for p <= 0.
+
+Random draws are seeded by a hash of (seed, data set, example id), so they do not depend on the order of the examples
+or on how the work is divided.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+
+
+class Reason(enum.StrEnum):
+    """Why a candidate is not a negative. Checked in this order; the first that holds is counted."""
+
+    KNOWN_POSITIVE = "known_positive"
+    DUPLICATE_TEXT = "duplicate_of_positive_or_query"
+    TOO_CLOSE = "too_close_to_positive"
+    REPEATED_TEXT = "repeats_a_kept_negative"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Positions of the kept candidates, best first, and for every refused candidate examined, why."""
+
+    kept: list[int]
+    rejected: dict[int, Reason] = field(default_factory=dict)
+
+
+def text_hash(text: str) -> int:
+    """Signed 64-bit hash of a text, case and white space aside: what counts as "the same text under another id"."""
+    value = xxhash.xxh3_64_intdigest(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass"))
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def ceiling(positive_scores: Sequence[float], share: float) -> float:
+    """What a negative's score must stay below: `p - (1 - share) * |p|`, p the lowest positive's score."""
+    lowest = min(positive_scores)
+    return lowest - (1.0 - share) * abs(lowest)
+
+
+def select_negatives(
+    candidate_ids: Sequence[str],
+    scores: Sequence[float],
+    hashes: Sequence[int],
+    *,
+    below: float,
+    never_ids: Set[str],
+    never_hashes: Set[int],
+    count: int,
+) -> Selection:
+    """The first `count` candidates that may be negatives.
+
+    Args:
+        candidate_ids: C ids, best score first.
+        scores: C scores.
+        hashes: C text hashes.
+        below: `ceiling` of the query's positives; +inf keeps every score (random rule).
+        never_ids: known positives of the query's text.
+        never_hashes: hashes of the positives' texts and of the query itself.
+
+    Returns:
+        Candidates behind the last one kept are in neither list: nothing was decided about them.
+    """
+    kept: list[int] = []
+    rejected: dict[int, Reason] = {}
+    kept_hashes: set[int] = set()
+    for index, (key, score, digest) in enumerate(zip(candidate_ids, scores, hashes, strict=True)):
+        if len(kept) == count:
+            break
+        if key in never_ids:
+            rejected[index] = Reason.KNOWN_POSITIVE
+        elif digest in never_hashes:
+            rejected[index] = Reason.DUPLICATE_TEXT
+        elif not score < below:
+            rejected[index] = Reason.TOO_CLOSE
+        elif digest in kept_hashes:
+            rejected[index] = Reason.REPEATED_TEXT
+        else:
+            kept.append(index)
+            kept_hashes.add(digest)
+    return Selection(kept, rejected)
+
+
+def example_generator(seed: int, dataset: str, example_id: str) -> np.random.Generator:
+    """Random generator of one example."""
+    return np.random.Generator(np.random.PCG64(xxhash.xxh3_128_intdigest(f"{seed}\0{dataset}\0{example_id}".encode())))
+
+
+def draw_order(generator: np.random.Generator, population: int, count: int) -> list[int]:
+    """`count` distinct positions of `range(population)` in random order; fewer when there are no more.
+
+    Each is a uniform draw without replacement; cost and memory depend on `count`, not on the population.
+    """
+    if count >= population:
+        return [int(index) for index in generator.permutation(population)]
+    if count * 4 >= population:
+        return [int(index) for index in generator.permutation(population)[:count]]
+    seen: dict[int, None] = {}
+    while len(seen) < count:
+        for index in generator.integers(population, size=count - len(seen)):
+            seen.setdefault(int(index))
+    return list(seen)
+
+
+def draw_accepted(
+    generator: np.random.Generator, population: int, count: int, accept: Callable[[list[int]], list[int]]
+) -> list[int]:
+    """Up to `count` positions that `accept` keeps of a random order; draws more as long as too few were kept."""
+    asked = 2 * count + 8
+    while True:
+        order = draw_order(generator, population, asked)
+        kept = accept(order)[:count]
+        if len(kept) == count or len(order) == population:
+            return kept
+        asked *= 4
+
+
+def random_negatives(
+    generator: np.random.Generator,
+    ids: Sequence[str],
+    hashes: Sequence[int],
+    *,
+    never_ids: Set[str],
+    never_hashes: Set[int],
+    count: int,
+) -> list[int]:
+    """Positions in `ids` of up to `count` uniform draws, known positives and repeated texts excluded."""
+
+    def accept(order: list[int]) -> list[int]:
+        picked = select_negatives(
+            [ids[index] for index in order],
+            [0.0] * len(order),
+            [hashes[index] for index in order],
+            below=np.inf,
+            never_ids=never_ids,
+            never_hashes=never_hashes,
+            count=count,
+        )
+        return [order[index] for index in picked.kept]
+
+    return draw_accepted(generator, len(ids), count, accept)
+
+
+@dataclass(frozen=True)
+class ClassExamples:
+    """The training texts of a labelled data set, in id order, with their labels and text hashes."""
+
+    ids: Sequence[str]
+    labels: Sequence[str]
+    hashes: Sequence[int]
+    by_label: Mapping[str, list[int]]
+
+    @classmethod
+    def build(cls, ids: Sequence[str], labels: Sequence[str], hashes: Sequence[int]) -> ClassExamples:
+        """Sort by id and index by label, so that draws do not depend on the order of the rows."""
+        order = sorted(range(len(ids)), key=lambda index: ids[index])
+        by_label: dict[str, list[int]] = {}
+        for position, index in enumerate(order):
+            by_label.setdefault(labels[index], []).append(position)
+        return cls(
+            [ids[index] for index in order],
+            [labels[index] for index in order],
+            [hashes[index] for index in order],
+            by_label,
+        )
+
+
+def example_based(
+    generator: np.random.Generator, texts: ClassExamples, example_id: str, label: str, digest: int, count: int
+) -> tuple[str, list[str]] | None:
+    """NV-Embed v2's example-based pair (4.2): positive from the same class, negatives from other classes.
+
+    Texts equal to the example's own or to its positive, whatever their id or label, are not negatives.
+
+    Returns:
+        The positive's id and up to `count` negatives' ids; None when the class has no other text.
+    """
+    same = texts.by_label[label]
+
+    def other_text(order: list[int]) -> list[int]:
+        found = [same[place] for place in order]
+        return [index for index in found if texts.ids[index] != example_id and texts.hashes[index] != digest]
+
+    positive = draw_accepted(generator, len(same), 1, other_text)
+    if not positive:
+        return None
+
+    def other_class(order: list[int]) -> list[int]:
+        used, kept = {digest, texts.hashes[positive[0]]}, []
+        for index in order:
+            if texts.labels[index] != label and texts.hashes[index] not in used:
+                used.add(texts.hashes[index])
+                kept.append(index)
+        return kept
+
+    negatives = draw_accepted(generator, len(texts.ids), count, other_class)
+    return texts.ids[positive[0]], [texts.ids[index] for index in negatives]
