@@ -85,6 +85,13 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         raise storage.CorruptArtifactError(f"{uri} cannot be read ({error}). Build its artifact again.") from error
 
 
+def read_schema(uri: str) -> pa.Schema:
+    """Columns of a parquet file; only its footer is read."""
+    fs, path = storage.filesystem(uri)
+    with fs.open(path, "rb") as file:
+        return pq.read_schema(file)
+
+
 def read_rows(uri: str, key: str, wanted: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
     """Rows of a parquet file whose `key` is among `wanted`, in file order; memory is one batch plus the result."""
     values = pa.array(sorted(set(wanted)), pa.string())

@@ -118,6 +118,15 @@ def package_file(package: str, relative: str) -> Path:
     return path
 
 
+def is_unicode(text: str) -> bool:
+    """False for text with lone surrogates: what broken encodings and `\\ud800` escapes leave behind."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def tidy(text: str | None) -> str:
     """Text with every run of white space turned into one space."""
     return " ".join((text or "").split())

@@ -55,7 +55,7 @@ def read_hpo_retrieval(config: HpoRetrievalSource) -> SourceRows:
 
 
 def read_hpo_classes(config: HpoClassesSource) -> SourceRows:
-    """Name and definition -> the child of its top-level branch; only terms with exactly one, and classes with members."""
+    """Name and definition -> the child of its top-level branch; terms with exactly one, in classes with members."""
     ontology = load_ontology()
     documents, examples = [], empty_splits()
     for split in SPLITS:
@@ -79,7 +79,7 @@ def read_hpo_classes(config: HpoClassesSource) -> SourceRows:
 
 
 def read_hpo_similarity(config: HpoSimilaritySource) -> SourceRows:
-    """Pairs of names graded by Wu-Palmer similarity: synthetic labels, spread evenly over 0-1; train in both directions."""
+    """Pairs of names graded by Wu-Palmer similarity: synthetic labels, spread over 0-1; train in both directions."""
     ontology = load_ontology()
     examples, used = empty_splits(), {}
     for split in SPLITS:

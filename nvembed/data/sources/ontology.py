@@ -75,7 +75,7 @@ class Ontology:
         return found
 
     def similarity(self, a: str, b: str) -> float:
-        """Wu and Palmer's (1994) conceptual similarity, 2 d(c) / (d(a) + d(b)), c the deepest common ancestor or self."""
+        """Wu and Palmer's (1994) similarity, 2 d(c) / (d(a) + d(b)), c the deepest common ancestor or self."""
         common = (self.ancestors[a] | {a}) & (self.ancestors[b] | {b})
         return 2 * max(self.depth[c] for c in common) / (self.depth[a] + self.depth[b])
 

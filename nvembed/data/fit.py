@@ -1,0 +1,120 @@
+"""Making texts unique and fitting a data set under its caps; pure functions of rows and seed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+from nvembed.data.sources.base import SourceRows, stable_hash
+from nvembed.data.tables import HELD_OUT, SPLITS
+from nvembed.types import ScoredId, TaskType, TrainingExample
+
+
+def unique_texts(rows: SourceRows) -> None:
+    """Make texts unique, in place: equal documents become one, and so do equal queries of one split.
+
+    A query that stands in several splits stays in the most held-out one only (test, then dev). For classification,
+    where the text is the item, equal texts with different labels keep the first by id.
+    """
+    canonical: dict[tuple[str, str], str] = {}
+    renamed: dict[str, str] = {}
+    for document in sorted(rows.documents, key=lambda row: (_rank(row.split), row.id)):
+        renamed[document.id] = canonical.setdefault((document.title, document.text), document.id)
+    rows.documents = sorted((row for row in rows.documents if renamed[row.id] == row.id), key=lambda row: row.id)
+    taken: set[object] = set()
+    for split in reversed(SPLITS):
+        merged: dict[object, TrainingExample] = {}
+        for example in sorted(rows.examples[split], key=lambda row: row.id):
+            if rows.task is TaskType.CLASSIFICATION and renamed[example.id] != example.id:
+                continue
+            moved = _renamed(example, renamed)
+            key = _key(moved)
+            if key in taken or not (moved.positives or rows.task is TaskType.CLASSIFICATION):
+                continue
+            merged[key] = _merge(merged[key], moved) if key in merged else moved
+        taken |= merged.keys()
+        rows.examples[split] = list(merged.values())
+
+
+def _rank(split: str | None) -> int:
+    return SPLITS[::-1].index(split) if split else 0
+
+
+def _key(example: TrainingExample) -> object:
+    """What makes an example the same as another: its query, and for graded pairs its partner too."""
+    return (example.query, example.positives[0].id) if example.task is TaskType.STS else example.query
+
+
+def _renamed(example: TrainingExample, renamed: dict[str, str]) -> TrainingExample:
+    positives = {renamed[item.id]: item.score for item in reversed(example.positives)}
+    negatives = {renamed[item.id]: item.score for item in reversed(example.negatives)}
+    return replace(
+        example,
+        positives=tuple(ScoredId(key, positives[key]) for key in reversed(positives)),
+        negatives=tuple(ScoredId(key, negatives[key]) for key in reversed(negatives) if key not in positives),
+    )
+
+
+def _merge(a: TrainingExample, b: TrainingExample) -> TrainingExample:
+    if a.task is not TaskType.RETRIEVAL:
+        return a
+    positives = a.positives + tuple(item for item in b.positives if item.id not in {old.id for old in a.positives})
+    own = {item.id for item in positives}
+    known = {item.id for item in a.negatives}
+    negatives = a.negatives + tuple(item for item in b.negatives if item.id not in known)
+    return replace(a, positives=positives, negatives=tuple(item for item in negatives if item.id not in own))
+
+
+def cap_examples(examples: list[TrainingExample], cap: int | None, seed: int) -> list[TrainingExample]:
+    """Examples in the order of a seeded hash, the first `cap` of them.
+
+    Both directions of a graded pair follow each other. Classes take turns, so that a cap keeps them all, evenly.
+    """
+    turns: dict[str | None, int] = defaultdict(int)
+    ordered = []
+    for example in sorted(examples, key=lambda row: (stable_hash(seed, _group(row)), row.id)):
+        ordered.append((turns[example.label] if example.label is not None else 0, example))
+        turns[example.label] += 1
+    return [example for _, example in sorted(ordered, key=lambda pair: pair[0])][:cap]
+
+
+def _group(example: TrainingExample) -> str:
+    if example.task is TaskType.STS:
+        return "~".join(sorted((example.id.split("~")[0], example.positives[0].id)))
+    return example.id
+
+
+def fit_corpus(rows: SourceRows, cap: int | None, seed: int) -> None:
+    """Fit the corpus under `cap`, in place: held-out documents always stay, then those of train examples in their
+    order, their given negatives, then (retrieval) others by seeded hash. Train examples whose document found no room
+    are dropped.
+
+    Negatives that left the corpus leave the examples. Items of classification and sts corpora that belong to no
+    example leave too.
+    """
+    kept = {key for split in HELD_OUT for example in rows.examples[split] for key in _documents_of(example)}
+    limit = len(rows.documents) if cap is None else cap
+    train = []
+    for example in rows.examples["train"]:
+        new = _documents_of(example) - kept
+        if len(kept) + len(new) <= limit:
+            kept |= new
+            train.append(example)
+    rows.examples["train"] = train
+    if rows.task is TaskType.RETRIEVAL:
+        given = dict.fromkeys(item.id for example in train for item in example.negatives if item.id not in kept)
+        kept.update(list(given)[: max(0, limit - len(kept))])
+        rest = (row.id for row in rows.documents if row.id not in kept)
+        kept.update(sorted(rest, key=lambda key: stable_hash(seed, key))[: max(0, limit - len(kept))])
+    rows.documents = [row for row in rows.documents if row.id in kept]
+    for split in SPLITS:
+        rows.examples[split] = [
+            replace(example, negatives=tuple(item for item in example.negatives if item.id in kept))
+            for example in rows.examples[split]
+        ]
+
+
+def _documents_of(example: TrainingExample) -> set[str]:
+    """Corpus rows an example cannot do without."""
+    own = set() if example.task is TaskType.RETRIEVAL else {example.id.split("~")[0]}
+    return own | {item.id for item in example.positives}

@@ -1,0 +1,156 @@
+"""The `prepare` step: every source becomes a corpus and examples, split without leakage.
+
+    <prepare>/<dataset>/corpus.parquet  examples-{train,dev,test}.parquet  [rejects.jsonl]
+
+Order: read all sources; make texts unique; cap the held-out sides; drop near copies of them from training; cap
+training; fit the corpus under its cap. Every choice is by hash of ids and the seed, so it depends on nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nvembed import storage
+from nvembed.data import decontaminate
+from nvembed.data.config import PrepareConfig, SourceConfig
+from nvembed.data.fit import cap_examples, fit_corpus, unique_texts
+from nvembed.data.sources.base import SourceRows
+from nvembed.data.sources.beir import read_beir
+from nvembed.data.sources.cwe import read_cwe
+from nvembed.data.sources.files import read_files
+from nvembed.data.sources.hpo import read_hpo_classes, read_hpo_retrieval, read_hpo_similarity
+from nvembed.data.sources.hub import read_hub
+from nvembed.data.sources.stdlib_code import read_stdlib_code
+from nvembed.data.tables import HELD_OUT, SPLITS, corpus_table, examples_table, write_table
+from nvembed.storage import Step, StepResult, UserError
+from nvembed.text.instructions import instruction_prefix
+from nvembed.types import Artifact
+
+logger = logging.getLogger(__name__)
+
+SOURCES: dict[str, Callable[[Any], SourceRows]] = {
+    "cwe": read_cwe,
+    "hpo_retrieval": read_hpo_retrieval,
+    "hpo_classes": read_hpo_classes,
+    "hpo_similarity": read_hpo_similarity,
+    "stdlib_code": read_stdlib_code,
+    "beir": read_beir,
+    "files": read_files,
+    "hub": read_hub,
+}
+
+
+def _build(config: PrepareConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
+    _check_names(config)
+    prefixes = {source.name: instruction_prefix(source.instruction) for source in config.sources}
+    datasets: dict[str, SourceRows] = {}
+    for source in config.sources:
+        datasets[source.name] = _read(source, config, work_uri)
+    dropped = decontaminate.drop_near_copies(datasets, config.near_copies)
+    for source in config.sources:
+        rows = datasets[source.name]
+        rows.examples["train"] = cap_examples(rows.examples["train"], source.max_train, config.seed)
+        fit_corpus(rows, source.max_documents, config.seed)
+        _check_sides(source, rows)
+    left = decontaminate.count_left(datasets, config.near_copies)
+    metrics: dict[str, dict[str, Any]] = {}
+    for source in config.sources:
+        name, rows = source.name, datasets[source.name]
+        _write(rows, storage.join(work_uri, name))
+        metrics[name] = {
+            **_describe(rows, prefixes[name]),
+            "near_copies_dropped": dropped[name],
+            "near_copies_left": left[name],
+            "evaluation_hash": _evaluation_hash(storage.join(work_uri, name)),
+        }
+        logger.info(_line(name, metrics[name]))
+    totals = {split: sum(row[split] for row in metrics.values()) for split in SPLITS}
+    return StepResult(
+        rows={**totals, "documents": sum(row["documents"] for row in metrics.values())}, metrics={"datasets": metrics}
+    )
+
+
+PREPARE = Step("prepare", 1, _build)
+
+
+def _check_names(config: PrepareConfig) -> None:
+    names = [source.name for source in config.sources]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    odd = [name for name in names if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name)]
+    if not names:
+        raise UserError("prepare.sources is empty: name at least one data set.")
+    if twice:
+        raise UserError(f"prepare.sources: the name {', '.join(twice)} is used twice; names must differ.")
+    if odd:
+        raise UserError(
+            f"prepare.sources: {', '.join(map(repr, odd))} cannot name a folder; use letters, digits, _ . -"
+        )
+
+
+def _read(source: SourceConfig, config: PrepareConfig, work_uri: str) -> SourceRows:
+    """One source with malformed rows checked, texts unique, held-out sides capped."""
+    started = time.perf_counter()
+    rows = SOURCES[source.type](source)
+    if rows.rejects.listed:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.rejects.listed)
+        storage.write_bytes(storage.join(work_uri, source.name, "rejects.jsonl"), lines.encode())
+        logger.warning(
+            "%s: %d of %d rows are malformed and left out", source.name, rows.rejects.total, rows.rejects.rows
+        )
+    rows.rejects.check(source.name, config.max_reject_share)
+    unique_texts(rows)
+    for split in HELD_OUT:
+        rows.examples[split] = cap_examples(rows.examples[split], source.max_test, config.seed)
+    logger.info("%s: read in %.1f s", source.name, time.perf_counter() - started)
+    return rows
+
+
+def _check_sides(source: SourceConfig, rows: SourceRows) -> None:
+    if not rows.examples["test"]:
+        raise UserError(f"data set {source.name}: no held-out example is left; raise max_test or give more rows.")
+    wanted = sum(len(rows.examples[split]) for split in HELD_OUT)
+    if not rows.examples["train"] and source.type != "beir":
+        raise UserError(
+            f"data set {source.name}: no training example fits beside the {wanted} held-out ones; "
+            f"raise max_documents (now {source.max_documents}) or lower max_test (now {source.max_test})."
+        )
+
+
+def _write(rows: SourceRows, uri: str) -> None:
+    write_table(corpus_table(rows.documents), storage.join(uri, "corpus.parquet"))
+    for split in SPLITS:
+        write_table(examples_table(rows.examples[split]), storage.join(uri, f"examples-{split}.parquet"))
+
+
+def _describe(rows: SourceRows, prefix: str) -> dict[str, Any]:
+    return {
+        "task": rows.task.value,
+        "instruction": prefix,
+        "split_rule": rows.split_rule,
+        "synthetic": rows.synthetic,
+        "licence": rows.licence,
+        **{split: len(rows.examples[split]) for split in SPLITS},
+        "documents": len(rows.documents),
+        "documents_shared": decontaminate.shared_documents(rows),
+        "rejected": rows.rejects.total,
+    }
+
+
+def _evaluation_hash(uri: str) -> str:
+    """Changes exactly when a held-out example or the corpus it is searched in changes."""
+    files = ["corpus.parquet", *(f"examples-{split}.parquet" for split in HELD_OUT)]
+    return storage.hash_json({file: storage.checksum(storage.join(uri, file)) for file in files})
+
+
+def _line(name: str, row: Mapping[str, Any]) -> str:
+    kind = f"{row['task']}, synthetic labels" if row["synthetic"] else row["task"]
+    return (
+        f"{name} ({kind}): {row['train']} train, {row['dev']} dev, {row['test']} test examples, {row['documents']} "
+        f"documents; near copies across the split: {row['near_copies_dropped']} dropped, {row['near_copies_left']} "
+        f"left; {row['documents_shared']} documents shared by both sides; {row['rejected']} rows rejected"
+    )

@@ -1,0 +1,131 @@
+"""A BEIR folder: `corpus.jsonl`, `queries.jsonl`, `qrels/{train,dev,test}.tsv`, at any fsspec URI."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+
+from nvembed import storage
+from nvembed.data.config import BeirSource
+from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, is_unicode, split_by_hash
+from nvembed.data.sources.files import json_lines
+from nvembed.data.tables import SPLITS, Document
+from nvembed.storage import UserError
+from nvembed.types import ScoredId, TaskType, TrainingExample
+
+DEV_SHARE = 0.1  # of the training queries, where the folder has no dev.tsv
+SPLIT_RULE = (
+    "as the folder's qrels say{dev}; a query in several splits stays in the most held-out one; documents are shared"
+)
+
+
+def read_beir(config: BeirSource) -> SourceRows:
+    """Read the folder; `train` may be absent (evaluation only), `test` may not.
+
+    Raises:
+        UserError: a file is missing, or no held-out query has a document.
+    """
+    rejects = RejectLog()
+    documents = [
+        Document(key, title, text) for key, title, text in _texts(storage.join(config.uri, "corpus.jsonl"), rejects)
+    ]
+    queries = {key: text for key, _, text in _texts(storage.join(config.uri, "queries.jsonl"), rejects)}
+    known = {document.id for document in documents}
+    judged: dict[str, dict[str, dict[str, float]]] = {}
+    for split in SPLITS:
+        uri = storage.join(config.uri, "qrels", f"{split}.tsv")
+        if storage.exists(uri):
+            judged[split] = _judgements(uri, queries, known, rejects)
+        elif split == "test":
+            raise UserError(f"{uri}: no such file; a BEIR folder needs qrels/test.tsv.")
+    examples = empty_splits()
+    taken: set[str] = set()
+    for split in reversed(SPLITS):
+        for key, judgements in judged.get(split, {}).items():
+            if key in taken or not any(score > 0 for score in judgements.values()):
+                continue
+            taken.add(key)
+            side = split
+            if split == "train" and "dev" not in judged:
+                side = split_by_hash(key, salt="beir", test_share=0.0, dev_share=DEV_SHARE)
+            examples[side].append(_example(config.name, key, queries[key], judgements))
+    if not examples["test"] and rejects.total < rejects.rows:
+        raise UserError(f"{config.uri}: qrels/test.tsv gives no query a document.")
+    dev = "" if "dev" in judged else f" ({DEV_SHARE:.0%} of the training queries, by hash, as dev)"
+    return SourceRows(
+        task=TaskType.RETRIEVAL,
+        split_rule=SPLIT_RULE.format(dev=dev),
+        licence="as given by the owner of the folder",
+        documents=documents,
+        examples=examples,
+        documents_split=False,
+        rejects=rejects,
+    )
+
+
+def _example(dataset: str, key: str, query: str, judgements: dict[str, float]) -> TrainingExample:
+    """Judgements above 0 are positives, those of 0 and below given negatives."""
+    return TrainingExample(
+        id=key,
+        dataset=dataset,
+        task=TaskType.RETRIEVAL,
+        query=query,
+        positives=tuple(ScoredId(document, score) for document, score in judgements.items() if score > 0),
+        negatives=tuple(ScoredId(document, score) for document, score in judgements.items() if score <= 0),
+    )
+
+
+def _texts(uri: str, rejects: RejectLog) -> Iterator[tuple[str, str, str]]:
+    """(id, title, text) of a jsonl file's good rows; an id that comes twice is malformed the second time."""
+    if not storage.exists(uri):
+        raise UserError(f"{uri}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/test.tsv.")
+    name, seen = uri.rsplit("/", 1)[-1], set()
+    with fsspec.open(uri, "rb") as file:
+        for row in json_lines(file, name):
+            rejects.rows += 1
+            columns: dict[str, Any] = dict(row.columns or {})
+            key, title, text = columns.get("_id"), columns.get("title") or "", columns.get("text")
+            problem = row.problem
+            if not problem and (not isinstance(key, str) or not key):
+                problem = "_id missing or not text"
+            elif not problem and key in seen:
+                problem = "_id twice"
+            elif not problem and not (isinstance(text, str) and isinstance(title, str)):
+                problem = "text missing or not text"
+            elif not problem and not (is_unicode(str(title)) and is_unicode(str(text)) and is_unicode(str(key))):
+                problem = "not UTF-8"
+            elif not problem and not (str(title) + str(text)).strip():
+                problem = "text empty"
+            if problem:
+                rejects.add(name, row.line, problem)
+                continue
+            seen.add(key)
+            yield str(key), str(title), str(text)
+
+
+def _judgements(
+    uri: str, queries: dict[str, str], documents: set[str], rejects: RejectLog
+) -> dict[str, dict[str, float]]:
+    """Scores by query and document of a qrels file."""
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    name = "qrels/" + uri.rsplit("/", 1)[-1]
+    with fsspec.open(uri, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            fields = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+            if (number == 1 and fields[0] == "query-id") or not line.strip():
+                continue
+            rejects.rows += 1
+            if len(fields) != 3:
+                rejects.add(name, number, "not three fields")
+            elif fields[0] not in queries:
+                rejects.add(name, number, "unknown query")
+            elif fields[1] not in documents:
+                rejects.add(name, number, "unknown document")
+            elif not fields[2].lstrip("-").replace(".", "", 1).isdigit():
+                rejects.add(name, number, "score is not a number")
+            else:
+                found[fields[0]][fields[1]] = float(fields[2])
+    return dict(found)

@@ -1,0 +1,310 @@
+"""Laying out shards: joining texts to a plan of ids, counting tokens, writing one row group per optimiser step.
+
+A plan says who stands where (`order.py`); it lies in small parquet files, one per shard. `lay_out_shards` turns each
+into `shards/part-*.parquet`: by Ray Data where a cluster is connected and there is more than one shard, else in this
+process. Both run `lay_out_shard`, which depends on its plan and the inputs alone, so the bytes are the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nvembed import storage
+from nvembed.data.order import document_key, sample, text_key
+from nvembed.data.tables import document_text, read_rows, read_table
+from nvembed.storage import UserError
+from nvembed.text.config import TextConfig
+
+if TYPE_CHECKING:
+    from nvembed.text.tokenise import Tokeniser
+
+logger = logging.getLogger(__name__)
+
+PLAN_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("slot", pa.int32()),
+        ("dataset", pa.string()),
+        ("example_id", pa.string()),
+        ("positive_id", pa.string()),
+        ("epoch", pa.int32()),
+    ]
+)
+DISTILL_PLAN_SCHEMA = pa.schema(
+    [("step", pa.int64()), ("slot", pa.int32()), ("part", pa.string()), ("row", pa.int64())]
+)
+STREAM_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("slot", pa.int32()),
+        ("example_id", pa.string()),
+        ("dataset", pa.string()),
+        ("task", pa.string()),
+        ("instruction", pa.string()),
+        ("symmetric", pa.bool_()),
+        ("texts", pa.list_(pa.string())),
+        ("document_ids", pa.list_(pa.int64())),
+        ("positive_ids", pa.list_(pa.int64())),
+        ("token_lengths", pa.list_(pa.int32())),
+    ]
+)
+
+
+def distill_schema(dim: int) -> pa.Schema:
+    """Columns of a distillation stream; `dim` is the teacher's."""
+    return pa.schema(
+        [
+            ("step", pa.int64()),
+            ("slot", pa.int32()),
+            ("example_id", pa.string()),
+            ("text", pa.string()),
+            ("instruction", pa.string()),
+            ("vector", pa.list_(pa.float32(), dim)),
+            ("token_lengths", pa.list_(pa.int32())),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class DatasetFiles:
+    """Where the texts and ids of one data set lie, and what `prepare` recorded of it."""
+
+    task: str
+    symmetric: bool
+    instruction: str
+    corpus_uri: str
+    examples_uri: str
+    mined_uri: str
+
+
+@dataclass(frozen=True)
+class ContrastiveJob:
+    """All a worker needs for shards of (query, positive, negatives)."""
+
+    work_uri: str
+    model_uri: str
+    num_negatives: int
+    seed: int
+    datasets: Mapping[str, DatasetFiles]
+
+
+@dataclass(frozen=True)
+class DistillJob:
+    """All a worker needs for shards of (text, instruction, teacher vector)."""
+
+    work_uri: str
+    model_uri: str
+    teacher_dim: int
+
+
+Job = ContrastiveJob | DistillJob
+
+
+def plan_uri(work_uri: str, shard: int) -> str:
+    """Where the plan of a shard lies until the stream is published."""
+    return storage.join(work_uri, ".tmp", "plan", f"part-{shard:05d}.parquet")
+
+
+def shard_uri(work_uri: str, shard: int) -> str:
+    """Where a shard lies."""
+    return storage.join(work_uri, "shards", f"part-{shard:05d}.parquet")
+
+
+def lay_out_shards(job: Job, num_shards: int) -> None:
+    """Write every shard whose plan was written; order and bytes do not depend on who does it."""
+    ray = sys.modules.get("ray")  # not imported means not connected
+    if num_shards == 1 or ray is None or not ray.is_initialized():
+        for shard in range(num_shards):
+            lay_out_shard(job, shard)
+        return
+    logger.info("laying out %d shards with Ray Data", num_shards)
+    import ray.data
+
+    shards = ray.data.range(num_shards, override_num_blocks=num_shards)
+    work = functools.partial(_lay_out_batch, job=job)
+    done = shards.map_batches(work, batch_size=None, num_cpus=1).take_all()
+    assert sorted(row["id"] for row in done) == list(range(num_shards)), "Ray Data lost a shard"
+
+
+def _lay_out_batch(batch: dict[str, np.ndarray], job: Job) -> dict[str, np.ndarray]:
+    for shard in batch["id"].tolist():
+        lay_out_shard(job, shard)
+    return batch
+
+
+def lay_out_shard(job: Job, shard: int) -> None:
+    """Join, count tokens, write: one shard, one row group per step."""
+    plan = read_table(plan_uri(job.work_uri, shard))
+    table = _contrastive_rows(plan, job) if isinstance(job, ContrastiveJob) else _distill_rows(plan, job)
+    steps = table.column("step").to_numpy()
+    cuts = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
+    fs, path = storage.filesystem(shard_uri(job.work_uri, shard))
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    with fs.open(path, "wb") as file, pq.ParquetWriter(file, table.schema) as writer:
+        for start, end in itertools.pairwise(cuts):
+            writer.write_table(table.slice(start, end - start), row_group_size=end - start)
+
+
+# -- (query, positive, negatives) -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """One example of the plan with its document ids."""
+
+    query: str
+    documents: tuple[str | None, ...]  # positive, then negatives; None where there are too few
+    known_positives: frozenset[str]
+
+
+def _contrastive_rows(plan: pa.Table, job: ContrastiveJob) -> pa.Table:
+    """Rows of `STREAM_SCHEMA` for a plan."""
+    rows = plan.to_pylist()
+    joined: dict[int, _Joined] = {}
+    texts: dict[tuple[str, str], str] = {}
+    for name in sorted({row["dataset"] for row in rows}):
+        places = [place for place, row in enumerate(rows) if row["dataset"] == name]
+        found = _join_examples([rows[place] for place in places], job.datasets[name], job)
+        joined.update(zip(places, found, strict=True))
+        wanted = {document for item in found for document in item.documents if document is not None}
+        texts.update(((name, key), text) for key, text in _document_texts(job.datasets[name], wanted).items())
+    columns: dict[str, list[Any]] = {field: [] for field in STREAM_SCHEMA.names}
+    for place, row in enumerate(rows):
+        item, name, files = joined[place], row["dataset"], job.datasets[row["dataset"]]
+        documents = [None if key is None else texts[name, key] for key in item.documents]
+        known = sorted(document_key(name, key) for key in item.known_positives)
+        columns["document_ids"].append([0, *(0 if key is None else document_key(name, key) for key in item.documents)])
+        columns["texts"].append([item.query, *documents])
+        columns["positive_ids"].append(known)
+        for field, value in (("task", files.task), ("instruction", files.instruction), ("symmetric", files.symmetric)):
+            columns[field].append(value)
+        for field in ("step", "slot", "example_id", "dataset"):
+            columns[field].append(row[field])
+    columns["token_lengths"] = _group_lengths(
+        columns["texts"], columns["instruction"], columns["symmetric"], load_tokeniser(job.model_uri)
+    )
+    return pa.table(columns, schema=STREAM_SCHEMA)
+
+
+def _join_examples(rows: Sequence[Mapping[str, Any]], files: DatasetFiles, job: ContrastiveJob) -> list[_Joined]:
+    """Queries, negatives and known positives of one data set's rows."""
+    ids = {row["example_id"] for row in rows}
+    examples = {
+        row["id"]: row for row in read_rows(files.examples_uri, "id", ids, ["id", "query", "negatives"]).to_pylist()
+    }
+    mined = {
+        row["example_id"]: row
+        for row in read_rows(
+            files.mined_uri, "example_id", ids, ["example_id", "negatives", "known_positives"]
+        ).to_pylist()
+    }
+    joined = []
+    for row in rows:
+        key = row["example_id"]
+        if key not in examples:
+            raise UserError(f"{files.mined_uri}: example {key} is not in {files.examples_uri}; mine again.")
+        known = frozenset(mined[key]["known_positives"]) | {row["positive_id"]}
+        offered = dict.fromkeys(item["id"] for item in (*examples[key]["negatives"], *mined[key]["negatives"]))
+        candidates = [item for item in offered if item not in known]
+        chosen: list[str | None] = list(
+            sample(candidates, job.num_negatives, text_key(row["dataset"], key), job.seed, row["epoch"])
+        )
+        chosen += [None] * (job.num_negatives - len(chosen))
+        joined.append(_Joined(examples[key]["query"], (row["positive_id"], *chosen), known))
+    return joined
+
+
+def _document_texts(files: DatasetFiles, wanted: set[str]) -> dict[str, str]:
+    """Texts of corpus rows by id; the corpus is scanned, never held."""
+    table = read_rows(files.corpus_uri, "id", wanted, ["id", "title", "text"])
+    found = {row["id"]: document_text(row["title"], row["text"]) for row in table.to_pylist()}
+    if missing := sorted(wanted - found.keys()):
+        raise UserError(f"{files.corpus_uri}: lacks {len(missing)} documents that were mined, {missing[0]} first.")
+    return found
+
+
+def _group_lengths(
+    texts: Iterable[Sequence[str | None]],
+    instructions: Iterable[str],
+    symmetric: Iterable[bool],
+    tokeniser: Tokeniser,
+) -> list[list[int]]:
+    """Tokens of every text with its instruction; each distinct input is counted once; 0 where a text is absent."""
+    inputs = [
+        [None if text is None else (prefix if place == 0 or both else "", text) for place, text in enumerate(group)]
+        for group, prefix, both in zip(texts, instructions, symmetric, strict=True)
+    ]
+    distinct = list(dict.fromkeys(item for group in inputs for item in group if item is not None))
+    counted = tokeniser.lengths([text for _, text in distinct], [prefix for prefix, _ in distinct]).tolist()
+    lengths = dict(zip(distinct, counted, strict=True))
+    return [[0 if item is None else lengths[item] for item in group] for group in inputs]
+
+
+# -- (text, instruction, teacher vector) ------------------------------------------------------------------------------
+
+
+def _distill_rows(plan: pa.Table, job: DistillJob) -> pa.Table:
+    """Rows of `distill_schema` for a plan."""
+    rows = plan.to_pylist()
+    by_part: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        by_part.setdefault(row["part"], []).append(place)
+    pieces, places_in_order = [], []
+    for part, places in sorted(by_part.items()):
+        table = read_table(part, ["key", "text", "instruction", "vector"])
+        pieces.append(table.take([rows[place]["row"] for place in places]))
+        places_in_order += places
+    taught = pa.concat_tables(pieces).take(np.argsort(places_in_order, kind="stable"))
+    flat = taught.column("vector").combine_chunks().flatten().cast(pa.float32())
+    lengths = load_tokeniser(job.model_uri).lengths(
+        taught.column("text").to_pylist(), taught.column("instruction").to_pylist()
+    )
+    columns = {
+        "step": plan.column("step"),
+        "slot": plan.column("slot"),
+        "example_id": taught.column("key"),
+        "text": taught.column("text"),
+        "instruction": taught.column("instruction"),
+        "vector": pa.FixedSizeListArray.from_arrays(flat, job.teacher_dim),
+        "token_lengths": [[int(length)] for length in lengths],
+    }
+    return pa.table(columns, schema=distill_schema(job.teacher_dim))
+
+
+# -- tokenizer --------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)
+def load_tokeniser(model_uri: str) -> Tokeniser:
+    """The tokenizer of a model folder, with the text handling its `nvembed.json` states; no weights are read.
+
+    Raises:
+        UserError: the folder lacks one of them.
+    """
+    from transformers import AutoTokenizer
+
+    from nvembed.text.tokenise import Tokeniser
+
+    described = storage.join(model_uri, "nvembed.json")
+    if not storage.exists(described):
+        raise UserError(f"{model_uri} is not a model folder of nvembed: it has no nvembed.json.")
+    config = TextConfig.model_validate(storage.read_json(described)["embedder"]["text"])
+    if storage.is_local(model_uri):
+        return Tokeniser(AutoTokenizer.from_pretrained(storage.local_path(model_uri)), config)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in storage.list_directory(model_uri):
+            if name.endswith((".json", ".txt", ".model", ".jinja")):
+                Path(folder, name).write_bytes(storage.read_bytes(storage.join(model_uri, name)))
+        return Tokeniser(AutoTokenizer.from_pretrained(folder), config)
