@@ -134,7 +134,7 @@ class MineWorker:
         ids, scores = search_exact(
             query_QD[short],
             self._document_vectors(dataset),
-            config.depth,
+            config.depth + max(len(queries[index]["never"]) for index in short),
             config.search.block_documents,
             below_Q=below_Q[short],
         )

@@ -144,7 +144,9 @@ class SentenceEncoder:
         self, name: str, revision: str | None, instruction: bool, precision: str, token_budget: int, device: str
     ) -> None:
         from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()  # one bar per actor otherwise
         try:
             self._model = SentenceTransformer(
                 name,

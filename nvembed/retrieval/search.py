@@ -81,7 +81,8 @@ def search_exact(
         total += len(ids)
         ids_N = np.array(ids, dtype=object)
         for start in range(0, len(ids), block):
-            document_ND = np.ascontiguousarray(matrix_ND[start : start + block], dtype=np.float32)
+            # A copy: torch refuses to promise anything about the read-only memory that Arrow hands out.
+            document_ND = np.array(matrix_ND[start : start + block], dtype=np.float32, order="C")
             for group in groups:
                 group.add(ids_N[start : start + block], document_ND)
     width = min(k, total)

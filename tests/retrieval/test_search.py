@@ -1,5 +1,6 @@
 """Exact search: against a naive oracle, and the same bytes for any division into shards and blocks."""
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -26,7 +27,7 @@ def naive(query_QD, ids, document_ND, k, below=None):
 
 def cut(ids, document_ND, edges):
     edges = [0, *sorted(edges), len(ids)]
-    return [(ids[a:b], document_ND[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(ids[a:b], document_ND[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 @st.composite

@@ -1,0 +1,145 @@
+"""The mining worker in one process, on made-up vectors: equal to a naive "filter the whole ranking, take the top"."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from nvembed.mining.config import MineConfig, RandomNegatives
+from nvembed.mining.layout import DOCUMENT_SCHEMA, QUERY_SCHEMA
+from nvembed.mining.miner import MinePaths, MineWorker
+from nvembed.retrieval.config import SearchConfig
+from nvembed.retrieval.shards import read_table, vector_table, write_table
+from nvembed.storage import UserError, join, read_json
+
+DOCUMENTS, QUERIES, DIM = 90, 25, 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Documents 80-89 repeat the texts (and vectors) of 0-9; query 0 has two positives, one of them hard to find."""
+    generator = np.random.default_rng(5)
+    document_ND = generator.standard_normal((DOCUMENTS, DIM)).astype(np.float32)
+    document_ND /= np.linalg.norm(document_ND, axis=1, keepdims=True)
+    document_ND[80:] = document_ND[:10]
+    hashes = [*range(80), *range(10)]
+    ids = [f"d{index:02d}" for index in range(DOCUMENTS)]
+    query_QD = generator.standard_normal((QUERIES, DIM)).astype(np.float32)
+    query_QD[:10] = document_ND[:10] + 0.3 * generator.standard_normal((10, DIM)).astype(np.float32)
+    query_QD /= np.linalg.norm(query_QD, axis=1, keepdims=True)
+    rows = [
+        {
+            "key": f"q{index:02d}",
+            "text": f"query {index}",
+            "instruction": "",
+            "hash": 1000 + index if index != 3 else 7,  # query 3 is the very text of document 7
+            "positives": [ids[index]] + ([ids[40]] if index == 0 else []),
+            "own": 1,
+            "never": [ids[index]] + ([ids[40]] if index == 0 else []),
+            "given": [ids[60], ids[index]] if index == 4 else [],
+        }
+        for index in range(QUERIES)
+    ]
+    return ids, hashes, document_ND, rows, query_QD
+
+
+def lay(paths, world, shard_rows):
+    ids, hashes, document_ND, rows, query_QD = world
+    names = {"documents": [], "queries": []}
+    for start in range(0, DOCUMENTS, shard_rows):
+        part = slice(start, start + shard_rows)
+        name = f"part-{start:05d}.parquet"
+        texts = [
+            {"key": key, "text": key, "instruction": "", "hash": digest}
+            for key, digest in zip(ids[part], hashes[part], strict=True)
+        ]
+        write_table(pa.Table.from_pylist(texts, schema=DOCUMENT_SCHEMA), join(paths.texts, "set/documents", name))
+        write_table(vector_table(pa.array(ids[part]), document_ND[part]), join(paths.vectors, "set/documents", name))
+        names["documents"].append(name)
+    for start in range(0, QUERIES, 10):
+        part = slice(start, start + 10)
+        name = f"part-{start:05d}.parquet"
+        write_table(pa.Table.from_pylist(rows[part], schema=QUERY_SCHEMA), join(paths.texts, "set/queries", name))
+        keys = pa.array([row["key"] for row in rows[part]])
+        write_table(vector_table(keys, query_QD[part]), join(paths.vectors, "set/queries", name))
+        names["queries"].append(name)
+    return names["queries"]
+
+
+def mine(tmp_path, world, config, way="search", shard_rows=17):
+    paths = MinePaths.under(str(tmp_path))
+    shards = lay(paths, world, shard_rows)
+    MineWorker(config, paths).work(
+        {"way": way, "dataset": "set", "shards": shards, "rows": QUERIES, "part": "part-00000"}
+    )
+    part = join(paths.select, "set", "part-00000")
+    return read_table(f"{part}.parquet").to_pylist(), read_json(f"{part}.json")
+
+
+def naive(world, share, count):
+    ids, hashes, document_ND, rows, query_QD = world
+    result = []
+    for row, query in zip(rows, query_QD, strict=True):
+        scores = document_ND.astype(np.float64) @ query.astype(np.float64)
+        lowest = min(scores[ids.index(key)] for key in row["positives"])
+        never = {row["hash"], *(hashes[ids.index(key)] for key in row["never"])}
+        kept = []
+        for index in sorted(range(DOCUMENTS), key=lambda index: (-scores[index], ids[index])):
+            free = ids[index] not in row["never"] and hashes[index] not in never
+            if free and scores[index] < lowest - (1 - share) * abs(lowest) and len(kept) < count:
+                kept.append((ids[index], scores[index]))
+                never.add(hashes[index])
+        result.append(kept)
+    return result
+
+
+@pytest.mark.parametrize(("depth", "share"), [(90, 0.95), (5, 0.95), (5, 0.7)])
+def test_negatives_equal_filtering_the_whole_ranking(tmp_path, world, depth, share):
+    config = MineConfig(depth=depth, num_negatives=4, rule={"type": "topk_perc_pos", "share": share})
+    found, audit = mine(tmp_path, world, config)
+    rows = world[3]
+    for row, mined, expected in zip(rows, found, naive(world, share, 4), strict=True):
+        assert mined["example_id"] == row["key"]
+        assert mined["known_positives"] == sorted(row["never"])
+        assert [item["id"] for item in mined["positives"]] == row["positives"][:1]
+        negatives = mined["negatives"]
+        if row["given"]:
+            assert negatives[0] == {"id": "d60", "score": None}  # given first; the given positive is refused
+            expected = [pair for pair in expected if pair[0] != "d60"][:3]
+            negatives = negatives[1:]
+        assert [item["id"] for item in negatives] == [key for key, _ in expected]
+        np.testing.assert_allclose([item["score"] for item in negatives], [score for _, score in expected], atol=1e-12)
+    assert audit["counts"]["mined"] == QUERIES
+    assert audit["counts"]["negatives"] == sum(len(row["negatives"]) for row in found)
+    assert sum(audit["histograms"]["positives"]) == QUERIES == sum(audit["positive_ranks"].values())
+    assert audit["rejected"]["too_close_to_positive"] > 0
+    assert (audit["counts"]["deepened"] > 10) == (depth == 5)
+
+
+def test_division_changes_no_byte(tmp_path, world):
+    config = MineConfig(depth=5, num_negatives=3)
+    first = mine(tmp_path / "one", world, config, shard_rows=90)
+    small = config.model_copy(update={"search": SearchConfig(block_documents=4)})
+    assert mine(tmp_path / "two", world, small, shard_rows=7) == first
+
+
+def test_random_rule_draws_other_documents_and_knows_the_positives(tmp_path, world):
+    config = MineConfig(rule=RandomNegatives(), num_negatives=6, seed=1)
+    found, audit = mine(tmp_path / "one", world, config, way="random")
+    ids, hashes, _, rows, _ = world
+    for row, mined in zip(rows, found, strict=True):
+        keys = [item["id"] for item in mined["negatives"]]
+        drawn = {hashes[ids.index(key)] for key in keys}
+        assert len(drawn) == len(keys) == 6
+        assert not drawn & {row["hash"], *(hashes[ids.index(key)] for key in row["never"])}
+    assert len({item["id"] for mined in found for item in mined["negatives"]}) > 60
+    assert sum(audit["rejected"].values()) == 0
+    other = config.model_copy(update={"seed": 2})
+    assert mine(tmp_path / "two", world, other, way="random")[0] != found
+    assert mine(tmp_path / "three", world, config, way="random", shard_rows=5)[0] == found
+
+
+def test_a_positive_that_is_not_in_the_corpus_is_named(tmp_path, world):
+    ids, hashes, document_ND, rows, query_QD = world
+    broken = [{**rows[0], "positives": ["gone"]}, *rows[1:]]
+    with pytest.raises(UserError, match="'q00' names 'gone'"):
+        mine(tmp_path, (ids, hashes, document_ND, broken, query_QD), MineConfig(depth=5))

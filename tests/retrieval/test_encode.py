@@ -1,0 +1,106 @@
+"""Encoding in actors: both work, order and bytes as in one process, a restart encodes only what is missing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nvembed.retrieval.config import EncodeConfig, PackageModel
+from nvembed.retrieval.encode import encode_rows, encode_texts, write_text_shards
+from nvembed.retrieval.encoders import open_encoder
+from nvembed.retrieval.shards import list_shards, read_table, read_vectors, table_matrix, write_table
+
+pytestmark = pytest.mark.ray
+
+CONFIG = EncodeConfig(actors=2, shard_rows=10, precision="fp32")
+
+
+def text_rows(count):
+    return [(f"k{index:03d}", f"text number {index} " + "word " * (index % 17), "") for index in range(count)]
+
+
+def contents(root):
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(Path(root).rglob("*.parquet"))}
+
+
+def test_two_actors_order_bytes_and_restart(tmp_path, ray_session):
+    source, out = str(tmp_path / "texts"), str(tmp_path / "vectors")
+    for name, rows in (("b", text_rows(33)), ("a/inner", text_rows(60)[33:])):
+        write_text_shards(rows, f"{source}/{name}", CONFIG.shard_rows)
+    report = encode_texts(source, PackageModel(), out, CONFIG)
+    assert report.rows == 60 and report.reused_rows == 0
+    assert len(report.workers) == 2 and sum(report.workers.values()) == 60 and min(report.workers.values()) > 0
+    assert list_shards(out) == list_shards(source)
+
+    encoder = open_encoder(PackageModel(), 1, "fp32", token_budget=CONFIG.token_budget)
+    for name in list_shards(source):
+        texts, found = read_table(f"{source}/{name}"), read_table(f"{out}/{name}")
+        assert found.column("key").to_pylist() == texts.column("key").to_pylist()
+        columns = [texts.column(column).to_pylist() for column in ("text", "instruction")]
+        assert table_matrix(found).tobytes() == encode_rows(encoder, *columns).tobytes()
+    keys, matrix = read_vectors(f"{out}/b")
+    assert keys == [key for key, _, _ in text_rows(33)] and matrix.dtype == np.float32
+
+    first = contents(out)
+    names = list(first)
+    changed, lost, cut = names[0], names[1], names[2]
+    (Path(out) / lost).unlink()
+    (Path(out) / cut).write_bytes(first[cut][:100])
+    (Path(out) / "b" / "part-00099.parquet").write_bytes(first[lost])  # left by an earlier, longer input
+    table = read_table(f"{source}/{changed}")
+    write_table(
+        table.set_column(1, "text", [[text + " new" for text in table.column("text").to_pylist()]]),
+        f"{source}/{changed}",
+    )
+    stamps = {name: (Path(out) / name).stat().st_mtime_ns for name in names[3:]}
+    one = CONFIG.model_copy(update={"actors": 1})  # how many actors there are changes nothing
+    again = encode_texts(source, PackageModel(), out, one)
+    redone = sum(read_table(f"{source}/{name}").num_rows for name in (changed, lost, cut))
+    assert (again.rows, again.reused_rows) == (redone, 60 - redone)
+    second = contents(out)
+    assert second.pop(changed) != first.pop(changed)
+    assert second == first
+    assert {name: (Path(out) / name).stat().st_mtime_ns for name in names[3:]} == stamps
+
+    assert encode_texts(source, PackageModel(), out, CONFIG).rows == 0
+
+
+DRIVER = """
+import sys
+from nvembed.retrieval.config import EncodeConfig, PackageModel
+from nvembed.retrieval.encode import encode_texts
+report = encode_texts(sys.argv[1], PackageModel(), sys.argv[2], EncodeConfig(actors=2, shard_rows=10))
+print("reused", report.reused_rows, "rows", report.rows)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kill_9_of_the_driver_then_the_same_bytes(tmp_path):
+    source = str(tmp_path / "texts")
+    long = [(key, text * 40, "") for key, text, _ in text_rows(1200)]
+    write_text_shards(long, source, 10)
+
+    def start(out):
+        return subprocess.Popen([sys.executable, "-c", DRIVER, source, str(out)], stdout=subprocess.PIPE, text=True)
+
+    clean, killed = tmp_path / "clean", tmp_path / "killed"
+    done = start(clean)
+    assert done.communicate(timeout=280)[0].split() == ["reused", "0", "rows", "1200"]
+    process = start(killed)
+    deadline = time.monotonic() + 200
+    while not len(list_shards(str(killed))) >= 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(list_shards(str(killed))) < 120
+    second = start(killed)
+    words = second.communicate(timeout=280)[0].split()
+    assert int(words[1]) >= 20 and int(words[1]) + int(words[3]) == 1200
+    assert contents(killed) == contents(clean)

