@@ -24,6 +24,7 @@ from nvembed.types import Config
 
 logger = logging.getLogger(__name__)
 
+_BATCH_METRICS = 1000  # MLflow's own limit of one log_batch call
 PROBE_SECONDS = 3.0  # a server that does not answer within this is taken for dead
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
@@ -176,3 +177,47 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         logger.warning("a line of metrics.jsonl is no JSON object with a step and is not sent: %r", line[:80])
         return None
     return dict(row)
+
+
+class Tail:
+    """Sends rows of a growing `metrics.jsonl`, each (metric, optimiser step) once.
+
+    What MLflow already has is asked once per process and again after every failure, so it does not matter whether a
+    lost call had arrived. Of a step that was repeated after a resume, MLflow keeps what it was told first.
+    """
+
+    def __init__(self) -> None:
+        self._rows = Follower()
+        self._known: dict[str, set[int]] | None = None
+        self._started = 0
+
+    def send(self, client: Any, run_id: str, uri: str, metric_type: Any) -> None:
+        """Send what is new as `metric_type` (mlflow.entities.Metric); rows count as read only after success."""
+        rows = {row["step"]: row for row in self._rows.read(uri)}.values()
+        if rows:
+            known = self._known if self._known is not None else self._ask(client, run_id)
+            self._known = None  # until the calls below have succeeded
+            waiting = [metric for row in rows for metric in self._metrics(row, known, metric_type)]
+            log_metrics(client, run_id, waiting)
+            for metric in waiting:
+                known.setdefault(metric.key, set()).add(metric.step)
+            self._known = known
+        self._rows.commit()
+
+    def _ask(self, client: Any, run_id: str) -> dict[str, set[int]]:
+        run = client.get_run(run_id)
+        self._started = run.info.start_time
+        return {key: {m.step for m in client.get_metric_history(run_id, key)} for key in run.data.metrics}
+
+    def _metrics(self, row: Mapping[str, Any], known: Mapping[str, set[int]], make: Any) -> list[Any]:
+        step = int(row["step"])
+        # repeated calls must carry the same timestamp, or MLflow would keep both
+        when = int(float(row["time"]) * 1000) if "time" in row else self._started + step
+        values = numbers({key: value for key, value in row.items() if key not in ("step", "time")})
+        return [make(key, value, when, step) for key, value in values.items() if step not in known.get(key, ())]
+
+
+def log_metrics(client: Any, run_id: str, metrics: list[Any]) -> None:
+    """Log metrics in calls of the size MLflow takes."""
+    for begin in range(0, len(metrics), _BATCH_METRICS):
+        client.log_batch(run_id, metrics=metrics[begin : begin + _BATCH_METRICS])

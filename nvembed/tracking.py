@@ -16,10 +16,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from nvembed import storage
-from nvembed.mlflow_store import Follower, flatten, numbers, prepare_environment, probe, resolve_store
+from nvembed.mlflow_store import Tail, flatten, log_metrics, numbers, prepare_environment, probe, resolve_store
 from nvembed.types import Artifact, Config
 
 logger = logging.getLogger(__name__)
@@ -28,9 +28,7 @@ STATE = "tracking.json"
 METRICS = "metrics.jsonl"
 RETRY_SECONDS = 30.0  # after a failure MLflow is left alone for this long
 _STATUS = {"finished": "FINISHED", "skipped": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-_BATCH_METRICS = 1000  # MLflow's own limits of one log_batch call
-_BATCH_PARAMS = 100
-_EMPTY = {"experiment_id": None, "parent_run": None, "closed": None}
+_BATCH_PARAMS = 100  # MLflow's own limit of one log_batch call
 
 
 class TrackingConfig(Config):
@@ -56,16 +54,8 @@ class Tracker:
     """The MLflow runs of one output: a parent run, and a child run per pipeline step.
 
     Which runs these are stands in `<out>/tracking.json` and, as a tag, in MLflow; so one output has one parent run,
-    however often it is killed and resumed. No method raises because of MLflow.
-
-    Args:
-        config: where to and whether.
-        out: output root.
-        recipe: the resolved recipe, parameters of the parent run.
-        name: name of the parent run.
-
-    Raises:
-        UserError: the output needs a tracking URI and none is given.
+    however often it is killed and resumed. The parent, called `name`, has the resolved `recipe` as its parameters.
+    No method raises because of MLflow; only an output that needs a tracking URI and has none is a UserError.
     """
 
     def __init__(self, config: TrackingConfig, out: str, recipe: Mapping[str, Any], name: str) -> None:
@@ -85,7 +75,8 @@ class Tracker:
         if self.store is not None:
             if storage.exists(self._file):
                 self._all = storage.read_json(self._file)
-            self._state = self._all["stores"].setdefault(self.store.configured or "output", dict(_EMPTY, steps={}))
+            new: dict[str, Any] = {"experiment_id": None, "parent_run": None, "closed": None, "steps": {}}
+            self._state = self._all["stores"].setdefault(self.store.configured or "output", new)
             self._write_state()  # the key stands here before a run is made under it
 
     def _write_state(self) -> None:
@@ -119,8 +110,7 @@ class Tracker:
     @property
     def parent_run_id(self) -> str | None:
         """Id of the parent run; None while MLflow was never reached."""
-        found: str | None = self._state.get("parent_run")
-        return found
+        return self._state.get("parent_run")
 
     def _open(self) -> None:
         assert self.store is not None
@@ -169,20 +159,15 @@ class Tracker:
     ) -> Iterator[StepRun]:
         """The child run of the pipeline step at `<out>/<name>`; ended by `finish`, or by leaving the block.
 
-        Args:
-            name: name of the step.
-            config: its parameters; taken from the manifest when the step is finished, if not given.
-            inputs: its input artifacts, for the lineage; likewise.
+        `config` gives its parameters, `inputs` the lineage; a run whose step has others is another run.
         """
         handle = self._handle(name, config, inputs or {})
         handle.start()
         try:
             yield handle
-        except KeyboardInterrupt:
-            handle.finish(None, "interrupted")
-            raise
-        except BaseException:
-            handle.finish(None, "failed")
+        except BaseException as error:
+            if handle.status is None:  # what was finished stays so, even if Ctrl-C came while it was sent
+                handle.finish(None, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
         if handle.status is None:
             handle.finish(None)
@@ -193,6 +178,7 @@ class Tracker:
         with self._lock:
             if self._state and self._state["steps"].get(name, {}).get("identity") != identity:
                 self._state["steps"][name] = {"identity": identity, "run_id": None, "sent": None}
+                self._write_state()
             self._steps[name] = StepRun(self, name, config, inputs)
             return self._steps[name]
 
@@ -201,12 +187,9 @@ class Tracker:
         if self.store is None:
             return True
         with self._lock:
-            for name, state in list(self._state["steps"].items()):
+            for name, state in self._state["steps"].items():
                 if state["sent"] is None and name not in self._steps:  # left by an earlier run of this output
-                    manifest = storage.join(self.out, name, storage.MANIFEST)
                     self._steps[name] = StepRun(self, name, None, {})
-                    if storage.exists(manifest):
-                        self._steps[name].publish(Artifact(storage.join(self.out, name), storage.read_json(manifest)))
             self._retry_at = 0.0
             sent = [step.send() for step in self._steps.values()]
             return all(sent)
@@ -243,8 +226,7 @@ class StepRun:
 
     @property
     def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._tracker._state["steps"][self.name]
-        return state
+        return cast(dict[str, Any], self._tracker._state["steps"][self.name])
 
     @property
     def run_id(self) -> str | None:
@@ -253,27 +235,24 @@ class StepRun:
 
     def start(self) -> None:
         """Make the run visible as running; nothing happens where the step was sent in full before."""
-        if self._tracker.store is not None and self._state["sent"] in (None, "FAILED", "KILLED"):
+        if not self._settled:
             self._tracker._attempt(self._describe)
 
     def tail(self, metrics_uri: str | None = None) -> bool:
-        """Send the optimiser steps MLflow does not have. Cheap; call it every few seconds.
+        """Send the optimiser steps of `metrics_uri` (default `<out>/<step>/metrics.jsonl`) MLflow does not have.
 
-        Args:
-            metrics_uri: `metrics.jsonl`, default `<out>/<step>/metrics.jsonl`.
-
-        Returns:
-            False if MLflow failed and rows wait for the next call.
+        Cheap; call it every few seconds. False if MLflow failed and rows wait for the next call.
         """
         with self._tracker._lock:
             self._metrics_uri = metrics_uri or self._metrics_uri
-            if self.status is not None:
+            if self._settled or self.status is not None:
                 return self.send()
             return self._tracker._attempt(self._send_metrics)
 
     def publish(self, artifact: Artifact) -> None:
         """Take what is to be sent from the step's artifact."""
         self._artifact, self.status = artifact, "FINISHED"
+        self._metrics_uri = artifact.path(METRICS)
         manifest = artifact.manifest
         self._parameters = flatten(manifest["config"]) | self._parameters
         uris = manifest.get("input_uris", {})
@@ -289,11 +268,18 @@ class StepRun:
 
     def send(self) -> bool:
         """Send what is missing, unless everything was sent before."""
-        if self._tracker.store is None:
-            return True
-        if self.status is not None and self._state["sent"] == self._wanted:
+        if self._settled and self._wanted in (None, self._sent):
             return True
         return self._tracker._attempt(self._send_all)
+
+    @property
+    def _settled(self) -> bool:
+        """True where an earlier run of this output sent the finished step, and where tracking is off."""
+        return self._tracker.store is None or self._sent not in (None, "FAILED", "KILLED")
+
+    @property
+    def _sent(self) -> str | None:
+        return None if self._tracker.store is None else self._state["sent"]
 
     @property
     def _wanted(self) -> str | None:
@@ -307,6 +293,8 @@ class StepRun:
         key = f"{tracker._all['key']}/{self.name}/{self._state['identity']}"
         tags = {"mlflow.parentRunId": tracker.parent_run_id or "", "nvembed.step": self.name}
         run = tracker._run(client, self._state["run_id"], key, self.name, tags)
+        if run.data.tags["mlflow.parentRunId"] != tracker.parent_run_id:
+            _set_tags(client, run.info.run_id, tags)
         if self._state["run_id"] != run.info.run_id:
             self._state["run_id"] = run.info.run_id
             tracker._write_state()
@@ -317,10 +305,15 @@ class StepRun:
         self._described = True
 
     def _send_metrics(self, client: Any) -> None:
+        from mlflow.entities import Metric
+
         self._describe(client)
-        self._tail.send(client, self._state["run_id"], self._metrics_uri)
+        self._tail.send(client, self._state["run_id"], self._metrics_uri, Metric)
 
     def _send_all(self, client: Any) -> None:
+        step = storage.join(self._tracker.out, self.name)
+        if self.status is None and storage.exists(storage.join(step, storage.MANIFEST)):
+            self.publish(storage.load_artifact(step, verify=False))
         self._described = self._described and self._artifact is None  # the manifest may know more than the start did
         self._send_metrics(client)
         run_id = self._state["run_id"]
@@ -330,51 +323,6 @@ class StepRun:
             client.set_terminated(run_id, self.status)
             self._state["sent"] = self._wanted
             self._tracker._write_state()
-
-
-class Tail:
-    """Sends rows of a growing `metrics.jsonl`, each (metric, optimiser step) once.
-
-    What MLflow already has is asked once per process and again after every failure, so it does not matter whether a
-    lost call had arrived. Of a step that was repeated after a resume, MLflow keeps what it was told first.
-    """
-
-    def __init__(self) -> None:
-        self._rows = Follower()
-        self._known: dict[str, set[int]] | None = None
-        self._started = 0
-
-    def send(self, client: Any, run_id: str, uri: str) -> None:
-        """Send what is new; rows count as read only after success."""
-        rows = self._rows.read(uri)
-        if rows:
-            known = self._known if self._known is not None else self._ask(client, run_id)
-            self._known = None  # until the calls below have succeeded
-            waiting = [metric for row in rows for metric in self._metrics(row, known)]
-            _log_metrics(client, run_id, waiting)
-            for metric in waiting:
-                known.setdefault(metric.key, set()).add(metric.step)
-            self._known = known
-        self._rows.commit()
-
-    def _ask(self, client: Any, run_id: str) -> dict[str, set[int]]:
-        run = client.get_run(run_id)
-        self._started = run.info.start_time
-        return {key: {m.step for m in client.get_metric_history(run_id, key)} for key in run.data.metrics}
-
-    def _metrics(self, row: Mapping[str, Any], known: Mapping[str, set[int]]) -> list[Any]:
-        from mlflow.entities import Metric
-
-        step = int(row["step"])
-        # repeated calls must carry the same timestamp, or MLflow would keep both
-        when = int(float(row["time"]) * 1000) if "time" in row else self._started + step
-        values = numbers({key: value for key, value in row.items() if key not in ("step", "time")})
-        return [Metric(key, value, when, step) for key, value in values.items() if step not in known.get(key, ())]
-
-
-def _log_metrics(client: Any, run_id: str, metrics: list[Any]) -> None:
-    for begin in range(0, len(metrics), _BATCH_METRICS):
-        client.log_batch(run_id, metrics=metrics[begin : begin + _BATCH_METRICS])
 
 
 def _log_params(client: Any, run: Any, params: Mapping[str, str]) -> None:
@@ -419,4 +367,4 @@ def _log_results(client: Any, run: Any, artifact: Artifact) -> None:
     when = int((started + seconds) * 1000)
     found = numbers({"rows": manifest["rows"], "result": manifest["metrics"], "seconds": seconds})
     new = [Metric(key, value, when, 0) for key, value in found.items() if key not in run.data.metrics]
-    _log_metrics(client, run.info.run_id, new)
+    log_metrics(client, run.info.run_id, new)
