@@ -1,0 +1,173 @@
+"""DeepSpeed ZeRO 0-3 behind the engine interface.
+
+Facts of DeepSpeed 0.19 this file works around, each covered by a test:
+- Several `backward` calls per step are silently wrong under ZeRO 1 and 2; `coalesce_grad_reduction` makes them right.
+- Under ZeRO 1 and 2 optimiser state is linked to parameters at the first step only, so before it nothing can be read
+  or restored. The state AdamW would make is made here at the start.
+- Stage 0 reports no gradient norm, so it is clipped by the same torch function as in the torch engine.
+- On CPU the shared-memory communication op is compiled at start; a process killed meanwhile leaves a lock that later
+  ones wait for without end. It is switched off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nvembed.training.config import EngineConfig, OptimiserConfig
+from nvembed.training.engine import Engine, build_optimiser, set_learning_rate
+from nvembed.training.model import Mode, TrainedModel
+
+MAX_BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 allocates 2 GB per rank whatever the model's size
+PERSISTENT_SHARE = 1000  # ZeRO-3 keeps parameters whole that are smaller than this share of the model (at most 1e5)
+
+
+class DeepSpeedEngine(Engine):
+    """See `Engine`."""
+
+    def __init__(self, model: TrainedModel, optimiser: OptimiserConfig, config: EngineConfig, device: torch.device):
+        super().__init__(model, optimiser, config, device)
+        deepspeed = _import_deepspeed(device)
+        self._accessors = deepspeed.utils
+        self._stage = config.zero_stage
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=[parameter for _, parameter in model.trainable()],
+            optimizer=build_optimiser(model, optimiser),
+            config=self._deepspeed_config(),
+        )
+        self._make_moments()
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        trained = sum(parameter.numel() for _, parameter in self.model.trainable())
+        whole = sum(parameter.numel() for parameter in self.model.parameters())
+        bucket = min(MAX_BUCKET, trained)
+        zero: dict[str, Any] = {
+            "stage": self._stage,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        }
+        if self._stage == 3:
+            zero["stage3_prefetch_bucket_size"] = min(MAX_BUCKET, whole)
+            zero["stage3_param_persistence_threshold"] = min(100_000, whole // PERSISTENT_SHARE)
+        if self.config.offload_optimizer and self._stage > 0:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        return {
+            # Batches are divided by us; DeepSpeed only wants its identity to hold: 1 x 1 x world size.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": self.optimiser_config.clip_norm if self._stage > 0 else 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+        }
+
+    def forward(self, mode: Mode, **arguments: Any) -> torch.Tensor:
+        result: torch.Tensor = self._engine(mode, **arguments)
+        return result
+
+    def backward(self, scalar: torch.Tensor) -> None:
+        self._engine.backward(scalar)
+
+    @contextmanager
+    def multi_backward(self) -> Iterator[None]:
+        if self._stage > 0:
+            with self._engine.coalesce_grad_reduction():
+                yield
+            return
+        with self._engine.no_sync():
+            yield
+        self._engine.allreduce_gradients()
+
+    def step(self, factor: float) -> float:
+        set_learning_rate(self._engine.optimizer, factor)
+        if self._stage == 0:
+            parameters = [parameter for _, parameter in self.model.trainable()]
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.optimiser_config.clip_norm))
+            self._engine.step()
+            return norm
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, parameter in self.model.trainable():
+            gradient = (
+                parameter.get_full_hp_grad() if self._stage in (1, 2) else self._accessors.safe_get_full_grad(parameter)
+            )
+            assert gradient is not None, f"{name} has no gradient"
+            found[name] = gradient.detach().cpu().clone()
+        return found
+
+    def tensors(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.model.trainable():
+            if self._stage == 0:
+                tensor = parameter if kind == "parameters" else self._engine.optimizer.state[parameter][kind]
+            elif kind == "parameters":
+                tensor = self._accessors.safe_get_full_fp32_param(parameter)
+            else:
+                tensor = self._accessors.safe_get_full_optimizer_state(parameter, kind)
+            yield name, tensor.detach().float().cpu().clone()
+
+    def load_moments(self, read: Callable[[str, str], torch.Tensor], steps: int) -> None:
+        for name, parameter in self.model.trainable():
+            for kind in self.moments:
+                value = read(kind, name).to(self.device)
+                if self._stage == 0:
+                    self._engine.optimizer.state[parameter][kind].copy_(value)
+                else:
+                    self._accessors.safe_set_full_optimizer_state(parameter, value, kind)
+        for masters in self._masters():
+            if self.moments:
+                self._torch_optimiser.state[masters]["step"] = torch.tensor(float(steps))
+
+    @property
+    def _torch_optimiser(self) -> torch.optim.Optimizer:
+        optimiser: torch.optim.Optimizer = self._engine.basic_optimizer
+        return optimiser
+
+    def _masters(self) -> list[torch.Tensor]:
+        """The float32 tensors the torch optimiser updates: parameters, or this rank's flat partitions."""
+        if self._stage == 0:
+            return [parameter for _, parameter in self.model.trainable()]
+        wrapper = self._engine.optimizer
+        partitions = (
+            wrapper.fp32_partitioned_groups_flat if self._stage == 3 else wrapper.single_partition_of_fp32_groups
+        )
+        return list(partitions)
+
+    def _make_moments(self) -> None:
+        """Zero moments at step count 0: what AdamW itself would make at its first step."""
+        if not self.moments:
+            return
+        for masters in self._masters():
+            state = {kind: torch.zeros_like(masters) for kind in self.moments}
+            self._torch_optimiser.state[masters] = {"step": torch.tensor(0.0), **state}
+        if self._stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed on this device type, talking over the process group that exists (or one of this process alone)."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return deepspeed

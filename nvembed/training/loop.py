@@ -1,0 +1,173 @@
+"""The training loop: one for teacher and student, both stages, any engine, any number of ranks.
+
+It knows neither Ray nor MLflow: it talks to a `WorkerContext`, reads a stream of global batches, and leaves behind
+`metrics.jsonl`, `checkpoints/`, and at the end `model/` and `objective.safetensors`.
+
+Exactness: a step depends on the weights, the optimiser's moments, the global batch and random numbers seeded from
+(seed, step, rank), all of which a resumed run has; see DESIGN.md "Exactness".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from nvembed import storage
+from nvembed.distributed import WorkerContext
+from nvembed.modeling.precision import resolve_precision
+from nvembed.storage import UserError
+from nvembed.training.build import Job, build_model, export
+from nvembed.training.checkpoint import Checkpoint, CheckpointStore, Identity
+from nvembed.training.chunked import backward_global_batch
+from nvembed.training.engine import Engine, build_engine
+from nvembed.training.errors import NonFiniteError
+from nvembed.training.metrics import MetricsLog, hash_ids
+from nvembed.training.schedule import learning_rate_factor
+from nvembed.training.sharding import Sharding, shard
+from nvembed.types import Batch
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+NAMED = 20  # examples an error message names
+
+
+class BatchStream(Protocol):
+    """What the loop needs of a training stream (`data.stream_reader.StreamReader`)."""
+
+    num_steps: int
+    batch_size: int
+    teacher_dim: int | None
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Global batches from optimiser step `start` to the end."""
+        ...
+
+
+def train(job: Job, stream: BatchStream, context: WorkerContext) -> None:
+    """Run one stage from its newest complete checkpoint (or the start) to its model folder.
+
+    Raises:
+        UserError: batch and ranks do not fit, or the checkpoint belongs to something else.
+        NonFiniteError: a loss or gradient was not finite; the checkpoints before it stay.
+        LeaseLostError: another run has taken the output over.
+    """
+    check_batch(stream.batch_size, context.world_size)
+    torch.set_num_threads(job.config.threads_per_worker)
+    precision = resolve_precision(job.config.precision, context.device())
+    store = CheckpointStore(job.work_uri, Identity(job.config, job.inputs, precision, context.world_size))
+    checkpoint = store.newest(context)
+    start = checkpoint.step if checkpoint else 0
+    if context.rank == 0:
+        logger.info("%s: starting at step %d of %d, %s", job.work_uri, start, stream.num_steps, precision)
+    if start < stream.num_steps:
+        _take_steps(job, stream, context, store, checkpoint)
+        checkpoint = store.newest(context)
+    assert checkpoint is not None and checkpoint.step == stream.num_steps
+    if context.rank == 0:
+        context.check_lease()
+        export(job, checkpoint, stream.teacher_dim)
+    context.report({"step": stream.num_steps, "model": storage.join(job.work_uri, "model")})
+
+
+def check_batch(global_batch_size: int, num_workers: int) -> None:
+    """Every rank answers for equally many examples.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    if global_batch_size % num_workers:
+        raise UserError(
+            f"stream.global_batch_size {global_batch_size} cannot be divided by train.num_workers {num_workers}. "
+            f"Use {global_batch_size // num_workers * num_workers or num_workers} or "
+            f"{(global_batch_size // num_workers + 1) * num_workers}, or another number of workers."
+        )
+
+
+def _take_steps(
+    job: Job, stream: BatchStream, context: WorkerContext, store: CheckpointStore, checkpoint: Checkpoint | None
+) -> None:
+    """From the checkpoint to the last optimiser step, which is always saved."""
+    config = job.config
+    model = build_model(job, stream.teacher_dim, context.device())
+    if checkpoint:
+        checkpoint.load_parameters(model)
+    engine = build_engine(model, config.optimiser, config.engine, context.device())
+    if checkpoint:
+        engine.load_moments(checkpoint.read, checkpoint.step)
+    start = checkpoint.step if checkpoint else 0
+    log = MetricsLog(storage.join(job.work_uri, METRICS), start) if context.rank == 0 else None
+    with closing(stream.batches(start)) as batches:  # type: ignore[type-var]
+        for batch in batches:
+            started = time.monotonic()
+            seed_step(config.seed, batch.step, context.rank)
+            sharding = shard(batch, config.token_budget, context.rank, context.world_size)
+            factor = learning_rate_factor(batch.step, stream.num_steps, config.optimiser)
+            loss, norm = optimiser_step(engine, sharding, factor)
+            if log is not None:
+                context.check_lease()
+                row = {
+                    "step": batch.step,
+                    "loss": loss,
+                    "lr": config.optimiser.learning_rate * factor,
+                    "grad_norm": norm,
+                    "sample_ids_sha256": hash_ids(batch.example_ids),
+                    "tokens": int(batch.token_lengths.sum()),
+                    "chunks": len(sharding.own_chunks),
+                    "seconds": round(time.monotonic() - started, 4),
+                }
+                log.append(row)
+            done = batch.step + 1
+            if done % config.checkpoint_every == 0 or done == stream.num_steps:
+                if log is not None:
+                    context.check_lease()
+                    log.flush()
+                store.save(engine, done, context)
+    if log is not None:
+        log.close()
+
+
+def optimiser_step(engine: Engine, sharding: Sharding, factor: float) -> tuple[float, float]:
+    """Gradient of a global batch and one update.
+
+    Args:
+        engine: holds weights and moments.
+        sharding: the batch as this rank sees it.
+        factor: share of the peak learning rate.
+
+    Returns:
+        Global loss, and gradient norm before clipping.
+
+    Raises:
+        NonFiniteError: on every rank, naming the step and the examples.
+    """
+    loss = backward_global_batch(engine, sharding, engine.model.embedder.tokeniser)
+    if sharding.world_size > 1:
+        dist.all_reduce(loss)
+    _check_finite("loss", float(loss), sharding.batch)
+    norm = engine.step(factor)
+    _check_finite("gradient norm", norm, sharding.batch)
+    return float(loss), norm
+
+
+def _check_finite(what: str, value: float, batch: Batch) -> None:
+    if not math.isfinite(value):
+        more = f" and {batch.batch_size - NAMED} more" if batch.batch_size > NAMED else ""
+        raise NonFiniteError(
+            f"the {what} is {value} at step {batch.step}; examples {', '.join(batch.example_ids[:NAMED])}{more}. The "
+            "checkpoints before it stay. Lower the learning rate, or look at these examples."
+        )
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Random numbers (dropout) of a step are a function of (seed, step, rank)."""
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big", signed=True))

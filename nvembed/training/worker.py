@@ -1,0 +1,58 @@
+"""What one Ray Train worker does: the loop, with Ray behind its context."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nvembed import lease
+from nvembed.data.stream_reader import StreamReader
+from nvembed.training.build import Job
+from nvembed.training.loop import train
+
+
+@dataclass
+class RayContext:
+    """`WorkerContext` inside a Ray Train worker."""
+
+    job: Job
+    rank: int
+    world_size: int
+    local_rank: int
+
+    def device(self) -> torch.device:
+        """The GPU Ray gave this worker, or the CPU."""
+        import ray.train.torch
+
+        return ray.train.torch.get_device() if self.job.config.gpus_per_worker else torch.device("cpu")
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Barrier of all workers; Ray keeps no checkpoint of ours (our own scan decides where a run resumes)."""
+        import ray.train
+
+        ray.train.report(dict(metrics))
+
+    def check_lease(self) -> None:
+        """Raise LeaseLostError when another run has taken the output over."""
+        if self.job.lease_uri is not None:
+            lease.check_fence(self.job.lease_uri, self.job.fence)
+
+
+def run_worker(settings: Mapping[str, Job]) -> None:
+    """Entry point of a worker process."""
+    import ray.train
+
+    job = settings["job"]
+    ray_context = ray.train.get_context()
+    context = RayContext(job, ray_context.get_world_rank(), ray_context.get_world_size(), ray_context.get_local_rank())
+    logging.basicConfig(level=logging.WARNING, format=f"[rank {context.rank}] %(message)s")
+    logging.getLogger("nvembed").setLevel(logging.INFO)
+    stream = StreamReader(job.stream_uri)
+    try:
+        train(job, stream, context)
+    finally:
+        stream.close()
