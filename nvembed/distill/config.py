@@ -16,3 +16,12 @@ class TeachConfig(Config):
     max_texts: int | None = Field(None, ge=10)
     holdout_share: float = Field(0.05, gt=0, lt=0.5)
     seed: int = 0
+
+
+class CompareConfig(Config):
+    """The `compare_student` step: held-out cosine, sizes, and CPU seconds of encoding the same texts in turns."""
+
+    texts: int = Field(256, ge=8, description="Texts encoded by teacher and student in the cost measurement.")
+    repeats: int = Field(3, ge=1, description="Interleaved rounds; the median counts.")
+    threads: int = Field(1, ge=1)
+    seed: int = 0
