@@ -24,6 +24,7 @@ from nvembed.types import Artifact, Config
 CANDIDATE = "candidate"
 CHAMPION = "champion"
 REGISTRATION = "registration.json"
+PRIMARY_METRICS = ("ndcg_at_10", "accuracy", "spearman")
 _CONTENT = "nvembed.content_hash"
 _SCORE = "nvembed.score"
 _EVALUATION = "nvembed.evaluation_hash"
@@ -94,9 +95,14 @@ def content_hash(folder: str) -> str:
     return storage.hash_json({name: entry["xxh3_128"] for name, entry in files.items()})
 
 
+def primary_metric(metrics: Mapping[str, Any]) -> str:
+    """The metric a data set is judged by: nDCG@10 of retrieval, accuracy of classes, Spearman of graded pairs."""
+    return next((name for name in PRIMARY_METRICS if name in metrics), next(iter(metrics)))
+
+
 def mean_primary_score(scores: Mapping[str, Any], system: str = "model") -> float:
-    """Mean over data sets of the first (primary) metric of a system in the `scores.json` layout, 0-1."""
-    values = [next(iter(metrics.values()))["value"] for metrics in scores["scores"][system].values()]
+    """Mean over data sets of the primary metric of a system in the `scores.json` layout, 0-1."""
+    values = [metrics[primary_metric(metrics)]["value"] for metrics in scores["scores"][system].values()]
     return sum(values) / len(values)
 
 

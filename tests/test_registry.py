@@ -57,7 +57,7 @@ def model_folder(out: str, content: str) -> str:
 
 def scores(value: float, hashes: dict[str, str] | None = None) -> dict[str, Any]:
     def metrics(primary: float) -> dict[str, Any]:
-        return {name: {"value": v, "low": v, "high": v} for name, v in (("ndcg_at_10", primary), ("mrr_at_10", 0.9))}
+        return {name: {"value": v, "low": v, "high": v} for name, v in (("mrr_at_10", 0.9), ("ndcg_at_10", primary))}
 
     systems = {"model": {"cwe": metrics(value), "hpo": metrics(value + 0.1)}, "model@32": {"cwe": metrics(0.99)}}
     return {"evaluation_hash": hashes or HASHES, "scores": systems}
@@ -174,8 +174,10 @@ def test_without_auto_promote_champion_stays(out: str) -> None:
     assert aliases(out) == {"candidate": "1"}
 
 
-def test_mean_primary_score_takes_the_first_metric() -> None:
+def test_mean_primary_score() -> None:
     assert mean_primary_score(scores(0.5)) == pytest.approx(0.55)
+    classes = {"v_measure": {"value": 0.1}, "accuracy": {"value": 0.6}}
+    assert mean_primary_score({"scores": {"model": {"a": classes, "b": {"other": {"value": 0.2}}}}}) == pytest.approx(0.4)
 
 
 # -- the step -------------------------------------------------------------------------------------------------------
