@@ -1,0 +1,288 @@
+"""Files people have: every format and shape, malformed rows, BEIR folders, and the way back."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nvembed.data.config import BeirSource, FilesSource, HubSource
+from nvembed.data.export import write_beir, write_flag_embedding, write_sentence_transformers
+from nvembed.data.sources.base import SourceRows
+from nvembed.data.sources.beir import read_beir
+from nvembed.data.sources.files import read_file, read_files
+from nvembed.data.sources.hub import read_hub
+from nvembed.data.sources.rows import PairRow, PairTable, pairs_to_rows, read_pairs
+from nvembed.data.tables import Document
+from nvembed.storage import UserError
+from nvembed.types import ScoredId, TaskType, TrainingExample
+
+ROWS = [
+    {"anchor": f"question {i}", "positive": f"answer {i}", "negative_1": f"wrong {i}", "negative_2": f"bad {i}"}
+    for i in range(120)
+]
+
+
+def files_source(*paths: Path, **options: object) -> FilesSource:
+    return FilesSource(name="mine", instruction="web_search", uris=tuple(str(path) for path in paths), **options)
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def content(rows: SourceRows) -> set[tuple]:
+    """What a data set says, whatever its ids and sides: (query, positives, negatives) by text."""
+    texts = {row.id: row.text for row in rows.documents}
+    return {
+        (
+            row.query,
+            frozenset(texts[item.id] for item in row.positives),
+            frozenset(texts[item.id] for item in row.negatives),
+        )
+        for examples in rows.examples.values()
+        for row in examples
+    }
+
+
+EXPECTED = {
+    (row["anchor"], frozenset({row["positive"]}), frozenset({row["negative_1"], row["negative_2"]})) for row in ROWS
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "parquet", "flag.jsonl", "glob"])
+def test_every_format_says_the_same(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        write_lines(path, ROWS)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+    elif kind == "csv":
+        cells = [",".join(f'"{value}"' for value in row.values()) for row in ROWS]
+        path.write_text("\n".join([",".join(ROWS[0]), *cells]) + "\n")
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    elif kind == "flag.jsonl":
+        flag = [
+            {"query": row["anchor"], "pos": [row["positive"]], "neg": [row["negative_1"], row["negative_2"]]}
+            for row in ROWS
+        ]
+        write_lines(path, flag)
+    else:
+        write_lines(tmp_path / "a1.jsonl", ROWS[:50])
+        write_lines(tmp_path / "a2.jsonl", ROWS[50:])
+        path = tmp_path / "a*.jsonl"
+    rows = read_files(files_source(path))
+    assert content(rows) == EXPECTED
+    assert all(rows.examples.values())
+    assert rows.rejects.total == 0 and rows.rejects.rows == len(ROWS)
+
+
+def test_files_on_another_filesystem(tmp_path: Path) -> None:
+    import fsspec
+
+    with fsspec.open("memory://bucket/rows.jsonl", "wb") as file:
+        file.write(write_lines(tmp_path / "rows.jsonl", ROWS).read_bytes())
+    source = FilesSource(name="mine", instruction="web_search", uris=("memory://bucket/*.jsonl",))
+    assert content(read_files(source)) == EXPECTED
+
+
+def test_scores_of_flag_embedding_are_kept(tmp_path: Path) -> None:
+    flag = [
+        {"query": f"q{i}", "pos": [f"p{i}"], "pos_scores": [0.9], "neg": [f"n{i}"], "neg_scores": [1]}
+        for i in range(99)
+    ]
+    rows = read_files(files_source(write_lines(tmp_path / "rows.jsonl", flag)))
+    for row in rows.examples["train"]:
+        assert [item.score for item in (*row.positives, *row.negatives)] == [0.9, 1.0]
+
+
+MALFORMED = [
+    (b"{not json", "not JSON"),
+    (b"\xff\xfe{}", "not UTF-8"),
+    (b"[1, 2]", "not a JSON object"),
+    (b'{"positive": "p"}', "query missing"),
+    (b'{"anchor": "q"}', "positive missing"),
+    (b'{"query": "q", "pos": []}', "positive missing"),
+    (b'{"anchor": "  ", "positive": "p"}', "query empty"),
+    (b'{"anchor": "q", "positive": ""}', "positive empty"),
+    (b'{"anchor": 7, "positive": "p"}', "query is not text"),
+    (b'{"anchor": "q", "positive": ["p"]}', "positive is not text"),
+    (b'{"query": "q", "pos": "p"}', "positives are not a list"),
+    (b'{"query": "q", "pos": ["p"], "neg": [null]}', "negative is not text"),
+    (b'{"query": "q", "pos": ["p"], "pos_scores": [1, 2]}', "positive scores do not match the positives"),
+    (b'{"query": "q", "pos": ["p"], "pos_scores": ["1"]}', "positive score is not a number"),
+    (b'{"anchor": "\\ud800", "positive": "p"}', "query is not UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), MALFORMED, ids=[reason for _, reason in MALFORMED])
+def test_malformed_lines_are_refused_by_reason_and_place(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps(ROWS[0]).encode()
+    path.write_bytes(good + b"\n\n" + line + b"\n" + json.dumps(ROWS[1]).encode())
+    table = read_pairs(read_file(str(path)))
+    assert [row.query for row in table.rows] == ["question 0", "question 1"]
+    assert table.rejects.listed == [{"file": "rows.jsonl", "line": 3, "reason": reason}]
+    assert table.rejects.rows == 3
+
+
+def test_malformed_csv_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'anchor,positive\nq1,"p\n1"\nq2,p2,extra\nq3\nq\xff4,p4\nq5,\nq6,p6\n')
+    table = read_pairs(read_file(str(path)))
+    assert [row.query for row in table.rows] == ["q1", "q6"]
+    assert [(row["line"], row["reason"]) for row in table.rejects.listed] == [
+        (4, "more fields than the header"),
+        (5, "positive missing"),
+        (6, "query is not UTF-8"),
+        (7, "positive empty"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("rows.csv", b"text,label\na,b\n", "columns text, label"),
+        ("rows.xlsx", b"", "unknown kind of file"),
+        ("rows.parquet", b"PAR1 no", "not a parquet file"),
+    ],
+)
+def test_unusable_files(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        read_files(files_source(path))
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read_files(files_source(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match="matches no file"):
+        read_files(files_source(tmp_path / "*.jsonl"))
+
+
+def test_rows_that_cannot_be_divided(tmp_path: Path) -> None:
+    rows = [{"anchor": f"q{i}", "positive": "the same for all"} for i in range(50)]
+    with pytest.raises(UserError, match="a side is empty"):
+        read_files(files_source(write_lines(tmp_path / "rows.jsonl", rows)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30)), max_size=60))
+def test_no_query_and_no_positive_stands_on_two_sides(numbers: list[tuple[int, int, int]]) -> None:
+    table = PairTable([PairRow(f"q{q}", ((f"p{p}", None),), ((f"p{n}", None),)) for q, p, n in numbers])
+    rows = pairs_to_rows(table, "mine", 0.3)
+    sides: dict[str, set[str]] = {}
+    for split, examples in rows.examples.items():
+        for row in examples:
+            for text in (row.query, *(item.id for item in row.positives)):
+                sides.setdefault(text, set()).add(split)
+            assert not {item.id for item in row.positives} & {item.id for item in row.negatives}
+    assert all(len(found) == 1 for found in sides.values())
+    assert {row.query for examples in rows.examples.values() for row in examples} == {f"q{q}" for q, _, _ in numbers}
+
+
+# -- BEIR -------------------------------------------------------------------------------------------------------------
+
+
+def beir_rows() -> tuple[list[Document], dict[str, list[TrainingExample]]]:
+    documents = [Document(f"d{i}", f"Title {i}" if i % 2 else "", f"Text of {i}\nwith lines") for i in range(60)]
+    examples: dict[str, list[TrainingExample]] = {"train": [], "dev": [], "test": []}
+    for i in range(60):
+        split = ("test", "dev", "train")[min(i // 10, 2)]
+        positives = (ScoredId(f"d{i}", 1.0), ScoredId(f"d{(i + 1) % 60}", 2.0))
+        negatives = (ScoredId(f"d{(i + 5) % 60}", 0.0),)
+        examples[split].append(
+            TrainingExample(f"q{i}", "mine", TaskType.RETRIEVAL, f"query é {i}", positives, negatives)
+        )
+    return documents, examples
+
+
+def test_beir_round_trip(tmp_path: Path) -> None:
+    documents, examples = beir_rows()
+    write_beir(documents, examples, str(tmp_path / "folder"))
+    rows = read_beir(BeirSource(name="mine", instruction="web_search", uri=str(tmp_path / "folder")))
+    assert rows.documents == documents
+    assert rows.examples == examples
+    assert not rows.documents_split and rows.rejects.total == 0
+
+
+def test_beir_without_dev_and_train(tmp_path: Path) -> None:
+    documents, examples = beir_rows()
+    source = BeirSource(name="mine", instruction="web_search", uri=str(tmp_path))
+    write_beir(documents, {"train": examples["train"], "test": examples["test"]}, source.uri)
+    rows = read_beir(source)
+    assert 0 < len(rows.examples["dev"]) < len(rows.examples["train"])
+    (tmp_path / "qrels" / "train.tsv").unlink()
+    assert not read_beir(source).examples["train"]
+    (tmp_path / "qrels" / "test.tsv").unlink()
+    with pytest.raises(UserError, match="needs qrels/test.tsv"):
+        read_beir(source)
+
+
+def test_beir_rejects(tmp_path: Path) -> None:
+    documents, examples = beir_rows()
+    write_beir(documents, examples, str(tmp_path))
+    with (tmp_path / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": "d0", "text": "again"}\n{"text": "no id"}\n{"_id": "e", "text": " "}\n{"_id": "f"}\n')
+    with (tmp_path / "qrels" / "test.tsv").open("a") as file:
+        file.write("q0\tunknown\t1\nq999\td1\t1\nq1\td1\tmany\nq1 d1 1\n")
+    rows = read_beir(BeirSource(name="mine", instruction="web_search", uri=str(tmp_path)))
+    assert rows.rejects.by_reason == {
+        "_id twice": 1,
+        "_id missing or not text": 1,
+        "text empty": 1,
+        "text missing or not text": 1,
+        "unknown document": 1,
+        "unknown query": 1,
+        "score is not a number": 1,
+        "not three fields": 1,
+    }
+    assert rows.examples == examples
+
+
+# -- and back ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [write_sentence_transformers, write_flag_embedding])
+def test_pairs_round_trip(tmp_path: Path, write) -> None:
+    first = read_files(files_source(write_lines(tmp_path / "rows.jsonl", ROWS)))
+    everything = [row for examples in first.examples.values() for row in examples]
+    write(first.documents, everything, str(tmp_path / "back.jsonl"))
+    again = read_files(files_source(tmp_path / "back.jsonl"))
+    assert content(again) == content(first) == EXPECTED
+    for split, examples in first.examples.items():
+        assert {row.id for row in again.examples[split]} == {row.id for row in examples}
+
+
+def test_several_positives_and_scores_round_trip(tmp_path: Path) -> None:
+    rows = [{"query": f"q{i}", "pos": [f"a{i}", f"b{i}"], "neg": [], "pos_scores": [0.5, 1.0]} for i in range(99)]
+    first = read_files(files_source(write_lines(tmp_path / "rows.jsonl", rows)))
+    everything = [row for examples in first.examples.values() for row in examples]
+    write_flag_embedding(first.documents, everything, str(tmp_path / "flag.jsonl"))
+    again = read_files(files_source(tmp_path / "flag.jsonl"))
+    assert {row.id: row for row in again.examples["train"]} == {row.id: row for row in first.examples["train"]}
+    write_sentence_transformers(first.documents, everything, str(tmp_path / "st.jsonl"))
+    assert content(read_files(files_source(tmp_path / "st.jsonl"))) == content(first)
+
+
+def test_only_retrieval_is_written_back(tmp_path: Path) -> None:
+    row = TrainingExample("a", "mine", TaskType.CLASSIFICATION, "text", label="class")
+    with pytest.raises(UserError, match="classification"):
+        write_flag_embedding([], [row], str(tmp_path / "no.jsonl"))
+
+
+def test_hub_reads_a_folder_that_datasets_can_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_lines(folder / "train.jsonl", ROWS)
+    rows = read_hub(HubSource(name="mine", instruction="web_search", path=str(folder)))
+    assert content(rows) == EXPECTED
+    with pytest.raises(UserError, match="cannot be loaded"):
+        read_hub(HubSource(name="mine", instruction="web_search", path=str(folder), split="nowhere"))
