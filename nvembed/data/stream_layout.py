@@ -302,9 +302,11 @@ def load_tokeniser(model_uri: str) -> Tokeniser:
         raise UserError(f"{model_uri} is not a model folder of nvembed: it has no nvembed.json.")
     config = TextConfig.model_validate(storage.read_json(described)["embedder"]["text"])
     if storage.is_local(model_uri):
-        return Tokeniser(AutoTokenizer.from_pretrained(storage.local_path(model_uri)), config)
+        local: Any = AutoTokenizer.from_pretrained(storage.local_path(model_uri))
+        return Tokeniser(local, config)
     with tempfile.TemporaryDirectory() as folder:
         for name in storage.list_directory(model_uri):
             if name.endswith((".json", ".txt", ".model", ".jinja")):
                 Path(folder, name).write_bytes(storage.read_bytes(storage.join(model_uri, name)))
-        return Tokeniser(AutoTokenizer.from_pretrained(folder), config)
+        copied: Any = AutoTokenizer.from_pretrained(folder)
+        return Tokeniser(copied, config)

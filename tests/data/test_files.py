@@ -221,7 +221,7 @@ def test_beir_without_dev_and_train(tmp_path: Path) -> None:
     (tmp_path / "qrels" / "train.tsv").unlink()
     assert not read_beir(source).examples["train"]
     (tmp_path / "qrels" / "test.tsv").unlink()
-    with pytest.raises(UserError, match="needs qrels/test.tsv"):
+    with pytest.raises(UserError, match=r"needs qrels/test\.tsv"):
         read_beir(source)
 
 

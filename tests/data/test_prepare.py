@@ -201,7 +201,7 @@ def test_caps_that_leave_no_training_say_so(tmp_path: Path) -> None:
 
 
 def test_readers_name_what_there_is(prepared: Artifact) -> None:
-    with pytest.raises(UserError, match="'cve' is not in .* it holds cwe, hpo"):
+    with pytest.raises(UserError, match=r"'cve' is not in .* it holds cwe, hpo"):
         read_corpus(prepared, "cve")
     with pytest.raises(UserError, match="split 'validation'"):
         read_examples(prepared, "cwe", "validation")

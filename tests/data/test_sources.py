@@ -111,7 +111,7 @@ def test_similarity_is_graded_synthetic_and_trained_in_both_directions(sources: 
     assert rows.synthetic
     for split, examples in rows.examples.items():
         scores = [row.positives[0].score or 0 for row in examples]
-        assert 0 < min(scores) and max(scores) < 1
+        assert min(scores) > 0 and max(scores) < 1
         shares = [sum(low / 10 <= score < (low + 2) / 10 for score in scores) / len(scores) for low in range(0, 10, 2)]
         assert min(shares) > 0.1, (split, shares)
     train = {row.id for row in rows.examples["train"]}

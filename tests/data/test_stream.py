@@ -18,6 +18,7 @@ from nvembed.data import stream
 from nvembed.data.config import DistillStreamConfig, StreamConfig
 from nvembed.data.order import document_key
 from nvembed.data.stream import DISTILL_STREAM, STREAM, StreamReader
+from nvembed.data.stream_layout import load_tokeniser
 from nvembed.data.tables import SCORED_IDS, Document, corpus_table, examples_table, write_table
 from nvembed.storage import CorruptArtifactError, Step, StepResult, UserError
 from nvembed.types import Artifact, Batch, Config, ScoredId, TaskType, TrainingExample
@@ -292,6 +293,18 @@ def test_streams_on_another_filesystem(inputs: dict[str, Artifact], tmp_path: Pa
     assert all(digest(a) == digest(b) for a, b in batches)
 
 
+def test_the_tokenizer_of_a_remote_model_folder(inputs: dict[str, Artifact]) -> None:
+    folder = inputs["model"].path("model")
+    for name in storage.list_directory(folder):
+        data = storage.read_bytes(storage.join(folder, name))
+        storage.write_bytes(f"memory://models/tiny/{name}", data)
+    texts, prefixes = ["question word", "text"], [PREFIX.format("facts"), ""]
+    local, remote = (load_tokeniser(uri) for uri in (folder, "memory://models/tiny"))
+    assert remote.lengths(texts, prefixes).tolist() == local.lengths(texts, prefixes).tolist() == [9, 2]
+    with pytest.raises(UserError, match=r"has no nvembed\.json"):
+        load_tokeniser("memory://models")
+
+
 # -- damage -----------------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +317,7 @@ def test_damaged_streams_are_refused(inputs: dict[str, Artifact], tmp_path: Path
     shard.write_bytes(changed)
     reader = StreamReader(artifact.uri)
     assert reader.batch(0).step == 0  # another shard
-    with pytest.raises(CorruptArtifactError, match="part-00001.parquet: checksum differs"):
+    with pytest.raises(CorruptArtifactError, match=r"part-00001\.parquet: checksum differs"):
         reader.batch(3)
     with pytest.raises(CorruptArtifactError, match="checksum differs"):
         list(reader.batches(1))
@@ -312,7 +325,7 @@ def test_damaged_streams_are_refused(inputs: dict[str, Artifact], tmp_path: Path
     with pytest.raises(CorruptArtifactError, match=f"{len(data) - 10} bytes, expected {len(data)}"):
         StreamReader(artifact.uri)
     shard.unlink()
-    with pytest.raises(CorruptArtifactError, match="part-00001.parquet: missing"):
+    with pytest.raises(CorruptArtifactError, match=r"part-00001\.parquet: missing"):
         StreamReader(artifact.uri)
 
 
@@ -379,7 +392,7 @@ def test_a_distillation_stream(inputs: dict[str, Artifact], tmp_path: Path) -> N
 
 
 def test_distillation_needs_vectors(inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="60 usable .* takes 64"):
+    with pytest.raises(UserError, match=r"60 usable .* takes 64"):
         DISTILL_STREAM.run(
             DistillStreamConfig(steps=1, global_batch_size=64),
             {name: inputs[name] for name in ("teach", "model")},
