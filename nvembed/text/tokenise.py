@@ -1,90 +1,120 @@
-"""Text to model input: BOS/EOS once as ids, the instruction left out of pooling by character offsets."""
+"""The tokeniser: a fast Hugging Face tokenizer and how a text becomes model input.
+
+BOS and EOS are ids, put once around the truncated text; the instruction is left out of pooling by character offsets
+(`encoding.py`). The tokenizer's own post-processor is set to the same BOS/EOS, so that a stock
+`tokenizer(text, truncation=True, max_length=...)` gives exactly these ids, wherever the tokenizer is saved to.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nvembed.storage import UserError
 from nvembed.text.config import TextConfig
+from nvembed.text.encoding import Specials, Tokens, count_tokens, encode_with_mask, pad_batch
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerFast
 
-
-@dataclass(frozen=True)
-class Tokens:
-    """Ids of one text (instruction, text, BOS/EOS) and which of them are pooled (1) or not (0)."""
-
-    input_ids: list[int]
-    pool_mask: list[int]
+__all__ = ["Tokeniser", "Tokens"]
 
 
 class Tokeniser:
-    """A fast tokenizer and a TextConfig.
+    """Texts to token ids and pooling masks.
+
+    Args:
+        tokenizer: a fast tokenizer. It is changed in place: padding and truncation on the right, `max_length`, the
+            post-processor that adds BOS/EOS, no chat template (sentence-transformers would apply it to plain texts).
+        config: lengths and special tokens.
 
     Raises:
-        UserError: the tokenizer has no offsets (a slow one), or lacks a special token that the config asks for.
+        UserError: a slow tokenizer, or one without a special token that `config` asks for.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, config: TextConfig) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise UserError("the tokenizer gives no character offsets (a slow one); convert it to a fast tokenizer")
-        for wanted, name in ((config.add_bos, "bos_token"), (config.add_eos, "eos_token")):
-            if wanted and getattr(tokenizer, f"{name}_id") is None:
-                raise UserError(f"the tokenizer has no {name}: set text.add_{name[:3]} to false or give it one")
+            raise UserError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer: it has no character offsets, which leaving the "
+                "instruction out of pooling needs. Convert the model to one with a tokenizer.json."
+            )
+        if not (config.add_bos or config.add_eos):
+            raise UserError("text: neither add_bos nor add_eos is set, so an empty text would have no token; set one.")
         self.tokenizer = tokenizer
         self.config = config
-        self._before = [tokenizer.bos_token_id] if config.add_bos else []
-        self._after = [tokenizer.eos_token_id] if config.add_eos else []
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self._pad = 0 if pad is None else pad
+        self.specials = Specials(
+            _special_id(tokenizer, "bos", "add_bos") if config.add_bos else None,
+            _special_id(tokenizer, "eos", "add_eos") if config.add_eos else None,
+        )
+        if tokenizer.pad_token_id is None:  # NV-Embed pads with EOS too; padding is masked, so any id would do
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+        self.pad_id = int(tokenizer.pad_token_id)
+        _set_up(tokenizer, config, self.specials)
 
     def encode(self, texts: Sequence[str], instructions: Sequence[str]) -> list[Tokens]:
-        """Tokens of `instruction + text`, truncated to max_length with BOS and EOS kept.
-
-        A token belongs to the instruction iff it ends inside it: byte-level BPE joins the instruction's last space
-        with the next word, and that token is pooled. Where an instruction is masked, BOS is too (SPEC 1). When
-        nothing but the instruction is left, what follows it (EOS) is pooled, or everything if nothing does.
-        """
-        room = self.config.max_length - len(self._before) - len(self._after)
-        joined = [instruction + text for instruction, text in zip(instructions, texts, strict=True)]
-        if not joined:
-            return []
-        encoded = self.tokenizer(
-            joined, add_special_tokens=False, truncation=True, max_length=room, return_offsets_mapping=True,
-            return_attention_mask=False,
-        )  # fmt: skip
-        rows = zip(encoded["input_ids"], encoded["offset_mapping"], instructions, strict=True)
-        return [self._tokens(ids, offsets, instruction) for ids, offsets, instruction in rows]
-
-    def _tokens(self, ids: list[int], offsets: list[tuple[int, int]], instruction: str) -> Tokens:
-        masked = len(instruction) if self.config.mask_instruction else 0
-        inside = [0 if masked and end <= masked else 1 for _, end in offsets]
-        before = [0 if masked else 1] * len(self._before)
-        mask = before + inside + [1] * len(self._after)
-        return Tokens(self._before + list(ids) + self._after, mask if any(mask) else [1] * len(mask))
+        """Token ids and pooling mask of each `instruction + text`, at most `max_length` long, not padded."""
+        return encode_with_mask(
+            self.tokenizer.backend_tokenizer,
+            texts,
+            instructions,
+            self.config.max_length,
+            self.specials,
+            self.config.mask_instruction,
+        )
 
     def lengths(self, texts: Sequence[str], instructions: Sequence[str]) -> np.ndarray:
-        """int32 [N]: tokens of each input as `encode` gives them."""
-        return np.array([len(tokens.input_ids) for tokens in self.encode(texts, instructions)], dtype=np.int32)
+        """int32 [N]: tokens of each input, BOS/EOS included, as `encode` would cut it."""
+        joined = [instruction + text for instruction, text in zip(instructions, texts, strict=True)]
+        counted = count_tokens(self.tokenizer.backend_tokenizer, joined, self.config.max_length, self.specials)
+        return np.array(counted, dtype=np.int32)
 
-    def collate(self, tokens: Sequence[Tokens], device: Any = None) -> dict[str, Any]:
-        """Right-padded long tensors `input_ids`, `attention_mask`, `pool_mask`, each [N, longest]."""
+    def collate(self, batch: Sequence[Tokens], device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
+        """Right-padded long tensors [N, L]: `input_ids`, `attention_mask`, `pool_mask`."""
         import torch
 
-        width = max((len(row.input_ids) for row in tokens), default=0)
-        shape = (len(tokens), width)
-        arrays = {
-            "input_ids": np.full(shape, self._pad, dtype=np.int64),
-            "attention_mask": np.zeros(shape, dtype=np.int64),
-            "pool_mask": np.zeros(shape, dtype=np.int64),
-        }
-        for index, row in enumerate(tokens):
-            arrays["input_ids"][index, : len(row.input_ids)] = row.input_ids
-            arrays["attention_mask"][index, : len(row.input_ids)] = 1
-            arrays["pool_mask"][index, : len(row.pool_mask)] = row.pool_mask
-        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        rows = pad_batch(batch, self.pad_id)
+        return {name: torch.tensor(values, dtype=torch.long, device=device) for name, values in rows.items()}
+
+
+def _special_id(tokenizer: PreTrainedTokenizerFast, kind: str, key: str) -> int:
+    number = getattr(tokenizer, f"{kind}_token_id")
+    if number is None:
+        raise UserError(
+            f"text.{key} is true, but the tokenizer has no {kind.upper()} token. Set text.{key}: false, or name one "
+            f"({kind}_token) in its tokenizer_config.json."
+        )
+    return int(number)
+
+
+def _set_up(tokenizer: PreTrainedTokenizerFast, config: TextConfig, specials: Specials) -> None:
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = config.max_length
+    tokenizer.split_special_tokens = True  # special tokens written out in a text are text
+    tokenizer.chat_template = None
+    for name in ("add_bos_token", "add_eos_token"):  # kinds that rebuild their post-processor from these two
+        if hasattr(tokenizer, f"_{name}"):
+            setattr(tokenizer, f"_{name}", getattr(config, name.removesuffix("_token")))
+        if name in tokenizer.init_kwargs:
+            tokenizer.init_kwargs[name] = getattr(config, name.removesuffix("_token"))
+    tokenizer.backend_tokenizer.post_processor = _post_processor(tokenizer, specials)
+
+
+def _post_processor(tokenizer: PreTrainedTokenizerFast, specials: Specials) -> Any:
+    """`[BOS] text [EOS]`; after a byte-level processor where the tokenizer had one, which only trims offsets."""
+    from tokenizers import processors
+
+    names = {number: tokenizer.convert_ids_to_tokens(number) for number in specials if number is not None}
+    before = [f"{names[specials.bos]}:0"] if specials.bos is not None else []
+    after = [f"{names[specials.eos]}:0"] if specials.eos is not None else []
+    # The list form: token texts may hold spaces or colons, which the string form would split at.
+    template = processors.TemplateProcessing(
+        single=[*before, "$A:0", *after],
+        pair=[*before, "$A:0", *after, *[piece[:-1] + "1" for piece in before], "$B:1", *[p[:-1] + "1" for p in after]],
+        special_tokens=[(name, number) for number, name in names.items()],
+    )
+    if "ByteLevel" in str(tokenizer.backend_tokenizer.pre_tokenizer):
+        return processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    return template

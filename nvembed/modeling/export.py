@@ -1,0 +1,158 @@
+"""The sentence-transformers side of a model folder: its module list, prompts, model card, and custom code.
+
+Mean pooling over everything and last-token pooling are stock modules and need no custom code. What stock modules
+cannot do (latent attention; leaving the instruction out by character offsets) is done by copies of our own source
+files, in which imports of each other are made relative.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nvembed.modeling.config import EmbedderConfig, LastTokenConfig, LatentAttentionConfig, MeanConfig
+
+CODE = {
+    "sentence_modules.py": "nvembed.modeling",
+    "bidirectional.py": "nvembed.modeling",
+    "latent_attention.py": "nvembed.modeling",
+    "pooling.py": "nvembed.modeling",
+    "encoding.py": "nvembed.text",
+}
+POOLING_FOLDER = "1_Pooling"
+LIBRARIES = ("sentence-transformers", "transformers", "torch")
+# The first transformers whose mask builders read config.is_causal; older ones run the model causal.
+REQUIREMENTS = {"sentence-transformers": ">=6.2", "transformers": ">=5.2"}
+
+
+def needs_code(config: EmbedderConfig) -> bool:
+    """Whether the pooling is beyond sentence-transformers' own modules."""
+    if isinstance(config.pooling, MeanConfig):
+        return config.text.mask_instruction
+    return isinstance(config.pooling, LatentAttentionConfig)
+
+
+def latent_attention_arguments(config: EmbedderConfig) -> dict[str, Any] | None:
+    """Keyword arguments of `LatentAttention` but the width; None for other poolings."""
+    pooling = config.pooling
+    return pooling.model_dump(exclude={"type"}) if isinstance(pooling, LatentAttentionConfig) else None
+
+
+def write_modules(folder: Path, config: EmbedderConfig, dim: int) -> None:
+    """Write `modules.json`, the modules' configurations, and the custom code where it is needed."""
+    stock = "sentence_transformers.sentence_transformer.modules."
+    first, second = "sentence_transformers.base.modules.transformer.Transformer", f"{stock}Pooling"
+    pooling: dict[str, Any] = {"embedding_dimension": dim, "pooling_mode": "mean", "include_prompt": True}
+    if isinstance(config.pooling, LastTokenConfig):
+        pooling["pooling_mode"] = "lasttoken"
+    if needs_code(config):
+        first, second = "sentence_modules.MaskingTransformer", "sentence_modules.MaskedPooling"
+        pooling = {"hidden_size": dim, "latent_attention": latent_attention_arguments(config)}
+        for name, package in CODE.items():
+            (folder / name).write_text(standalone(resources.files(package).joinpath(name).read_text("utf-8")), "utf-8")
+    _write_json(
+        folder / "modules.json",
+        [
+            {"idx": 0, "name": "0", "path": "", "type": first},
+            {"idx": 1, "name": "1", "path": POOLING_FOLDER, "type": second},
+            {
+                "idx": 2,
+                "name": "2",
+                "path": "2_Normalize",
+                "type": "sentence_transformers.base.modules.normalize.Normalize",
+            },
+        ],
+    )
+    (folder / POOLING_FOLDER).mkdir(exist_ok=True)
+    (folder / "2_Normalize").mkdir(exist_ok=True)
+    _write_json(folder / POOLING_FOLDER / "config.json", pooling)
+    _write_json(folder / "2_Normalize" / "config.json", {"module_input_name": "sentence_embedding"})
+    text = {"method": "forward", "method_output_name": "last_hidden_state"}
+    _write_json(
+        folder / "sentence_bert_config.json",
+        {
+            "transformer_task": "feature-extraction",
+            "modality_config": {"text": text},
+            "module_output_name": "token_embeddings",
+        },
+    )
+
+
+def standalone(source: str) -> str:
+    """A source file of ours with imports of our own modules made relative: all lie in one folder."""
+    return re.sub(r"^from nvembed\.\w+\.(\w+) import", r"from .\1 import", source, flags=re.MULTILINE)
+
+
+def write_prompts(folder: Path, prompts: Mapping[str, str]) -> None:
+    """Write `config_sentence_transformers.json`; documents are bare unless a prompt says otherwise."""
+    versions = library_versions()
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "__version__": {
+                "sentence_transformers": versions["sentence-transformers"],
+                "transformers": versions["transformers"],
+                "pytorch": versions["torch"],
+            },
+            "prompts": {"document": "", **prompts},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+            "requirements": REQUIREMENTS,
+        },
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of what reads a model folder."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def model_card(config: EmbedderConfig, dim: int, parameters: int, prompts: Mapping[str, str], notes: str | None) -> str:
+    """README.md of a model folder.
+
+    Args:
+        parameters: how many numbers the model has.
+        notes: what the caller knows of data and licence, as Markdown.
+    """
+    code = ", trust_remote_code=True" if needs_code(config) else ""
+    name = next((name for name, prompt in prompts.items() if prompt), None)
+    call = f'model.encode(queries, prompt_name="{name}")' if name else "model.encode(queries)"
+    direction = "bidirectional" if config.bidirectional else "causal"
+    lines = [
+        "---",
+        "library_name: sentence-transformers",
+        "pipeline_tag: sentence-similarity",
+        "tags: [sentence-transformers, feature-extraction, nvembed]",
+        "---",
+        "",
+        "# Text embedding model",
+        "",
+        f"{parameters:,} parameters, {dim}-dimensional vectors of length 1, at most {config.text.max_length} tokens, "
+        f"{config.pooling.type.replace('_', ' ')} pooling, {direction} attention. Made by nvembed.",
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        f'model = SentenceTransformer("this folder"{code})',
+        f"query_vectors = {call}",
+        "document_vectors = model.encode(documents)",
+        "```",
+        "",
+    ]
+    if code:
+        lines += [f"The code it trusts is in this folder: {', '.join(f'`{name}`' for name in CODE)}.", ""]
+    if prompts:
+        lines += ["Prompts, for queries:", "", "| name | prompt |", "|---|---|"]
+        lines += [f"| {name} | `{json.dumps(prompt, ensure_ascii=False)}` |" for name, prompt in prompts.items()]
+        lines += [""]
+    return "\n".join(lines) + (f"\n{notes.strip()}\n" if notes else "")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,224 @@
+"""The model folder: a sentence-transformers folder that is also ours.
+
+    config.json, model.safetensors, tokenizer files    the backbone, as transformers saves it (no language-model head)
+    1_Pooling/, 2_Normalize/, modules.json, ...         what sentence-transformers reads (`export.py`)
+    nvembed.json                                        format version and `EmbedderConfig`; written last
+    probes.json, probes.safetensors                     texts and their vectors, checked at load (`probes.py`)
+    recipe.yaml, README.md                              where it comes from
+
+Only `nvembed.json` makes a folder ours. It is built beside its place and renamed, so a killed save leaves nothing
+half written. Weights are safetensors; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from nvembed.modeling import probes
+from nvembed.modeling.adapters import has_adapter
+from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, PoolingConfig
+from nvembed.modeling.embedder import Embedder
+from nvembed.modeling.export import POOLING_FOLDER, library_versions, model_card, write_modules, write_prompts
+from nvembed.modeling.quiet import no_progress_bars
+from nvembed.storage import UserError
+from nvembed.text.tokenise import Tokeniser
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+DESCRIPTION = "nvembed.json"
+WEIGHTS = "model.safetensors"
+
+
+def save_embedder(
+    embedder: Embedder,
+    folder: Path | str,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    prompts: Mapping[str, str] | None = None,
+    card: str | None = None,
+) -> None:
+    """Write a model folder; one of ours at the same place is replaced.
+
+    Args:
+        embedder: merged (`merge_adapter`), weights in float32.
+        recipe: resolved recipe, stored as `recipe.yaml`.
+        prompts: name -> full instruction prefix, offered by sentence-transformers as `prompt_name`.
+        card: notes on data and licences for the model card (Markdown).
+
+    Raises:
+        UserError: the folder holds something that is not a model folder of ours.
+        ValueError: LoRA layers are not merged.
+    """
+    folder, prompts = Path(folder), dict(prompts or {})
+    if has_adapter(embedder):
+        raise ValueError("the embedder carries LoRA layers: call merge_adapter before saving")
+    if folder.exists() and not (folder.is_dir() and (_is_ours(folder) or not any(folder.iterdir()))):
+        raise UserError(f"{folder} is not a model folder of nvembed, so it is not overwritten. Choose another place.")
+    staging = _aside(folder, "saving")
+    _remove(staging)
+    staging.mkdir(parents=True)
+    _write(embedder, staging, recipe, prompts, card)
+    replaced = _aside(folder, "replaced")
+    _remove(replaced)
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(staging, folder)
+    _remove(replaced)
+    if not any(staging.parent.iterdir()):
+        staging.parent.rmdir()
+
+
+def _write(
+    embedder: Embedder, folder: Path, recipe: Mapping[str, Any] | None, prompts: dict[str, str], card: str | None
+) -> None:
+    config = embedder.config
+    with no_progress_bars():
+        embedder.embedding_model.save_pretrained(folder)
+    embedder.tokeniser.tokenizer.save_pretrained(folder)
+    write_modules(folder, config, embedder.dim)
+    if embedder.latent_attention_model is not None:
+        weights = {
+            name: tensor.contiguous().cpu() for name, tensor in embedder.latent_attention_model.state_dict().items()
+        }
+        save_file(weights, folder / POOLING_FOLDER / WEIGHTS, metadata={"format": "pt"})
+    write_prompts(folder, prompts)
+    parameters = sum(parameter.numel() for parameter in embedder.parameters())
+    (folder / "README.md").write_text(model_card(config, embedder.dim, parameters, prompts, card), encoding="utf-8")
+    if recipe is not None:
+        text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    probes.write_probes(embedder, folder)
+    mode = (folder / "README.md").stat().st_mode  # safetensors makes files that only their owner can read
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "embedder": config.model_dump(mode="json"),
+        "dim": embedder.dim,
+        "parameters": parameters,
+        "prompts": prompts,
+        "versions": library_versions(),
+    }
+    text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+
+
+def _aside(folder: Path, what: str) -> Path:
+    # `.tmp` is never part of an artifact, so a killed save inside a step leaves nothing that would be published.
+    return folder.absolute().parent / ".tmp" / f"nvembed-{what}-{folder.name}"
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / DESCRIPTION).is_file()
+
+
+def describe_folder(folder: Path | str) -> dict[str, Any]:
+    """Contents of a folder's `nvembed.json`: `embedder`, `dim`, `parameters`, `prompts`, `versions`.
+
+    Raises:
+        UserError: not a model folder of ours, or of a format this nvembed does not read.
+    """
+    path = Path(folder) / DESCRIPTION
+    if not path.is_file():
+        raise UserError(f"{folder} is not an nvembed model folder (no {DESCRIPTION}). Check the path.")
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = description["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Copy or build the folder again.") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}; this nvembed reads {FORMAT_VERSION}.")
+    return description
+
+
+def load_embedder(
+    folder: Path | str,
+    *,
+    check_probes: bool = True,
+    pooling: PoolingConfig | None = None,
+    bidirectional: bool | None = None,
+) -> Embedder:
+    """Load a model folder on the CPU in float32, evaluation mode.
+
+    Args:
+        check_probes: compute the probe vectors again and refuse the folder when they differ.
+        pooling: another pooling than the folder's (mean or last token); probes are then not checked.
+        bidirectional: another direction than the folder's; likewise.
+
+    Raises:
+        UserError: not a model folder of ours, damaged, or computed differently by the installed libraries.
+    """
+    folder = Path(folder)
+    try:
+        stored = EmbedderConfig.model_validate(describe_folder(folder)["embedder"])
+    except ValidationError as error:
+        raise UserError(f"{folder / DESCRIPTION} does not fit this nvembed: {error}") from error
+    config = stored.model_copy(
+        update={
+            "pooling": stored.pooling if pooling is None else pooling,
+            "bidirectional": stored.bidirectional if bidirectional is None else bidirectional,
+        }
+    )
+    if isinstance(config.pooling, LatentAttentionConfig) and config.pooling != stored.pooling:
+        raise UserError(
+            f"{folder} has no latent attention like {config.pooling}: only mean and last_token can replace it."
+        )
+    embedder = Embedder(_load_backbone(folder, stored), _load_tokeniser(folder, config), config).eval()
+    if embedder.latent_attention_model is not None:
+        _load_head(embedder, folder)
+    if check_probes and config == stored:
+        probes.check_probes(embedder, folder)
+    return embedder
+
+
+def _load_backbone(folder: Path, stored: EmbedderConfig) -> Any:
+    from transformers import AutoModel
+
+    try:
+        with no_progress_bars():
+            model = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{folder}: its backbone cannot be loaded ({error}). Copy or build the folder again."
+        ) from error
+    if (getattr(model.config, "is_causal", True) is False) != stored.bidirectional:
+        raise UserError(
+            f"{folder}: config.json says is_causal={getattr(model.config, 'is_causal', None)}, {DESCRIPTION} says "
+            f"bidirectional={stored.bidirectional}. One of them was changed; copy or build the folder again."
+        )
+    return model
+
+
+def _load_tokeniser(folder: Path, config: EmbedderConfig) -> Tokeniser:
+    from transformers import AutoTokenizer
+
+    return Tokeniser(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False), config.text)
+
+
+def _load_head(embedder: Embedder, folder: Path) -> None:
+    assert embedder.latent_attention_model is not None
+    try:
+        embedder.latent_attention_model.load_state_dict(load_file(folder / POOLING_FOLDER / WEIGHTS))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{folder}: latent attention cannot be loaded ({error}). Copy or build the folder again."
+        ) from error

@@ -1,0 +1,45 @@
+"""Which arithmetic a device is good at; bf16 is autocast over float32 weights.
+
+Never `.to(bfloat16)` a decoder: that casts RoPE's frequencies too, and every position turns by the wrong angle.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, cast
+
+import torch
+
+from nvembed.storage import UserError
+
+Precision = Literal["fp32", "bf16"]
+
+
+def resolve_precision(precision: str, device: torch.device | str = "cpu") -> Precision:
+    """`auto` becomes bf16 where the processor has instructions for it (1.7x on avx512_bf16), else fp32.
+
+    Raises:
+        UserError: another word than auto, fp32, bf16.
+    """
+    if precision in ("fp32", "bf16"):
+        return cast(Precision, precision)
+    if precision != "auto":
+        raise UserError(f"precision {precision!r} is not known; use auto, fp32 or bf16.")
+    return "bf16" if _has_bf16(torch.device(device)) else "fp32"
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type == "cpu":  # private names: torch has no public ones (2.10-2.13)
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def autocast(precision: str, device: torch.device | str = "cpu") -> AbstractContextManager[Any]:
+    """Context in which matrix products run in `precision` ("fp32" or "bf16"); weights stay float32."""
+    if precision == "fp32":
+        return nullcontext()
+    if precision == "bf16":
+        return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+    raise UserError(f"precision {precision!r} cannot be used here; resolve it to fp32 or bf16 first.")
