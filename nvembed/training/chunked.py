@@ -52,9 +52,9 @@ def backward_global_batch(engine: Engine, sharding: Sharding, tokeniser: Tokenis
 def _chunk_inputs(
     sharding: Sharding, index: int, tokeniser: Tokeniser, device: torch.device
 ) -> Mapping[str, torch.Tensor]:
-    """Model input of one chunk; one empty text for an empty chunk, as ZeRO-3 needs equally many forwards everywhere."""
+    """Model input of one chunk; one tiny text for an empty chunk, as ZeRO-3 needs equally many forwards everywhere."""
     batch, chunk = sharding.batch, sharding.own_chunks[index]
-    texts = [batch.texts[t] for t in chunk] or [""]
+    texts = [batch.texts[t] for t in chunk] or ["."]
     instructions = [batch.instructions[t] for t in chunk] or [""]
     inputs: Mapping[str, torch.Tensor] = tokeniser.collate(tokeniser.encode(texts, instructions), device=device)
     return inputs

@@ -25,6 +25,7 @@ from nvembed.training.engine import Engine, build_optimiser, set_learning_rate
 from nvembed.training.model import Mode, TrainedModel
 
 MAX_BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 allocates 2 GB per rank whatever the model's size
+BUCKET_MULTIPLE = 64  # DeepSpeed asserts that buckets keep NCCL's start alignment
 PERSISTENT_SHARE = 1000  # ZeRO-3 keeps parameters whole that are smaller than this share of the model (at most 1e5)
 
 
@@ -47,7 +48,7 @@ class DeepSpeedEngine(Engine):
     def _deepspeed_config(self) -> dict[str, Any]:
         trained = sum(parameter.numel() for _, parameter in self.model.trainable())
         whole = sum(parameter.numel() for parameter in self.model.parameters())
-        bucket = min(MAX_BUCKET, trained)
+        bucket = -(-min(MAX_BUCKET, trained) // BUCKET_MULTIPLE) * BUCKET_MULTIPLE
         zero: dict[str, Any] = {
             "stage": self._stage,
             "contiguous_gradients": True,

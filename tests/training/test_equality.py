@@ -1,0 +1,155 @@
+"""One process = two ranks = chunked backward, ZeRO 0-3, LoRA and full: losses, gradients, parameters.
+
+Everything is compared with one process, plain torch, one forward for the whole global batch.
+Exactness as DESIGN.md defines it: fp32, dropout 0, per-tensor relative norm at most 1e-5; AdamW with eps >= 1e-6.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_kit import read_result, relative, run_ranks, run_steps
+
+from nvembed.training.config import TrainConfig
+
+TOLERANCE = 1e-5
+CLIP = 0.5
+WHOLE, SMALL = 100_000, 120  # token budgets: one chunk a rank; several
+
+FULL = {"type": "full", "freeze_embeddings": False}
+LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0}
+CONTRASTIVE = {
+    "type": "contrastive", "in_batch": True, "query_negatives": True, "temperature": 0.05,
+    "learned_temperature": True, "matryoshka_dims": [16],
+}  # fmt: skip
+DISTILL = {"type": "distill", "matryoshka_dims": [16], "similarity_weight": 0.5}
+
+
+def settings(
+    engine: str, stage: int, adapter: dict[str, Any], budget: int, optimiser: str = "sgd",
+    objective: dict[str, Any] = CONTRASTIVE, **engine_keys: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A TrainConfig as JSON."""
+    rate = 1e-2 if optimiser == "sgd" else 1e-3
+    return {
+        "objective": objective,
+        "adapter": adapter,
+        "optimiser": {
+            "type": optimiser, "learning_rate": rate, "head_learning_rate": 2 * rate, "weight_decay": 0.1, "eps": 1e-5,
+            "clip_norm": CLIP,
+        },
+        "engine": {"type": engine, "zero_stage": stage if engine == "deepspeed" else 0, **engine_keys},
+        "precision": "fp32",
+        "token_budget": budget,
+    }  # fmt: skip
+
+
+def engines() -> list[tuple[str, int]]:
+    return [("torch", 0), *(("deepspeed", stage) for stage in range(4))]
+
+
+def jobs() -> dict[str, dict[str, Any]]:
+    """Every job of the two-rank run, by name."""
+    made: dict[str, dict[str, Any]] = {}
+    for engine, stage in engines():
+        for kind, adapter in (("full", FULL), ("lora", LORA)):
+            for cut, budget in (("whole", WHOLE), ("chunked", SMALL)):
+                for optimiser in ("sgd", "adamw") if cut == "chunked" else ("adamw",):
+                    made[f"{engine}{stage}-{kind}-{cut}-{optimiser}"] = {
+                        "config": settings(engine, stage, adapter, budget, optimiser)
+                    }
+        made[f"{engine}{stage}-distill"] = {"config": settings(engine, stage, FULL, SMALL // 2, "adamw", DISTILL)}
+    for stage in (2, 3):
+        checkpointing = settings("deepspeed", stage, LORA, SMALL, "adamw", gradient_checkpointing=True)
+        offload = settings("deepspeed", stage, FULL, SMALL, "adamw", offload_optimizer=True)
+        made[f"deepspeed{stage}-checkpointing"] = {"config": checkpointing}
+        made[f"deepspeed{stage}-offload"] = {"config": offload}
+    for stage in (1, 2):
+        made[f"naive{stage}"] = {"config": settings("deepspeed", stage, FULL, SMALL, "sgd"), "naive": True}
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All jobs on two gloo ranks, in one start of the processes."""
+    folder: Path = tmp_path_factory.mktemp("equality")
+    run_ranks("equality", jobs(), folder)
+    return folder
+
+
+@functools.cache
+def reference(adapter: str, optimiser: str, objective: str) -> Any:
+    """One process, plain torch, the whole batch in one forward."""
+    config = settings(
+        "torch", 0, LORA if adapter == "lora" else FULL, WHOLE, optimiser,
+        DISTILL if objective == "distill" else CONTRASTIVE,
+    )  # fmt: skip
+    return run_steps(TrainConfig.model_validate(config))
+
+
+def assert_equal(facts: dict[str, Any], tensors: dict[str, Any], config: dict[str, Any]) -> None:
+    expected_facts, expected = reference(
+        config["adapter"]["type"], config["optimiser"]["type"], config["objective"]["type"]
+    )
+    assert expected_facts["chunks"] == [1]
+    assert min(expected_facts["norms"]) > CLIP, "clipping is not active"
+    assert facts["losses"] == pytest.approx(expected_facts["losses"], rel=TOLERANCE)
+    assert facts["norms"] == pytest.approx(expected_facts["norms"], rel=TOLERANCE)
+    assert set(tensors) == set(expected)
+    wrong = {name: relative(tensors[name], expected[name]) for name in expected}
+    assert all(error == 0 for name, error in wrong.items() if name.startswith("initial/")), "initialising changed weights"
+    assert {name: error for name, error in wrong.items() if error > TOLERANCE} == {}
+    moved = [name for name in tensors if name.startswith("parameters/")]
+    assert all(relative(tensors[name], tensors[name.replace("parameters", "initial")]) > 1e-6 for name in moved)
+
+
+@pytest.mark.parametrize("name", [name for name in jobs() if not name.startswith("naive")])
+def test_two_ranks_equal_one_process(results: Path, name: str) -> None:
+    facts, tensors = read_result(results, name)
+    config = jobs()[name]["config"]
+    assert_equal(facts, tensors, config)
+    assert len(set(facts["chunks"])) == 1, "ZeRO-3 needs the same number of chunks on every rank"
+    if config["token_budget"] == WHOLE:
+        assert facts["chunks"] == [1, 1]
+    else:
+        assert facts["chunks"][0] >= 2
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_state_is_really_partitioned(results: Path, stage: int, kind: str) -> None:
+    facts, _ = read_result(results, f"deepspeed{stage}-{kind}-chunked-adamw")
+    held = facts["partition"]
+    assert held["stage"] == stage
+    assert held["trained"] / 2 <= held["held"] <= held["trained"] / 2 + 64, "masters and moments are not halved"
+    if stage == 3:
+        assert held["whole"] / 2 <= held["resident"] <= held["whole"] / 2 + 64, "weights are not halved"
+        assert held["gathered"] == 0, "weights stay gathered between forwards"
+    else:
+        assert held["gradients_partitioned"] == (stage == 2)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_several_backwards_without_coalescing_are_wrong(results: Path, stage: int) -> None:
+    """Negative control: DeepSpeed says nothing, only the numbers do (PLATFORM.md 0.1)."""
+    facts, tensors = read_result(results, f"naive{stage}")
+    expected_facts, expected = reference("full", "sgd", "contrastive")
+    assert facts["losses"][0] == pytest.approx(expected_facts["losses"][0], rel=TOLERANCE)  # same first forward
+    assert facts["norms"][0] != pytest.approx(expected_facts["norms"][0], rel=0.01)
+    weights = [name for name in expected if name.startswith("parameters/")]
+    assert max(relative(tensors[name], expected[name]) for name in weights) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("budget", [40, 100, 200])
+@pytest.mark.parametrize(("adapter", "objective"), [("full", "contrastive"), ("lora", "contrastive"), ("full", "distill")])
+def test_chunked_backward_of_one_process_equals_one_backward(budget: int, adapter: str, objective: str) -> None:
+    config = settings(
+        "torch", 0, LORA if adapter == "lora" else FULL, budget, "adamw",
+        DISTILL if objective == "distill" else CONTRASTIVE,
+    )  # fmt: skip
+    facts, tensors = run_steps(TrainConfig.model_validate(config))
+    assert facts["chunks"][0] >= 2
+    assert_equal(facts, tensors, config)
