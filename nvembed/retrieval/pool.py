@@ -102,20 +102,24 @@ def run_pool(
 
 
 class ProgressLog:
-    """One log line every few seconds: done, rate, time left."""
+    """One log line every few seconds: done, rate, time left. The clock starts with the first result, so the rate does
+    not count the seconds in which actors load their model."""
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit
-        self._started = self._last = time.monotonic()
-        self._done = 0
+        self._started = self._last = 0.0
+        self._done = self._before = 0
 
     def add(self, count: int) -> None:
         """Count finished work."""
-        self._done += count
         now = time.monotonic()
+        if self._done == 0:
+            self._started = self._last = now
+            self._before = count
+        self._done += count
         if now - self._last < _LOG_SECONDS and self._done < self._total:
             return
         self._last = now
-        rate = self._done / max(now - self._started, 1e-9)
-        left = (self._total - self._done) / rate if rate else float("inf")
-        logger.info("%s: %d of %d %s, %.0f/s, %.0f s left", self._what, self._done, self._total, self._unit, rate, left)
+        rate = (self._done - self._before) / max(now - self._started, 1e-9)
+        left = f"{(self._total - self._done) / rate:.0f} s left" if rate else "time left not known yet"
+        logger.info("%s: %d of %d %s, %.0f/s, %s", self._what, self._done, self._total, self._unit, rate, left)

@@ -10,7 +10,7 @@ Shapes: Q queries, N documents of a block, D dimensions, k results, P (query, do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -73,22 +73,41 @@ def search_exact(
         for start in range(0, len(query_QD), QUERY_BLOCK)
     ]
     total = 0
+    for ids_N, document_ND in _blocks(shards, block):
+        total += len(ids_N)
+        for group in groups:
+            group.add(ids_N, document_ND)
+    width = min(k, total)
+    ids_QK = [list(row[:width][np.isfinite(scores[:width])]) for g in groups for row, scores in g.rows()]
+    scores_QK = np.concatenate([g.scores_QK[:, :width] for g in groups]) if groups else np.empty((0, width))
+    return ids_QK, scores_QK
+
+
+def _blocks(shards: Iterable[tuple[Sequence[str], np.ndarray]], block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Shards cut and joined into blocks of `block` documents: small shards would waste time on small products."""
+    waiting: list[tuple[np.ndarray, np.ndarray]] = []
+    count = 0
     for ids, matrix_ND in shards:
         if len(ids) != len(matrix_ND):
             raise ValueError(f"a shard has {len(ids)} ids and {len(matrix_ND)} vectors")
         if not np.isfinite(matrix_ND).all():
             raise ValueError(f"a document vector in the shard that starts with id {ids[0]!r} is not finite")
-        total += len(ids)
         ids_N = np.array(ids, dtype=object)
-        for start in range(0, len(ids), block):
-            # A copy: torch refuses to promise anything about the read-only memory that Arrow hands out.
-            document_ND = np.array(matrix_ND[start : start + block], dtype=np.float32, order="C")
-            for group in groups:
-                group.add(ids_N[start : start + block], document_ND)
-    width = min(k, total)
-    ids_QK = [list(row[:width][np.isfinite(scores[:width])]) for g in groups for row, scores in g.rows()]
-    scores_QK = np.concatenate([g.scores_QK[:, :width] for g in groups]) if groups else np.empty((0, width))
-    return ids_QK, scores_QK
+        start = 0
+        while count + len(ids_N) - start >= block:
+            end = start + block - count
+            yield _join([*waiting, (ids_N[start:end], matrix_ND[start:end])])
+            waiting, count, start = [], 0, end
+        if start < len(ids_N):
+            waiting.append((ids_N[start:], matrix_ND[start:]))
+            count += len(ids_N) - start
+    if count:
+        yield _join(waiting)
+
+
+def _join(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    # A copy in any case: torch refuses to promise anything about the read-only memory that Arrow hands out.
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate([part for _, part in parts]).astype(np.float32)
 
 
 class _Group:
@@ -129,7 +148,7 @@ class _Group:
         cut_Q = self.scores_QK[:, -1] - margin_Q
         capped = bool(np.isfinite(self.ceilings_Q).any())
         possible_QN = self._between(approx_QN, cut_Q, self.ceilings_Q + margin_Q if capped else None)
-        if int(possible_QN.sum()) > 4 * self.k * len(self.query_QD):
+        if np.count_nonzero(possible_QN.numpy()) > 4 * self.k * len(self.query_QD):
             # Too many to rescore: k documents of this block surely below the ceiling bound the k-th score from below.
             sure_QN = approx_QN
             if capped:
