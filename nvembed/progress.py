@@ -1,0 +1,163 @@
+"""What a run shows while it works: plain lines, a heartbeat when nothing else is said, logs to a file (layer 6).
+
+A training step's own lines (step, loss, rate, time left) come from `training/progress.py`, encoding's from
+`retrieval/pool.py`; the heartbeat speaks only where they are silent. On a terminal it is one changing line.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from nvembed import storage
+
+TICK_SECONDS = 1.0
+QUIET_SECONDS = 5.0  # how long nothing was said before a heartbeat; on a terminal it comes every tick
+METRICS = "metrics.jsonl"
+
+
+class Console:
+    """Lines on a terminal or in a file; `status` is a line that the next one replaces (terminals only)."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._lock = threading.Lock()
+        self._status = False
+        self.is_terminal = self._stream.isatty()
+        self.spoke = time.monotonic()
+
+    def line(self, text: str) -> None:
+        """Write a line that stays."""
+        self._write(text + "\n", keep=True)
+
+    def status(self, text: str) -> None:
+        """Write a line that the next one replaces; on no terminal it is a line like any other."""
+        if self.is_terminal:
+            self._write(text, keep=False)
+        else:
+            self.line(text)
+
+    def _write(self, text: str, *, keep: bool) -> None:
+        with self._lock:
+            clear = "\r\033[K" if self._status or not keep else ""
+            try:
+                self._stream.write(clear + text)
+                self._stream.flush()
+            except (OSError, ValueError):  # the reader of a pipe is gone: the run goes on, its log file has the lines
+                pass
+            self._status = not keep
+            self.spoke = time.monotonic()
+
+
+class _ConsoleHandler(logging.Handler):
+    """Our own messages as they are, warnings of others with their name; Python's warnings go to the file only."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ours = record.name.partition(".")[0] in ("nvembed", "__main__")
+        if record.name == "py.warnings" or (record.levelno < logging.WARNING and not ours):
+            return
+        name = "" if ours else f"{record.name}: "
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        self._console.line(f"  {level}{name}{record.getMessage()}")
+
+
+@contextmanager
+def logged(console: Console, out: str) -> Iterator[str | None]:
+    """Send log records to the console and, where the output is local, to a file below `<out>/logs/`, which is given."""
+    root, ours = logging.getLogger(), logging.getLogger("nvembed")
+    before = root.handlers[:], root.level, ours.level
+    handlers: list[logging.Handler] = [_ConsoleHandler(console)]
+    path = None
+    if storage.is_local(out):
+        path = f"{out}/logs/run-{time.strftime('%Y%m%d-%H%M%S')}.log"
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        handlers.append(file)
+    root.handlers[:] = handlers
+    root.setLevel(logging.WARNING)
+    ours.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield path
+    finally:
+        logging.captureWarnings(False)
+        root.handlers[:] = before[0]
+        root.setLevel(before[1])
+        ours.setLevel(before[2])
+        for handler in handlers:
+            handler.close()
+
+
+class Heartbeat:
+    """While a step runs: says so when nothing else did, and calls `every_tick` (records, MLflow); context manager.
+
+    Args:
+        console: where to.
+        name: the step.
+        uri: its directory; growth of its `metrics.jsonl` counts as being said.
+        memory_mb: memory of the run right now.
+        every_tick: called about every `QUIET_SECONDS`; what it raises is logged once and the run goes on.
+    """
+
+    def __init__(
+        self, console: Console, name: str, uri: str, memory_mb: Callable[[], float], every_tick: Callable[[], None]
+    ) -> None:
+        self._console, self._name, self._memory, self._every_tick = console, name, memory_mb, every_tick
+        self._metrics = storage.local_path(uri) / METRICS if storage.is_local(uri) else None
+        self._size = 0
+        self._grew = self._started = time.monotonic()
+        self._complained = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._size = self._metrics_size()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    def _metrics_size(self) -> int:
+        try:
+            return self._metrics.stat().st_size if self._metrics is not None else 0
+        except OSError:
+            return 0
+
+    def _beat(self) -> None:
+        ticked = time.monotonic()
+        while not self._stop.wait(TICK_SECONDS):
+            now = time.monotonic()
+            if (size := self._metrics_size()) != self._size:
+                self._size, self._grew = size, now
+            if self._silent(now):
+                self._console.status(f"  {self._name}: {now - self._started:.0f} s, {self._memory() / 1024:.1f} GiB")
+            if now - ticked >= QUIET_SECONDS:
+                ticked = now
+                self._tick()
+
+    def _silent(self, now: float) -> bool:
+        """Nothing was said lately, and no optimiser step ended lately (whose lines others write)."""
+        quiet = TICK_SECONDS / 2 if self._console.is_terminal else QUIET_SECONDS
+        stands = self._grew == self._started or now - self._grew >= 3 * QUIET_SECONDS
+        return stands and now - self._console.spoke >= quiet
+
+    def _tick(self) -> None:
+        try:
+            self._every_tick()
+        except Exception as error:
+            if not self._complained:
+                logging.getLogger(__name__).warning("%s: %s: %s", self._name, type(error).__name__, error)
+            self._complained = True

@@ -1,0 +1,280 @@
+"""The road of a story: runs, skips or resumes each pipeline step and keeps the records (layer 6).
+
+`Road` walks; `PlannedRoad` has the same methods and only says what would happen, with no side effect.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from nvembed import storage
+from nvembed.interrupt import Interrupts
+from nvembed.memory import MemoryMeter
+from nvembed.mlflow_store import resolve_store
+from nvembed.progress import Console, Heartbeat
+from nvembed.recipe import Recipe
+from nvembed.records import Records
+from nvembed.registry import REGISTER, content_hash, registration_config, resolve_model
+from nvembed.storage import Step, StepResult
+from nvembed.tracking import Tracker
+from nvembed.types import Artifact, Config
+
+WITHOUT_RAY = ("prepare", "initialise", "student_init", "register", "import_model")  # spares them Ray's 5 s and 0.5 GiB
+
+
+class ImportConfig(Config):
+    """The `import_model` step: a model made elsewhere.
+
+    `content` is None for a registry reference: what an alias named when the run began is what the run keeps using.
+    """
+
+    reference: str
+    content: str | None
+
+
+def _build_import(config: ImportConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
+    folder = resolve_model(config.reference)
+    target = storage.local_path(storage.join(work_uri, "model"))
+    shutil.copytree(folder, target)
+    return StepResult(rows={"files": sum(path.is_file() for path in target.rglob("*"))})
+
+
+IMPORT_MODEL = Step("import_model", 1, _build_import)
+
+
+def _import_config(reference: str) -> ImportConfig:
+    if reference.startswith("models:/"):
+        return ImportConfig(reference=reference, content=None)
+    folder = resolve_model(reference)
+    return ImportConfig(reference=folder, content=content_hash(folder))
+
+
+class StepFailedError(RuntimeError):
+    """A pipeline step failed; the cause says why."""
+
+
+@dataclass
+class Road:
+    """What a story's function is given: the recipe, the output, and the steps."""
+
+    recipe: Recipe
+    out: str
+    fence: int
+    meter: MemoryMeter
+    tracker: Tracker
+    records: Records
+    console: Console
+    interrupts: Interrupts
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+
+    def step(self, name: str, step: Step, config: Config, **inputs: Artifact) -> Artifact:
+        """The step's artifact at `<out>/<name>`: as it was published before, or built now.
+
+        Args:
+            name: directory below the output; names the step in records and MLflow.
+            step: what is done.
+            config: its section of the recipe.
+            **inputs: artifacts of earlier steps.
+
+        Raises:
+            UserError: what is there belongs to another recipe or is damaged, or the step found a mistake of the user.
+            StepFailedError: anything else went wrong.
+        """
+        return self._walk(name, step, lambda run_id: config, inputs)
+
+    def register(self, name: str, model_name: str, *, model: Artifact, scores: Artifact) -> Artifact | None:
+        """Register a model folder as `model_name` with its scores; None when `register.enabled` is false."""
+        recipe = self.recipe
+        if not recipe.register.enabled:
+            self.console.line(f"{name}: off (register.enabled is false)")
+            return None
+        store = resolve_store(recipe.tracking.uri, self.out)
+
+        def config(run_id: str | None) -> Config:
+            experiment = recipe.tracking.experiment
+            return registration_config(recipe.register, model_name, recipe.name, experiment, store, run_id)
+
+        return self._walk(name, REGISTER, config, {"model": model, "scores": scores})
+
+    def import_model(self, name: str, reference: str) -> Artifact:
+        """A copy of a model folder, or of models:/name@alias, as an artifact like those of the training steps."""
+        return self.step(name, IMPORT_MODEL, _import_config(reference))
+
+    def report(self) -> None:
+        """Write `report.json` and `report.html` of everything walked so far; seconds are those of all attempts."""
+        from nvembed.report.write import write_report
+
+        self.interrupts.check()
+        self.records.write(self.meter.peak_mb)
+        with self._failures("report"):
+            page = write_report(
+                self.out,
+                self.recipe.name,
+                self.recipe.model_dump(mode="json"),
+                self.records.steps(),
+                self.artifacts,
+                self.records.wall_seconds,
+                self.records.peak_mb,
+            )
+        self.console.line(f"report: {page} and report.json beside it")
+
+    # -- how a step is walked -----------------------------------------------------------------------------------------
+
+    def _walk(
+        self, name: str, step: Step, config: Callable[[str | None], Config], inputs: Mapping[str, Artifact]
+    ) -> Artifact:
+        self.interrupts.check()
+        uri = storage.join(self.out, name)
+        with self._failures(name):
+            settled = config(None)
+            artifact = step.find(settled, inputs, uri)
+            if artifact is not None:
+                with self.tracker.step(name, settled, inputs) as run:
+                    run.finish(artifact)
+                self._note(name, "skipped", artifact.manifest["timing"]["seconds"], None, uri)
+                self.console.line(f"{name}: skipped, unchanged")
+            else:
+                artifact = self._build(name, step, config, inputs, uri)
+        self.artifacts[name] = artifact
+        return artifact
+
+    def _build(
+        self, name: str, step: Step, config: Callable[[str | None], Config], inputs: Mapping[str, Artifact], uri: str
+    ) -> Artifact:
+        resumed = not step.cleared and storage.exists(storage.join(uri, storage.STARTED))
+        self.console.line(f"{name}: {'goes on where it was stopped' if resumed else 'starts'}")
+        started, status = time.monotonic(), "failed"
+        with self.meter.span() as peak:
+
+            def note(as_status: str) -> float:
+                seconds = time.monotonic() - started
+                self._note(name, as_status, seconds, peak[0], uri)
+                return seconds
+
+            note("running")
+            try:
+                with self.tracker.step(name, config(None), inputs) as run:
+
+                    def tick() -> None:
+                        note("running")
+                        if storage.exists(storage.join(uri, "metrics.jsonl")):
+                            run.tail()
+
+                    with Heartbeat(self.console, name, uri, lambda: self.meter.current_mb, tick):
+                        self._prepare_cluster(step)
+                        with self._uninterrupted():
+                            artifact = step.run(config(run.run_id), inputs, uri, fence=self.fence)
+                    run.finish(artifact)
+                status = "resumed" if resumed else "done"
+            except KeyboardInterrupt:
+                status = "interrupted"
+                raise
+            finally:
+                self.meter.sample()
+                seconds = note(status)
+        self.console.line(
+            f"{name}: {'done' if status == 'resumed' else status} in {seconds:.1f} s, {peak[0] / 1024:.1f} GiB"
+        )
+        return artifact
+
+    def _note(self, name: str, status: str, seconds: float, peak_mb: float | None, uri: str) -> None:
+        self.records.step(name, status, seconds, peak_mb, uri)
+        self.records.write(self.meter.peak_mb)
+
+    @contextmanager
+    def _failures(self, name: str) -> Iterator[None]:
+        """Users' mistakes pass as they are, everything else gets the step's name."""
+        try:
+            yield
+        except (KeyboardInterrupt, storage.UserError):
+            raise
+        except Exception as error:
+            self.interrupts.check()
+            cause = getattr(error, "cause", None)  # Ray wraps what a task raised
+            if isinstance(cause, storage.UserError):
+                raise cause from None
+            raise StepFailedError(f"step {name} failed: {type(cause or error).__name__}: {cause or error}") from error
+
+    @contextmanager
+    def _uninterrupted(self) -> Iterator[None]:
+        """What a library makes of Ctrl-C or SIGTERM (SystemExit, an error of its own) is KeyboardInterrupt again."""
+        try:
+            yield
+        except BaseException as error:
+            if self.interrupts.asked or (isinstance(error, SystemExit) and error.code == signal.SIGTERM):
+                raise KeyboardInterrupt from error
+            raise
+        finally:
+            self.interrupts.arm()
+
+    def _prepare_cluster(self, step: Step) -> None:
+        """Start or join Ray, with the recipe's sizes, before the first step that needs it."""
+        if step.kind in WITHOUT_RAY or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
+            return
+        from nvembed.retrieval.cluster import ensure_ray
+
+        cluster = self.recipe.cluster
+        ensure_ray(cluster.local_cpus or logical_cpus(self.recipe), object_store_bytes=cluster.object_store_mb * 2**20)
+        self.interrupts.arm()
+
+
+def logical_cpus(recipe: Recipe) -> int:
+    """CPUs that a local Ray declares: room for the recipe's workers and actors beside Ray's own small tasks."""
+    trains = [stage.train for stage in (recipe.stage_1, recipe.stage_2, recipe.student) if stage is not None]
+    encodes = [recipe.mine.encode, recipe.evaluate.encode, recipe.baselines.evaluate.encode]
+    workers = [train.num_workers * train.threads_per_worker for train in trains]
+    actors = [int(-(-encode.actors * encode.cpus_per_actor // 1)) for encode in encodes]
+    return max(os.cpu_count() or 1, *workers, *actors) + 2
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """What would happen to a step: `skip`, `resume` or `run`."""
+
+    name: str
+    what: str
+    uri: str
+
+
+@dataclass
+class PlannedRoad:
+    """A road that looks and never touches; `steps` says what a run would do."""
+
+    recipe: Recipe
+    out: str
+    steps: list[PlannedStep] = field(default_factory=list)
+
+    def step(self, name: str, step: Step, config: Config, **inputs: Artifact) -> Artifact:
+        """See `Road.step`; an artifact that is not there yet has an empty manifest."""
+        uri = storage.join(self.out, name)
+        known = all(artifact.manifest for artifact in inputs.values())
+        artifact = step.find(config, inputs, uri) if known else None
+        working = not step.cleared and storage.exists(storage.join(uri, storage.STARTED))
+        self.steps.append(PlannedStep(name, "skip" if artifact else "resume" if working else "run", uri))
+        return artifact or Artifact(uri, {})
+
+    def register(self, name: str, model_name: str, *, model: Artifact, scores: Artifact) -> Artifact | None:
+        """See `Road.register`."""
+        recipe = self.recipe
+        if not recipe.register.enabled:
+            return None
+        store = resolve_store(recipe.tracking.uri, self.out)
+        config = registration_config(
+            recipe.register, model_name, recipe.name, recipe.tracking.experiment, store, run_id=None
+        )
+        return self.step(name, REGISTER, config, model=model, scores=scores)
+
+    def import_model(self, name: str, reference: str) -> Artifact:
+        """See `Road.import_model`."""
+        return self.step(name, IMPORT_MODEL, _import_config(reference))
+
+    def report(self) -> None:
+        """See `Road.report`."""
+        self.steps.append(PlannedStep("report", "run", storage.join(self.out, "report.json")))

@@ -1,0 +1,236 @@
+"""What every story needs: arguments, lease, one recipe per output, a clean end, exit codes (layer 6).
+
+    raise SystemExit(tell(quickstart, default="quickstart.yaml", needs=("stage_1",)))
+
+The story itself is a function of a `Road`, in `pipelines/`.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import ValidationError
+
+from nvembed import storage
+from nvembed.interrupt import Interrupts
+from nvembed.lease import LEASE, Lease
+from nvembed.memory import MemoryMeter
+from nvembed.plan import describe
+from nvembed.preflight import PreflightError, check_packages
+from nvembed.progress import Console, logged
+from nvembed.recipe import Recipe, load_recipe, resolved_yaml
+from nvembed.records import RECORDS, Records
+from nvembed.road import PlannedRoad, Road
+from nvembed.tracking import STATE, Tracker
+
+__all__ = ["ExitCode", "PlannedRoad", "Road", "tell"]
+
+RECIPE = "recipe.yaml"
+FREE_SECTIONS = ("cluster", "tracking")  # say where a run computes and who is told, never what comes out
+# names a run writes at the root of its output: a directory that has one of them but no recipe.yaml is not ours
+ROOT_NAMES = (RECORDS, STATE, "report.json", "report.html", "mlflow.db", "mlartifacts", "logs")
+
+Story = Callable[[Any], None]
+
+
+class ExitCode(enum.IntEnum):
+    """How a command of nvembed ends."""
+
+    DONE = 0
+    USAGE = 2  # arguments, recipe, data or a damaged artifact: the user can mend it
+    PREFLIGHT = 3
+    FAILED = 4
+    GATE = 5
+    INTERRUPTED = 130
+
+
+class GatePreconditionError(RuntimeError):
+    """A gate refused: what it asks for is not given. Exit code 5."""
+
+
+def tell(story: Story, *, default: str, needs: Sequence[str] = ()) -> int:
+    """Run a story from the command line.
+
+    Args:
+        story: function of a road; its docstring is the help text.
+        default: recipe beside the story, in `recipes/`.
+        needs: sections of the recipe that the story reads and that are optional elsewhere.
+
+    Returns:
+        The exit code.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    default_path = Path(inspect.getfile(story)).resolve().parent / "recipes" / default
+
+    @app.command(help=inspect.getdoc(story))
+    def command(
+        recipe: Annotated[str, typer.Argument(help="Recipe: a YAML file, local or any URI.")] = str(default_path),
+        settings: Annotated[
+            list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a value of the recipe; repeatable.")
+        ] = None,
+        out: Annotated[str | None, typer.Option(help="Output directory or URI; runs/<recipe name> by default.")] = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and touch nothing.")] = False,
+        auto_promote: Annotated[
+            bool | None, typer.Option("--auto-promote/--no-auto-promote", help="Overrides register.auto_promote.")
+        ] = None,
+    ) -> None:
+        given = [*(settings or [])]
+        if auto_promote is not None:
+            given.append(f"register.auto_promote={str(auto_promote).lower()}")
+        raise typer.Exit(_tell(story, recipe, given, out, dry_run, needs))
+
+    try:
+        app()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ExitCode.USAGE if ended.code else ExitCode.DONE)
+    return int(ExitCode.DONE)
+
+
+def _tell(
+    story: Story, path: str, settings: Sequence[str], out: str | None, dry_run: bool, needs: Sequence[str]
+) -> int:
+    console = Console()
+    try:
+        recipe = load_recipe(path, settings, needs)
+        out = storage.absolute(out or f"runs/{recipe.name}")
+        _refuse_other_output(recipe, out)
+        if dry_run:
+            road = PlannedRoad(recipe, out)
+            story(road)
+            print(describe(recipe, out, road.steps))
+            return ExitCode.DONE
+        check_packages(recipe)
+    except (storage.UserError, ValidationError, PreflightError) as error:
+        return report_error(error, console.line)
+    return _run(story, recipe, out, console)
+
+
+def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
+    """Hold the output, walk the story, and leave everything tidy however it ends."""
+    lease = Lease(out)
+    records: Records | None = None
+    meter = MemoryMeter()
+
+    def on_force() -> None:
+        if records is not None:
+            records.close("interrupted", meter.peak_mb)
+        lease.__exit__()
+
+    with Interrupts(console.line, on_force) as interrupts:
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(lease)
+                stack.callback(shut_down_ray)
+                _claim(recipe, out)
+                stack.enter_context(logged(console, out))
+                stack.enter_context(meter)
+                records = Records(out, lease.fence)
+                tracker = Tracker(recipe.tracking, out, recipe.model_dump(mode="json"), recipe.name)
+                status = "failed"
+                try:
+                    console.line(f"{recipe.name} -> {out}")
+                    story(Road(recipe, out, lease.fence, meter, tracker, records, console, interrupts))
+                    status = "done"
+                except KeyboardInterrupt:
+                    status = "interrupted"
+                    raise
+                finally:
+                    records.close(status, meter.peak_mb)
+                    tracker.close({"done": "finished"}.get(status, status))
+                minutes, seconds = divmod(round(records.wall_seconds), 60)
+                console.line(
+                    f"done in {minutes}:{seconds:02d}, {records.attempts} run(s), {records.peak_mb / 1024:.1f} GiB"
+                )
+                return ExitCode.DONE
+        except KeyboardInterrupt:
+            console.line("interrupted; run the same command again to go on")
+            return ExitCode.INTERRUPTED
+        except Exception as error:
+            if interrupts.asked:
+                return ExitCode.INTERRUPTED
+            return report_error(error, console.line, out)
+
+
+def report_error(error: BaseException, say: Callable[[str], None], out: str | None = None) -> int:
+    """Say what went wrong and give the exit code; the traceback of what is no user's mistake goes to a file."""
+    if isinstance(error, storage.UserError | ValidationError):
+        say(f"error: {error}")
+        return ExitCode.USAGE
+    if isinstance(error, PreflightError):
+        say(f"error: {error}")
+        return ExitCode.PREFLIGHT
+    if isinstance(error, GatePreconditionError):
+        say(f"refused: {error}")
+        return ExitCode.GATE
+    text = "".join(traceback.format_exception(error))
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    say(f"error: {lines[0][:1000]}")
+    if out is None:
+        say(text)
+        return ExitCode.FAILED
+    path = storage.join(out, "logs", f"error-{time.strftime('%Y%m%d-%H%M%S')}.log")
+    try:
+        storage.write_bytes(path, text.encode("utf-8", "replace"))
+        say(f"the full error is in {path}")
+    except OSError:  # the disk is full or gone, perhaps that is the error
+        say(text)
+    return ExitCode.FAILED
+
+
+def _refuse_other_output(recipe: Recipe, out: str) -> None:
+    """Refuse an output that belongs to another recipe, or to somebody else."""
+    path = storage.join(out, RECIPE)
+    if not storage.exists(path):
+        names = set(storage.list_directory(out))
+        foreign = sorted(names & set(ROOT_NAMES))
+        if foreign and LEASE not in names:
+            raise storage.UserError(f"{out} holds {', '.join(foreign)} that no run made. Choose another --out.")
+        return
+    changes = storage.differences(_deciding(_stored_recipe(path)), _deciding(recipe.model_dump(mode="json")))
+    if changes:
+        listed = "\n  ".join(changes)
+        raise storage.ChangedRecipeError(
+            f"{out} was made with another recipe ({path}):\n  {listed}\n"
+            "Use another --out, or go back to the recipe it was made with."
+        )
+
+
+def _stored_recipe(path: str) -> dict[str, Any]:
+    """The stored recipe with today's defaults filled in; as it stands where this version does not take it."""
+    try:
+        return load_recipe(path).model_dump(mode="json")
+    except storage.UserError:
+        try:
+            found = yaml.safe_load(storage.read_bytes(path))
+        except (yaml.YAMLError, ValueError) as error:
+            raise storage.CorruptArtifactError(f"{path} cannot be read ({error}). Move {path} away.") from error
+        return found if isinstance(found, dict) else {"recipe": found}
+
+
+def _deciding(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key not in FREE_SECTIONS}
+
+
+def _claim(recipe: Recipe, out: str) -> None:
+    """Write the resolved recipe, once; look again first, as another run may have been faster."""
+    _refuse_other_output(recipe, out)
+    path = storage.join(out, RECIPE)
+    if not storage.exists(path):
+        storage.write_bytes(path, resolved_yaml(recipe).encode())
+
+
+def shut_down_ray() -> None:
+    """End the Ray cluster this process started, if it did."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
