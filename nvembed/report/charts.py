@@ -138,9 +138,9 @@ def dot_chart(title: str, x_label: str, dots: Sequence[Dot]) -> Markup:
 
     parts = []
     for tick in x_ticks:
-        x = _number(place(tick))
-        parts.append(tag("line", x1=x, x2=x, y1=_TOP, y2=height - _BOTTOM, class_="grid"))
-        parts.append(tag("text", short(tick), x=x, y=height - _BOTTOM + 16, class_="middle"))
+        at = _number(place(tick))
+        parts.append(tag("line", x1=at, x2=at, y1=_TOP, y2=height - _BOTTOM, class_="grid"))
+        parts.append(tag("text", short(tick), x=at, y=height - _BOTTOM + 16, class_="middle"))
     parts.append(tag("text", x_label, x=(WIDTH + left) // 2, y=height - 6, class_="middle"))
     for number, dot in enumerate(shown):
         y = _TOP + row * number + row // 2

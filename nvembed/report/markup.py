@@ -17,7 +17,7 @@ class Markup(str):
 Content = str | int | Markup | None
 
 
-def tag(name: str, *children: Content, **attributes: str | int | float) -> Markup:
+def tag(name: str, /, *children: Content, **attributes: str | int | float) -> Markup:
     """`<name attribute="...">children</name>`; `class_` and `stroke_width` become `class` and `stroke-width`."""
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for key, value in attributes.items()
@@ -41,7 +41,7 @@ def table(caption: str, head: Sequence[Content], rows: Iterable[Sequence[Content
     """A table in a box that scrolls sideways on a narrow screen; the first cell of a row is its header.
 
     Args:
-        numeric: whether the other cells are numbers (right-aligned) or text.
+        numeric: whether the other cells are numbers (kept on one line) or text (wrapped).
     """
     top = tag("tr", *(tag("th", cell, scope="col") for cell in head))
     body = [

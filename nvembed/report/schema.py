@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 
 class Part(BaseModel):
@@ -120,11 +120,11 @@ class LineageEntry(Part):
 
 
 class Training(Part):
-    """A training step in short; `metrics.jsonl` has every optimiser step."""
+    """A training step in short; `metrics.jsonl` has every optimiser step. A loss that is no number is null."""
 
     steps: int
-    first_loss: float
-    last_loss: float
+    first_loss: float | None
+    last_loss: float | None
     workers: int | None
     threads_per_worker: int | None
     precision: str | None

@@ -1,0 +1,203 @@
+"""From the artifacts of a run to the `Report`: reads what the steps wrote, computes nothing but comparisons."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from nvembed import storage
+from nvembed.registry import REGISTRATION, primary_metric
+from nvembed.report.comparisons import RETRIEVAL, compare_systems, read_items
+from nvembed.report.environment import describe_environment
+from nvembed.report.schema import (
+    Dataset,
+    Input,
+    Interval,
+    LineageEntry,
+    Model,
+    Report,
+    Share,
+    StepRecord,
+    Table,
+    Training,
+)
+from nvembed.tracking import METRICS
+from nvembed.types import Artifact
+
+logger = logging.getLogger(__name__)
+
+BASELINES = ("bm25", "minilm", "untrained")
+TEACHERS = ("train_stage_2", "train_stage_1", "teacher")  # the first of these that a run has is its teacher
+METRIC_ORDER = ("ndcg_at_10", "recall_at_100", "mrr_at_10", "accuracy", "v_measure", "spearman")
+# step that scored, and what its system "model" is called in the report
+SCORED = {"evaluate_teacher": "teacher", "evaluate_student_init": "student_before", "evaluate_student": "student"}
+
+
+def collect(
+    recipe_name: str,
+    recipe: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    artifacts: Mapping[str, Artifact],
+    wall_seconds: float,
+    peak_pss_mb: float | None,
+) -> Report:
+    """Everything `report.json` says; parts whose steps are missing are left empty.
+
+    Args:
+        recipe_name: the recipe's name.
+        recipe: the resolved recipe.
+        records: name, status, seconds, peak_pss_mb, artifact (URI) of every step so far, in order.
+        artifacts: artifact by step name.
+        wall_seconds: of this run.
+        peak_pss_mb: of this run.
+    """
+    tables = dict(_tables(artifacts))
+    settings = recipe.get("evaluate") or (recipe.get("student") or {}).get("evaluate") or {}
+    items = read_items([(artifacts[step], names) for step, names in _scored_steps(artifacts)])
+    return Report(
+        recipe=recipe_name,
+        steps=[StepRecord(**{key: record.get(key) for key in StepRecord.model_fields}) for record in records],
+        baselines={name: tables[name] for name in BASELINES if name in tables},
+        scores={name: table for name, table in tables.items() if _reported(name)},
+        models=dict(_models(artifacts)),
+        wall_seconds=wall_seconds,
+        peak_pss_mb=peak_pss_mb,
+        other_scores={name: table for name, table in tables.items() if name not in BASELINES and not _reported(name)},
+        comparisons=compare_systems(items, settings.get("bootstrap_samples", 1000), settings.get("seed", 0)),
+        shares=_shares(tables),
+        registrations={
+            name: storage.read_json(artifact.path(REGISTRATION))
+            for name, artifact in artifacts.items()
+            if REGISTRATION in artifact.manifest["files"]
+        },
+        student=_read(artifacts, "compare_student", "comparison.json"),
+        datasets=_datasets(artifacts),
+        mining=_mining(artifacts),
+        training={name: _training(artifact) for name, artifact in _trainings(artifacts)},
+        lineage={name: _lineage(artifact) for name, artifact in artifacts.items()},
+        environment=describe_environment(),
+        resolved_recipe=dict(recipe),
+    )
+
+
+def _reported(name: str) -> bool:
+    return name in ("teacher", "student") or name.startswith("student@")
+
+
+def _scored_steps(artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Every step with scores that the run has: (step, system in its files -> name in the report)."""
+    for step in ("baselines", *SCORED):
+        if step in artifacts:
+            systems = storage.read_json(artifacts[step].path("scores.json"))["scores"]
+            role = SCORED.get(step)
+            yield step, {name: name if role is None else role + name.removeprefix("model") for name in systems}
+
+
+def _tables(artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, Table]]:
+    for step, names in _scored_steps(artifacts):
+        scores = storage.read_json(artifacts[step].path("scores.json"))["scores"]
+        for system, name in names.items():
+            yield name, {dataset: _in_order(metrics) for dataset, metrics in scores[system].items()}
+
+
+def _in_order(metrics: Mapping[str, Any]) -> dict[str, Interval]:
+    first = primary_metric(metrics)
+    known = [name for name in METRIC_ORDER if name in metrics]
+    found = {}
+    for name in dict.fromkeys([first, *known, *metrics]):
+        values = {key: metrics[name][key] for key in ("value", "low", "high")}
+        if all(map(_finite, values.values())):
+            found[name] = Interval(**values)
+        else:
+            logger.warning("report: %s is left out: %s", name, values)
+    return found
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def mean_retrieval(table: Table) -> float | None:
+    """Mean primary score over the retrieval sets of a system; None where it has none."""
+    values = [metrics[RETRIEVAL].value for metrics in table.values() if RETRIEVAL in metrics]
+    return sum(values) / len(values) if values else None
+
+
+def _shares(tables: Mapping[str, Table]) -> list[Share]:
+    teacher = mean_retrieval(tables.get("teacher", {}))
+    full = mean_retrieval(tables.get("student", {}))
+    if not teacher or not full:
+        return []
+    shares = []
+    for name, table in tables.items():
+        value = mean_retrieval(table) if name == "student" or name.startswith("student@") else None
+        if value is not None:
+            shares.append(Share(system=name, value=value, of_teacher=value / teacher, of_student=value / full))
+    return shares
+
+
+def _models(artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, Model]]:
+    teacher = next((name for name in TEACHERS if name in artifacts), None)
+    for role, step in (("teacher", teacher), ("student", "train_student")):
+        if step is not None and step in artifacts:
+            registration = _read(artifacts, f"register_{role}", REGISTRATION)
+            uri = registration["registry_uri"] if registration else None
+            yield role, Model(folder=storage.absolute(artifacts[step].path("model")), registry_uri=uri)
+
+
+def _read(artifacts: Mapping[str, Artifact], step: str, name: str) -> dict[str, Any] | None:
+    return dict(storage.read_json(artifacts[step].path(name))) if step in artifacts else None
+
+
+def _datasets(artifacts: Mapping[str, Artifact]) -> dict[str, Dataset]:
+    if "prepare" not in artifacts:
+        return {}
+    found = artifacts["prepare"].manifest["metrics"]["datasets"]
+    return {
+        name: Dataset(**{key: value for key, value in info.items() if key in Dataset.model_fields})
+        for name, info in found.items()
+    }
+
+
+def _mining(artifacts: Mapping[str, Artifact]) -> dict[str, Any] | None:
+    """The audit without its samples: texts stay where the recipe put them."""
+    audit = _read(artifacts, "mine", "audit.json")
+    return None if audit is None else {key: value for key, value in audit.items() if key != "samples"}
+
+
+def _trainings(artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, Artifact]]:
+    return ((name, artifact) for name, artifact in artifacts.items() if METRICS in artifact.manifest["files"])
+
+
+def read_curve(artifact: Artifact | str) -> list[dict[str, Any]]:
+    """The rows of a training step's `metrics.jsonl` (of an artifact, or at a URI)."""
+    uri = artifact.path(METRICS) if isinstance(artifact, Artifact) else artifact
+    return [json.loads(line) for line in storage.read_bytes(uri).splitlines()]
+
+
+def _training(artifact: Artifact) -> Training:
+    rows = read_curve(artifact)
+    config = artifact.manifest["config"]
+    return Training(
+        steps=len(rows),
+        first_loss=rows[0]["loss"] if _finite(rows[0]["loss"]) else None,
+        last_loss=rows[-1]["loss"] if _finite(rows[-1]["loss"]) else None,
+        workers=config.get("num_workers"),
+        threads_per_worker=config.get("threads_per_worker"),
+        precision=config.get("precision"),
+        metrics=artifact.path(METRICS),
+    )
+
+
+def _lineage(artifact: Artifact) -> LineageEntry:
+    manifest = artifact.manifest
+    uris = manifest.get("input_uris", {})
+    return LineageEntry(
+        manifest_hash=artifact.manifest_hash,
+        fingerprint=artifact.fingerprint,
+        git_revision=manifest.get("git_revision"),
+        inputs={name: Input(uri=uris.get(name, ""), manifest_hash=found) for name, found in manifest["inputs"].items()},
+    )
