@@ -39,9 +39,11 @@ class Embedder(nn.Module):
         UserError: latent attention whose heads do not divide the width.
     """
 
+    embedding_model: Any  # a transformers decoder; their types say little
+
     def __init__(self, embedding_model: nn.Module, tokeniser: Tokeniser, config: EmbedderConfig) -> None:
         super().__init__()
-        self.embedding_model: Any = embedding_model
+        self.embedding_model = embedding_model
         self.config = config
         self.tokeniser = tokeniser
         self.dim = int(self.embedding_model.config.hidden_size)

@@ -211,7 +211,8 @@ def _load_backbone(folder: Path, stored: EmbedderConfig) -> Any:
 def _load_tokeniser(folder: Path, config: EmbedderConfig) -> Tokeniser:
     from transformers import AutoTokenizer
 
-    return Tokeniser(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False), config.text)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return Tokeniser(tokenizer, config.text)
 
 
 def _load_head(embedder: Embedder, folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -54,7 +54,9 @@ class MaskingTransformer(Transformer):
             )
         return module
 
-    def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    def preprocess(
+        self, inputs: Any, prompt: str | None = None, processing_kwargs: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Token ids, attention mask and pooling mask of `prompt + text`."""
         texts = list(inputs)
         if not texts:
@@ -95,7 +97,7 @@ class MaskingTransformer(Transformer):
 class MaskedPooling(Module):
     """Latent attention where the folder has it, then the float32 mean over the pooling mask."""
 
-    config_keys: ClassVar[list[str]] = ["hidden_size", "latent_attention"]
+    config_keys: list[str] = ["hidden_size", "latent_attention"]  # noqa: RUF012 (as its base class declares it)
 
     def __init__(self, hidden_size: int, latent_attention: dict[str, Any] | None) -> None:
         super().__init__()
@@ -122,8 +124,9 @@ class MaskedPooling(Module):
             save_file(self.latent_attention_model.state_dict(), Path(output_path, WEIGHTS_FILE))
 
     @classmethod
-    def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> MaskedPooling:
+    def load(cls, model_name_or_path: str, subfolder: str = "", *args: Any, **kwargs: Any) -> MaskedPooling:
         """Load configuration and weights."""
+        assert not args, "sentence-transformers passes keywords"
         hub = {key: kwargs[key] for key in ("token", "cache_folder", "revision", "local_files_only") if key in kwargs}
         module = cls(**cls.load_config(model_name_or_path, subfolder=subfolder, **hub))
         if module.latent_attention_model is not None:

@@ -32,7 +32,7 @@ class Specials(NamedTuple):
     eos: int | None
 
     @property
-    def count(self) -> int:
+    def taken(self) -> int:
         """How many tokens of `max_length` they take."""
         return (self.bos is not None) + (self.eos is not None)
 
@@ -50,9 +50,9 @@ def prepare_backend(backend: Any) -> None:
 def count_tokens(backend: Any, texts: Sequence[str], max_length: int, specials: Specials) -> list[int]:
     """Length of each text's `Tokens.input_ids`."""
     prepare_backend(backend)
-    room = max_length - specials.count
+    room = max_length - specials.taken
     encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [min(len(encoding), room) + specials.count for encoding in encoded]
+    return [min(len(encoding), room) + specials.taken for encoding in encoded]
 
 
 def encode_with_mask(
@@ -72,7 +72,7 @@ def encode_with_mask(
     joined = [instruction + text for instruction, text in zip(instructions, texts, strict=True)]
     masked = [mask_instruction and bool(instruction) for instruction in instructions]
     encode = backend.encode_batch if any(masked) else backend.encode_batch_fast  # the fast one has no offsets
-    room = max_length - specials.count
+    room = max_length - specials.taken
     found = []
     for encoding, instruction, mask in zip(encode(joined, add_special_tokens=False), instructions, masked, strict=True):
         ids = encoding.ids[:room]

@@ -27,9 +27,12 @@ class Tokeniser:
     """Texts to token ids and pooling masks.
 
     Args:
-        tokenizer: a fast tokenizer. It is changed in place: padding and truncation on the right, `max_length`, the
-            post-processor that adds BOS/EOS, no chat template (sentence-transformers would apply it to plain texts).
+        tokenizer: a fast tokenizer; it is copied.
         config: lengths and special tokens.
+
+    Attributes:
+        tokenizer: the copy, generic: right padding and truncation, `max_length`, a post-processor that adds BOS/EOS,
+            no chat template (sentence-transformers would render every text as a chat).
 
     Raises:
         UserError: a slow tokenizer, or one without a special token that `config` asks for.
@@ -43,16 +46,16 @@ class Tokeniser:
             )
         if not (config.add_bos or config.add_eos):
             raise UserError("text: neither add_bos nor add_eos is set, so an empty text would have no token; set one.")
-        self.tokenizer = tokenizer
         self.config = config
         self.specials = Specials(
             _special_id(tokenizer, "bos", "add_bos") if config.add_bos else None,
             _special_id(tokenizer, "eos", "add_eos") if config.add_eos else None,
         )
-        if tokenizer.pad_token_id is None:  # NV-Embed pads with EOS too; padding is masked, so any id would do
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
-        self.pad_id = int(tokenizer.pad_token_id)
-        _set_up(tokenizer, config, self.specials)
+        self.tokenizer = _generic(tokenizer, config)
+        self.tokenizer.backend_tokenizer.post_processor = _post_processor(self.tokenizer, self.specials)
+        pad_id = self.tokenizer.pad_token_id
+        assert pad_id is not None, "BOS or EOS is there, checked above"
+        self.pad_id = int(pad_id)
 
     def encode(self, texts: Sequence[str], instructions: Sequence[str]) -> list[Tokens]:
         """Token ids and pooling mask of each `instruction + text`, at most `max_length` long, not padded."""
@@ -89,17 +92,26 @@ def _special_id(tokenizer: PreTrainedTokenizerFast, kind: str, key: str) -> int:
     return int(number)
 
 
-def _set_up(tokenizer: PreTrainedTokenizerFast, config: TextConfig, specials: Specials) -> None:
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.model_max_length = config.max_length
-    tokenizer.split_special_tokens = True  # special tokens written out in a text are text
-    tokenizer.chat_template = None
-    for name in ("add_bos_token", "add_eos_token"):  # kinds that rebuild their post-processor from these two
-        if hasattr(tokenizer, f"_{name}"):
-            setattr(tokenizer, f"_{name}", getattr(config, name.removesuffix("_token")))
-        if name in tokenizer.init_kwargs:
-            tokenizer.init_kwargs[name] = getattr(config, name.removesuffix("_token"))
-    tokenizer.backend_tokenizer.post_processor = _post_processor(tokenizer, specials)
+def _generic(tokenizer: PreTrainedTokenizerFast, config: TextConfig) -> PreTrainedTokenizerFast:
+    """A plain fast tokenizer over a copy of the backend.
+
+    Classes of their own (LlamaTokenizer, Qwen2Tokenizer) rebuild normaliser, pre-tokeniser or post-processor at load
+    and so may undo what is set here; the generic class takes `tokenizer.json` as it is.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    names = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")}
+    if names["pad_token"] is None:  # NV-Embed pads with EOS too; padding is masked, so any id would do
+        names["pad_token"] = names["eos_token"] or names["bos_token"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        model_max_length=config.max_length,
+        padding_side="right",
+        truncation_side="right",
+        split_special_tokens=True,  # special tokens written out in a text are text
+        clean_up_tokenization_spaces=False,
+        **{name: token for name, token in names.items() if token is not None},
+    )
 
 
 def _post_processor(tokenizer: PreTrainedTokenizerFast, specials: Specials) -> Any:
