@@ -25,12 +25,20 @@ class Interrupts:
 
     Args:
         say: told in one sentence what happens.
+        promise: what that sentence says.
         on_force: called right before a forced end of the process (exit code 130), after its children were killed.
         grace: seconds between being asked and being forced.
     """
 
-    def __init__(self, say: Callable[[str], None], on_force: Callable[[], None], grace: float = GRACE_SECONDS) -> None:
-        self._say, self._on_force, self._grace = say, on_force, grace
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        on_force: Callable[[], None],
+        *,
+        promise: str = "stopping; the next run resumes here",
+        grace: float = GRACE_SECONDS,
+    ) -> None:
+        self._say, self._on_force, self._promise, self._grace = say, on_force, promise, grace
         self._asked_at = 0.0
         self._raised = False
         self._reader, self._writer = -1, -1
@@ -83,7 +91,7 @@ class Interrupts:
                 self._say("stopping now")
                 self._force()
             self._asked_at = time.monotonic()
-            self._say("stopping; the next run resumes here (again to stop at once)")
+            self._say(f"{self._promise} (once more to stop at once)")
             threading.Thread(target=self._wait, name="interrupts-grace", daemon=True).start()
         os.close(self._reader)
 

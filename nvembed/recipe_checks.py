@@ -9,6 +9,7 @@ from typing import Any
 from nvembed.modeling.config import LatentAttentionConfig, RandomBackbone
 from nvembed.recipe_text import Document, Path, Problem, nearest
 from nvembed.shapes import known_shape
+from nvembed.text.instructions import CATALOGUE
 
 Sections = Mapping[Path, Any]
 
@@ -19,7 +20,14 @@ def check(found: Sections, document: Document) -> list[Problem]:
     def problem(path: Path, message: str) -> Problem:
         return Problem(document.position(path), path, message)
 
-    wrong = [*_datasets(document), *_backbone(found), *_student(found), *_mining(found), *_names(found)]
+    wrong = [
+        *_datasets(document),
+        *_instructions(document),
+        *_backbone(found),
+        *_student(found),
+        *_mining(found),
+        *_names(found),
+    ]
     for stage in ("stage_1", "stage_2", "student"):
         wrong += [*_stage(stage, found), *_widths((stage, "train", "objective", "matryoshka_dims"), found)]
     for stage in ("stage_1", "stage_2"):
@@ -67,6 +75,17 @@ def _datasets(document: Document) -> Found:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             yield path, f"{name!r} cannot name a folder; use letters, digits, _ . -"
         seen.add(name)
+
+
+def _instructions(document: Document) -> Found:
+    sources = document.get(("prepare", "sources"))
+    for index, source in enumerate(sources) if isinstance(sources, list) else ():
+        instruction = source.get("instruction") if isinstance(source, dict) else None
+        if not isinstance(instruction, str) or instruction in CATALOGUE or " " in instruction.strip():
+            continue
+        keys = ", ".join(CATALOGUE)
+        message = f"{instruction!r} is no key of the catalogue and no sentence.{nearest(instruction, list(CATALOGUE))} Keys: {keys}."
+        yield ("prepare", "sources", index, "instruction"), message
 
 
 def _weights(stage: str, found: Sections, document: Document) -> Found:

