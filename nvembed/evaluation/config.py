@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nvembed.retrieval.config import EncodeConfig, MinerConfig, PackageModel
 from nvembed.types import Config
@@ -15,6 +15,8 @@ class EvaluateConfig(Config):
     dims: tuple[int, ...] = Field((), description="Matryoshka prefixes scored besides the full width.")
     encode: EncodeConfig = EncodeConfig()
     bootstrap_samples: int = Field(1000, ge=100)
+    neighbours: int = Field(5, ge=1, description="k of k-NN classification.")
+    clusterings: int = Field(5, ge=1, description="k-means runs (seeds) whose v-measures are averaged.")
     seed: int = 0
 
 
@@ -25,3 +27,11 @@ class BaselineConfig(Config):
     dev_documents: int = Field(300, ge=10, description="Corpus cap in the dev comparison of the untrained variants.")
     dev_queries: int = Field(100, ge=5)
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _no_prefixes(self) -> "BaselineConfig":
+        if self.evaluate.dims:
+            raise ValueError(
+                "evaluate.dims has no meaning for the baselines, which have no trained prefixes; remove it"
+            )
+        return self

@@ -1,0 +1,178 @@
+"""The `evaluate` step: one model on every held-out set of a `prepare` artifact.
+
+All texts of all sets are encoded in one actor pool; the scores of every Matryoshka prefix come from the same vectors.
+Writes `scores.json` (values with intervals) and `items.parquet` (per-item values, for paired comparisons). A killed run
+continues with the vector shards under `checkpoints/` that still match.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from nvembed import storage
+from nvembed.data.tables import dataset_info, write_table
+from nvembed.evaluation.config import EvaluateConfig
+from nvembed.evaluation.tasks import (
+    Caps,
+    HeldOut,
+    LabelledSet,
+    Scored,
+    Settings,
+    Vectors,
+    load_held_out,
+    prefix_vectors,
+)
+from nvembed.retrieval.encode import encode_texts, iter_vectors, write_text_shards
+from nvembed.storage import Step, StepResult, UserError
+from nvembed.types import Artifact
+
+logger = logging.getLogger(__name__)
+
+ITEMS_SCHEMA = pa.schema(
+    [
+        ("system", pa.string()),
+        ("dataset", pa.string()),
+        ("metric", pa.string()),
+        ("item_id", pa.string()),
+        ("value", pa.float64()),
+        ("gold", pa.float64()),
+    ]
+)
+Systems = Mapping[str, Mapping[str, Sequence[Scored]]]  # system -> data set -> metrics, primary first
+
+
+def settings_of(config: EvaluateConfig) -> Settings:
+    """The part of the configuration that turns vectors into scores."""
+    return Settings(config.bootstrap_samples, config.seed, config.neighbours, config.clusterings)
+
+
+def load_sets(prepare: Artifact, split: str, caps: Caps | None = None) -> list[HeldOut]:
+    """The held-out side of every data set that has one, in the recipe's order.
+
+    Raises:
+        UserError: none has.
+    """
+    found = []
+    for dataset, info in dataset_info(prepare).items():
+        held_out = load_held_out(prepare, dataset, info, split, caps)
+        if held_out is None:
+            logger.warning("%s has no %s examples and is not scored", dataset, split)
+        else:
+            found.append(held_out)
+    if not found:
+        raise UserError(f"no data set of {prepare.uri} has {split} examples; nothing can be scored.")
+    return found
+
+
+def lay_out_texts(sets: Sequence[HeldOut], uri: str, shard_rows: int) -> int:
+    """Write the text shards of all sets to `<uri>/<data set>/<role>/`; returns the number of texts."""
+    return sum(
+        write_text_shards(rows(), storage.join(uri, held_out.dataset, role), shard_rows)
+        for held_out in sets
+        for role, rows in held_out.roles().items()
+    )
+
+
+def stored_vectors(uri: str, dataset: str, dim: int | None = None) -> Vectors:
+    """Vectors below `<uri>/<data set>/<role>/`, cut to a prefix."""
+    return lambda role: prefix_vectors(iter_vectors(storage.join(uri, dataset, role)), dim)
+
+
+def write_scores(work_uri: str, systems: Systems, prepare: Artifact, extra: Mapping[str, Any]) -> StepResult:
+    """Write `scores.json` and `items.parquet`."""
+    info = dataset_info(prepare)
+    scored = {dataset for found in systems.values() for dataset in found}
+    scores = {
+        system: {dataset: {row.metric: row.interval for row in rows} for dataset, rows in found.items()}
+        for system, found in systems.items()
+    }
+    content = {
+        "evaluation_hash": {dataset: info[dataset]["evaluation_hash"] for dataset in info if dataset in scored},
+        "scores": scores,
+        **extra,
+    }
+    # Not storage.write_json: the order of the metrics says which is the primary one.
+    storage.write_bytes(
+        storage.join(work_uri, "scores.json"), (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    )
+    rows = list(_item_rows(systems))
+    columns = dict(zip(ITEMS_SCHEMA.names, zip(*rows, strict=True), strict=True)) if rows else {}
+    table = pa.table({name: list(values) for name, values in columns.items()}, schema=ITEMS_SCHEMA)
+    write_table(table, storage.join(work_uri, "items.parquet"))
+    for system, found in scores.items():
+        listed = (
+            f"{dataset} {next(iter(rows))} {next(iter(rows.values()))['value']:.3f}" for dataset, rows in found.items()
+        )
+        logger.info("%s: %s", system, ", ".join(listed))
+    values = {
+        system: {dataset: {metric: row["value"] for metric, row in rows.items()} for dataset, rows in found.items()}
+        for system, found in scores.items()
+    }
+    return StepResult(rows={"items": table.num_rows}, metrics={"scores": values})
+
+
+def _item_rows(systems: Systems) -> Iterator[tuple[Any, ...]]:
+    for system, datasets in systems.items():
+        for dataset, found in datasets.items():
+            for scored in found:
+                gold = scored.gold if scored.gold is not None else [None] * len(scored.values)
+                for item_id, value, truth in zip(scored.item_ids, scored.values, gold, strict=True):
+                    yield system, dataset, scored.metric, item_id, value, truth
+
+
+def notes(config: EvaluateConfig, sets: Sequence[HeldOut]) -> dict[str, str]:
+    """How the numbers were taken, in words; part of `scores.json`."""
+    found = {
+        "split": f"held-out examples of the {config.split} split; tune on dev, report on test",
+        "interval": f"95 % percentile bootstrap over items, {config.bootstrap_samples} draws, seed {config.seed}",
+        "retrieval": "exact search in the whole corpus; queries carry the data set's instruction, documents are bare; "
+        "nDCG with linear gains as in trec_eval",
+        "sts": "cosine of both texts, both with the instruction, against the gold score",
+    }
+    for held_out in sets:
+        if isinstance(held_out, LabelledSet):
+            reference, test = held_out.halves()
+            found[held_out.dataset] = (
+                f"accuracy: {len(test)} texts labelled by their {config.neighbours} nearest (cosine) of {len(reference)} "
+                "reference texts, both held out and halved by hash class by class, with the instruction; v_measure: "
+                f"k-means over all {len(reference) + len(test)}, as many clusters as classes, mean of "
+                f"{config.clusterings} seeds, its interval centred on the value"
+            )
+    return found
+
+
+def _build(config: EvaluateConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
+    prepare, model = inputs["prepare"], inputs["model"].path("model")
+    sets = load_sets(prepare, config.split)
+    texts, vectors = (storage.join(work_uri, "checkpoints", name) for name in ("texts", "vectors"))
+    count = lay_out_texts(sets, texts, config.encode.shard_rows)
+    logger.info("evaluate: %d texts of %d data sets", count, len(sets))
+    report = encode_texts(texts, model, vectors, config.encode)
+    systems: dict[str, dict[str, list[Scored]]] = {}
+    for dim in (None, *config.dims):
+        _check_dim(dim, vectors, sets[0])
+        system = "model" if dim is None else f"model@{dim}"
+        systems[system] = {
+            held_out.dataset: held_out.score(stored_vectors(vectors, held_out.dataset, dim), settings_of(config))
+            for held_out in sets
+        }
+    result = write_scores(work_uri, systems, prepare, {"split": config.split, "notes": notes(config, sets)})
+    # Which process did what differs from run to run; hence here and not in a file of the artifact.
+    encode = {"rows": report.rows, "reused_rows": report.reused_rows, "cpu_seconds": report.cpu_seconds}
+    result.metrics["encode"] = {**encode, "workers": len(report.workers)}
+    return result
+
+
+EVALUATE = Step("evaluate", 1, _build, cleared=False)
+
+
+def _check_dim(dim: int | None, vectors_uri: str, held_out: HeldOut) -> None:
+    role = next(iter(held_out.roles()))
+    width = next(iter_vectors(storage.join(vectors_uri, held_out.dataset, role)))[1].shape[1]
+    if dim is not None and not 1 <= dim < width:
+        raise UserError(f"evaluate.dims: {dim} is no prefix of this model's {width} numbers; choose 1 to {width - 1}.")
