@@ -36,7 +36,7 @@ class Embedder(nn.Module):
         dim: D, width of the vectors.
 
     Raises:
-        UserError: latent attention whose heads do not divide the width.
+        UserError: latent attention whose heads do not divide the width; texts longer than the backbone's positions.
     """
 
     embedding_model: Any  # a transformers decoder; their types say little
@@ -47,7 +47,8 @@ class Embedder(nn.Module):
         self.config = config
         self.tokeniser = tokeniser
         self.dim = int(self.embedding_model.config.hidden_size)
-        set_bidirectional(embedding_model, config.bidirectional)
+        _check_length(self.embedding_model.config, config)
+        set_bidirectional(self.embedding_model, config.bidirectional)
         self.latent_attention_model: LatentAttention | None = None
         if isinstance(config.pooling, LatentAttentionConfig):
             try:
@@ -126,6 +127,12 @@ class Embedder(nn.Module):
         if self.latent_attention_model is None:
             return iter(())
         return self.latent_attention_model.named_parameters(prefix="latent_attention_model")
+
+
+def _check_length(decoder_config: Any, config: EmbedderConfig) -> None:
+    positions = getattr(decoder_config, "max_position_embeddings", None)
+    if positions is not None and config.text.max_length > positions:
+        raise UserError(f"text.max_length is {config.text.max_length}, but the backbone has {positions} positions.")
 
 
 def _checked(texts: Sequence[str], instruction: str | Sequence[str]) -> tuple[list[str], list[str]]:

@@ -52,6 +52,8 @@ def write_modules(folder: Path, config: EmbedderConfig, dim: int) -> None:
         pooling["pooling_mode"] = "lasttoken"
     if needs_code(config):
         first, second = "sentence_modules.MaskingTransformer", "sentence_modules.MaskedPooling"
+        masking = {"bidirectional": config.bidirectional, **config.text.model_dump()}
+        _write_json(folder / "masking.json", masking)
         pooling = {"hidden_size": dim, "latent_attention": latent_attention_arguments(config)}
         for name, package in CODE.items():
             (folder / name).write_text(standalone(resources.files(package).joinpath(name).read_text("utf-8")), "utf-8")

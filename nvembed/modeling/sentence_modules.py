@@ -20,18 +20,18 @@ from nvembed.modeling.latent_attention import LatentAttention
 from nvembed.modeling.pooling import mean_pool
 from nvembed.text.encoding import Specials, encode_with_mask, pad_batch
 
-TEXT_FILE = "nvembed.json"
+TEXT_FILE = "masking.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
 class MaskingTransformer(Transformer):
     """The stock transformer with a pooling mask made by character offsets."""
 
-    described: dict[str, Any]
+    masking: dict[str, Any]  # contents of masking.json: `bidirectional`, and the fields of nvembed's TextConfig
 
     @classmethod
     def load(cls, model_name_or_path: str, *args: Any, **kwargs: Any) -> MaskingTransformer:
-        """Load the stock module, then the text handling from `nvembed.json`.
+        """Load the stock module, then the text handling from `masking.json`.
 
         Raises:
             ValueError: the installed transformers runs this bidirectional model causal.
@@ -46,8 +46,8 @@ class MaskingTransformer(Transformer):
         )
         if path is None:
             raise ValueError(f"{model_name_or_path} has no {TEXT_FILE}: it is not a complete nvembed model folder.")
-        module.described = json.loads(Path(path).read_text(encoding="utf-8"))
-        if module.described["embedder"]["bidirectional"] and not attends_ahead(module.model):
+        module.masking = json.loads(Path(path).read_text(encoding="utf-8"))
+        if module.masking["bidirectional"] and not attends_ahead(module.model):
             raise ValueError(
                 f"{model_name_or_path}: the model is bidirectional, but the installed transformers runs it causal. "
                 "Install transformers >= 5.2."
@@ -63,7 +63,7 @@ class MaskingTransformer(Transformer):
             return {}
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("this model embeds strings only")
-        text = self.described["embedder"]["text"]
+        text = self.masking
         tokenizer = self.tokenizer
         assert tokenizer is not None
         specials = Specials(
@@ -89,9 +89,9 @@ class MaskingTransformer(Transformer):
         return features
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Save like the stock module, and `nvembed.json` beside it."""
+        """Save like the stock module, and `masking.json` beside it."""
         super().save(output_path, *args, **kwargs)
-        Path(output_path, TEXT_FILE).write_text(json.dumps(self.described, indent=2), encoding="utf-8")
+        Path(output_path, TEXT_FILE).write_text(json.dumps(self.masking, indent=2), encoding="utf-8")
 
 
 class MaskedPooling(Module):
