@@ -17,8 +17,10 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 40
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers from at or below `low` to at or above `high`."""
-    span = high - low or abs(high) or 1.0
-    raw = span / count
+    least = 1e-6 * max(abs(low), abs(high), 1e-3)  # equal values still get an axis
+    if high - low < least:
+        low, high = low - least / 2, high + least / 2
+    raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -50,7 +50,7 @@ def table(caption: str, head: Sequence[Content], rows: Iterable[Sequence[Content
     ]
     inner = tag(
         "table",
-        tag("caption", caption),
+        tag("caption", tag("div", caption)),
         tag("thead", top),
         tag("tbody", *body),
         class_="numbers" if numeric else "texts",

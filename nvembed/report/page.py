@@ -109,10 +109,24 @@ def _card(title: str, value: str, note: str) -> Markup:
 
 
 def _student(report: Report) -> Markup | None:
+    """What was measured on both side by side; everything else as it is named."""
     if report.student is None:
         return None
-    rows = [[key, _plain(value)] for key, value in _leaves(report.student)]
-    return section("Student against teacher", table("Cost and closeness", ["measure", "value"], rows))
+    leaves = dict(_leaves(report.student))
+    pairs = [path.removeprefix("student · ") for path in leaves if path.startswith("student · ")]
+    pairs = [path for path in pairs if f"teacher · {path}" in leaves]
+    both: list[list[Content]] = []
+    for path in pairs:
+        teacher, student = leaves.pop(f"teacher · {path}"), leaves.pop(f"student · {path}")
+        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (teacher, student))
+        share = f"{100 * student / teacher:.0f} %" if numbers and teacher else None
+        both.append([path, _plain(teacher), _plain(student), share])
+    rest: list[list[Content]] = [[path, _plain(value)] for path, value in leaves.items()]
+    return section(
+        "Student against teacher",
+        table("Closeness and conditions", ["measure", "value"], rest) if rest else None,
+        table("Size and cost", ["measure", "teacher", "student", "student's share"], both) if both else None,
+    )
 
 
 def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
@@ -166,8 +180,8 @@ def _mining(report: Report) -> Markup | None:
     for name, audit in sets.items():
         dropped = sum(audit["dropped"].values())
         fewer = f"{100 * audit['with_fewer_share']:.1f} %"
-        rows.append([name, audit["way"], audit["examples"], audit["mined"], dropped, audit["negatives"], fewer])
-    head = ["data set", "way", "examples", "mined", "dropped", "negatives", "with fewer than asked"]
+        rows.append([name, audit["examples"], audit["mined"], dropped, audit["negatives"], fewer, audit["way"]])
+    head = ["data set", "examples", "mined", "dropped", "negatives", "fewer than asked", "way"]
     refused = [
         [
             name,
@@ -191,6 +205,10 @@ def _mining(report: Report) -> Markup | None:
         table("Candidates refused, by reason", refused_head, refused) if refused else None,
         tag("div", *charts, class_="charts") if charts else None,
     )
+
+
+def _share(counted: Mapping[str, Any] | None) -> str | None:
+    return None if counted is None else f"{100 * counted['share']:.1f} %"
 
 
 def _datasets(report: Report) -> Markup | None:

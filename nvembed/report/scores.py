@@ -21,7 +21,7 @@ SYSTEM_NAMES = {
     "bm25": "BM25",
     "minilm": "MiniLM",
     "untrained": "untrained backbone",
-    "student_before": "student before",
+    "student_before": "student before training",
 }
 
 
@@ -68,7 +68,7 @@ def scores_section(report: Report) -> Markup | None:
         "Measured on held-out data only. The range below a value is its 95 % bootstrap interval. "
         "★ marks the best value of a column. Charts: ○ baseline, ● teacher, ■ student."
     )
-    return section("Scores", tag("p", legend, class_="quiet"), _overview(systems, datasets), *blocks)
+    return section("Scores", tag("p", legend, class_="quiet"), _overview(systems, datasets, report), *blocks)
 
 
 def _ordered_systems(report: Report) -> dict[str, Table]:
@@ -77,6 +77,10 @@ def _ordered_systems(report: Report) -> dict[str, Table]:
     roles = [*report.baselines, "teacher", "student_before", "student"]
     order = [name for role in roles for name in tables if name.partition("@")[0] == role]
     return {name: tables[name] for name in dict.fromkeys([*order, *tables])}
+
+
+def _synthetic(report: Report, dataset: str) -> bool:
+    return dataset in report.datasets and report.datasets[dataset].synthetic
 
 
 def _rank(metric: str) -> int:
@@ -100,7 +104,7 @@ def _cell(value: Interval | None, best: float) -> Content:
     return join([*text, _range(value.low, value.high)])
 
 
-def _overview(systems: Mapping[str, Table], datasets: list[str]) -> Markup:
+def _overview(systems: Mapping[str, Table], datasets: list[str], report: Report) -> Markup:
     """Primary metric of every system on every data set, and the mean over the retrieval sets."""
     primary = {dataset: _primary(systems, dataset) for dataset in datasets}
     retrieval = [dataset for dataset in datasets if primary[dataset] == RETRIEVAL]
@@ -120,7 +124,11 @@ def _overview(systems: Mapping[str, Table], datasets: list[str]) -> Markup:
         marked = tag("b", f"★{mean}") if mean is not None and means[name] == max(means.values()) else mean
         cells = [_cell(value(scores, dataset), best[dataset]) for dataset in datasets]
         rows.append([system_name(name), *([marked] if retrieval else []), *cells])
-    heads = [join([dataset, tag("small", metric_name(primary[dataset]))]) for dataset in datasets]
+    notes = {
+        dataset: metric_name(primary[dataset]) + (", synthetic" if _synthetic(report, dataset) else "")
+        for dataset in datasets
+    }
+    heads = [join([dataset, tag("small", notes[dataset])]) for dataset in datasets]
     mean_head = [join(["mean", tag("small", "retrieval sets")])] if retrieval else []
     return table("Primary metric of every data set", ["system", *mean_head, *heads], rows)
 
@@ -139,8 +147,8 @@ def _dataset_scores(dataset: str, systems: Mapping[str, Table], report: Report) 
         for name, values in shown.items()
         if first in values
     ]
-    synthetic = dataset in report.datasets and report.datasets[dataset].synthetic
-    note = tag("p", "The labels of this set are synthetic.", class_="quiet") if synthetic else None
+    said = "The labels of this set are synthetic."
+    note = tag("p", said, class_="quiet") if _synthetic(report, dataset) else None
     chart = dot_chart(f"{dataset}: {metric_name(first)}", f"{metric_name(first)}, 95 % interval", dots)
     full = table(f"{dataset}: all metrics", ["system", *map(metric_name, metrics)], rows)
     return tag("article", tag("h3", dataset), note, tag("div", chart, full, class_="pair"))
@@ -167,13 +175,19 @@ def comparisons_section(report: Report) -> Markup | None:
         "Differences on the same items, with their own paired-bootstrap 95 % intervals. "
         "A difference is clear where the interval leaves out zero."
     )
-    rows = [_comparison(difference) for difference in report.comparisons]
-    head = ["difference", "over", "metric", "value", "95 % interval", "clear"]
-    return section("Differences", tag("p", text, class_="quiet"), table("Paired differences", head, rows))
+    pairs = dict.fromkeys((found.a, found.b) for found in report.comparisons)
+    tables = [
+        table(
+            f"{system_name(a)} − {system_name(b)}",
+            ["over", "metric", "difference", "clear"],
+            [_comparison(found) for found in report.comparisons if (found.a, found.b) == (a, b)],
+        )
+        for a, b in pairs
+    ]
+    return section("Differences", tag("p", text, class_="quiet"), tag("div", *tables, class_="tables"))
 
 
 def _comparison(found: Difference) -> list[Content]:
-    name = f"{system_name(found.a)} − {system_name(found.b)}"
     over: Content = tag("b", found.over) if found.over == MEAN else found.over
-    interval = f"{signed(found.low)} to {signed(found.high)}"
-    return [name, over, metric_name(found.metric), signed(found.value), interval, "yes" if found.clear else "no"]
+    interval = tag("small", f"{signed(found.low)} to {signed(found.high)}")
+    return [over, metric_name(found.metric), join([signed(found.value), interval]), "yes" if found.clear else "no"]

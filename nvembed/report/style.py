@@ -24,26 +24,30 @@ p { margin: .4rem 0; max-width: 46rem }
 .cards span { font-size: .85rem; color: var(--quiet) }
 .scroll { overflow-x: auto; margin: .75rem 0 1.25rem; max-width: 100% }
 .scroll:focus-visible { outline: 2px solid var(--one) }
-table { border-collapse: collapse; font-size: .92rem }
+table { border-collapse: separate; border-spacing: 0; font-size: .92rem }
 caption { text-align: left; font-weight: 600; padding: .25rem 0 }
+caption div { position: sticky; left: 0; width: max-content; max-width: calc(100vw - 2rem) }
 th, td { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; text-align: left }
 th { font-weight: 600 }
 thead th { vertical-align: bottom; border-bottom: 2px solid var(--line) }
 tbody th { font-weight: 400; position: sticky; left: 0; background: var(--back);
   padding-right: 1rem; min-width: 6.5rem }
 .numbers td { font-variant-numeric: tabular-nums; white-space: nowrap }
+.numbers thead th + th { min-width: 4.2rem }
 .texts td { min-width: 8rem; overflow-wrap: anywhere }
 td small, th small { display: block; color: var(--quiet); font-size: .8rem; font-weight: 400; white-space: nowrap }
 code { font: .85em ui-monospace, monospace }
 ul { padding-left: 1.2rem }
 li { overflow-wrap: anywhere }
+.tables { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 0 2rem }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); gap: 1rem }
 .pair { display: flex; flex-wrap: wrap; gap: 0 2rem; align-items: flex-start }
 .pair > * { flex: 1 1 20rem; min-width: 0 }
 figure { margin: .5rem 0; max-width: 27rem }
 figcaption { font-size: .92rem; font-weight: 600; padding: .25rem 0 }
 svg { display: block; width: 100%; height: auto }
-svg text { fill: var(--ink); font: 11.5px system-ui, sans-serif }
+svg text { fill: var(--ink); font: 11.5px system-ui, sans-serif; paint-order: stroke; stroke: var(--back);
+  stroke-width: 3px }
 svg .end { text-anchor: end }
 svg .middle { text-anchor: middle }
 svg .grid { stroke: var(--line); stroke-width: 1 }

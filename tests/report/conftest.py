@@ -18,9 +18,16 @@ PRIMARY = {**dict.fromkeys(RETRIEVAL_SETS, "ndcg_at_10"), "hpo_classes": "accura
 OTHERS = {"ndcg_at_10": ("recall_at_100", "mrr_at_10"), "accuracy": ("v_measure",), "spearman": ()}
 # how far a system's item values lie from random: the made-up truth of the example
 SKILL = {
-    "bm25": 0.35, "minilm": 0.55, "untrained": 0.12, "teacher": 0.50, "teacher@288": 0.47,
-    "student_before": 0.20, "student_before@288": 0.18, "student": 0.42, "student@288": 0.39,
-}  # fmt: skip
+    "bm25": 0.35,
+    "minilm": 0.55,
+    "untrained": 0.12,
+    "teacher": 0.50,
+    "teacher@288": 0.47,
+    "student_before": 0.20,
+    "student_before@288": 0.18,
+    "student": 0.42,
+    "student@288": 0.39,
+}
 
 
 class StepConfig(Config):
@@ -88,14 +95,26 @@ def scored(systems: dict[str, str], datasets: dict[str, str], items: int = 120) 
                 name: {"value": point, "low": point - 0.03, "high": point + 0.03} for name in names
             }
             rows += [
-                {"system": system, "dataset": dataset, "metric": metric, "item_id": f"i{i}", "value": float(values[i]),
-                 "gold": float(gold[i]) if metric == "spearman" else None}
+                {
+                    "system": system,
+                    "dataset": dataset,
+                    "metric": metric,
+                    "item_id": f"i{i}",
+                    "value": float(values[i]),
+                    "gold": float(gold[i]) if metric == "spearman" else None,
+                }
                 for i in range(items)
-            ]  # fmt: skip
+            ]
     schema = pa.schema(
-        [("system", pa.string()), ("dataset", pa.string()), ("metric", pa.string()), ("item_id", pa.string()),
-         ("value", pa.float64()), ("gold", pa.float64())]
-    )  # fmt: skip
+        [
+            ("system", pa.string()),
+            ("dataset", pa.string()),
+            ("metric", pa.string()),
+            ("item_id", pa.string()),
+            ("value", pa.float64()),
+            ("gold", pa.float64()),
+        ]
+    )
     hashes = {dataset: storage.hash_json(dataset) for dataset in datasets}
     return {
         "scores.json": {"evaluation_hash": hashes, "scores": table},
@@ -107,19 +126,37 @@ def curve(steps: int, start: float) -> bytes:
     """A falling, noisy loss."""
     noise = np.random.default_rng(steps).normal(0, 0.15, steps)
     rows = [
-        {"step": i, "loss": max(0.05, start * float(np.exp(-2.5 * i / steps)) + float(noise[i])), "lr": 1e-3,
-         "grad_norm": 1.0, "sample_ids_sha256": "ab", "tokens": 900, "seconds": 0.4}
+        {
+            "step": i,
+            "loss": max(0.05, start * float(np.exp(-2.5 * i / steps)) + float(noise[i])),
+            "lr": 1e-3,
+            "grad_norm": 1.0,
+            "sample_ids_sha256": "ab",
+            "tokens": 900,
+            "seconds": 0.4,
+        }
         for i in range(steps)
-    ]  # fmt: skip
+    ]
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def dataset_info(name: str, task: str, rule: str, synthetic: bool) -> dict[str, Any]:
     return {
-        "task": task, "instruction": f"Instruct: Given {name}\nQuery: ", "split_rule": rule, "synthetic": synthetic,
-        "licence": "CC-BY 4.0", "train": 1000, "dev": 300, "test": 300, "documents": 1000, "documents_shared": 4,
-        "near_copies_dropped": 12, "near_copies_left": 0, "rejected": 1, "evaluation_hash": storage.hash_json(name),
-    }  # fmt: skip
+        "task": task,
+        "instruction": f"Instruct: Given {name}\nQuery: ",
+        "split_rule": rule,
+        "synthetic": synthetic,
+        "licence": "CC-BY 4.0",
+        "train": 1000,
+        "dev": 300,
+        "test": 300,
+        "documents": 1000,
+        "documents_shared": 4,
+        "near_copies_dropped": 12,
+        "near_copies_left": 0,
+        "rejected": 1,
+        "evaluation_hash": storage.hash_json(name),
+    }
 
 
 def mining_audit(datasets: list[str]) -> dict[str, Any]:
@@ -130,24 +167,43 @@ def mining_audit(datasets: list[str]) -> dict[str, Any]:
         return np.round(total * np.exp(-(((centres - mean) / width) ** 2))).astype(int).tolist()
 
     one = {
-        "task": "retrieval", "way": "top 50 of the corpus, TopK-PercPos", "examples": 1000, "mined": 990,
-        "dropped": {"no_positive": 10}, "negatives": 3960, "negatives_given": 0, "negatives_per_example": {"4": 990},
-        "with_fewer": 7, "with_fewer_share": 0.007, "searched_below_the_ceiling": 3, "candidates_decided": 5100,
+        "task": "retrieval",
+        "way": "top 50 of the corpus, TopK-PercPos",
+        "examples": 1000,
+        "mined": 990,
+        "dropped": {"no_positive": 10},
+        "negatives": 3960,
+        "negatives_given": 0,
+        "negatives_per_example": {"4": 990},
+        "with_fewer": 7,
+        "with_fewer_share": 0.007,
+        "searched_below_the_ceiling": 3,
+        "candidates_decided": 5100,
         "rejected": {
-            "known_positive": {"count": 800, "share": 0.157}, "duplicate_of_positive_or_query": {"count": 3, "share": 0.001},
-            "too_close_to_positive": {"count": 337, "share": 0.066}, "repeats_a_kept_negative": {"count": 0, "share": 0.0},
+            "known_positive": {"count": 800, "share": 0.157},
+            "duplicate_of_positive_or_query": {"count": 3, "share": 0.001},
+            "too_close_to_positive": {"count": 337, "share": 0.066},
+            "repeats_a_kept_negative": {"count": 0, "share": 0.0},
         },
         "positive_ranks": {"1": 600, "2-5": 200, ">50": 190},
         "score_histograms": {
-            "edges": edges, "positives": bell(0.62, 0.2, 400), "negatives": bell(0.4, 0.15, 900), "rejected": bell(0.6, 0.1, 200)
+            "edges": edges,
+            "positives": bell(0.62, 0.2, 400),
+            "negatives": bell(0.4, 0.15, 900),
+            "rejected": bell(0.6, 0.1, 200),
         },
-    }  # fmt: skip
+    }
     samples = {dataset: [{"query": "a private text"}] for dataset in datasets}
-    return {"miner": {"type": "package"}, "rule": {"share": 0.95}, "depth": 50, "datasets": dict.fromkeys(datasets, one),
-            "samples": samples}  # fmt: skip
+    return {
+        "miner": {"type": "package"},
+        "rule": {"share": 0.95},
+        "depth": 50,
+        "datasets": dict.fromkeys(datasets, one),
+        "samples": samples,
+    }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_road() -> Callable[..., Road]:
     """`make_road(out, student=True, rename={})`: publishes every step of a road; `rename` maps data set names."""
     return build_road
@@ -169,16 +225,31 @@ def build_road(out: str, *, student: bool = True, rename: dict[str, str] | None 
     road.step("initialise", {"model/model.safetensors": b"w"}, prepare="prepare")
     road.step("mine", {"audit.json": mining_audit([names[name] for name in ("cwe", "hpo", "code")])}, prepare="prepare")
     road.step("stream_stage_1", {}, prepare="prepare", mine="mine", model="initialise")
-    road.step("train_stage_1", {"model/model.safetensors": b"1", "metrics.jsonl": curve(100, 3.0)}, stream="stream_stage_1", model="initialise")  # fmt: skip
+    road.step(
+        "train_stage_1",
+        {"model/model.safetensors": b"1", "metrics.jsonl": curve(100, 3.0)},
+        stream="stream_stage_1",
+        model="initialise",
+    )
     road.step("stream_stage_2", {}, prepare="prepare", mine="mine", model="train_stage_1")
-    road.step("train_stage_2", {"model/model.safetensors": b"2", "metrics.jsonl": curve(30, 1.2)}, stream="stream_stage_2", model="train_stage_1")  # fmt: skip
+    road.step(
+        "train_stage_2",
+        {"model/model.safetensors": b"2", "metrics.jsonl": curve(30, 1.2)},
+        stream="stream_stage_2",
+        model="train_stage_1",
+    )
     road.step(
         "baselines",
         scored({n: n for n in ("bm25", "minilm", "untrained")}, sets),
         prepare="prepare",
         model="initialise",
     )
-    road.step("evaluate_teacher", scored({"model": "teacher", "model@288": "teacher@288"}, sets), prepare="prepare", model="train_stage_2")  # fmt: skip
+    road.step(
+        "evaluate_teacher",
+        scored({"model": "teacher", "model@288": "teacher@288"}, sets),
+        prepare="prepare",
+        model="train_stage_2",
+    )
     road.step(
         "register_teacher",
         {"registration.json": registration("teacher")},
@@ -189,10 +260,25 @@ def build_road(out: str, *, student: bool = True, rename: dict[str, str] | None 
         return road
     road.step("teach", {}, prepare="prepare", model="train_stage_2")
     road.step("student_init", {"model/model.safetensors": b"3"}, model="train_stage_2")
-    road.step("evaluate_student_init", scored({"model": "student_before", "model@288": "student_before@288"}, sets), prepare="prepare", model="student_init")  # fmt: skip
+    road.step(
+        "evaluate_student_init",
+        scored({"model": "student_before", "model@288": "student_before@288"}, sets),
+        prepare="prepare",
+        model="student_init",
+    )
     road.step("stream_student", {}, teach="teach", model="student_init")
-    road.step("train_student", {"model/model.safetensors": b"4", "metrics.jsonl": curve(120, 0.9)}, stream="stream_student", model="student_init")  # fmt: skip
-    road.step("evaluate_student", scored({"model": "student", "model@288": "student@288"}, sets), prepare="prepare", model="train_student")  # fmt: skip
+    road.step(
+        "train_student",
+        {"model/model.safetensors": b"4", "metrics.jsonl": curve(120, 0.9)},
+        stream="stream_student",
+        model="student_init",
+    )
+    road.step(
+        "evaluate_student",
+        scored({"model": "student", "model@288": "student@288"}, sets),
+        prepare="prepare",
+        model="train_student",
+    )
     cost = {"parameters": 49_545_216, "bytes": 198_180_864, "cpu_seconds_per_1000_texts": 21.4}
     half = {"parameters": 38_925_504, "bytes": 155_702_016, "cpu_seconds_per_1000_texts": 10.9}
     comparison = {
@@ -200,7 +286,14 @@ def build_road(out: str, *, student: bool = True, rename: dict[str, str] | None 
         "teacher": cost,
         "student": half,
     }
-    road.step("compare_student", {"comparison.json": comparison}, teach="teach", teacher="train_stage_2", before="student_init", student="train_student")  # fmt: skip
+    road.step(
+        "compare_student",
+        {"comparison.json": comparison},
+        teach="teach",
+        teacher="train_stage_2",
+        before="student_init",
+        student="train_student",
+    )
     road.step(
         "register_student",
         {"registration.json": registration("student")},
@@ -212,7 +305,13 @@ def build_road(out: str, *, student: bool = True, rename: dict[str, str] | None 
 
 def registration(role: str) -> dict[str, Any]:
     return {
-        "name": f"nvembed-{role}", "version": "1", "registry_uri": f"models:/nvembed-{role}/1", "content_hash": "cc",
-        "run_id": "r", "score": 0.5, "aliases": ["candidate", "champion"], "promoted": True,
+        "name": f"nvembed-{role}",
+        "version": "1",
+        "registry_uri": f"models:/nvembed-{role}/1",
+        "content_hash": "cc",
+        "run_id": "r",
+        "score": 0.5,
+        "aliases": ["candidate", "champion"],
+        "promoted": True,
         "reason": "there was no champion",
-    }  # fmt: skip
+    }
