@@ -21,7 +21,10 @@ class TeachConfig(Config):
 class CompareConfig(Config):
     """The `compare_student` step: held-out cosine, sizes, and CPU seconds of encoding the same texts in turns."""
 
+    holdout_texts: int = Field(2000, ge=8, description="Held-out texts whose cosine to the teacher is taken, at most.")
     texts: int = Field(256, ge=8, description="Texts encoded by teacher and student in the cost measurement.")
     repeats: int = Field(3, ge=1, description="Interleaved rounds; the median counts.")
     threads: int = Field(1, ge=1)
+    precision: str = Field("auto", pattern="^(auto|fp32|bf16)$")
+    bootstrap_samples: int = Field(1000, ge=100)
     seed: int = 0

@@ -27,6 +27,7 @@ from nvembed.evaluation.tasks import (
     load_held_out,
     prefix_vectors,
 )
+from nvembed.modeling.folder import describe_folder
 from nvembed.retrieval.encode import encode_texts, iter_vectors, write_text_shards
 from nvembed.storage import Step, StepResult, UserError
 from nvembed.types import Artifact
@@ -51,11 +52,11 @@ def settings_of(config: EvaluateConfig) -> Settings:
     return Settings(config.bootstrap_samples, config.seed, config.neighbours, config.clusterings)
 
 
-def load_sets(prepare: Artifact, split: str, caps: Caps | None = None) -> list[HeldOut]:
+def load_sets(prepare: Artifact, split: str, caps: Caps | None = None, *, required: bool = True) -> list[HeldOut]:
     """The held-out side of every data set that has one, in the recipe's order.
 
     Raises:
-        UserError: none has.
+        UserError: none has, although `required`.
     """
     found = []
     for dataset, info in dataset_info(prepare).items():
@@ -64,7 +65,7 @@ def load_sets(prepare: Artifact, split: str, caps: Caps | None = None) -> list[H
             logger.warning("%s has no %s examples and is not scored", dataset, split)
         else:
             found.append(held_out)
-    if not found:
+    if required and not found:
         raise UserError(f"no data set of {prepare.uri} has {split} examples; nothing can be scored.")
     return found
 
@@ -138,16 +139,17 @@ def notes(config: EvaluateConfig, sets: Sequence[HeldOut]) -> dict[str, str]:
         if isinstance(held_out, LabelledSet):
             reference, test = held_out.halves()
             found[held_out.dataset] = (
-                f"accuracy: {len(test)} texts labelled by their {config.neighbours} nearest (cosine) of {len(reference)} "
-                "reference texts, both held out and halved by hash class by class, with the instruction; v_measure: "
-                f"k-means over all {len(reference) + len(test)}, as many clusters as classes, mean of "
-                f"{config.clusterings} seeds, its interval centred on the value"
+                f"accuracy: {len(test)} texts labelled by their {config.neighbours} nearest (cosine) of "
+                f"{len(reference)} reference texts, both held out and halved by hash class by class, with the "
+                f"instruction; v_measure: k-means over all {len(reference) + len(test)}, as many clusters as classes, "
+                f"mean of {config.clusterings} seeds, its interval centred on the value"
             )
     return found
 
 
 def _build(config: EvaluateConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     prepare, model = inputs["prepare"], inputs["model"].path("model")
+    _check_dims(config.dims, model)
     sets = load_sets(prepare, config.split)
     texts, vectors = (storage.join(work_uri, "checkpoints", name) for name in ("texts", "vectors"))
     count = lay_out_texts(sets, texts, config.encode.shard_rows)
@@ -155,7 +157,6 @@ def _build(config: EvaluateConfig, inputs: Mapping[str, Artifact], work_uri: str
     report = encode_texts(texts, model, vectors, config.encode)
     systems: dict[str, dict[str, list[Scored]]] = {}
     for dim in (None, *config.dims):
-        _check_dim(dim, vectors, sets[0])
         system = "model" if dim is None else f"model@{dim}"
         systems[system] = {
             held_out.dataset: held_out.score(stored_vectors(vectors, held_out.dataset, dim), settings_of(config))
@@ -171,8 +172,12 @@ def _build(config: EvaluateConfig, inputs: Mapping[str, Artifact], work_uri: str
 EVALUATE = Step("evaluate", 1, _build, cleared=False)
 
 
-def _check_dim(dim: int | None, vectors_uri: str, held_out: HeldOut) -> None:
-    role = next(iter(held_out.roles()))
-    width = next(iter_vectors(storage.join(vectors_uri, held_out.dataset, role)))[1].shape[1]
-    if dim is not None and not 1 <= dim < width:
-        raise UserError(f"evaluate.dims: {dim} is no prefix of this model's {width} numbers; choose 1 to {width - 1}.")
+def _check_dims(dims: Sequence[int], folder: str) -> None:
+    """Refuse impossible prefixes before anything is encoded."""
+    width = int(describe_folder(storage.local_path(folder))["dim"])
+    wrong = [str(dim) for dim in dims if not 1 <= dim < width]
+    if wrong:
+        raise UserError(
+            f"evaluate.dims: {', '.join(wrong)} cannot be a prefix of this model's {width} numbers; "
+            f"choose 1 to {width - 1}."
+        )

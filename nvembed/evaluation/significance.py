@@ -37,7 +37,7 @@ def draw(statistic: Statistic, count: int, samples: int, seed: int, salt: str = 
 
     The draws depend on (count, samples, seed, salt) alone: two systems see the same ones.
     """
-    generator = np.random.default_rng([seed, xxhash.xxh3_64_intdigest(salt)])
+    generator = np.random.default_rng([seed, xxhash.xxh3_64_intdigest(salt.encode())])
     block = max(1, _BLOCK_ITEMS // max(count, 1))
     parts = [
         statistic(generator.integers(0, count, (min(block, samples - start), count)))

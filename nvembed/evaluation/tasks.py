@@ -276,7 +276,8 @@ def load_held_out(
         return None
     task, instruction, corpus = TaskType(info["task"]), info["instruction"], prepare.path(dataset, "corpus.parquet")
     if task is TaskType.RETRIEVAL:
-        return RetrievalSet(dataset, instruction, examples, corpus, caps and _kept(corpus, examples, caps))
+        kept = None if caps is None else _kept(corpus, examples, caps)
+        return RetrievalSet(dataset, instruction, examples, corpus, kept)
     if task is TaskType.STS:
         table = read_table(corpus, ["id", "title", "text"])
         return GradedSet(

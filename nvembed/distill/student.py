@@ -1,0 +1,151 @@
+"""The `compare_student` step: what the student kept, and what it costs, against its teacher.
+
+`comparison.json`: cosine to the teacher on texts the student never saw, before and after training; parameters, bytes of
+weights; CPU seconds to encode the same texts, teacher and student taking turns in one process.
+
+Shapes: N texts, S student width, T teacher width.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load as load_safetensors
+
+from nvembed import storage
+from nvembed.distill.config import CompareConfig
+from nvembed.distill.teach import read_part
+from nvembed.evaluation.significance import bootstrap, mean_statistic
+from nvembed.retrieval.encoders import Encoder, open_encoder
+from nvembed.storage import Step, StepResult
+from nvembed.types import Artifact
+
+logger = logging.getLogger(__name__)
+
+OBJECTIVE = "objective.safetensors"
+PROJECTION = "projections."
+PROBES = "probes.safetensors"
+
+
+def _build(config: CompareConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
+    rows, teacher_NT = read_part(inputs["teach"], "holdout", config.holdout_texts)
+    texts, instructions = [row["text"] for row in rows], [row["instruction"] for row in rows]
+    folders = {name: storage.local_path(inputs[name].path("model")) for name in ("teacher", "before", "student")}
+    threads = torch.get_num_threads()
+    try:
+        encoders = {
+            name: open_encoder(str(folder), config.threads, config.precision) for name, folder in folders.items()
+        }
+        cosine: dict[str, Any] = {"texts": len(rows)}
+        for name, key in (("before", "before"), ("student", "after")):
+            vector_NS = encoders[name].encode(texts, instructions)
+            cosine[key] = cosine_to_teacher(vector_NS, teacher_NT, read_projections(inputs[name]), config)
+            logger.info("cosine to the teacher %s training: %s", key, cosine[key])
+        del encoders["before"]
+        sample = slice(0, config.texts)
+        cost = encode_cost(encoders, texts[sample], instructions[sample], config)
+    finally:
+        torch.set_num_threads(threads)
+    sizes = {name: folder_size(folders[name]) for name in ("teacher", "student")}
+    comparison = {
+        "cosine_to_teacher": cosine,
+        **{
+            what: {name: size[what] for name, size in sizes.items()}
+            | {"ratio": sizes["student"][what] / sizes["teacher"][what]}
+            for what in ("parameters", "bytes")
+        },
+        "encode_cost": cost,
+    }
+    storage.write_json(storage.join(work_uri, "comparison.json"), comparison)
+    return StepResult(rows={"texts": len(rows)}, metrics=comparison)
+
+
+COMPARE_STUDENT = Step("compare_student", 1, _build)
+
+
+# -- cosine -----------------------------------------------------------------------------------------------------------
+
+
+def read_projections(model: Artifact) -> dict[int, np.ndarray]:
+    """The up-projections the student was trained with, [T, width] by width; none where nothing was trained."""
+    if OBJECTIVE not in model.manifest["files"]:
+        return {}
+    tensors = load_safetensors(storage.read_bytes(model.path(OBJECTIVE)))
+    return {
+        int(name.removeprefix(PROJECTION).split(".")[0]): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(PROJECTION)
+    }
+
+
+def cosine_to_teacher(
+    student_NS: np.ndarray, teacher_NT: np.ndarray, projections: Mapping[int, np.ndarray], config: CompareConfig
+) -> dict[str, Any]:
+    """Mean cosine with its interval: at each trained width through its projection, else of the vectors as they are.
+
+    Returns:
+        `{"through": how, "<width>": {value, low, high}}`; without a projection and with unequal widths no width, and
+        `through` says why.
+    """
+    student_S = student_NS.shape[1]
+    if projections:
+        found: dict[str, Any] = {"through": "the projection learned in training"}
+        for width, weight_TW in sorted(projections.items(), reverse=True):
+            found[str(width)] = _mean_cosine(student_NS[:, :width] @ weight_TW.T, teacher_NT, config)
+        return found
+    if student_S == teacher_NT.shape[1]:
+        return {
+            "through": "no projection: the student's vector as it is, of the teacher's width",
+            str(student_S): _mean_cosine(student_NS, teacher_NT, config),
+        }
+    return {"through": f"not comparable: {student_S} numbers, the teacher has {teacher_NT.shape[1]}, no projection"}
+
+
+def _mean_cosine(a_ND: np.ndarray, b_ND: np.ndarray, config: CompareConfig) -> dict[str, float]:
+    a_ND, b_ND = a_ND.astype(np.float64), b_ND.astype(np.float64)
+    norm_N = np.linalg.norm(a_ND, axis=1) * np.linalg.norm(b_ND, axis=1)
+    cosine_N = (a_ND * b_ND).sum(axis=1) / np.maximum(norm_N, np.finfo(np.float64).tiny)
+    return bootstrap(mean_statistic(cosine_N), len(cosine_N), config.bootstrap_samples, config.seed)
+
+
+# -- size and cost ----------------------------------------------------------------------------------------------------
+
+
+def folder_size(folder: Path) -> dict[str, int]:
+    """Parameters in, and bytes of, a model folder's weights (`*.safetensors` at any depth, probe vectors left out)."""
+    files = [path for path in sorted(folder.rglob("*.safetensors")) if path.name != PROBES]
+    parameters = 0
+    for path in files:
+        with safe_open(path, framework="numpy") as weights:
+            parameters += sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())
+    return {"parameters": parameters, "bytes": sum(path.stat().st_size for path in files)}
+
+
+def encode_cost(
+    encoders: Mapping[str, Encoder], texts: Sequence[str], instructions: Sequence[str], config: CompareConfig
+) -> dict[str, Any]:
+    """CPU seconds per 1,000 texts, the median of `repeats` rounds in which the models take turns, after a warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in encoders}
+    for round_number in range(config.repeats + 1):
+        for name, encoder in encoders.items():
+            started = time.process_time()
+            encoder.encode(texts, instructions)
+            if round_number > 0:
+                seconds[name].append((time.process_time() - started) * 1000 / len(texts))
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "unit": "CPU seconds per 1,000 texts",
+        "texts": len(texts),
+        "threads": config.threads,
+        "precision": config.precision,
+        **median,
+        "ratio": median["student"] / median["teacher"],
+    }
