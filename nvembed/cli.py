@@ -71,7 +71,7 @@ def embed_command(
     """Embed a file of texts."""
 
     def action() -> int:
-        from nvembed.embed_file import EmbedJob, embed_file, prompt_prefix
+        from nvembed.embed_file import EmbedJob, prompt_prefix, write_vectors
         from nvembed.registry import resolve_model
         from nvembed.text.instructions import instruction_prefix
 
@@ -86,7 +86,7 @@ def embed_command(
         job = EmbedJob(
             folder, source, out, prefix, dim, batch_tokens, text_column, title_column, precision, threads, force
         )
-        rows, width = embed_file(job, Console().line)
+        rows, width = write_vectors(job, Console().line)
         typer.echo(f"{out}: {rows:,} vectors of {width} numbers")
         return ExitCode.DONE
 

@@ -42,7 +42,7 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """What `embed_file` is asked for.
+    """What `write_vectors` is asked for.
 
     Attributes:
         model: model folder.
@@ -71,7 +71,7 @@ class EmbedJob:
     force: bool = False
 
 
-def embed_file(job: EmbedJob, say: Callable[[str], None]) -> tuple[int, int]:
+def write_vectors(job: EmbedJob, say: Callable[[str], None]) -> tuple[int, int]:
     """Embed a file; rows and width of what was written.
 
     Raises:

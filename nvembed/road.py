@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from nvembed import storage
 from nvembed.interrupt import Interrupts
+from nvembed.lease import check_fence
 from nvembed.memory import MemoryMeter
 from nvembed.mlflow_store import resolve_store
 from nvembed.progress import Console, Heartbeat
@@ -136,6 +137,7 @@ class Road:
             settled = config(None)
             artifact = step.find(settled, inputs, uri)
             if artifact is not None:
+                storage.remove_working_files(uri)
                 with self.tracker.step(name, settled, inputs) as run:
                     run.finish(artifact)
                 self._note(name, "skipped", artifact.manifest["timing"]["seconds"], None, uri)
@@ -170,7 +172,7 @@ class Road:
                     with Heartbeat(self.console, name, uri, lambda: self.meter.current_mb, tick):
                         self._prepare_cluster(step)
                         with self._uninterrupted():
-                            artifact = step.run(config(run.run_id), inputs, uri, fence=self.fence)
+                            artifact = step.run(config(run.run_id), inputs, uri, fence=self.fence, guard=self._guard)
                     run.finish(artifact)
                 status = "resumed" if resumed else "done"
             except KeyboardInterrupt:
@@ -183,6 +185,9 @@ class Road:
             f"{name}: {'done' if status == 'resumed' else status} in {seconds:.1f} s, {peak[0] / 1024:.1f} GiB"
         )
         return artifact
+
+    def _guard(self) -> None:
+        check_fence(self.out, self.fence)
 
     def _note(self, name: str, status: str, seconds: float, peak_mb: float | None, uri: str) -> None:
         self.records.step(name, status, seconds, peak_mb, uri)

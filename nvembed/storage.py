@@ -211,16 +211,26 @@ def load_artifact(uri: str, *, verify: bool = True) -> Artifact:
     manifest_uri = join(uri, MANIFEST)
     if not exists(manifest_uri):
         raise CorruptArtifactError(f"{uri} has no {MANIFEST}: it is not a published artifact. Run its step first.")
-    try:
-        manifest = read_json(manifest_uri)
-        files, version = manifest["files"], manifest["format_version"]
-    except (ValueError, KeyError) as error:
-        raise CorruptArtifactError(f"{manifest_uri} cannot be read ({error}). Move the directory away.") from error
+    manifest = _read_record(manifest_uri)
+    files, version = manifest.get("files"), manifest.get("format_version")
+    if not isinstance(files, dict):
+        raise CorruptArtifactError(f"{manifest_uri} lists no files. Move the directory away.")
     if version != FORMAT_VERSION:
         raise CorruptArtifactError(f"{manifest_uri} has format version {version}; this nvembed reads {FORMAT_VERSION}.")
     if verify:
         verify_files(uri, files)
     return Artifact(uri, manifest)
+
+
+def _read_record(uri: str) -> dict[str, Any]:
+    """A manifest or start file; anything but a JSON object is corruption."""
+    try:
+        found = read_json(uri)
+    except ValueError as error:
+        raise CorruptArtifactError(f"{uri} cannot be read ({error}). Move the directory away.") from error
+    if not isinstance(found, dict):
+        raise CorruptArtifactError(f"{uri} is not a JSON object. Move the directory away.")
+    return found
 
 
 @dataclass
@@ -271,23 +281,31 @@ class Step:
         identity = self._identity(config, inputs)
         for name in (MANIFEST, STARTED):
             if exists(join(uri, name)):
-                _refuse_other_identity(read_json(join(uri, name)), identity, uri)
+                _refuse_other_identity(_read_record(join(uri, name)), identity, uri)
         return load_artifact(uri) if exists(join(uri, MANIFEST)) else None
 
-    def run(self, config: Config, inputs: Mapping[str, Artifact], uri: str, *, fence: int = 0) -> Artifact:
+    def run(
+        self,
+        config: Config,
+        inputs: Mapping[str, Artifact],
+        uri: str,
+        *,
+        fence: int = 0,
+        guard: Callable[[], None] | None = None,
+    ) -> Artifact:
         """Return the published artifact, building it first when it does not exist yet.
 
         Args:
             fence: fencing number of the lease under which this runs; recorded.
+            guard: called right before publication; raises when the output was taken over by another run.
         """
         uri = absolute(uri)
         published = self.find(config, inputs, uri)
         if published is not None:
+            remove_working_files(uri)
             return published
         identity = self._identity(config, inputs)
-        if self.cleared:
-            _clear_unpublished(uri)
-        make_directory(uri)
+        _prepare_directory(uri, clear=self.cleared)
         write_json(join(uri, STARTED), identity)
         started = time.time()
         result = self.build(config, inputs, uri)
@@ -305,19 +323,31 @@ class Step:
             "git_revision": git_revision(),
             "fence": fence,
         }
+        if guard is not None:
+            guard()
         write_json(join(uri, MANIFEST), manifest)
-        for name in WORKING:
-            remove(join(uri, name))
+        remove_working_files(uri)
         return Artifact(uri, manifest)
 
 
-def _clear_unpublished(uri: str) -> None:
-    """Empty a directory that a killed run left without a manifest; refuse one that no run of ours started."""
+def remove_working_files(uri: str) -> None:
+    """Delete what a published step no longer needs (also what a run killed right after publication left)."""
+    for name in WORKING:
+        remove(join(uri, name))
+
+
+def _prepare_directory(uri: str, *, clear: bool) -> None:
+    """Make a step's directory, or take over what a killed run of ours left; refuse one that no run of ours started.
+
+    The start file goes last: killed half-way through, the rest is still known to be ours.
+    """
     names = list_directory(uri)
     if names and STARTED not in names:
         raise UserError(f"{uri} holds files this run did not make ({', '.join(names[:5])}). Choose another --out.")
-    if names:
-        remove(uri)
+    if clear:
+        for name in sorted(names, key=lambda name: name == STARTED):
+            remove(join(uri, name))
+    make_directory(uri)
 
 
 def _refuse_other_identity(found: Mapping[str, Any], expected: Mapping[str, Any], uri: str) -> None:
@@ -330,15 +360,23 @@ def _refuse_other_identity(found: Mapping[str, Any], expected: Mapping[str, Any]
         )
 
 
+_ABSENT = object()
+
+
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lines `path: old -> new` for every leaf in which two JSON values differ."""
+    """Lines `path: old -> new` for every leaf in which two JSON values differ; a key that is not there is `(none)`."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         lines = []
         for key in sorted(set(old) | set(new), key=str):
             here = f"{path}.{key}" if path else str(key)
-            lines += differences(old.get(key), new.get(key), here)
+            lines += differences(old.get(key, _ABSENT), new.get(key, _ABSENT), here)
         return lines
-    return [] if old == new else [f"{path}: {json.dumps(old, default=str)} -> {json.dumps(new, default=str)}"]
+    before, after = (_shown(value) for value in (old, new))  # as text: in JSON 1, 1.0 and true are not the same
+    return [] if before == after else [f"{path}: {before} -> {after}"]
+
+
+def _shown(value: Any) -> str:
+    return "(none)" if value is _ABSENT else json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)
 
 
 def git_revision() -> str | None:

@@ -1,0 +1,283 @@
+"""The house rules that a machine can check: layers, fences, names, bans. Standard library only."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = {
+    "types": 0, "distributed": 0, "storage": 0, "lease": 0, "mlflow_store": 0,
+    "text": 1, "losses": 1,
+    "modeling": 2, "data": 2,
+    "retrieval": 3, "training": 3, "tracking": 3, "registry": 3,
+    "mining": 4, "evaluation": 4,
+    "distill": 5,
+    "recipe": 6, "recipe_text": 6, "recipe_validate": 6, "recipe_checks": 6, "shapes": 6, "plan": 6, "preflight": 6,
+    "story": 6, "road": 6, "records": 6, "progress": 6, "memory": 6, "interrupt": 6, "report": 6, "doctor": 6,
+    "embed_file": 6, "cli": 6,
+}  # fmt: skip
+FOUNDATION, TOP = 0, 6  # the modules of these two layers are parts of one whole and may use each other, without circles
+PIPELINES = 7
+HEAVY = ("torch", "ray", "mlflow", "transformers", "deepspeed", "datasets", "sentence_transformers")
+MAX_MODULE, MAX_FUNCTION = 400, 60
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Every absolute module name that a file imports, wherever in the file, with its line."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            assert node.module is not None
+            yield node.module, node.lineno
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def room(module: str) -> str | None:
+    """The part of the library a module belongs to: `data` of `nvembed.data.sources.cwe`."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "nvembed" and len(parts) > 1 else None
+
+
+LIBRARY, STORIES = sources("nvembed"), sources("pipelines")
+
+
+def test_every_room_has_a_layer() -> None:
+    rooms = {room(module_name(path)) for path in LIBRARY} - {None}
+    assert rooms <= set(LAYERS), f"give these a layer: {sorted(rooms - set(LAYERS))}"
+    assert rooms >= {"types", "text", "modeling", "retrieval", "mining", "distill", "story"}
+
+
+def layer_faults(paths: list[Path]) -> list[str]:
+    faults = []
+    for path in paths:
+        ours = room(module_name(path))
+        layer = LAYERS[ours] if ours is not None else PIPELINES if path.parts[-2] == "pipelines" else None
+        for name, line in imports(path):
+            other = room(name)
+            if other is None or other == ours or other not in LAYERS or layer is None:
+                continue
+            if LAYERS[other] > layer:
+                faults.append(f"{path}:{line}: {ours} (layer {layer}) imports {other} (layer {LAYERS[other]})")
+            elif LAYERS[other] == layer and layer not in (FOUNDATION, TOP):
+                faults.append(f"{path}:{line}: {ours} and {other} are of one layer ({layer})")
+    return faults
+
+
+def test_imports_go_down_only() -> None:
+    assert layer_faults([*LIBRARY, *STORIES]) == []
+
+
+def test_the_layer_test_finds_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    for name, text in (
+        ("text", "from nvembed.data import tables"),
+        ("mining", "def f():\n    import nvembed.evaluation"),
+    ):
+        (tmp_path / "nvembed" / name).mkdir(parents=True)
+        (tmp_path / "nvembed" / name / "x.py").write_text(text)
+    faults = layer_faults(sorted(tmp_path.rglob("*.py")))
+    assert len(faults) == 3 and "of one layer" in faults[0] and "text (layer 1) imports data (layer 2)" in faults[1]
+
+
+@pytest.mark.parametrize("layer", [FOUNDATION, TOP])
+def test_inside_a_layer_no_imports_go_in_circles(layer: int) -> None:
+    below: dict[str, set[str]] = {name: set() for name, number in LAYERS.items() if number == layer}
+    for path in LIBRARY:
+        ours = room(module_name(path))
+        if ours in below:
+            below[ours] |= {other for name, _ in imports(path) if (other := room(name)) in below and other != ours}
+    while free := [name for name, needed in below.items() if not needed]:
+        for name in free:
+            del below[name]
+        for needed in below.values():
+            needed -= set(free)
+    assert below == {}, f"these import each other: {below}"
+
+
+def fence_faults(package: str, allowed: list[str]) -> list[str]:
+    faults = []
+    for path in [*LIBRARY, *STORIES]:
+        place = path.relative_to(ROOT).as_posix()
+        if not any(place.startswith(prefix) for prefix in allowed):
+            hits = [line for name, line in imports(path) if name.split(".")[0] == package]
+            faults += [f"{place}:{line} imports {package}" for line in hits]
+    return faults
+
+
+def test_fence_of_deepspeed() -> None:
+    assert fence_faults("deepspeed", ["nvembed/training/engine"]) == []
+
+
+def test_fence_of_mlflow() -> None:
+    assert fence_faults("mlflow", ["nvembed/tracking.py", "nvembed/registry.py"]) == []
+
+
+def test_fence_of_ray() -> None:
+    forbidden = ("nvembed/text/", "nvembed/modeling/", "nvembed/losses/", "nvembed/training/loop.py")
+    places = [path.relative_to(ROOT).as_posix() for path in LIBRARY]
+    assert all(any(place.startswith(prefix) for place in places) for prefix in forbidden), "a fenced room has moved"
+    faults = [fault for fault in fence_faults("ray", []) if fault.startswith(forbidden)]
+    assert faults == []
+
+
+@pytest.mark.parametrize("module", ["types", "distributed", "storage", "lease"])
+def test_the_foundation_imports_nothing_heavy(module: str) -> None:
+    tree = parsed(ROOT / "nvembed" / f"{module}.py")
+    names = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    found = {alias.name for node in names if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module or "" for node in names if isinstance(node, ast.ImportFrom)}
+    assert not {name.split(".")[0] for name in found} & set(HEAVY)
+
+
+def test_config_modules_import_pydantic_and_each_other_only() -> None:
+    configs = [path for path in LIBRARY if path.name == "config.py"]
+    packages = [
+        path for path in (ROOT / "nvembed").iterdir() if path.is_dir() and path.name not in ("report", "__pycache__")
+    ]
+    assert {path.parent.name for path in configs} == {path.name for path in packages}, "every package owns a config.py"
+    faults = []
+    for path in configs:
+        for name, line in imports(path):
+            good = name.split(".")[0] in ("typing", "pydantic", "__future__", "enum") or name.startswith(
+                "nvembed.types"
+            )
+            good |= name.startswith("nvembed.") and name.split(".")[2:3] == ["config"]
+            faults += [] if good else [f"{path}:{line}: {name}"]
+    assert faults == []
+
+
+def test_package_files_hold_a_docstring_only() -> None:
+    for path in LIBRARY:
+        if path.name == "__init__.py":
+            body = parsed(path).body
+            docstring = body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+            assert docstring and all(isinstance(node, ast.Assign) for node in body[1:]), path
+
+
+def test_functions_and_modules_do_not_share_a_name() -> None:
+    clashes = []
+    for path in LIBRARY:
+        package = path.parent
+        modules = {other.stem for other in package.glob("*.py")} | {
+            other.name for other in package.iterdir() if other.is_dir()
+        }
+        for node in parsed(path).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and node.name in modules:
+                clashes.append(f"{path}:{node.lineno}: {node.name}")
+    assert clashes == []
+
+
+def test_modules_and_functions_stay_readable() -> None:
+    long = []
+    for path in LIBRARY:
+        lines = path.read_text(encoding="utf-8").count("\n")
+        long += [f"{path}: {lines} lines"] if lines > MAX_MODULE else []
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+                length = node.end_lineno - node.lineno + 1
+                long += [f"{path}:{node.lineno}: {node.name} has {length} lines"] if length > MAX_FUNCTION else []
+    assert long == []
+
+
+def test_stories_are_short_and_hold_no_logic() -> None:
+    assert STORIES, "no story found"
+    for path in STORIES:
+        assert path.read_text(encoding="utf-8").count("\n") <= 120, path
+        loops = [
+            node for node in ast.walk(parsed(path)) if isinstance(node, ast.For | ast.While | ast.Try | ast.ClassDef)
+        ]
+        assert not loops, f"{path}: a story is a list of steps"
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert [str(path) for path in [*LIBRARY, *STORIES] if not ast.get_docstring(parsed(path))] == []
+
+
+# -- bans -------------------------------------------------------------------------------------------------------------
+
+
+def ban_faults(tree: ast.Module) -> list[tuple[int, str]]:
+    """Calls that run what a file says: unpickling, torch.load without weights_only, remote code."""
+    faults = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        options = {keyword.arg: keyword.value for keyword in node.keywords}
+        if called.split(".")[0] in ("pickle", "cloudpickle", "joblib", "dill") and called.endswith(("load", "loads")):
+            faults.append((node.lineno, called))
+        if called in ("eval", "exec", "os.system") or (called == "yaml.load"):
+            faults.append((node.lineno, called))
+        weights_only = options.get("weights_only")
+        if called == "torch.load" and not (isinstance(weights_only, ast.Constant) and weights_only.value is True):
+            faults.append((node.lineno, "torch.load without weights_only=True"))
+        remote = options.get("trust_remote_code")
+        if remote is not None and not (isinstance(remote, ast.Constant) and remote.value is False):
+            faults.append((node.lineno, "trust_remote_code"))
+    return faults
+
+
+def test_nothing_runs_what_a_file_says() -> None:
+    faults = [f"{path}:{line}: {what}" for path in [*LIBRARY, *STORIES] for line, what in ban_faults(parsed(path))]
+    assert faults == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pickle.loads(x)", "torch.load(p)", "torch.load(p, weights_only=False)", "f(trust_remote_code=True)",
+        "f(trust_remote_code=flag)", "yaml.load(x)", "eval(x)",
+    ],
+)  # fmt: skip
+def test_the_ban_test_finds_faults(text: str) -> None:
+    assert len(ban_faults(ast.parse(text))) == 1
+    assert (
+        ban_faults(ast.parse("torch.load(p, weights_only=True); f(trust_remote_code=False); yaml.safe_load(x)")) == []
+    )
+
+
+# -- light commands ---------------------------------------------------------------------------------------------------
+
+LIGHT = """
+import sys
+sys.argv = ["nvembed", *{arguments!r}]
+from nvembed.cli import main
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+heavy = [name for name in {heavy!r} if name in sys.modules]
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["embed", "--help"], ["recipe", "validate", "RECIPE"], ["recipe", "show", "RECIPE"]],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_light_commands_load_nothing_heavy(arguments: list[str]) -> None:
+    recipe = str(ROOT / "pipelines/recipes/quickstart.yaml")
+    script = LIGHT.format(arguments=[recipe if part == "RECIPE" else part for part in arguments], heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
