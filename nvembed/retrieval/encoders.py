@@ -144,18 +144,19 @@ class SentenceEncoder:
         self, name: str, revision: str | None, instruction: bool, precision: str, token_budget: int, device: str
     ) -> None:
         from sentence_transformers import SentenceTransformer
-        from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()  # one bar per actor otherwise
+        from nvembed.modeling.quiet import no_progress_bars
+
         try:
-            self._model = SentenceTransformer(
-                name,
-                revision=revision,
-                device=device,
-                trust_remote_code=False,
-                local_files_only=Path(name).is_dir(),
-                model_kwargs={"use_safetensors": True},
-            ).eval()
+            with no_progress_bars():
+                self._model = SentenceTransformer(
+                    name,
+                    revision=revision,
+                    device=device,
+                    trust_remote_code=False,
+                    local_files_only=Path(name).is_dir(),
+                    model_kwargs={"use_safetensors": True},
+                ).eval()
         except (OSError, ValueError) as error:
             raise UserError(f"model {name!r} cannot be loaded: {error}") from error
         self._instruction, self._precision = instruction, precision

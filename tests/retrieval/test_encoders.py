@@ -84,3 +84,60 @@ def test_our_own_folders_are_recognised(tmp_path):
     assert resolve_model(str(tmp_path)) == FolderModel(folder=str(tmp_path))
     assert resolve_model(PretrainedModel(name=str(tmp_path))) == FolderModel(folder=str(tmp_path))
     assert resolve_model("some/hub-name") == PretrainedModel(name="some/hub-name")
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    """A random 2-layer model folder as `initialise` publishes it."""
+    from nvembed.modeling.backbones import load_backbone
+    from nvembed.modeling.config import EmbedderConfig, RandomBackbone
+    from nvembed.modeling.folder import save_embedder
+    from nvembed.modeling.initialise import build_embedder
+
+    words = [f"{verb} {noun}" for verb in ("find", "open", "close") for noun in ("buffer", "overflow", "session")] * 9
+    backbone, tokenizer = load_backbone(RandomBackbone(vocab_size=300), words, 0)
+    embedder = build_embedder(backbone, tokenizer, EmbedderConfig(), 0)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    save_embedder(embedder, folder, recipe=None, prompts={}, card=None)
+    return folder
+
+
+def test_our_folder_encodes_as_its_embedder_does(tiny_folder):
+    from nvembed.modeling.folder import load_embedder
+
+    texts, instructions = ["open session", "buffer " * 30, "x"], ["Instruct: find\nQuery: ", "", ""]
+    encoder = open_encoder(str(tiny_folder), None, "fp32", token_budget=64)
+    found = encoder.encode(texts, instructions)
+    assert found.shape == (3, encoder.dim) and found.dtype == np.float32
+    np.testing.assert_allclose(found, load_embedder(tiny_folder).encode(texts, instructions), atol=1e-6)
+    assert np.abs(found - encoder.encode(texts, [""] * 3)).max() > 1e-3  # the instruction does reach it
+    assert encoder.encode([], []).shape == (0, encoder.dim)
+
+
+def test_pooling_and_direction_can_be_overridden(tiny_folder):
+    variants = [
+        FolderModel(folder=str(tiny_folder)),
+        FolderModel(folder=str(tiny_folder), pooling={"type": "mean"}),
+        FolderModel(folder=str(tiny_folder), pooling={"type": "mean"}, bidirectional=False),
+        FolderModel(folder=str(tiny_folder), pooling={"type": "last_token"}),
+    ]
+    vectors = [open_encoder(variant, None, "fp32").encode(["open the session buffer"], [""])[0] for variant in variants]
+    for index, left in enumerate(vectors):
+        for right in vectors[index + 1 :]:
+            assert np.abs(left - right).max() > 1e-4
+
+
+def test_the_identity_of_vectors_follows_the_weights(tiny_folder, tmp_path):
+    import shutil
+
+    from nvembed.retrieval.config import EncodeConfig
+    from nvembed.retrieval.encode import encode_identity
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_folder, copy)
+    model, config = FolderModel(folder=str(copy)), EncodeConfig()
+    before = encode_identity(model, config)
+    assert encode_identity(model, config.model_copy(update={"actors": 7, "shard_rows": 3})) == before
+    assert encode_identity(model, config.model_copy(update={"token_budget": 99})) != before
+    (copy / "nvembed.json").write_text((copy / "nvembed.json").read_text() + " ")
+    assert encode_identity(model, config) != before
