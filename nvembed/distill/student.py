@@ -24,6 +24,7 @@ from nvembed import storage
 from nvembed.distill.config import CompareConfig
 from nvembed.distill.teach import read_part
 from nvembed.evaluation.significance import bootstrap, mean_statistic
+from nvembed.modeling.precision import resolve_precision
 from nvembed.retrieval.encoders import Encoder, open_encoder
 from nvembed.storage import Step, StepResult
 from nvembed.types import Artifact
@@ -125,7 +126,7 @@ def folder_size(folder: Path) -> dict[str, int]:
     parameters = 0
     for path in files:
         with safe_open(path, framework="numpy") as weights:
-            parameters += sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())
+            parameters += sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118
     return {"parameters": parameters, "bytes": sum(path.stat().st_size for path in files)}
 
 
@@ -145,7 +146,7 @@ def encode_cost(
         "unit": "CPU seconds per 1,000 texts",
         "texts": len(texts),
         "threads": config.threads,
-        "precision": config.precision,
+        "precision": resolve_precision(config.precision, torch.device("cpu")),
         **median,
         "ratio": median["student"] / median["teacher"],
     }

@@ -1,10 +1,10 @@
 """The `teach` step: the teacher's vectors of training-side texts, each text embedded once, written to shards.
 
 `vectors/part-*.parquet` is what the student learns from, `holdout/part-*.parquet` what its cosine to the teacher is
-measured on. Rows: `key, text, instruction, vector`. Train queries carry the data set's instruction; documents are bare,
-texts of classes and graded pairs carry it on both sides. Nothing held out goes in (see `HeldOutTexts`). Which texts are
-taken under `max_texts`, and which are the holdout, is a seeded hash of the text. A killed run keeps the vector shards it
-has; they lie under `checkpoints/` until the step is complete.
+measured on. Rows: `key, text, instruction, vector`. Train queries carry the data set's instruction; documents are
+bare; texts of classes and graded pairs carry it on both sides. Nothing held out goes in (see `held_out_texts`).
+Which texts are taken under `max_texts`, and which are the holdout, is a seeded hash of the text. A killed run keeps
+the vector shards it has; they lie under `checkpoints/` until the step is complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pyarrow as pa
 import xxhash
 
 from nvembed import storage
-from nvembed.data.tables import HELD_OUT, dataset_info, document_text
+from nvembed.data.tables import HELD_OUT, SPLITS, dataset_info, document_text
 from nvembed.distill.config import TeachConfig
 from nvembed.retrieval.encode import encode_texts, write_text_shards
 from nvembed.retrieval.shards import iter_parquet, list_shards, read_table, write_table
@@ -34,7 +34,7 @@ PARTS = ("vectors", "holdout")
 
 def _build(config: TeachConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     prepare = inputs["prepare"]
-    held_out = HeldOutTexts.of(prepare)
+    held_out = held_out_texts(prepare)
     counts: Counter[str] = Counter()
     choice = choose_texts(
         np.fromiter(
@@ -72,36 +72,26 @@ TEACH = Step("teach", 1, _build, cleared=False)
 # -- which texts ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class HeldOutTexts:
-    """What must not reach the student, over all data sets: 64-bit hashes of texts, and documents by (data set, id).
+def held_out_texts(prepare: Artifact) -> frozenset[int]:
+    """Hashes of the texts that must not reach the student, over all data sets of a `prepare` artifact.
 
-    Texts: held-out queries; texts of held-out classes and pairs; documents that answer held-out queries only. They are
-    compared without regard to case and white space, so a held-out text stays out whichever data set it turns up in.
+    Held-out queries; texts of held-out classes and pairs; documents that answer held-out queries only. Case and white
+    space do not count, so a held-out text stays out whichever data set it turns up in.
     """
-
-    texts: frozenset[int]
-    documents: frozenset[tuple[str, str]]
-
-    @classmethod
-    def of(cls, prepare: Artifact) -> HeldOutTexts:
-        """Collected from the held-out examples and corpora of a `prepare` artifact."""
-        texts: set[int] = set()
-        documents: set[tuple[str, str]] = set()
-        for dataset in dataset_info(prepare):
-            answers = {split: _positives(prepare, dataset, split) for split in (*HELD_OUT, "train")}
-            only = {key for split in HELD_OUT for key in answers[split]} - answers["train"]
-            documents.update((dataset, key) for key in only)
-            for split in HELD_OUT:
-                texts.update(_folded(query) for query in _queries(prepare, dataset, split))
-            for key, text, split in _corpus(prepare, dataset):
-                if split in HELD_OUT or key in only:
-                    texts.add(_folded(text))
-        return cls(frozenset(texts), frozenset(documents))
+    found: set[int] = set()
+    for dataset in dataset_info(prepare):
+        answers = {split: _positives(prepare, dataset, split) for split in SPLITS}
+        held_out_only = {key for split in HELD_OUT for key in answers[split]} - answers["train"]
+        for split in HELD_OUT:
+            found.update(folded_hash(query) for query in _queries(prepare, dataset, split))
+        for key, text, side in _corpus(prepare, dataset):
+            if side in HELD_OUT or key in held_out_only:
+                found.add(folded_hash(text))
+    return frozenset(found)
 
 
 def training_texts(
-    prepare: Artifact, held_out: HeldOutTexts, counts: Counter[str] | None = None
+    prepare: Artifact, held_out: frozenset[int], counts: Counter[str] | None = None
 ) -> Iterator[tuple[str, str]]:
     """(text, instruction) of everything a student may learn from, repeats included; streamed.
 
@@ -112,13 +102,13 @@ def training_texts(
     for dataset, info in dataset_info(prepare).items():
         instruction, symmetric = info["instruction"], TaskType(info["task"]).symmetric
         for text in _queries(prepare, dataset, "train"):
-            if _folded(text) in held_out.texts:
+            if folded_hash(text) in held_out:
                 counts["held_out_text"] += 1
                 continue
             counts["queries"] += 1
             yield text, instruction
-        for key, text, split in _corpus(prepare, dataset):
-            if split not in (None, "train") or (dataset, key) in held_out.documents or _folded(text) in held_out.texts:
+        for _, text, _ in _corpus(prepare, dataset):
+            if folded_hash(text) in held_out:
                 counts["held_out_text"] += 1
                 continue
             counts["documents"] += 1
@@ -142,7 +132,8 @@ def _corpus(prepare: Artifact, dataset: str) -> Iterator[tuple[str, str, str | N
             yield row["id"], document_text(row["title"], row["text"]), row["split"]
 
 
-def _folded(text: str) -> int:
+def folded_hash(text: str) -> int:
+    """64-bit hash of a text without regard to case and white space."""
     return xxhash.xxh3_64_intdigest(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass"))
 
 
@@ -183,7 +174,7 @@ def choose_texts(digest_N: np.ndarray, config: TeachConfig) -> Choice:
     return Choice(np.sort(ordered[count:]), np.sort(ordered[:count]), len(unique_U))
 
 
-def _chosen_rows(prepare: Artifact, held_out: HeldOutTexts, chosen: np.ndarray) -> Iterator[tuple[str, str, str]]:
+def _chosen_rows(prepare: Artifact, held_out: frozenset[int], chosen: np.ndarray) -> Iterator[tuple[str, str, str]]:
     """(key, text, instruction) of the chosen texts, each once, in file order."""
     taken = np.zeros(len(chosen), dtype=bool)
     for text, instruction in training_texts(prepare, held_out):
