@@ -16,10 +16,9 @@ from nvembed.training.launch import TRAIN
 from nvembed.types import Artifact
 
 
-def train_student(road: Road, teacher: Artifact) -> Artifact:
+def train_student(road: Road, prepared: Artifact, teacher: Artifact) -> Artifact:
     """Walk the road from a teacher to its student; returns the student's artifact (model folder at `model/`)."""
     recipe, student = road.recipe, road.recipe.student
-    prepared = road.step("prepare", PREPARE, recipe.prepare)
     taught = road.step("teach", TEACH, recipe.teach, prepare=prepared, model=teacher)
     before = road.step("student_init", STUDENT_INIT, student.init, model=teacher)
     road.step("evaluate_student_init", EVALUATE, student.evaluate, prepare=prepared, model=before)
@@ -28,14 +27,17 @@ def train_student(road: Road, teacher: Artifact) -> Artifact:
     after = road.step("train_student", TRAIN, student.train, stream=stream, model=before)
 
     scores = road.step("evaluate_student", EVALUATE, student.evaluate, prepare=prepared, model=after)
-    road.step("compare_student", COMPARE_STUDENT, student.compare, teach=taught, teacher=teacher, before=before, student=after)
+    road.step(
+        "compare_student", COMPARE_STUDENT, student.compare, teach=taught, teacher=teacher, before=before, student=after
+    )
     road.register("register_student", recipe.register.student_name, model=after, scores=scores)
     return after
 
 
 def distill(road: Road) -> None:
     """The whole story of one student of an existing teacher."""
-    train_student(road, road.import_model("teacher", road.recipe.teacher))
+    prepared = road.step("prepare", PREPARE, road.recipe.prepare)
+    train_student(road, prepared, road.import_model("teacher", road.recipe.teacher))
     road.report()
 
 

@@ -16,8 +16,8 @@ from nvembed.training.launch import TRAIN
 from nvembed.types import Artifact
 
 
-def train_teacher(road: Road) -> Artifact:
-    """Walk the road to the trained teacher; returns its artifact (model folder at `model/`)."""
+def train_teacher(road: Road) -> tuple[Artifact, Artifact]:
+    """Walk the road to the trained teacher; returns the prepared data and the teacher (model folder at `model/`)."""
     recipe = road.recipe
     prepared = road.step("prepare", PREPARE, recipe.prepare)
     untrained = road.step("initialise", INITIALISE, recipe.initialise, prepare=prepared)
@@ -35,7 +35,7 @@ def train_teacher(road: Road) -> Artifact:
     road.step("baselines", BASELINES, recipe.baselines, prepare=prepared, model=untrained)
     scores = road.step("evaluate_teacher", EVALUATE, recipe.evaluate, prepare=prepared, model=teacher)
     road.register("register_teacher", recipe.register.teacher_name, model=teacher, scores=scores)
-    return teacher
+    return prepared, teacher
 
 
 def nv_embed(road: Road) -> None:

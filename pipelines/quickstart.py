@@ -13,8 +13,8 @@ from nvembed.story import Road, tell
 
 def quickstart(road: Road) -> None:
     """Both stories, one after the other, and the report."""
-    teacher = train_teacher(road)
-    train_student(road, teacher)
+    prepared, teacher = train_teacher(road)
+    train_student(road, prepared, teacher)
     road.report()
 
 
