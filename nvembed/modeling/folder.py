@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import yaml
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nvembed.modeling import probes
@@ -196,7 +197,7 @@ def _load_backbone(folder: Path, stored: EmbedderConfig) -> Any:
             model = AutoModel.from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{folder}: its backbone cannot be loaded ({error}). Copy or build the folder again."
         ) from error
@@ -211,7 +212,12 @@ def _load_backbone(folder: Path, stored: EmbedderConfig) -> Any:
 def _load_tokeniser(folder: Path, config: EmbedderConfig) -> Tokeniser:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder}: its tokenizer cannot be loaded ({error}). Copy or build the folder again."
+        ) from error
     return Tokeniser(tokenizer, config.text)
 
 
@@ -219,7 +225,7 @@ def _load_head(embedder: Embedder, folder: Path) -> None:
     assert embedder.latent_attention_model is not None
     try:
         embedder.latent_attention_model.load_state_dict(load_file(folder / POOLING_FOLDER / WEIGHTS))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{folder}: latent attention cannot be loaded ({error}). Copy or build the folder again."
         ) from error

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from nvembed.modeling.embedder import Embedder
@@ -50,7 +51,7 @@ def check_probes(embedder: Embedder, folder: Path) -> None:
         rows = json.loads((folder / PROBES_JSON).read_text(encoding="utf-8"))
         expected_PD = load_file(folder / PROBES_TENSORS)["vectors"]
         texts, instructions = [row["text"] for row in rows], [row["instruction"] for row in rows]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{folder}: its probe vectors cannot be read ({error}). Copy or build the folder again."
         ) from error
