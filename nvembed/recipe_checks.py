@@ -83,8 +83,8 @@ def _instructions(document: Document) -> Found:
         instruction = source.get("instruction") if isinstance(source, dict) else None
         if not isinstance(instruction, str) or instruction in CATALOGUE or " " in instruction.strip():
             continue
-        keys = ", ".join(CATALOGUE)
-        message = f"{instruction!r} is no key of the catalogue and no sentence.{nearest(instruction, list(CATALOGUE))} Keys: {keys}."
+        hint = f"{nearest(instruction, list(CATALOGUE))} Keys: {', '.join(CATALOGUE)}."
+        message = f"{instruction!r} is no key of the catalogue and no sentence.{hint}"
         yield ("prepare", "sources", index, "instruction"), message
 
 

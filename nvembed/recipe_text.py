@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 Path = tuple[str | int, ...]
+_PLAIN = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,9 @@ def _value(
         problems.append(Problem(_position(node, document.source), path, "refers to a value it is part of"))
         return None
     document.values[path] = _position(node, document.source)
+    if isinstance(node, yaml.CollectionNode) and node.tag not in _PLAIN:
+        problems.append(Problem(_position(node, document.source), path, f"a YAML tag ({node.tag}); write plain values"))
+        return None
     if isinstance(node, yaml.SequenceNode):
         items = enumerate(node.value)
         return [_value(item, (*path, index), document, problems, (*around, node)) for index, item in items]
