@@ -126,10 +126,12 @@ def probe(uri: str) -> None:
 
 
 def prepare_environment() -> None:
-    """Defaults for MLflow before it is imported: no telemetry, few retries, no line per database migration."""
+    """Defaults for MLflow before it is imported: no telemetry, few retries, nothing printed between our own lines."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    for name in ("alembic", "mlflow.store.db.utils"):
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
