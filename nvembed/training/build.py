@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from nvembed import storage
 from nvembed.losses.objectives import build_objective
 from nvembed.modeling.adapters import apply_adapter, merge_adapter
-from nvembed.modeling.folder import load_embedder, save_embedder
+from nvembed.modeling.folder import describe_folder, load_embedder, save_embedder
 from nvembed.modeling.precision import resolve_precision
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
 from nvembed.training.checkpoint import Checkpoint
@@ -76,17 +76,16 @@ def export(job: Job, checkpoint: Checkpoint, teacher_dim: int | None) -> None:
         model.embedder.embedding_model.gradient_checkpointing_disable()
     objective = {name: tensor.contiguous() for name, tensor in model.objective.state_dict().items()}
     if objective:
-        with tempfile.TemporaryDirectory(prefix="nvembed-objective-") as folder:
-            save_file(objective, Path(folder, OBJECTIVE))
-            storage.write_bytes(storage.join(job.work_uri, OBJECTIVE), Path(folder, OBJECTIVE).read_bytes())
+        storage.write_bytes(storage.join(job.work_uri, OBJECTIVE), save(objective))
     merge_adapter(model.embedder)
-    prompts = {key: instruction_prefix(key) for key in CATALOGUE}
+    with local_folder(job.model_uri) as folder:
+        prompts = describe_folder(folder)["prompts"] or {key: instruction_prefix(key) for key in CATALOGUE}
     target = storage.join(job.work_uri, MODEL)
-    storage.remove(target)
-    with tempfile.TemporaryDirectory(prefix="nvembed-model-") as folder:
-        local = storage.local_path(target) if storage.is_local(target) else Path(folder, MODEL)
+    with tempfile.TemporaryDirectory(prefix="nvembed-model-") as temporary:
+        local = storage.local_path(target) if storage.is_local(target) else Path(temporary, MODEL)
         save_embedder(model.embedder, local, recipe=job.config.model_dump(mode="json"), prompts=prompts, card=None)
         if not storage.is_local(target):
+            storage.remove(target)  # what a killed run left
             fs, path = storage.filesystem(target)
             fs.put(str(local), path, recursive=True)
     logger.info("model folder written: %s", target)

@@ -4,6 +4,8 @@ Facts of DeepSpeed 0.19 this file works around, each covered by a test:
 - Several `backward` calls per step are silently wrong under ZeRO 1 and 2; `coalesce_grad_reduction` makes them right.
 - Under ZeRO 1 and 2 optimiser state is linked to parameters at the first step only, so before it nothing can be read
   or restored. The state AdamW would make is made here at the start.
+- Under ZeRO 3 setting a whole tensor fails on the last rank when its size does not divide by the ranks
+  (`set_full_hp_param` does not pad); each rank sets its own padded piece.
 - Stage 0 reports no gradient norm, so it is clipped by the same torch function as in the torch engine.
 - On CPU the shared-memory communication op is compiled at start; a process killed meanwhile leaves a lock that later
   ones wait for without end. It is switched off.
@@ -125,6 +127,8 @@ class DeepSpeedEngine(Engine):
                 value = read(kind, name).to(self.device)
                 if self._stage == 0:
                     self._engine.optimizer.state[parameter][kind].copy_(value)
+                elif self._stage == 3:
+                    self._accessors.safe_set_local_optimizer_state(parameter, _own_partition(value, parameter), kind)
                 else:
                     self._accessors.safe_set_full_optimizer_state(parameter, value, kind)
         for masters in self._masters():
@@ -155,6 +159,14 @@ class DeepSpeedEngine(Engine):
             self._torch_optimiser.state[masters] = {"step": torch.tensor(0.0), **state}
         if self._stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _own_partition(value: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """This rank's piece of a whole tensor under ZeRO-3, padded with zeros like DeepSpeed's own."""
+    size, rank = parameter.ds_tensor.numel(), dist.get_rank()
+    padded = value.new_zeros(size * dist.get_world_size())
+    padded[: value.numel()] = value.flatten()
+    return padded[rank * size : (rank + 1) * size]
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -1,7 +1,7 @@
 """The training loop: one for teacher and student, both stages, any engine, any number of ranks.
 
 It knows neither Ray nor MLflow: it talks to a `WorkerContext`, reads a stream of global batches, and leaves behind
-`metrics.jsonl`, `checkpoints/`, and at the end `model/` and `objective.safetensors`.
+`metrics.jsonl`, `starts.jsonl`, `checkpoints/`, and at the end `model/` and `objective.safetensors`.
 
 Exactness: a step depends on the weights, the optimiser's moments, the global batch and random numbers seeded from
 (seed, step, rank), all of which a resumed run has; see DESIGN.md "Exactness".
@@ -29,7 +29,7 @@ from nvembed.training.checkpoint import Checkpoint, CheckpointStore, Identity
 from nvembed.training.chunked import backward_global_batch
 from nvembed.training.engine import Engine, build_engine
 from nvembed.training.errors import NonFiniteError
-from nvembed.training.metrics import MetricsLog, hash_ids
+from nvembed.training.metrics import MetricsLog, hash_ids, record_start
 from nvembed.training.schedule import learning_rate_factor
 from nvembed.training.sharding import Sharding, shard
 from nvembed.types import Batch
@@ -37,6 +37,7 @@ from nvembed.types import Batch
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+STARTS = "starts.jsonl"
 NAMED = 20  # examples an error message names
 
 
@@ -67,7 +68,10 @@ def train(job: Job, stream: BatchStream, context: WorkerContext) -> None:
     checkpoint = store.newest(context)
     start = checkpoint.step if checkpoint else 0
     if context.rank == 0:
+        context.check_lease()
         logger.info("%s: starting at step %d of %d, %s", job.work_uri, start, stream.num_steps, precision)
+        row = {"step": start, "time": time.time(), "world_size": context.world_size, "precision": precision}
+        record_start(storage.join(job.work_uri, STARTS), row)
     if start < stream.num_steps:
         _take_steps(job, stream, context, store, checkpoint)
         checkpoint = store.newest(context)
@@ -87,8 +91,7 @@ def check_batch(global_batch_size: int, num_workers: int) -> None:
     if global_batch_size % num_workers:
         raise UserError(
             f"stream.global_batch_size {global_batch_size} cannot be divided by train.num_workers {num_workers}. "
-            f"Use {global_batch_size // num_workers * num_workers or num_workers} or "
-            f"{(global_batch_size // num_workers + 1) * num_workers}, or another number of workers."
+            f"Use {max(1, global_batch_size // num_workers) * num_workers}, or another number of workers."
         )
 
 

@@ -67,6 +67,12 @@ class MetricsLog:
         storage.write_bytes(self._uri, "".join(self._lines).encode())
 
 
+def record_start(uri: str, row: Mapping[str, Any]) -> None:
+    """Add a line to `starts.jsonl`: where and when a run started or went on (restart marks of a report)."""
+    before = storage.read_bytes(uri) if storage.exists(uri) else b""
+    storage.write_bytes(uri, before + (json.dumps(row) + "\n").encode())
+
+
 def _complete_lines(uri: str) -> list[str]:
     """Lines that end and parse; a torn last line is left out."""
     if not storage.exists(uri):

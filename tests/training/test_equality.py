@@ -17,7 +17,7 @@ from nvembed.training.config import TrainConfig
 
 TOLERANCE = 1e-5
 CLIP = 0.5
-WHOLE, SMALL = 100_000, 120  # token budgets: one chunk a rank; several
+WHOLE, SMALL, UNEVEN = 100_000, 120, 85  # token budgets: one chunk a rank; several; more on one rank than the other
 
 FULL = {"type": "full", "freeze_embeddings": False}
 LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0}
@@ -67,6 +67,7 @@ def jobs() -> dict[str, dict[str, Any]]:
         offload = settings("deepspeed", stage, FULL, SMALL, "adamw", offload_optimizer=True)
         made[f"deepspeed{stage}-checkpointing"] = {"config": checkpointing}
         made[f"deepspeed{stage}-offload"] = {"config": offload}
+        made[f"deepspeed{stage}-uneven"] = {"config": settings("deepspeed", stage, FULL, UNEVEN, "adamw")}
     for stage in (1, 2):
         made[f"naive{stage}"] = {"config": settings("deepspeed", stage, FULL, SMALL, "sgd"), "naive": True}
     return made
@@ -100,7 +101,9 @@ def assert_equal(facts: dict[str, Any], tensors: dict[str, Any], config: dict[st
     assert facts["norms"] == pytest.approx(expected_facts["norms"], rel=TOLERANCE)
     assert set(tensors) == set(expected)
     wrong = {name: relative(tensors[name], expected[name]) for name in expected}
-    assert all(error == 0 for name, error in wrong.items() if name.startswith("initial/")), "initialising changed weights"
+    assert all(error == 0 for name, error in wrong.items() if name.startswith("initial/")), (
+        "initialising changed weights"
+    )
     assert {name: error for name, error in wrong.items() if error > TOLERANCE} == {}
     moved = [name for name in tensors if name.startswith("parameters/")]
     assert all(relative(tensors[name], tensors[name.replace("parameters", "initial")]) > 1e-6 for name in moved)
@@ -112,6 +115,7 @@ def test_two_ranks_equal_one_process(results: Path, name: str) -> None:
     config = jobs()[name]["config"]
     assert_equal(facts, tensors, config)
     assert len(set(facts["chunks"])) == 1, "ZeRO-3 needs the same number of chunks on every rank"
+    assert (facts["empty_chunks"] > 0) == name.endswith("uneven")
     if config["token_budget"] == WHOLE:
         assert facts["chunks"] == [1, 1]
     else:
@@ -144,7 +148,9 @@ def test_several_backwards_without_coalescing_are_wrong(results: Path, stage: in
 
 
 @pytest.mark.parametrize("budget", [40, 100, 200])
-@pytest.mark.parametrize(("adapter", "objective"), [("full", "contrastive"), ("lora", "contrastive"), ("full", "distill")])
+@pytest.mark.parametrize(
+    ("adapter", "objective"), [("full", "contrastive"), ("lora", "contrastive"), ("full", "distill")]
+)
 def test_chunked_backward_of_one_process_equals_one_backward(budget: int, adapter: str, objective: str) -> None:
     config = settings(
         "torch", 0, LORA if adapter == "lora" else FULL, budget, "adamw",

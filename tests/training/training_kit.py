@@ -27,12 +27,15 @@ from nvembed.losses.objectives import build_objective
 from nvembed.modeling.adapters import apply_adapter
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig
 from nvembed.modeling.embedder import Embedder
+from nvembed.modeling.folder import save_embedder
 from nvembed.text.config import TextConfig
 from nvembed.text.tokenise import Tokeniser
+from nvembed.training.build import Job
 from nvembed.training.chunked import backward_global_batch
 from nvembed.training.config import TrainConfig
+from nvembed.training.context import PlainContext
 from nvembed.training.engine import build_engine
-from nvembed.training.loop import optimiser_step
+from nvembed.training.loop import optimiser_step, train
 from nvembed.training.model import TrainedModel
 from nvembed.training.sharding import shard
 from nvembed.types import Batch
@@ -75,6 +78,12 @@ def tiny_model(config: TrainConfig, teacher_dim: int | None = None, seed: int = 
     if config.engine.gradient_checkpointing:
         embedder.embedding_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return TrainedModel(embedder, objective, "bf16" if config.precision == "bf16" else "fp32").train()
+
+
+def tiny_folder(folder: Path) -> Path:
+    """A model folder of the tiny embedder."""
+    save_embedder(tiny_embedder(), folder)
+    return folder
 
 
 def make_batch(tokeniser: Tokeniser, step: int, size: int = 8, group: int = 3, teacher_dim: int | None = None) -> Batch:
@@ -198,12 +207,10 @@ def run_ranks(case: str, jobs: Mapping[str, Any], folder: Path, *, world: int = 
         "PYTHONWARNINGS": "ignore",
     }
     logs = [open(folder / f"rank{r}.log", "w") for r in range(world)]  # noqa: SIM115
+    command = [sys.executable, __file__, case]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, case, str(r), str(world), str(folder)],
-            env=environment, stdout=logs[r], stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        for r in range(world)
+        subprocess.Popen([*command, str(r), str(world), str(folder)], env=environment, stdout=log, stderr=log)
+        for r, log in enumerate(logs)
     ]
     try:
         codes = [process.wait(timeout=timeout) for process in ranks]
@@ -225,7 +232,45 @@ def _equality(job: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dic
     return run_steps(TrainConfig.model_validate(job["config"]), naive=job.get("naive", False))
 
 
-CASES = {"equality": _equality}
+class Interrupted(RuntimeError):
+    """The stand-in for a kill where processes go on to the next job."""
+
+
+class InterruptedStream(MemoryStream):
+    """Ends the run when it asks for a certain step; remembers where the run started."""
+
+    def __init__(self, num_steps: int, interrupt: int | None) -> None:
+        super().__init__(num_steps)
+        self.interrupt = interrupt
+        self.start: int | None = None
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        self.start = start
+        for batch in super().batches(start):
+            if batch.step == self.interrupt:
+                raise Interrupted
+            yield batch
+
+
+def train_job(
+    config: Mapping[str, Any], model: str | Path, work: str | Path, *, steps: int = 6, interrupt: int | None = None
+) -> int | None:
+    """The real loop on this process's ranks; returns the step it started at (None: all steps were done before)."""
+    stream = InterruptedStream(steps, interrupt)
+    job = Job(TrainConfig.model_validate(config), "memory", str(model), str(work), {"stream": "s", "model": "m"})
+    try:
+        train(job, stream, PlainContext())
+    except Interrupted:
+        assert interrupt is not None
+    return stream.start
+
+
+def _train(job: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    starts = [train_job(job["config"], job["model"], work, interrupt=stop) for work, stop in job["runs"]]
+    return {"starts": starts}, {}
+
+
+CASES = {"equality": _equality, "train": _train}
 
 
 def _main() -> None:
