@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 STATE = "tracking.json"
 METRICS = "metrics.jsonl"
 RETRY_SECONDS = 30.0  # after a failure MLflow is left alone for this long
-_STATUS = {"finished": "FINISHED", "done": "FINISHED", "skipped": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+_STATUS = {"finished": "FINISHED", "done": "FINISHED", "skipped": "FINISHED"}
+_STATUS |= {"failed": "FAILED", "interrupted": "KILLED"}
 _BATCH_PARAMS = 100  # MLflow's own limit of one log_batch call
 
 

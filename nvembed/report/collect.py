@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nvembed import storage
+from nvembed.modeling.precision import resolve_precision
 from nvembed.registry import REGISTRATION, primary_metric
-from nvembed.report.comparisons import RETRIEVAL, compare_systems, read_items
+from nvembed.report.comparisons import RETRIEVAL_METRIC, Scored, compare_systems
 from nvembed.report.environment import describe_environment
 from nvembed.report.schema import (
     Dataset,
@@ -36,7 +37,7 @@ METRIC_ORDER = ("ndcg_at_10", "recall_at_100", "mrr_at_10", "accuracy", "v_measu
 SCORED = {"evaluate_teacher": "teacher", "evaluate_student_init": "student_before", "evaluate_student": "student"}
 
 
-def collect(
+def collect_report(
     recipe_name: str,
     recipe: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
@@ -54,9 +55,16 @@ def collect(
         wall_seconds: of this run.
         peak_pss_mb: of this run.
     """
-    tables = dict(_tables(artifacts))
+    systems = {name: scored for names in _scored_steps(artifacts) for name, scored in names.items()}
+    files = {scored.artifact.uri: storage.read_json(scored.artifact.path("scores.json")) for scored in systems.values()}
+    tables = {
+        name: {
+            dataset: _in_order(metrics)
+            for dataset, metrics in files[scored.artifact.uri]["scores"][scored.system].items()
+        }
+        for name, scored in systems.items()
+    }
     settings = recipe.get("evaluate") or (recipe.get("student") or {}).get("evaluate") or {}
-    items = read_items([(artifacts[step], names) for step, names in _scored_steps(artifacts)])
     return Report(
         recipe=recipe_name,
         steps=[StepRecord(**{key: record.get(key) for key in StepRecord.model_fields}) for record in records],
@@ -66,8 +74,12 @@ def collect(
         wall_seconds=wall_seconds,
         peak_pss_mb=peak_pss_mb,
         other_scores={name: table for name, table in tables.items() if name not in BASELINES and not _reported(name)},
-        comparisons=compare_systems(items, settings.get("bootstrap_samples", 1000), settings.get("seed", 0)),
+        comparisons=compare_systems(systems, settings),
         shares=_shares(tables),
+        notes={key: text for file in files.values() for key, text in file.get("notes", {}).items()},
+        untrained_variants=next(
+            (file["untrained_variants"] for file in files.values() if "untrained_variants" in file), None
+        ),
         registrations={
             name: storage.read_json(artifact.path(REGISTRATION))
             for name, artifact in artifacts.items()
@@ -87,20 +99,15 @@ def _reported(name: str) -> bool:
     return name in ("teacher", "student") or name.startswith("student@")
 
 
-def _scored_steps(artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Every step with scores that the run has: (step, system in its files -> name in the report)."""
+def _scored_steps(artifacts: Mapping[str, Artifact]) -> Iterator[dict[str, Scored]]:
+    """Of every step with scores that the run has: name in the report -> where."""
     for step in ("baselines", *SCORED):
         if step in artifacts:
-            systems = storage.read_json(artifacts[step].path("scores.json"))["scores"]
-            role = SCORED.get(step)
-            yield step, {name: name if role is None else role + name.removeprefix("model") for name in systems}
-
-
-def _tables(artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, Table]]:
-    for step, names in _scored_steps(artifacts):
-        scores = storage.read_json(artifacts[step].path("scores.json"))["scores"]
-        for system, name in names.items():
-            yield name, {dataset: _in_order(metrics) for dataset, metrics in scores[system].items()}
+            artifact, role = artifacts[step], SCORED.get(step)
+            systems = storage.read_json(artifact.path("scores.json"))["scores"]
+            yield {
+                name if role is None else role + name.removeprefix("model"): Scored(artifact, name) for name in systems
+            }
 
 
 def _in_order(metrics: Mapping[str, Any]) -> dict[str, Interval]:
@@ -122,7 +129,7 @@ def _finite(value: float | None) -> bool:
 
 def mean_retrieval(table: Table) -> float | None:
     """Mean primary score over the retrieval sets of a system; None where it has none."""
-    values = [metrics[RETRIEVAL].value for metrics in table.values() if RETRIEVAL in metrics]
+    values = [metrics[RETRIEVAL_METRIC].value for metrics in table.values() if RETRIEVAL_METRIC in metrics]
     return sum(values) / len(values) if values else None
 
 
@@ -187,9 +194,16 @@ def _training(artifact: Artifact) -> Training:
         last_loss=rows[-1]["loss"] if _finite(rows[-1]["loss"]) else None,
         workers=config.get("num_workers"),
         threads_per_worker=config.get("threads_per_worker"),
-        precision=config.get("precision"),
+        precision=_precision(config),
         metrics=artifact.path(METRICS),
     )
+
+
+def _precision(config: Mapping[str, Any]) -> str | None:
+    configured = config.get("precision")
+    if configured is None or config.get("gpus_per_worker"):
+        return configured
+    return resolve_precision(configured, "cpu")
 
 
 def _lineage(artifact: Artifact) -> LineageEntry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from nvembed.report.charts import bar_chart, line_chart
@@ -109,40 +109,42 @@ def _card(title: str, value: str, note: str) -> Markup:
 
 
 def _student(report: Report) -> Markup | None:
-    """What was measured on both side by side; everything else as it is named."""
+    """Closeness to the teacher before and after, size and encode cost, from `comparison.json`."""
     if report.student is None:
         return None
-    leaves = dict(_leaves(report.student))
-    pairs = [path.removeprefix("student · ") for path in leaves if path.startswith("student · ")]
-    pairs = [path for path in pairs if f"teacher · {path}" in leaves]
-    both: list[list[Content]] = []
-    for path in pairs:
-        teacher, student = leaves.pop(f"teacher · {path}"), leaves.pop(f"student · {path}")
-        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (teacher, student))
-        share = f"{100 * student / teacher:.0f} %" if numbers and teacher else None
-        both.append([path, _plain(teacher), _plain(student), share])
-    rest: list[list[Content]] = [[path, _plain(value)] for path, value in leaves.items()]
+    cosine, cost = report.student["cosine_to_teacher"], report.student["encode_cost"]
+    widths = [key for key, value in cosine["after"].items() if isinstance(value, dict)]
+    near: list[list[Content]] = [
+        [f"{width} dims", *(_interval(cosine[when].get(width)) for when in ("before", "after"))] for width in widths
+    ]
+    said = f"Cosine over {cosine['texts']} texts the student never saw; after training: {cosine['after']['through']}."
+    what = {"parameters": "parameters", "bytes": "bytes of weights"}
+    both = [_side_by_side(label, report.student[key]) for key, label in what.items()]
+    both.append(_side_by_side(cost["unit"], cost))
+    how = f"Cost: the same {cost['texts']} texts in turns, {cost['threads']} thread(s), {cost['precision']}."
     return section(
         "Student against teacher",
-        table("Closeness and conditions", ["measure", "value"], rest) if rest else None,
-        table("Size and cost", ["measure", "teacher", "student", "student's share"], both) if both else None,
+        tag("p", said, class_="quiet"),
+        table("Cosine to the teacher", ["width", "before training", "after training"], near) if near else None,
+        table("Size and cost", ["measure", "teacher", "student", "student's share"], both),
+        tag("p", how, class_="quiet"),
     )
 
 
-def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _leaves(item, f"{path} · {key}" if path else str(key))
-    else:
-        yield path.replace("_", " "), value
+def _interval(found: Mapping[str, float] | None) -> Content:
+    if found is None:
+        return None
+    return join([f"{found['value']:.3f}", tag("small", f"{found['low']:.3f}–{found['high']:.3f}")])
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _side_by_side(label: str, found: Mapping[str, Any]) -> list[Content]:
+    return [label, _plain(found["teacher"]), _plain(found["student"]), f"{100 * found['ratio']:.0f} %"]
+
+
+def _plain(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _training(report: Report, curves: Curves) -> Markup | None:

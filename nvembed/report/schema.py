@@ -127,7 +127,7 @@ class Training(Part):
     last_loss: float | None
     workers: int | None
     threads_per_worker: int | None
-    precision: str | None
+    precision: str | None  # as resolved on this machine's processor; as configured where workers have GPUs
     metrics: str
 
 
@@ -157,10 +157,13 @@ class Report(Part):
     wall_seconds: float
     peak_pss_mb: float | None
 
+    # `notes`: how the scores were taken; `untrained_variants`: the untrained backbone's forms, compared on dev;
     # further scores: the teacher's prefixes ("teacher@<dim>"), the student before training ("student_before")
     other_scores: dict[str, Table]
     comparisons: list[Difference]
     shares: list[Share]
+    notes: dict[str, str]
+    untrained_variants: dict[str, Any] | None
     registrations: dict[str, dict[str, Any]]
     student: dict[str, Any] | None
     datasets: dict[str, Dataset]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from nvembed.report.charts import Dot, dot_chart
-from nvembed.report.comparisons import MEAN, RETRIEVAL
+from nvembed.report.comparisons import MEAN, RETRIEVAL_METRIC
 from nvembed.report.markup import Content, Markup, join, table, tag
 from nvembed.report.schema import Difference, Interval, Report, Table
 
@@ -53,7 +53,7 @@ def _range(low: float, high: float) -> Markup:
 
 def retrieval_values(scores: Table) -> list[float]:
     """Primary scores of a system on the retrieval sets."""
-    return [metrics[RETRIEVAL].value for metrics in scores.values() if RETRIEVAL in metrics]
+    return [metrics[RETRIEVAL_METRIC].value for metrics in scores.values() if RETRIEVAL_METRIC in metrics]
 
 
 def scores_section(report: Report) -> Markup | None:
@@ -68,7 +68,21 @@ def scores_section(report: Report) -> Markup | None:
         "Measured on held-out data only. The range below a value is its 95 % bootstrap interval. "
         "★ marks the best value of a column. Charts: ○ baseline, ● teacher, ■ student."
     )
-    return section("Scores", tag("p", legend, class_="quiet"), _overview(systems, datasets, report), *blocks)
+    return section(
+        "Scores", tag("p", legend, class_="quiet"), _overview(systems, datasets, report), *blocks, *_notes(report)
+    )
+
+
+def _notes(report: Report) -> list[Markup]:
+    """How the numbers were taken, and in which form the untrained backbone was at its best."""
+    notes = dict(report.notes)
+    if report.untrained_variants is not None:
+        chosen = ", ".join(f"{dataset}: {form}" for dataset, form in report.untrained_variants["chosen"].items())
+        notes["untrained backbone, form chosen on dev"] = chosen
+    if not notes:
+        return []
+    entries = [part for name, text in notes.items() for part in (tag("dt", name), tag("dd", text))]
+    return [tag("h3", "How the scores were taken"), tag("dl", *entries, class_="notes")]
 
 
 def _ordered_systems(report: Report) -> dict[str, Table]:
@@ -107,7 +121,7 @@ def _cell(value: Interval | None, best: float) -> Content:
 def _overview(systems: Mapping[str, Table], datasets: list[str], report: Report) -> Markup:
     """Primary metric of every system on every data set, and the mean over the retrieval sets."""
     primary = {dataset: _primary(systems, dataset) for dataset in datasets}
-    retrieval = [dataset for dataset in datasets if primary[dataset] == RETRIEVAL]
+    retrieval = [dataset for dataset in datasets if primary[dataset] == RETRIEVAL_METRIC]
 
     def value(scores: Table, dataset: str) -> Interval | None:
         return scores.get(dataset, {}).get(primary[dataset])

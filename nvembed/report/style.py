@@ -22,6 +22,9 @@ p { margin: .4rem 0; max-width: 46rem }
 .cards dd { margin: 0 }
 .cards strong { display: block; font-size: 1.6rem; line-height: 1.3; font-variant-numeric: tabular-nums }
 .cards span { font-size: .85rem; color: var(--quiet) }
+.notes { max-width: 46rem; font-size: .92rem }
+.notes dt { font-weight: 600; margin-top: .5rem }
+.notes dd { margin: 0; overflow-wrap: anywhere }
 .scroll { overflow-x: auto; margin: .75rem 0 1.25rem; max-width: 100% }
 .scroll:focus-visible { outline: 2px solid var(--one) }
 table { border-collapse: separate; border-spacing: 0; font-size: .92rem }

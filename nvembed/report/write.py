@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nvembed import storage
-from nvembed.report.collect import collect, read_curve
+from nvembed.report.collect import collect_report, read_curve
 from nvembed.report.page import render
 from nvembed.report.schema import Report
 from nvembed.types import Artifact
@@ -35,7 +35,7 @@ def write_report(
         wall_seconds: of this run.
         peak_pss_mb: peak of the run's memory, None where it was not measured.
     """
-    report = collect(recipe_name, recipe, records, artifacts, wall_seconds, peak_pss_mb)
+    report = collect_report(recipe_name, recipe, records, artifacts, wall_seconds, peak_pss_mb)
     write_files(out, report)
     return storage.join(out, REPORT_HTML)
 

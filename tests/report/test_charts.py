@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvembed.report.charts import WIDTH, Dot, bar_chart, dot_chart, line_chart, running_mean, ticks
-from nvembed.report.comparisons import spearman
 from nvembed.report.markup import Markup, join, table, tag
 from nvembed.report.page import duration
 
@@ -97,14 +96,3 @@ def test_markup_is_escaped_once() -> None:
 )
 def test_duration(seconds: float, said: str) -> None:
     assert duration(seconds) == said
-
-
-def test_spearman() -> None:
-    import numpy as np
-    from scipy.stats import spearmanr
-
-    rng = np.random.default_rng(3)
-    a_N = rng.integers(0, 6, 50).astype(float)
-    b_N = a_N + rng.integers(0, 6, 50)
-    assert spearman(a_N, b_N) == pytest.approx(spearmanr(a_N, b_N).statistic)
-    assert spearman(a_N, np.ones(50)) == 0.0

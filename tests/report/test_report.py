@@ -232,6 +232,10 @@ def test_page_says_what_matters(written: Path) -> None:
         report["lineage"]["mine"]["manifest_hash"][:12],
         "17 min 23 s, 5.11 GiB at most",
         "known positive",
+        "exact search in the whole corpus",
+        "hpo: last_causal",
+        "after training: the projection learned in training",
+        "49,545,216",
     ):
         assert said in text, said
 
