@@ -113,7 +113,7 @@ def _student(report: Report) -> Markup | None:
     if report.student is None:
         return None
     cosine, cost = report.student["cosine_to_teacher"], report.student["encode_cost"]
-    widths = [key for key, value in cosine["after"].items() if isinstance(value, dict)]
+    widths = sorted((key for key, found in cosine["after"].items() if isinstance(found, dict)), key=int, reverse=True)
     near: list[list[Content]] = [
         [f"{width} dims", *(_interval(cosine[when].get(width)) for when in ("before", "after"))] for width in widths
     ]

@@ -193,7 +193,7 @@ def comparisons_section(report: Report) -> Markup | None:
     tables = [
         table(
             f"{system_name(a)} − {system_name(b)}",
-            ["over", "metric", "difference", "clear"],
+            ["over", "difference", "clear"],
             [_comparison(found) for found in report.comparisons if (found.a, found.b) == (a, b)],
         )
         for a, b in pairs
@@ -202,6 +202,7 @@ def comparisons_section(report: Report) -> Markup | None:
 
 
 def _comparison(found: Difference) -> list[Content]:
-    over: Content = tag("b", found.over) if found.over == MEAN else found.over
+    over = tag("b", found.over) if found.over == MEAN else tag("span", found.over)
     interval = tag("small", f"{signed(found.low)} to {signed(found.high)}")
-    return [over, metric_name(found.metric), join([signed(found.value), interval]), "yes" if found.clear else "no"]
+    where = join([over, tag("small", metric_name(found.metric))])
+    return [where, join([signed(found.value), interval]), "yes" if found.clear else "no"]

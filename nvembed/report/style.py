@@ -38,6 +38,7 @@ tbody th { font-weight: 400; position: sticky; left: 0; background: var(--back);
 .numbers td { font-variant-numeric: tabular-nums; white-space: nowrap }
 .numbers thead th + th { min-width: 4.2rem }
 .texts td { min-width: 8rem; overflow-wrap: anywhere }
+.tables table { width: 100% }
 td small, th small { display: block; color: var(--quiet); font-size: .8rem; font-weight: 400; white-space: nowrap }
 code { font: .85em ui-monospace, monospace }
 ul { padding-left: 1.2rem }
