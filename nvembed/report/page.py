@@ -182,7 +182,17 @@ def _mining(report: Report) -> Markup | None:
     for name, audit in sets.items():
         dropped = sum(audit["dropped"].values())
         fewer = f"{100 * audit['with_fewer_share']:.1f} %"
-        rows.append([name, audit["examples"], audit["mined"], dropped, audit["negatives"], fewer, audit["way"]])
+        rows.append(
+            [
+                name,
+                audit["examples"],
+                audit["mined"],
+                dropped,
+                audit["negatives"],
+                fewer,
+                tag("span", audit["way"], class_="wrap"),
+            ]
+        )
     head = ["data set", "examples", "mined", "dropped", "negatives", "fewer than asked", "way"]
     refused = [
         [

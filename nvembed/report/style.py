@@ -37,6 +37,7 @@ tbody th { font-weight: 400; position: sticky; left: 0; background: var(--back);
   padding-right: 1rem; min-width: 6.5rem }
 .numbers td { font-variant-numeric: tabular-nums; white-space: nowrap }
 .numbers thead th + th { min-width: 4.2rem }
+.wrap { display: block; white-space: normal; min-width: 13rem; max-width: 26rem }
 .texts td { min-width: 8rem; overflow-wrap: anywhere }
 .tables table { width: 100% }
 td small, th small { display: block; color: var(--quiet); font-size: .8rem; font-weight: 400; white-space: nowrap }
