@@ -177,7 +177,9 @@ def test_without_auto_promote_champion_stays(out: str) -> None:
 def test_mean_primary_score() -> None:
     assert mean_primary_score(scores(0.5)) == pytest.approx(0.55)
     classes = {"v_measure": {"value": 0.1}, "accuracy": {"value": 0.6}}
-    assert mean_primary_score({"scores": {"model": {"a": classes, "b": {"other": {"value": 0.2}}}}}) == pytest.approx(0.4)
+    assert mean_primary_score({"scores": {"model": {"a": classes, "b": {"other": {"value": 0.2}}}}}) == pytest.approx(
+        0.4
+    )
 
 
 # -- the step -------------------------------------------------------------------------------------------------------
