@@ -56,7 +56,7 @@ class Console:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Our own messages as they are, warnings of others with their name; Python's warnings go to the file only."""
+    """Our own messages as they are, errors of others with their name; their warnings go to the file only."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
@@ -64,7 +64,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         ours = record.name.partition(".")[0] in ("nvembed", "__main__")
-        if record.name == "py.warnings" or (record.levelno < logging.WARNING and not ours):
+        if not ours and record.levelno < logging.ERROR:
             return
         name = "" if ours else f"{record.name}: "
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
@@ -97,6 +97,14 @@ def logged(console: Console, out: str) -> Iterator[str | None]:
         ours.setLevel(before[2])
         for handler in handlers:
             handler.close()
+
+
+def adopt_loggers(package: str) -> None:
+    """Let a package's loggers write where everybody does, instead of to handlers of their own."""
+    for name in list(logging.root.manager.loggerDict):
+        if name == package or name.startswith(f"{package}."):
+            logging.getLogger(name).handlers.clear()
+            logging.getLogger(name).propagate = True
 
 
 class Heartbeat:

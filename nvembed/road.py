@@ -19,7 +19,7 @@ from nvembed.interrupt import Interrupts
 from nvembed.lease import check_fence
 from nvembed.memory import MemoryMeter
 from nvembed.mlflow_store import resolve_store
-from nvembed.progress import Console, Heartbeat
+from nvembed.progress import Console, Heartbeat, adopt_loggers
 from nvembed.recipe import Recipe
 from nvembed.records import Records
 from nvembed.registry import REGISTER, content_hash, registration_config, resolve_model
@@ -223,8 +223,11 @@ class Road:
         """Start or join Ray, with the recipe's sizes, before the first step that needs it."""
         if step.kind in WITHOUT_RAY or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
             return
+        import ray  # noqa: F401  (its loggers exist from here on)
+
         from nvembed.retrieval.cluster import ensure_ray
 
+        adopt_loggers("ray")
         cluster = self.recipe.cluster
         ensure_ray(cluster.local_cpus or logical_cpus(self.recipe), object_store_bytes=cluster.object_store_mb * 2**20)
         self.interrupts.arm()

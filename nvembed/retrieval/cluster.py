@@ -46,5 +46,6 @@ def ensure_ray(num_cpus: int | None = None, *, object_store_bytes: int = OBJECT_
         include_dashboard=False,
         object_store_memory=object_store_bytes,
         logging_level=logging.WARNING,
+        log_to_driver=False,  # workers' lines are in Ray's session directory; errors reach the driver as exceptions
     )
     logger.info("Ray: started a local cluster with %d logical CPUs", logical)
