@@ -141,9 +141,11 @@ class DistillObjective(Objective):
         self.widths = check_prefixes(config.matryoshka_dims, dim)
         # Without the cosine term nothing trains the projections, and ZeRO wants a gradient for every parameter.
         trained = self.widths if config.cosine_weight else ()
-        self.projections = nn.ModuleDict({str(w): nn.Linear(w, teacher_dim, bias=False) for w in trained})
-        for linear in self.projections.values():
+        self.projections = nn.ModuleDict()
+        for width in trained:
+            linear = nn.Linear(width, teacher_dim, bias=False)
             nn.init.eye_(linear.weight)
+            self.projections[str(width)] = linear
 
     def forward(self, embeddings_TD: torch.Tensor, batch: Batch, rows: slice) -> torch.Tensor:
         """See `Objective.forward`; the batch carries `teacher_vectors` and one text per example.

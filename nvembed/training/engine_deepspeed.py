@@ -104,9 +104,9 @@ class DeepSpeedEngine(Engine):
     def gradients(self) -> dict[str, torch.Tensor]:
         found = {}
         for name, parameter in self.model.trainable():
-            gradient = (
-                parameter.get_full_hp_grad() if self._stage in (1, 2) else self._accessors.safe_get_full_grad(parameter)
-            )
+            # Not safe_get_full_grad under ZeRO 1 and 2: it returns `parameter.grad`, this rank's own, where it lives.
+            whole = getattr(parameter, "get_full_hp_grad", None)
+            gradient = whole() if whole else self._accessors.safe_get_full_grad(parameter)
             assert gradient is not None, f"{name} has no gradient"
             found[name] = gradient.detach().cpu().clone()
         return found

@@ -99,9 +99,9 @@ def fit(job: Any) -> None:
 
 
 def _fit_once(job: Any) -> None:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.config import LoggingConfig
+    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
 
     from nvembed.training.worker import run_worker
 
@@ -110,18 +110,19 @@ def _fit_once(job: Any) -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     gpu = config.gpus_per_worker > 0
     resources = {"CPU": float(config.threads_per_worker)} | ({"GPU": config.gpus_per_worker} if gpu else {})
+    run_config: Any = RunConfig(
+        name=f"nvembed-{uuid.uuid4().hex[:12]}",
+        storage_path=storage.join(job.work_uri, ".tmp", "ray"),
+        failure_config=FailureConfig(max_failures=0),
+        worker_runtime_env={"env_vars": worker_environment(config)},
+        logging_config=LoggingConfig(log_level="ERROR"),
+    )
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=gpu, resources_per_worker=resources),
-        run_config=RunConfig(
-            name=f"nvembed-{uuid.uuid4().hex[:12]}",
-            storage_path=storage.join(job.work_uri, ".tmp", "ray"),
-            failure_config=FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": worker_environment(config)},
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
+        run_config=run_config,
     )
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if main else None

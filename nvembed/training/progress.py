@@ -54,8 +54,8 @@ class Progress:
         row = self._newest()
         if row is None or row["step"] == self._shown:
             return
-        self._shown = row["step"]
-        text = f"{self._name}: {self.describe(row['step'], row['loss'], time.monotonic())}"
+        self._shown = int(row["step"])
+        text = f"{self._name}: {self.describe(self._shown, row['loss'], time.monotonic())}"
         if self._out.isatty():
             self._out.write(f"\r\033[K{text}" + ("\n" if last else ""))
         else:

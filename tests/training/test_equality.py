@@ -68,6 +68,8 @@ def jobs() -> dict[str, dict[str, Any]]:
         made[f"deepspeed{stage}-checkpointing"] = {"config": checkpointing}
         made[f"deepspeed{stage}-offload"] = {"config": offload}
         made[f"deepspeed{stage}-uneven"] = {"config": settings("deepspeed", stage, FULL, UNEVEN, "adamw")}
+    for engine, stage in engines():
+        made[f"infinite-{engine}{stage}"] = {"config": settings(engine, stage, FULL, SMALL), "case": "infinite"}
     for stage in (1, 2):
         made[f"naive{stage}"] = {"config": settings("deepspeed", stage, FULL, SMALL, "sgd"), "naive": True}
     return made
@@ -109,7 +111,7 @@ def assert_equal(facts: dict[str, Any], tensors: dict[str, Any], config: dict[st
     assert all(relative(tensors[name], tensors[name.replace("parameters", "initial")]) > 1e-6 for name in moved)
 
 
-@pytest.mark.parametrize("name", [name for name in jobs() if not name.startswith("naive")])
+@pytest.mark.parametrize("name", [name for name in jobs() if not name.startswith(("naive", "infinite"))])
 def test_two_ranks_equal_one_process(results: Path, name: str) -> None:
     facts, tensors = read_result(results, name)
     config = jobs()[name]["config"]
@@ -145,6 +147,14 @@ def test_several_backwards_without_coalescing_are_wrong(results: Path, stage: in
     assert facts["norms"][0] != pytest.approx(expected_facts["norms"][0], rel=0.01)
     weights = [name for name in expected if name.startswith("parameters/")]
     assert max(relative(tensors[name], expected[name]) for name in weights) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(("engine", "stage"), engines())
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_every_rank(results: Path, engine: str, stage: int) -> None:
+    facts, _ = read_result(results, f"infinite-{engine}{stage}")
+    assert len(facts["messages"]) == 2
+    for message in facts["messages"]:
+        assert message.startswith("the gradient norm is ") and "at step 0; examples step0-example0, " in message
 
 
 @pytest.mark.parametrize("budget", [40, 100, 200])

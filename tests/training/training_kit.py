@@ -16,18 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+from nvembed.data.stream_layout import STREAM_SCHEMA
 from nvembed.distributed import rank, world_size
 from nvembed.losses.objectives import build_objective
 from nvembed.modeling.adapters import apply_adapter
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.folder import save_embedder
+from nvembed.storage import Step, StepResult
 from nvembed.text.config import TextConfig
 from nvembed.text.tokenise import Tokeniser
 from nvembed.training.build import Job
@@ -35,10 +39,11 @@ from nvembed.training.chunked import backward_global_batch
 from nvembed.training.config import TrainConfig
 from nvembed.training.context import PlainContext
 from nvembed.training.engine import build_engine
+from nvembed.training.errors import NonFiniteError
 from nvembed.training.loop import optimiser_step, train
 from nvembed.training.model import TrainedModel
 from nvembed.training.sharding import shard
-from nvembed.types import Batch
+from nvembed.types import Artifact, Batch, Config
 
 CPU = torch.device("cpu")
 DIM = 32
@@ -118,6 +123,52 @@ def make_batch(tokeniser: Tokeniser, step: int, size: int = 8, group: int = 3, t
         positive_ids=[np.asarray(k, np.int64) for k in known],
         teacher_vectors=rng.normal(size=(size, teacher_dim)).astype(np.float32) if teacher_dim else None,
     )
+
+
+def tiny_stream(folder: Path, num_steps: int) -> Artifact:
+    """The batches of `MemoryStream`, published as a stream step publishes them."""
+
+    def build(config: Config, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
+        rows: list[dict[str, Any]] = []
+        for batch in MemoryStream(num_steps).batches(0):
+            size, group = batch.batch_size, batch.group_size
+            for i in range(size):
+                texts = [batch.texts[i * group + k] if batch.present[i, k] else None for k in range(group)]
+                rows.append(
+                    {
+                        "step": batch.step,
+                        "slot": i,
+                        "example_id": batch.example_ids[i],
+                        "dataset": "tiny",
+                        "task": "retrieval",
+                        "instruction": INSTRUCTION,
+                        "symmetric": False,
+                        "texts": texts,
+                        "document_ids": batch.document_ids[i].tolist(),
+                        "positive_ids": batch.positive_ids[i].tolist(),
+                        "token_lengths": batch.token_lengths[i * group : (i + 1) * group].tolist(),
+                    }
+                )
+        path = Path(work_uri, "shards", "part-00000.parquet")
+        path.parent.mkdir(parents=True)
+        with pq.ParquetWriter(path, STREAM_SCHEMA) as writer:
+            for step in range(num_steps):
+                group_rows = [row for row in rows if row["step"] == step]
+                writer.write_table(pa.Table.from_pylist(group_rows, schema=STREAM_SCHEMA))
+        metrics = {"steps": num_steps, "global_batch_size": 8, "group_size": 3, "teacher_dim": None}
+        return StepResult(metrics={**metrics, "steps_per_shard": num_steps})
+
+    return Step("stream", 1, build).run(Config(), {}, str(folder))
+
+
+def tiny_start(folder: Path) -> Artifact:
+    """The tiny model folder, published as the initialise step publishes it."""
+
+    def build(config: Config, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
+        tiny_folder(Path(work_uri, "model"))
+        return StepResult()
+
+    return Step("initialise", 1, build).run(Config(), {}, str(folder))
 
 
 class MemoryStream:
@@ -232,6 +283,23 @@ def _equality(job: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dic
     return run_steps(TrainConfig.model_validate(job["config"]), naive=job.get("naive", False))
 
 
+def _infinite(job: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A gradient that is not finite on one rank only; every rank has to stop."""
+    config = TrainConfig.model_validate(job["config"])
+    model = tiny_model(config)
+    if rank() == 1:
+        next(model.trainable())[1].register_hook(lambda gradient: gradient * float("inf"))
+    engine = build_engine(model, config.optimiser, config.engine, CPU)
+    batch = next(MemoryStream(1).batches(0))
+    try:
+        optimiser_step(engine, shard(batch, config.token_budget, rank(), world_size()), 1.0)
+    except NonFiniteError as error:
+        messages: list[Any] = [None] * world_size()
+        dist.all_gather_object(messages, str(error))
+        return {"messages": messages}, {}
+    raise AssertionError("the step went through")
+
+
 class Interrupted(RuntimeError):
     """The stand-in for a kill where processes go on to the next job."""
 
@@ -270,7 +338,7 @@ def _train(job: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[s
     return {"starts": starts}, {}
 
 
-CASES = {"equality": _equality, "train": _train}
+CASES = {"equality": _equality, "infinite": _infinite, "train": _train}
 
 
 def _main() -> None:
@@ -279,7 +347,7 @@ def _main() -> None:
     with tempfile.TemporaryDirectory():
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=own_rank, world_size=world)
         for name, job in json.loads((folder / "jobs.json").read_text()).items():
-            facts, tensors = CASES[case](job, folder)
+            facts, tensors = CASES[job.get("case", case)](job, folder)
             if own_rank == 0:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
                 (folder / f"{name}.json").write_text(json.dumps(facts))
