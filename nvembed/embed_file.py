@@ -16,7 +16,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -85,8 +85,7 @@ def write_vectors(job: EmbedJob, say: Callable[[str], None]) -> tuple[int, int]:
     dim = encoder.dim if job.dim is None else job.dim
     if not 1 <= dim <= encoder.dim:
         raise UserError(f"--dim {dim}: this model's vectors have {encoder.dim} numbers; choose 1 to {encoder.dim}.")
-    with _published(job.target) as file:
-        writer = _ParquetWriter(file, dim) if target_kind == ".parquet" else _NpyWriter(file, total, dim)
+    with _published(job.target) as file, closing(_writer(target_kind, file, total, dim)) as writer:
         started = said = time.monotonic()
         done = 0
         rows = iter_rows(job, source_kind)
@@ -97,7 +96,6 @@ def write_vectors(job: EmbedJob, say: Callable[[str], None]) -> tuple[int, int]:
             if (now := time.monotonic()) - said >= _SAY_SECONDS:
                 said, rate = now, done / (now - started)
                 say(f"{done:,} of {total:,} texts, {rate:,.0f}/s, {(total - done) / rate:,.0f} s left")
-        writer.close()
     return total, dim
 
 
@@ -257,6 +255,10 @@ def _published(target: str) -> Iterator[IO[bytes]]:
             fs.put_file(str(part), path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _writer(kind: str, file: IO[bytes], rows: int, dim: int) -> _ParquetWriter | _NpyWriter:
+    return _ParquetWriter(file, dim) if kind == ".parquet" else _NpyWriter(file, rows, dim)
 
 
 class _ParquetWriter:
