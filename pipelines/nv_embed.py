@@ -2,7 +2,7 @@
 
     python pipelines/nv_embed.py [RECIPE] [--set a.b=c] [--out URI] [--dry-run]
 
-Every line is one pipeline step: a directory below the output, skipped when it is already there, resumed when it was killed.
+Every line is one pipeline step: a directory below the output, skipped when it is there, resumed when it was killed.
 """
 
 from nvembed.data.prepare import PREPARE

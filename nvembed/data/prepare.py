@@ -8,6 +8,7 @@ training; fit the corpus under its cap. Every choice is by hash of ids and the s
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -29,7 +30,7 @@ from nvembed.data.sources.stdlib_code import read_stdlib_code
 from nvembed.data.tables import HELD_OUT, SPLITS, corpus_table, examples_table, write_table
 from nvembed.storage import Step, StepResult, UserError
 from nvembed.text.instructions import instruction_prefix
-from nvembed.types import Artifact
+from nvembed.types import Artifact, TaskType
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def _build(config: PrepareConfig, inputs: Mapping[str, Artifact], work_uri: str)
     metrics: dict[str, dict[str, Any]] = {}
     for source in config.sources:
         name, rows = source.name, datasets[source.name]
+        mark_held_out_documents(rows)
         _write(rows, storage.join(work_uri, name))
         metrics[name] = {
             **_describe(rows, prefixes[name]),
@@ -75,7 +77,7 @@ def _build(config: PrepareConfig, inputs: Mapping[str, Artifact], work_uri: str)
     )
 
 
-PREPARE = Step("prepare", 1, _build)
+PREPARE = Step("prepare", 2, _build)
 
 
 def _check_names(config: PrepareConfig) -> None:
@@ -119,6 +121,21 @@ def _check_sides(source: SourceConfig, rows: SourceRows) -> None:
             f"data set {source.name}: no training example fits beside the {wanted} held-out ones; "
             f"raise max_documents (now {source.max_documents}) or lower max_test (now {source.max_test})."
         )
+
+
+def mark_held_out_documents(rows: SourceRows) -> None:
+    """Put each retrieval document that answers held-out queries only on their side, in place.
+
+    Evaluation searches the whole corpus; mining and teaching leave the held-out side out, so that no text that is an
+    answer in the test is seen in training, not even as a negative. Distractors and shared documents belong to no side.
+    """
+    if rows.task is not TaskType.RETRIEVAL:
+        return
+    answers = {split: {p.id for example in rows.examples[split] for p in example.positives} for split in SPLITS}
+    for index, document in enumerate(rows.documents):
+        sides = [split for split in SPLITS if document.id in answers[split]]
+        side = sides[-1] if sides and "train" not in sides else None
+        rows.documents[index] = dataclasses.replace(document, split=side)
 
 
 def _write(rows: SourceRows, uri: str) -> None:

@@ -48,7 +48,8 @@ EXAMPLE_SCHEMA = pa.schema(
 class Document:
     """One row of `corpus.parquet`.
 
-    `split` is set where a held-out text is itself an item (classification, sts); retrieval corpora leave it null.
+    `split` is the side of a text that is itself an item (classification, sts) or answers held-out queries only
+    (retrieval); other retrieval documents leave it null.
     """
 
     id: str
