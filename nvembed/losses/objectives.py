@@ -18,7 +18,7 @@ from torch import nn
 
 from nvembed.losses.config import ContrastiveConfig, DistillConfig, ObjectiveConfig
 from nvembed.losses.distillation import cosine_distance, similarity_distance
-from nvembed.losses.info_nce import document_mask, info_nce, query_mask
+from nvembed.losses.contrastive import document_mask, info_nce, query_mask
 from nvembed.losses.matryoshka import check_prefixes, prefix
 from nvembed.storage import UserError
 from nvembed.types import Batch

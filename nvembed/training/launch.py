@@ -108,6 +108,8 @@ def _fit_once(job: Any) -> None:
     config: TrainConfig = job.config
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_SECONDS)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if not os.environ.get("RAY_ADDRESS"):  # nobody takes nodes away from a local cluster
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     gpu = config.gpus_per_worker > 0
     resources = {"CPU": float(config.threads_per_worker)} | ({"GPU": config.gpus_per_worker} if gpu else {})
     run_config: Any = RunConfig(

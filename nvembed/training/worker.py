@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +50,20 @@ def run_worker(settings: Mapping[str, Job]) -> None:
     job = settings["job"]
     ray_context = ray.train.get_context()
     context = RayContext(job, ray_context.get_world_rank(), ray_context.get_world_size(), ray_context.get_local_rank())
-    logging.basicConfig(level=logging.WARNING, format=f"[rank {context.rank}] %(message)s")
-    logging.getLogger("nvembed").setLevel(logging.INFO)
+    _log_to_stderr(context.rank)
     stream = StreamReader(job.stream_uri)
     try:
         train(job, stream, context)
     finally:
         stream.close()
+
+
+def _log_to_stderr(rank: int) -> None:
+    """Our own messages, which Ray brings to the driver; not Ray's about every report, nor torch's about DeepSpeed."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
+    ours = logging.getLogger("nvembed")
+    ours.setLevel(logging.INFO)
+    ours.handlers[:] = [handler]
+    ours.propagate = False
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
