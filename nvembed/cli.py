@@ -7,7 +7,9 @@ nvembed recipe validate pipelines/recipes/quickstart.yaml
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -65,7 +67,9 @@ def embed_command(
     title_column: Annotated[str | None, typer.Option(help="Title put before the text.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or auto (bf16 where the processor has it).")] = "fp32",
     threads: Annotated[int | None, typer.Option(min=1, help="Torch threads.")] = None,
-    registry: Annotated[str | None, typer.Option(help="Registry URI; MLFLOW_TRACKING_URI by default.")] = None,
+    registry: Annotated[
+        str | None, typer.Option(help="Registry URI; by default MLFLOW_TRACKING_URI, else the one below runs/.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
 ) -> None:
     """Embed a file of texts."""
@@ -79,7 +83,7 @@ def embed_command(
             raise UserError("give --instruction or --prompt-name, not both")
         if precision not in ("fp32", "bf16", "auto"):
             raise UserError(f"--precision {precision}: choose fp32, bf16 or auto")
-        folder = resolve_model(model, registry)
+        folder = resolve_model(model, registry or (_near_registry() if model.startswith("models:/") else None))
         prefix = instruction_prefix(instruction) if instruction is not None else ""
         if prompt_name is not None:
             prefix = prompt_prefix(folder, prompt_name)
@@ -91,6 +95,20 @@ def embed_command(
         return ExitCode.DONE
 
     raise _ended(action)
+
+
+def _near_registry() -> str | None:
+    """The registry of the one output below runs/, where neither --registry nor MLFLOW_TRACKING_URI names one."""
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return None
+    found = sorted(Path("runs").glob("*/mlflow.db"))
+    if len(found) > 1:
+        listed = ", ".join(f"sqlite:///{path.absolute()}" for path in found)
+        raise UserError(f"which registry? Give --registry with one of: {listed}")
+    if not found:
+        return None
+    typer.echo(f"registry: {found[0]}", err=True)
+    return f"sqlite:///{found[0].absolute()}"
 
 
 @recipes.command("validate")

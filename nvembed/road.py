@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from pydantic import Field
+
 from nvembed import storage
 from nvembed.interrupt import Interrupts
 from nvembed.lease import check_fence
@@ -38,10 +40,11 @@ class ImportConfig(Config):
 
     reference: str
     content: str | None
+    registry: str | None = Field(None, exclude=True)
 
 
 def _build_import(config: ImportConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
-    folder = resolve_model(config.reference)
+    folder = resolve_model(config.reference, config.registry)
     target = storage.local_path(storage.join(work_uri, "model"))
     shutil.copytree(folder, target)
     return StepResult(rows={"files": sum(path.is_file() for path in target.rglob("*"))})
@@ -50,9 +53,9 @@ def _build_import(config: ImportConfig, inputs: Mapping[str, Artifact], work_uri
 IMPORT_MODEL = Step("import_model", 1, _build_import)
 
 
-def _import_config(reference: str) -> ImportConfig:
+def _import_config(reference: str, registry: str | None) -> ImportConfig:
     if reference.startswith("models:/"):
-        return ImportConfig(reference=reference, content=None)
+        return ImportConfig(reference=reference, content=None, registry=registry)
     folder = resolve_model(reference)
     return ImportConfig(reference=folder, content=content_hash(folder))
 
@@ -106,7 +109,7 @@ class Road:
 
     def import_model(self, name: str, reference: str) -> Artifact:
         """A copy of a model folder, or of models:/name@alias, as an artifact like those of the training steps."""
-        return self.step(name, IMPORT_MODEL, _import_config(reference))
+        return self.step(name, IMPORT_MODEL, _import_config(reference, self.recipe.tracking.uri))
 
     def report(self) -> None:
         """Write `report.json` and `report.html` of everything walked so far; seconds are those of all attempts."""
@@ -237,6 +240,7 @@ def logical_cpus(recipe: Recipe) -> int:
     """CPUs that a local Ray declares: room for the recipe's workers and actors beside Ray's own small tasks."""
     trains = [stage.train for stage in (recipe.stage_1, recipe.stage_2, recipe.student) if stage is not None]
     encodes = [recipe.mine.encode, recipe.evaluate.encode, recipe.baselines.evaluate.encode]
+    encodes += [section.encode for section in (recipe.teach, recipe.student and recipe.student.evaluate) if section]
     workers = [train.num_workers * train.threads_per_worker for train in trains]
     actors = [int(-(-encode.actors * encode.cpus_per_actor // 1)) for encode in encodes]
     return max(os.cpu_count() or 1, *workers, *actors) + 2
@@ -281,7 +285,7 @@ class PlannedRoad:
 
     def import_model(self, name: str, reference: str) -> Artifact:
         """See `Road.import_model`."""
-        return self.step(name, IMPORT_MODEL, _import_config(reference))
+        return self.step(name, IMPORT_MODEL, _import_config(reference, self.recipe.tracking.uri))
 
     def report(self) -> None:
         """See `Road.report`."""

@@ -218,6 +218,27 @@ def test_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert code == 2 and said in text
 
 
+def test_the_registry_of_the_only_run_is_used_and_said(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nvembed.registry import open_registry
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/a").mkdir(parents=True)
+    client = open_registry(f"sqlite:///{tmp_path}/runs/a/mlflow.db")
+    client.create_registered_model("m")
+    version = client.create_model_version("m", model.as_uri())
+    client.set_registered_model_alias("m", "champion", version.version)
+    code, said = run("embed", "models:/m@champion", write_input(tmp_path, "txt"), "--out", tmp_path / "out.npy")
+    assert code == 0 and "registry: runs/a/mlflow.db" in said, said
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected(model), atol=1e-6)
+    (tmp_path / "runs/b").mkdir()
+    (tmp_path / "runs/b/mlflow.db").touch()
+    code, said = run("embed", "models:/m@champion", tmp_path / "in.txt", "--out", tmp_path / "other.npy")
+    assert code == 2 and "which registry?" in said and "runs/b/mlflow.db" in said
+
+
 def test_stopped_in_the_middle_nothing_is_left(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("a text of some length to be embedded\n" * 400_000)
     out = tmp_path / "out.parquet"

@@ -291,6 +291,33 @@ def test_kill_9_never_blocks_and_its_seconds_count(toy: Toy) -> None:
     assert json.loads((toy.out / "second/manifest.json").read_text())["fence"] == 2
 
 
+IMPORTING = """
+
+def toy(road):
+    road.import_model("teacher", road.recipe.teacher)
+
+if __name__ == "__main__":
+    raise SystemExit(tell(toy, default="toy.yaml", needs=("teacher",)))
+"""
+
+
+def test_a_model_made_elsewhere_is_taken_over_once(toy: Toy) -> None:
+    (toy.folder / "toy.py").write_text(TOY.split("def toy")[0] + IMPORTING)
+    model = toy.folder / "my-model"
+    model.mkdir()
+    (model / "weights").write_text("one")
+    code, said = toy.run("--set", f"teacher={model}")
+    assert code == 0, said
+    assert (toy.out / "teacher/model/weights").read_text() == "one"
+    code, said = toy.run("--set", f"teacher={model}")
+    assert code == 0 and "teacher: skipped, unchanged" in said
+    (model / "weights").write_text("two")
+    code, said = toy.run("--set", f"teacher={model}")
+    assert code == 2 and re.search("teacher was made with another recipe:\n  config.content", said)
+    code, said = toy.run("--set", "teacher=/no/such/model")
+    assert code == 2 and "recipe.yaml" in said
+
+
 # -- the parts --------------------------------------------------------------------------------------------------------
 
 
