@@ -83,9 +83,11 @@ def drive() -> None:
         ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20)
         with Lease(str(folder / "out")):
             TRAIN.run(TrainConfig.model_validate(specification["config"]), inputs, str(folder / "out" / "stage"))
+        print("driver finished", flush=True)
     except KeyboardInterrupt:
-        os._exit(130)
-    print("driver finished", flush=True)
+        sys.exit(130)
+    finally:
+        ray.shutdown()
 
 
 def run_armed_worker(kill: dict[str, Any], settings: Mapping[str, Any]) -> None:
