@@ -19,7 +19,7 @@ from pydantic import Field
 from nvembed import storage
 from nvembed.interrupt import Interrupts
 from nvembed.lease import check_fence
-from nvembed.memory import MemoryMeter
+from nvembed.memory import MemoryMeter, give_back
 from nvembed.mlflow_store import resolve_store
 from nvembed.progress import Console, Heartbeat, adopt_loggers
 from nvembed.recipe import Recipe
@@ -183,6 +183,7 @@ class Road:
                 raise
             finally:
                 self.meter.sample()
+                give_back()
                 seconds = note(status)
         self.console.line(
             f"{name}: {'done' if status == 'resumed' else status} in {seconds:.1f} s, {peak[0] / 1024:.1f} GiB"

@@ -385,6 +385,23 @@ def test_memory_counts_children_and_keeps_the_peak_of_a_stretch(grown: Callable[
     assert later[0] < peak[0] - 100 and process.pid not in process_tree(os.getpid())
 
 
+HOARD = """
+import os
+from nvembed.memory import give_back, pss_bytes
+held = [bytes(1000) for _ in range(200_000)]
+keep = held[::1000]
+del held
+before = pss_bytes(os.getpid())
+give_back()
+print(before - pss_bytes(os.getpid()))
+"""
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", HOARD], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert int(done.stdout) > 50 * 2**20, done.stderr
+
+
 def test_pss_agrees_with_psutil(grown: Callable[[int], Any]) -> None:
     process = grown(50)
     assert pss_bytes(process.pid) == pytest.approx(psutil.Process(process.pid).memory_full_info().pss, rel=0.02)
