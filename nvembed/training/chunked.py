@@ -7,12 +7,11 @@ its share of the gradient pushed back. The gradient is the same; memory is that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from nvembed.text.tokenise import Tokeniser
 from nvembed.training.engine import Engine
+from nvembed.training.model import Inputs
 from nvembed.training.sharding import Sharding
 
 RngState = tuple[torch.Tensor, torch.Tensor | None]
@@ -27,36 +26,36 @@ def backward_global_batch(engine: Engine, sharding: Sharding, tokeniser: Tokenis
         This rank's part of the loss, detached (parts add up to the global loss).
     """
     inputs = [_chunk_inputs(sharding, i, tokeniser, engine.device) for i in range(len(sharding.own_chunks))]
-    counts = [len(chunk) for chunk in sharding.own_chunks]
+    counts = [sum(count for _, count in chunk) for chunk in inputs]
     if len(inputs) == 1:
-        part = engine.forward("whole", inputs=inputs[0], count=counts[0], sharding=sharding)
+        part = engine.forward("whole", inputs=inputs[0], sharding=sharding)
         engine.backward(part * sharding.world_size)
         return part.detach()
     states, embeddings = [], []
     with torch.no_grad():
-        for chunk, count in zip(inputs, counts, strict=True):
+        for chunk in inputs:
             states.append(_rng_state(engine.device))
-            embeddings.append(engine.forward("embed", inputs=chunk, count=count))
+            embeddings.append(engine.forward("embed", inputs=chunk))
     leaf_ND = torch.cat(embeddings).requires_grad_()
     with engine.multi_backward():
         part = engine.forward("objective", local_ND=leaf_ND, sharding=sharding)
         engine.backward(part * sharding.world_size)
         assert leaf_ND.grad is not None
         gradients = leaf_ND.grad.split(counts)
-        for chunk, count, state, gradient_ND in zip(inputs, counts, states, gradients, strict=True):
+        for chunk, state, gradient_ND in zip(inputs, states, gradients, strict=True):
             _restore_rng(state, engine.device)
-            engine.backward(engine.forward("surrogate", inputs=chunk, count=count, gradient_ND=gradient_ND))
+            engine.backward(engine.forward("surrogate", inputs=chunk, gradient_ND=gradient_ND))
     return part.detach()
 
 
-def _chunk_inputs(
-    sharding: Sharding, index: int, tokeniser: Tokeniser, device: torch.device
-) -> Mapping[str, torch.Tensor]:
-    """Model input of one chunk; one tiny text for an empty chunk, as ZeRO-3 needs equally many forwards everywhere."""
-    batch, chunk = sharding.batch, sharding.own_chunks[index]
-    texts = [batch.texts[t] for t in chunk] or ["."]
-    instructions = [batch.instructions[t] for t in chunk] or [""]
-    inputs: Mapping[str, torch.Tensor] = tokeniser.collate(tokeniser.encode(texts, instructions), device=device)
+def _chunk_inputs(sharding: Sharding, index: int, tokeniser: Tokeniser, device: torch.device) -> Inputs:
+    """Model input of one chunk; a tiny text for an empty slice, as ZeRO-3 needs equally many forwards everywhere."""
+    batch = sharding.batch
+    inputs = []
+    for part in sharding.own_chunks[index]:
+        texts = [batch.texts[t] for t in part] or ["."]
+        instructions = [batch.instructions[t] for t in part] or [""]
+        inputs.append((tokeniser.collate(tokeniser.encode(texts, instructions), device=device), len(part)))
     return inputs
 
 

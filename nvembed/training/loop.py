@@ -31,7 +31,7 @@ from nvembed.training.engine import Engine, build_engine
 from nvembed.training.errors import NonFiniteError
 from nvembed.training.metrics import MetricsLog, hash_ids, record_start
 from nvembed.training.schedule import learning_rate_factor
-from nvembed.training.sharding import Sharding, shard
+from nvembed.training.sharding import Sharding, shard, slice_budget
 from nvembed.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -107,12 +107,13 @@ def _take_steps(
     if checkpoint:
         engine.load_moments(checkpoint.read, checkpoint.step)
     start = checkpoint.step if checkpoint else 0
+    tokens = slice_budget(config.token_budget, config.engine.zero_stage if config.engine.type == "deepspeed" else 0)
     log = MetricsLog(storage.join(job.work_uri, METRICS), start) if context.rank == 0 else None
     with closing(stream.batches(start)) as batches:  # type: ignore[type-var]
         for batch in batches:
             started = time.monotonic()
             seed_step(config.seed, batch.step, context.rank)
-            sharding = shard(batch, config.token_budget, context.rank, context.world_size)
+            sharding = shard(batch, config.token_budget, context.rank, context.world_size, slice_budget=tokens)
             factor = learning_rate_factor(batch.step, stream.num_steps, config.optimiser)
             loss, norm = optimiser_step(engine, sharding, factor)
             if log is not None:

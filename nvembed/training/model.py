@@ -8,7 +8,7 @@ Shapes: N texts of this rank (or of one chunk), D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -20,6 +20,8 @@ from nvembed.modeling.precision import autocast
 from nvembed.training.sharding import Sharding
 
 Mode = Literal["embed", "objective", "whole", "surrogate"]
+# Slices of a chunk: the embedder's input, and how many of its rows count (0 for the dummy text of an empty slice).
+Inputs = Sequence[tuple[Mapping[str, torch.Tensor], int]]
 
 
 class TrainedModel(nn.Module):
@@ -41,15 +43,14 @@ class TrainedModel(nn.Module):
         self,
         mode: Mode,
         *,
-        inputs: Mapping[str, torch.Tensor] | None = None,
-        count: int = 0,
+        inputs: Inputs | None = None,
         local_ND: torch.Tensor | None = None,
         gradient_ND: torch.Tensor | None = None,
         sharding: Sharding | None = None,
     ) -> torch.Tensor:
         """One of four computations.
 
-        - `embed`: `inputs` -> [count, D], the first `count` rows (0 of the dummy text of an empty chunk).
+        - `embed`: `inputs` -> [N, D], the rows that count of all slices.
         - `objective`: `local_ND` of this rank, gathered as `sharding` says -> this rank's part of the loss.
         - `whole`: both in one graph.
         - `surrogate`: `inputs`, `gradient_ND` -> sum(embeddings * gradient), whose gradient with respect to the
@@ -59,7 +60,7 @@ class TrainedModel(nn.Module):
             assert local_ND is not None and sharding is not None
             return self._objective(local_ND, sharding)
         assert inputs is not None
-        embeddings_ND = self._embed(inputs, count)
+        embeddings_ND = self._embed(inputs)
         if mode == "embed":
             return embeddings_ND
         if mode == "whole":
@@ -68,10 +69,11 @@ class TrainedModel(nn.Module):
         assert gradient_ND is not None
         return (embeddings_ND * gradient_ND).sum()
 
-    def _embed(self, inputs: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
-        with autocast(self.precision, inputs["input_ids"].device):
-            embeddings_ND: torch.Tensor = self.embedder(**inputs)
-        return embeddings_ND.float()[:count]
+    def _embed(self, inputs: Inputs) -> torch.Tensor:
+        device = inputs[0][0]["input_ids"].device
+        with autocast(self.precision, device):  # one region: weights are cast once for all slices
+            slices = [self.embedder(**tensors).float()[:count] for tensors, count in inputs]
+        return torch.cat(slices)
 
     def _objective(self, local_ND: torch.Tensor, sharding: Sharding) -> torch.Tensor:
         with torch.autocast(local_ND.device.type, enabled=False):

@@ -18,6 +18,7 @@ from nvembed.training.config import TrainConfig
 TOLERANCE = 1e-5
 CLIP = 0.5
 WHOLE, SMALL, UNEVEN = 100_000, 120, 85  # token budgets: one chunk a rank; several; more on one rank than the other
+SLICE, SLICED = 60, 200  # tokens of a slice; budget of chunks that hold several
 
 FULL = {"type": "full", "freeze_embeddings": False}
 LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0}
@@ -68,6 +69,9 @@ def jobs() -> dict[str, dict[str, Any]]:
         made[f"deepspeed{stage}-checkpointing"] = {"config": checkpointing}
         made[f"deepspeed{stage}-offload"] = {"config": offload}
         made[f"deepspeed{stage}-uneven"] = {"config": settings("deepspeed", stage, FULL, UNEVEN, "adamw")}
+        for cut, budget in (("whole", WHOLE), ("chunked", SLICED)):
+            config = settings("deepspeed", stage, FULL, budget, "adamw")
+            made[f"deepspeed{stage}-sliced-{cut}"] = {"config": config, "slice_budget": SLICE}
     for engine, stage in engines():
         made[f"infinite-{engine}{stage}"] = {"config": settings(engine, stage, FULL, SMALL), "case": "infinite"}
     for stage in (1, 2):
@@ -117,7 +121,8 @@ def test_two_ranks_equal_one_process(results: Path, name: str) -> None:
     config = jobs()[name]["config"]
     assert_equal(facts, tensors, config)
     assert len(set(facts["chunks"])) == 1, "ZeRO-3 needs the same number of chunks on every rank"
-    assert (facts["empty_chunks"] > 0) == name.endswith("uneven")
+    assert (facts["slices"] > facts["chunks"][0]) == ("sliced" in name)
+    assert (facts["empty_slices"] > 0) == name.endswith("uneven")
     if config["token_budget"] == WHOLE:
         assert facts["chunks"] == [1, 1]
     else:

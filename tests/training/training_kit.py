@@ -183,7 +183,9 @@ class MemoryStream:
             yield make_batch(self._tokeniser, step, self.batch_size, self.group_size, self.teacher_dim)
 
 
-def run_steps(config: TrainConfig, *, steps: int = 3, naive: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+def run_steps(
+    config: TrainConfig, *, steps: int = 3, naive: bool = False, slice_budget: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train a fresh tiny model on this process's ranks.
 
     Returns:
@@ -198,9 +200,10 @@ def run_steps(config: TrainConfig, *, steps: int = 3, naive: bool = False) -> tu
     facts: dict[str, Any] = {"losses": [], "norms": [], "partition": partition(engine)}
     tensors = {f"initial/{name}": tensor for name, tensor in engine.tensors("parameters")}
     for batch in MemoryStream(steps, group=1 if distil else 3, teacher_dim=teacher_dim).batches(0):
-        sharding = shard(batch, config.token_budget, rank(), world_size())
+        sharding = shard(batch, config.token_budget, rank(), world_size(), slice_budget=slice_budget)
         facts["chunks"] = [len(chunks) for chunks in sharding.chunks]
-        facts["empty_chunks"] = sum(len(c) == 0 for chunks in sharding.chunks for c in chunks)
+        parts = [part for chunks in sharding.chunks for chunk in chunks for part in chunk]
+        facts["slices"], facts["empty_slices"] = len(parts) // world_size(), sum(len(part) == 0 for part in parts)
         if batch.step == 0:
             loss = backward_global_batch(engine, sharding, model.embedder.tokeniser)
             if world_size() > 1:
@@ -280,7 +283,8 @@ def read_result(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, torc
 
 
 def _equality(job: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    return run_steps(TrainConfig.model_validate(job["config"]), naive=job.get("naive", False))
+    options = {key: job[key] for key in ("naive", "slice_budget") if key in job}
+    return run_steps(TrainConfig.model_validate(job["config"]), **options)
 
 
 def _infinite(job: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
