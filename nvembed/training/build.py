@@ -16,7 +16,7 @@ from nvembed import storage
 from nvembed.losses.objectives import build_objective
 from nvembed.modeling.adapters import apply_adapter, merge_adapter
 from nvembed.modeling.folder import describe_folder, load_embedder, save_embedder
-from nvembed.modeling.precision import resolve_precision
+from nvembed.modeling.precision import Precision
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
 from nvembed.training.checkpoint import Checkpoint
 from nvembed.training.config import TrainConfig
@@ -51,7 +51,7 @@ class Job:
     fence: int = 0
 
 
-def build_model(job: Job, teacher_dim: int | None, device: torch.device) -> TrainedModel:
+def build_model(job: Job, teacher_dim: int | None, precision: Precision) -> TrainedModel:
     """The root module, the same on every rank: loaded, adapter applied, objective fresh, in training mode."""
     config = job.config
     torch.manual_seed(config.seed)
@@ -61,7 +61,7 @@ def build_model(job: Job, teacher_dim: int | None, device: torch.device) -> Trai
     if config.engine.gradient_checkpointing:
         embedder.embedding_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     objective = build_objective(config.objective, dim=embedder.dim, teacher_dim=teacher_dim)
-    return TrainedModel(embedder, objective, resolve_precision(config.precision, device)).train()
+    return TrainedModel(embedder, objective, precision).train()
 
 
 def export(job: Job, checkpoint: Checkpoint, teacher_dim: int | None) -> None:
@@ -69,7 +69,7 @@ def export(job: Job, checkpoint: Checkpoint, teacher_dim: int | None) -> None:
 
     Everything comes from the input model folder and the last checkpoint, so that a run killed here only repeats this.
     """
-    model = build_model(job, teacher_dim, torch.device("cpu"))
+    model = build_model(job, teacher_dim, "fp32")
     checkpoint.load_parameters(model)
     model.eval()
     if job.config.engine.gradient_checkpointing:

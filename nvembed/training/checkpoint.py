@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 
 from nvembed import storage
 from nvembed.distributed import WorkerContext, broadcast_object
+from nvembed.modeling.precision import Precision
 from nvembed.storage import ChangedRecipeError, CorruptArtifactError, UserError
 from nvembed.training.config import TrainConfig
 from nvembed.training.engine import Engine
@@ -61,7 +62,7 @@ class Identity:
 
     config: TrainConfig
     inputs: Mapping[str, str]
-    precision: str
+    precision: Precision
     world_size: int
 
     def state(self, step: int) -> dict[str, Any]:

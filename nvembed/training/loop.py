@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from nvembed import storage
-from nvembed.distributed import WorkerContext
+from nvembed.distributed import WorkerContext, broadcast_object
 from nvembed.modeling.precision import resolve_precision
 from nvembed.storage import UserError
 from nvembed.training.build import Job, build_model, export
@@ -63,7 +63,7 @@ def train(job: Job, stream: BatchStream, context: WorkerContext) -> None:
     """
     check_batch(stream.batch_size, context.world_size)
     torch.set_num_threads(job.config.threads_per_worker)
-    precision = resolve_precision(job.config.precision, context.device())
+    precision = broadcast_object(resolve_precision(job.config.precision, context.device()))  # one for unlike machines
     store = CheckpointStore(job.work_uri, Identity(job.config, job.inputs, precision, context.world_size))
     checkpoint = store.newest(context)
     start = checkpoint.step if checkpoint else 0
@@ -100,7 +100,7 @@ def _take_steps(
 ) -> None:
     """From the checkpoint to the last optimiser step, which is always saved."""
     config = job.config
-    model = build_model(job, stream.teacher_dim, context.device())
+    model = build_model(job, stream.teacher_dim, store.identity.precision)
     if checkpoint:
         checkpoint.load_parameters(model)
     engine = build_engine(model, config.optimiser, config.engine, context.device())

@@ -16,7 +16,7 @@ from torch import nn
 
 from nvembed.losses.objectives import Objective
 from nvembed.modeling.embedder import Embedder
-from nvembed.modeling.precision import autocast
+from nvembed.modeling.precision import Precision, autocast
 from nvembed.training.sharding import Sharding
 
 Mode = Literal["embed", "objective", "whole", "surrogate"]
@@ -33,11 +33,11 @@ class TrainedModel(nn.Module):
         precision: `bf16` runs the embedder under autocast over its float32 weights.
     """
 
-    def __init__(self, embedder: Embedder, objective: Objective, precision: Literal["fp32", "bf16"]) -> None:
+    def __init__(self, embedder: Embedder, objective: Objective, precision: Precision) -> None:
         super().__init__()
         self.embedder = embedder
         self.objective = objective
-        self.precision: Literal["fp32", "bf16"] = precision
+        self.precision = precision
 
     def forward(
         self,

@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {
 
 def identity(**changes: Any) -> Identity:
     config = TrainConfig.model_validate(CONFIG | changes)
-    return Identity(config, {"stream": "s", "model": "m"}, config.precision, 1)
+    return Identity(config, {"stream": "s", "model": "m"}, "fp32", 1)
 
 
 @pytest.fixture
