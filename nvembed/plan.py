@@ -76,14 +76,10 @@ def plan_stage(
     """
     texts = batch * group
     per_chunk = max(1, train.token_budget // max_length)
+    workers = train.num_workers
     chunks = -(-texts // per_chunk)
-    plan = StagePlan(
-        name=name,
-        steps=steps,
-        examples_per_rank=batch // train.num_workers,
-        texts=texts,
-        chunks_per_rank=-(-chunks // train.num_workers),
-    )
+    chunks_per_rank = -(-chunks // workers)
+    plan = StagePlan(name, steps, batch // workers, texts, chunks_per_rank)
     if shape is None:
         return plan
     parameters = shape.parameters + pooling
@@ -92,7 +88,9 @@ def plan_stage(
         plan,
         parameters=parameters,
         trained=trained,
-        memory_bytes=worker_memory(train, shape, parameters, trained, max_length),
+        memory_bytes=worker_memory(
+            train, shape, parameters, trained, -(-texts // (chunks_per_rank * workers)) * max_length
+        ),
         flops=stage_flops(shape, pooling, trained, steps * texts * max_length),
     )
 
@@ -105,7 +103,7 @@ def trained_parameters(train: TrainConfig, shape: Shape) -> int:
     return shape.parameters - (shape.embedding_parameters if train.adapter.freeze_embeddings else 0)
 
 
-def worker_memory(train: TrainConfig, shape: Shape, parameters: int, trained: int, max_length: int) -> float:
+def worker_memory(train: TrainConfig, shape: Shape, parameters: int, trained: int, chunk_tokens: int) -> float:
     """Bytes of one worker, estimated.
 
     fp32 weights, gradients and two AdamW moments, divided over the workers as the ZeRO stage says (1: moments and
@@ -118,16 +116,15 @@ def worker_memory(train: TrainConfig, shape: Shape, parameters: int, trained: in
     masters = 4 * trained * share[stage >= 1] if train.engine.type == "deepspeed" else 0
     gradients = 4 * trained * share[stage >= 2]
     moments = 8 * trained * share[stage >= 1] if train.optimiser.type == "adamw" else 0
-    return PROCESS_BYTES + weights + masters + gradients + moments + activation_bytes(train, shape, max_length)
+    return PROCESS_BYTES + weights + masters + gradients + moments + activation_bytes(train, shape, chunk_tokens)
 
 
-def activation_bytes(train: TrainConfig, shape: Shape, max_length: int) -> float:
+def activation_bytes(train: TrainConfig, shape: Shape, chunk_tokens: int) -> float:
     """Bytes that the backward of one chunk needs: per token and layer about 8 hidden and 4 intermediate vectors, and
     (heads x length) attention weights where the attention kernel keeps them (not counted: SDPA does not)."""
-    tokens = max(train.token_budget, max_length)
     width = 4 if train.precision == "fp32" else 3  # autocast keeps matmul inputs in bf16, norms and residuals in fp32
     layers = 1 + shape.layers**0.5 if train.engine.gradient_checkpointing else shape.layers
-    return tokens * layers * width * (8.0 * shape.hidden + 4.0 * shape.intermediate)
+    return chunk_tokens * layers * width * (8.0 * shape.hidden + 4.0 * shape.intermediate)
 
 
 def stage_flops(shape: Shape, pooling: int, trained: int, tokens: int) -> float:

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 
 from nvembed import shapes
 from nvembed.modeling.config import FolderBackbone, GgufBackbone, LatentAttentionConfig, MeanConfig, RandomBackbone
-from nvembed.plan import plan_stages, trained_parameters
+from nvembed.plan import PROCESS_BYTES, plan_stage, plan_stages, trained_parameters, worker_memory
 from nvembed.recipe import Recipe, RecipeError, load_recipe, resolved_yaml
 from nvembed.recipe_text import dotted, override, parse
 from nvembed.storage import UserError
+from nvembed.text.batching import plan_chunks
 from nvembed.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,6 +286,38 @@ def test_counted_parameters_equal_the_real_models(family: str) -> None:
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == shape.parameters
+
+
+@given(
+    st.integers(1, 12), st.integers(1, 4), st.integers(1, 4), st.integers(8, 400), st.integers(8, 80), st.integers(0, 9)
+)
+def test_planned_chunks_bound_the_real_ones(
+    batch: int, group: int, workers: int, budget: int, length: int, seed: int
+) -> None:
+    train = TrainConfig(num_workers=workers, token_budget=budget)
+    plan = plan_stage("s", train, steps=1, batch=batch, group=group, max_length=length, shape=None, pooling=0)
+    lengths = np.random.default_rng(seed).integers(1, length + 1, batch * group)
+    assert len(plan_chunks(lengths, budget, workers)[0]) <= plan.chunks_per_rank
+    assert len(plan_chunks(np.full(batch * group, length), budget, workers)[0]) == plan.chunks_per_rank
+
+
+def test_the_plan_of_the_tiny_recipe_by_hand() -> None:
+    first, second, student = plan_stages(load_recipe(str(ROOT / "pipelines/recipes/tiny.yaml")))
+    assert (first.steps, first.examples_per_rank, first.texts) == (10, 8, 16 * 3)
+    assert first.chunks_per_rank == 3, "512 // 64 = 8 texts a chunk, 6 chunks, 2 workers"
+    assert (second.texts, second.chunks_per_rank, student.texts, student.chunks_per_rank) == (64, 4, 16, 1)
+    assert student.parameters == 2000 * 64 + (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64) + 64
+    assert second.trained is not None and first.trained == first.parameters and second.trained < first.trained
+
+
+def test_zero_divides_what_it_says() -> None:
+    shape = shapes.Shape(6, 30, 576, 1536, 9, 3, 64, 49152)
+
+    def memory(**engine: object) -> float:
+        return worker_memory(TrainConfig(num_workers=2, engine=engine), shape, 1000, 100, 0) - PROCESS_BYTES  # type: ignore[arg-type]
+
+    assert [memory(zero_stage=stage) for stage in range(4)] == [5600, 5000, 4800, 2800]
+    assert memory(type="torch", zero_stage=0) == 5200, "no flat copy of the masters"
 
 
 def test_counted_trained_parameters_equal_peft() -> None:
