@@ -49,7 +49,9 @@ def _build(config: CompareConfig, inputs: Mapping[str, Artifact], work_uri: str)
         for name, key in (("before", "before"), ("student", "after")):
             vector_NS = encoders[name].encode(texts, instructions)
             cosine[key] = cosine_to_teacher(vector_NS, teacher_NT, read_projections(inputs[name]), config)
-            logger.info("cosine to the teacher %s training: %s", key, cosine[key])
+            widths = {width: row for width, row in cosine[key].items() if width != "through"}
+            listed = ", ".join(f"{row['value']:.3f} at width {width}" for width, row in widths.items())
+            logger.info("cosine to the teacher %s training: %s (%s)", key, listed, cosine[key]["through"])
         del encoders["before"]
         sample = slice(0, config.texts)
         cost = encode_cost(encoders, texts[sample], instructions[sample], config)
