@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from nvembed.losses.config import ContrastiveConfig, DistillConfig, ObjectiveConfig
-from nvembed.losses.distillation import cosine_distance, similarity_distance
 from nvembed.losses.contrastive import document_mask, info_nce, query_mask
+from nvembed.losses.distillation import cosine_distance, similarity_distance
 from nvembed.losses.matryoshka import check_prefixes, prefix
 from nvembed.storage import UserError
 from nvembed.types import Batch

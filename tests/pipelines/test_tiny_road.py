@@ -23,9 +23,11 @@ STEPS = [
 
 def start(out: Path, *arguments: str, story: str = "quickstart.py") -> subprocess.Popen[str]:
     """Start a story in its own process group, output to a file beside `out`."""
-    log = open(out.parent / f"log-{time.time_ns()}.txt", "w+")
     command = [sys.executable, str(ROOT / "pipelines" / story), str(TINY), "--out", str(out), *arguments]
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=out.parent)
+    with open(out.parent / f"log-{time.time_ns()}.txt", "w") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=out.parent
+        )
 
 
 def logs(out: Path) -> str:
