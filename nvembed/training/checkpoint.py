@@ -168,7 +168,7 @@ class CheckpointStore:
         verdict: dict[str, str | None] = {}
         if context.rank == 0:
             try:
-                verdict = {"found": self._choose()}
+                verdict = {"found": self._choose(here=True)}
             except UserError as problem:  # every rank has to stop, with the same words
                 verdict = {"error": str(problem), "changed": "yes" if isinstance(problem, ChangedRecipeError) else None}
         verdict = broadcast_object(verdict)
@@ -177,7 +177,15 @@ class CheckpointStore:
         found = verdict["found"]
         return None if found is None else Checkpoint(found)
 
-    def _choose(self) -> str | None:
+    def preview(self) -> int:
+        """Where a run will start, found out by the launcher: the same refusals and warnings, before workers start.
+
+        Only what depends on the workers' machines (precision, processor) is left to them.
+        """
+        found = self._choose(here=False)
+        return Checkpoint(found).step if found else 0
+
+    def _choose(self, *, here: bool) -> str | None:
         for _, name in sorted(self._names(), reverse=True):
             uri = storage.join(self.uri, name)
             try:
@@ -185,7 +193,7 @@ class CheckpointStore:
             except CorruptArtifactError as problem:
                 logger.warning("checkpoint passed over: %s", problem)
                 continue
-            self._check(storage.read_json(storage.join(uri, STATE)), uri)
+            self._check(storage.read_json(storage.join(uri, STATE)), uri, here=here)
             return uri
         return None
 
@@ -193,8 +201,10 @@ class CheckpointStore:
         names = storage.list_directory(self.uri)
         return [(int(match[1]), name) for name in names if (match := _NAME.fullmatch(name))]
 
-    def _check(self, state: Mapping[str, Any], uri: str) -> None:
+    def _check(self, state: Mapping[str, Any], uri: str, *, here: bool) -> None:
         ours = self.identity.state(int(state["step"]))
+        if not here:
+            ours |= {key: state[key] for key in ("precision", "processor")}
         changes = storage.differences(_decisive(state), _decisive(ours))
         if changes:
             raise ChangedRecipeError(

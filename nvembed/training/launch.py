@@ -30,6 +30,7 @@ START_TIMEOUT_SECONDS = "300"  # Ray's default of 60 is too short for an autosca
 def _build(config: TrainConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     from nvembed.data.stream_reader import StreamReader
     from nvembed.training.build import Job
+    from nvembed.training.checkpoint import CheckpointStore, Identity
     from nvembed.training.loop import METRICS, check_batch
     from nvembed.training.progress import Progress
 
@@ -45,6 +46,10 @@ def _build(config: TrainConfig, inputs: Mapping[str, Artifact], work_uri: str) -
         lease_uri=lease_uri,
         fence=fence,
     )
+    # The workers look again; here the user sees at once where the run goes on, and why it is refused.
+    start = CheckpointStore(work_uri, Identity(config, job.inputs, "fp32", config.num_workers)).preview()
+    if start:
+        logger.info("going on at step %d of %d", start, stream.num_steps)
     metrics_uri = storage.join(work_uri, METRICS)
     with Progress(work_uri.rsplit("/", 1)[-1], metrics_uri, stream.num_steps):
         fit(job)
@@ -152,10 +157,11 @@ def connect(config: TrainConfig) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
         if address:
-            ray.init(address=address, logging_level=logging.WARNING)
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
         else:
             cpus = max(int(need["CPU"]), os.cpu_count() or 1) + 1
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+            quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     if address:
         return  # it may grow; Ray waits for it
     have = ray.cluster_resources()

@@ -59,11 +59,12 @@ def run_worker(settings: Mapping[str, Job]) -> None:
 
 
 def _log_to_stderr(rank: int) -> None:
-    """Our own messages, which Ray brings to the driver; not Ray's about every report, nor torch's about DeepSpeed."""
+    """Our own messages, which Ray writes to its session directory (and to the driver, if told to); not Ray's about every report, nor torch's about DeepSpeed."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
     ours = logging.getLogger("nvembed")
     ours.setLevel(logging.INFO)
     ours.handlers[:] = [handler]
     ours.propagate = False
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -130,6 +130,17 @@ def test_another_number_of_threads_is_refused(saved: Path) -> None:
         newest(saved, threads_per_worker=2)
 
 
+def test_the_launcher_sees_the_same_but_for_what_depends_on_the_workers_machines(saved: Path) -> None:
+    ident = identity()
+    other = Identity(ident.config, ident.inputs, "bf16", 1)
+    assert CheckpointStore(str(saved), other).preview() == 3
+    with pytest.raises(ChangedRecipeError, match="precision"):
+        CheckpointStore(str(saved), other).newest(PlainContext())
+    assert CheckpointStore(str(saved / "nowhere"), other).preview() == 0
+    with pytest.raises(UserError, match="threads_per_worker to 1"):
+        CheckpointStore(str(saved), identity(threads_per_worker=2)).preview()
+
+
 def test_other_circumstances_are_told(
     saved: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
