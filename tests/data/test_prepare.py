@@ -93,7 +93,18 @@ def test_items_of_symmetric_sets_stand_in_the_corpus_with_their_side(prepared: A
                 assert corpus[own]["text"] == row.query and corpus[own]["split"] == split
                 assert all(corpus[item.id]["split"] == split for item in row.positives)
                 assert (row.label == corpus[own]["label"]) and (row.label is None) == (row.task is TaskType.STS)
-    assert {row["split"] for row in read_corpus(prepared, "cwe").to_pylist()} == {None}
+
+
+@pytest.mark.parametrize("name", ["cwe", "hpo", "code"])
+def test_documents_that_only_held_out_queries_ask_for_stand_on_their_side(prepared: Artifact, name: str) -> None:
+    corpus = {row["id"]: row["split"] for row in read_corpus(prepared, name).to_pylist()}
+    answers = {
+        split: {item.id for row in read_examples(prepared, name, split) for item in row.positives} for split in SPLITS
+    }
+    held_out = (answers["dev"] | answers["test"]) - answers["train"]
+    assert held_out and answers["train"]
+    assert all(corpus[key] in ("dev", "test") for key in held_out)
+    assert all(split is None for key, split in corpus.items() if key not in held_out)
 
 
 def test_another_process_gives_the_same_bytes(prepared: Artifact, tmp_path: Path) -> None:
