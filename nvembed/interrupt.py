@@ -7,16 +7,17 @@ signal's number into it at once, whoever's handler it is, and a thread reads it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import psutil
 
-GRACE_SECONDS = 12.0
+GRACE_SECONDS = 8.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -97,15 +98,20 @@ class Interrupts:
 
     def _wait(self) -> None:
         time.sleep(self._grace)
+        self._say(f"not stopped after {self._grace:g} s: ended by force; what was saved stays")
         self._force()
 
     def _force(self) -> None:
-        for child in psutil.Process().children(recursive=True):
-            try:
-                child.kill()
-            except psutil.NoSuchProcess:
-                continue
+        end_processes(psutil.Process().children(recursive=True), patience=0.0)
         try:
             self._on_force()
         finally:
             os._exit(130)
+
+
+def end_processes(processes: Sequence[psutil.Process], patience: float) -> None:
+    """Kill those of our processes that do not end by themselves within `patience` seconds."""
+    _, alive = psutil.wait_procs(processes, timeout=patience)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -172,10 +172,10 @@ class Road:
                         if storage.exists(storage.join(uri, "metrics.jsonl")):
                             run.tail()
 
-                    with Heartbeat(self.console, name, uri, lambda: self.meter.current_mb, tick):
+                    beat = Heartbeat(self.console, name, uri, lambda: self.meter.current_mb, tick)
+                    with beat, self._uninterrupted():
                         self._prepare_cluster(step)
-                        with self._uninterrupted():
-                            artifact = step.run(config(run.run_id), inputs, uri, fence=self.fence, guard=self._guard)
+                        artifact = step.run(config(run.run_id), inputs, uri, fence=self.fence, guard=self._guard)
                     run.finish(artifact)
                 status = "resumed" if resumed else "done"
             except KeyboardInterrupt:

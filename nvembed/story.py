@@ -17,12 +17,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 import yaml
 from pydantic import ValidationError
 
 from nvembed import storage
-from nvembed.interrupt import Interrupts
+from nvembed.interrupt import Interrupts, end_processes
 from nvembed.lease import LEASE, Lease
 from nvembed.memory import MemoryMeter
 from nvembed.plan import describe
@@ -36,6 +37,7 @@ from nvembed.tracking import STATE, Tracker
 __all__ = ["ExitCode", "PlannedRoad", "Road", "tell"]
 
 RECIPE = "recipe.yaml"
+PATIENCE_SECONDS = 3.0  # Ray's agents notice the end of the cluster by themselves
 FREE_SECTIONS = ("cluster", "tracking")  # say where a run computes and who is told, never what comes out
 # names a run writes at the root of its output: a directory that has one of them but no recipe.yaml is not ours
 ROOT_NAMES = (RECORDS, STATE, "report.json", "report.html", "mlflow.db", "mlartifacts", "logs")
@@ -136,13 +138,12 @@ def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
                 stack.enter_context(meter)
                 records = Records(out, lease.fence)
                 tracker = Tracker(recipe.tracking, out, recipe.model_dump(mode="json"), recipe.name)
-                status = "failed"
                 try:
                     console.line(f"{recipe.name} -> {out}")
                     story(Road(recipe, out, lease.fence, meter, tracker, records, console, interrupts))
                     status = "done"
-                except KeyboardInterrupt:
-                    status = "interrupted"
+                except BaseException:
+                    status = "interrupted" if interrupts.asked else "failed"
                     raise
                 finally:
                     records.close(status, meter.peak_mb)
@@ -152,12 +153,14 @@ def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
                     f"done in {minutes}:{seconds:02d}, {records.attempts} run(s), {records.peak_mb / 1024:.1f} GiB"
                 )
                 return ExitCode.DONE
-        except KeyboardInterrupt:
-            console.line("interrupted; run the same command again to go on")
-            return ExitCode.INTERRUPTED
-        except Exception as error:
-            if interrupts.asked:
+        except BaseException as error:
+            if interrupts.asked or isinstance(
+                error, KeyboardInterrupt
+            ):  # whatever a library made of it: SystemExit, an error of its own
+                console.line("interrupted; run the same command again to go on")
                 return ExitCode.INTERRUPTED
+            if not isinstance(error, Exception):
+                raise
             return report_error(error, console.line, out)
 
 
@@ -230,7 +233,11 @@ def _claim(recipe: Recipe, out: str) -> None:
 
 
 def shut_down_ray() -> None:
-    """End the Ray cluster this process started, if it did."""
+    """End the Ray cluster this process started, if it did; nothing of it is left when this returns."""
     ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
+    if ray is None:
+        return
+    below = psutil.Process().children(recursive=True)  # after the shutdown they are nobody's children
+    if ray.is_initialized():
         ray.shutdown()
+    end_processes(below, PATIENCE_SECONDS)
