@@ -59,7 +59,7 @@ def run_worker(settings: Mapping[str, Job]) -> None:
 
 
 def _log_to_stderr(rank: int) -> None:
-    """Our own messages go where Ray keeps a worker's lines; not Ray's about every report, nor torch's about DeepSpeed."""
+    """Our own messages go where Ray keeps a worker's lines; not Ray's about reports, nor torch's about DeepSpeed."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
     ours = logging.getLogger("nvembed")
