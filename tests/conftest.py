@@ -12,6 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# A busy machine makes single examples slow; what hangs is stopped by the timeout every test has.
+settings.register_profile("nvembed", deadline=None)
+settings.load_profile("nvembed")
 
 
 @pytest.fixture(scope="session")
