@@ -9,9 +9,11 @@ Shapes: N texts, S student width, T teacher width.
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,7 @@ def _build(config: CompareConfig, inputs: Mapping[str, Artifact], work_uri: str)
     rows, teacher_NT = read_part(inputs["teach"], "holdout", config.holdout_texts)
     texts, instructions = [row["text"] for row in rows], [row["instruction"] for row in rows]
     folders = {name: storage.local_path(inputs[name].path("model")) for name in ("teacher", "before", "student")}
-    threads = torch.get_num_threads()
-    try:
+    with _threads(config.threads):
         encoders = {
             name: open_encoder(str(folder), config.threads, config.precision) for name, folder in folders.items()
         }
@@ -55,8 +56,6 @@ def _build(config: CompareConfig, inputs: Mapping[str, Artifact], work_uri: str)
         del encoders["before"]
         sample = slice(0, config.texts)
         cost = encode_cost(encoders, texts[sample], instructions[sample], config)
-    finally:
-        torch.set_num_threads(threads)
     sizes = {name: folder_size(folders[name]) for name in ("teacher", "student")}
     comparison = {
         "cosine_to_teacher": cosine,
@@ -72,6 +71,23 @@ def _build(config: CompareConfig, inputs: Mapping[str, Artifact], work_uri: str)
 
 
 COMPARE_STUDENT = Step("compare_student", 1, _build)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Limit torch, and with one thread the tokenizers too (they read the variable at each call), for a while."""
+    before, variable = torch.get_num_threads(), os.environ.get("TOKENIZERS_PARALLELISM")
+    torch.set_num_threads(count)
+    if count == 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if variable is None:
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = variable
 
 
 # -- cosine -----------------------------------------------------------------------------------------------------------
@@ -135,14 +151,18 @@ def folder_size(folder: Path) -> dict[str, int]:
 def encode_cost(
     encoders: Mapping[str, Encoder], texts: Sequence[str], instructions: Sequence[str], config: CompareConfig
 ) -> dict[str, Any]:
-    """CPU seconds per 1,000 texts, the median of `repeats` rounds in which the models take turns, after a warm-up."""
+    """CPU seconds per 1,000 texts, the median of `repeats` rounds in which the models take turns, after a warm-up.
+
+    With one thread its own time is taken, not the process's: Ray's threads work in the same process.
+    """
+    clock = time.thread_time if config.threads == 1 else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in encoders}
     for round_number in range(config.repeats + 1):
         for name, encoder in encoders.items():
-            started = time.process_time()
+            started = clock()
             encoder.encode(texts, instructions)
             if round_number > 0:
-                seconds[name].append((time.process_time() - started) * 1000 / len(texts))
+                seconds[name].append((clock() - started) * 1000 / len(texts))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "unit": "CPU seconds per 1,000 texts",
