@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def drive_once(
     Args:
         folder: holds the artifacts `stream` and `start`.
         config: a TrainConfig.
-        kill: `place` of PLACES, `step`, and `victim`: "rank0", "rank1" or "driver".
+        kill: `place` of PLACES, `step`, and `victim`: "rank0", "rank1", "driver" or "driver, orphans go on".
     """
     specification = {"folder": str(folder), "config": dict(config), "kill": kill}
     environment = os.environ | {ENVIRONMENT: json.dumps(specification), "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
@@ -119,11 +120,17 @@ def run_armed_worker(kill: dict[str, Any], settings: Mapping[str, Any]) -> None:
 
 
 def strike(kill: Mapping[str, Any]) -> None:
-    """SIGKILL the victim, once."""
+    """SIGKILL the victim, once.
+
+    The worker of a killed driver waits here for its own end (Ray's processes die with the driver), so that the step
+    the next run starts at is certain; victim "driver, orphans go on" lets it run on instead.
+    """
     from nvembed.distributed import rank
 
     victim, marker = kill["victim"], Path(kill["marker"])
     if marker.exists() or rank() != (1 if victim == "rank1" else 0):
         return
     marker.write_text(victim)
-    os.kill(kill["driver"] if victim == "driver" else os.getpid(), signal.SIGKILL)
+    os.kill(kill["driver"] if victim.startswith("driver") else os.getpid(), signal.SIGKILL)
+    if victim == "driver":
+        time.sleep(60)
