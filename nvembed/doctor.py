@@ -9,24 +9,14 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-OK, NOTE, PROBLEM = "ok", "note", "problem"
+from nvembed.findings import NOTE, OK, PROBLEM, Finding
+
 STALE_LOCK_SECONDS = 600
 MIN_SHM_BYTES = 300 * 2**20
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at; `fix` says what to do about a problem."""
-
-    check: str
-    state: str
-    said: str
-    fix: str = ""
 
 
 def examine() -> list[Finding]:
@@ -141,19 +131,3 @@ def _locks() -> Iterator[Finding]:
             yield Finding("torch extensions", PROBLEM, f"{path} is {age / 60:.0f} minutes old: builds wait for it", fix)
     if not stale:
         yield Finding("torch extensions", OK, f"no stale lock below {root}")
-
-
-def as_text(findings: list[Finding]) -> str:
-    """Problems and notes in full, the rest in short."""
-    width = max(len(finding.check) for finding in findings)
-    marks = {OK: "   ", NOTE: " ! ", PROBLEM: "!! "}
-    lines = []
-    for finding in findings:
-        fix = f"  -> {finding.fix}" if finding.fix else ""
-        lines.append(f"{marks[finding.state]}{finding.check:<{width}}  {finding.said}{fix}")
-    return "\n".join(lines)
-
-
-def as_json(findings: list[Finding]) -> list[dict[str, str]]:
-    """The findings as plain values."""
-    return [asdict(finding) for finding in findings]

@@ -1,0 +1,72 @@
+"""`nvembed embed`: a file of texts in, a file of vectors out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nvembed.commands.common import ended
+from nvembed.progress import Console
+from nvembed.storage import UserError
+from nvembed.story import ExitCode
+
+
+def embed_command(
+    model: Annotated[str, typer.Argument(help="Model folder, or models:/name@alias of the registry.")],
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="txt (a text per line), jsonl or parquet.")],
+    out: Annotated[str, typer.Option(help="parquet (id, vector) or npy (vectors in the input's order).")],
+    instruction: Annotated[
+        str | None, typer.Option(help="Task for queries: a sentence, or a key of the catalogue. Documents need none.")
+    ] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="A prompt stored in the model folder, instead.")] = None,
+    dim: Annotated[int | None, typer.Option(min=1, help="Matryoshka prefix; the full width by default.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=8, help="Tokens of one forward, padding included.")] = 4096,
+    text_column: Annotated[str, typer.Option(help="Where the text is, in jsonl and parquet.")] = "text",
+    title_column: Annotated[str | None, typer.Option(help="Title put before the text.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto (bf16 where the processor has it).")] = "fp32",
+    threads: Annotated[int | None, typer.Option(min=1, help="Torch threads.")] = None,
+    registry: Annotated[
+        str | None, typer.Option(help="Registry URI; by default MLFLOW_TRACKING_URI, else the one below runs/.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+) -> None:
+    """Embed a file of texts."""
+
+    def action() -> int:
+        from nvembed.embed_file import EmbedJob, prompt_prefix, write_vectors
+        from nvembed.registry import resolve_model
+        from nvembed.text.instructions import instruction_prefix
+
+        if instruction is not None and prompt_name is not None:
+            raise UserError("give --instruction or --prompt-name, not both")
+        if precision not in ("fp32", "bf16", "auto"):
+            raise UserError(f"--precision {precision}: choose fp32, bf16 or auto")
+        folder = resolve_model(model, registry or (near_registry() if model.startswith("models:/") else None))
+        prefix = instruction_prefix(instruction) if instruction is not None else ""
+        if prompt_name is not None:
+            prefix = prompt_prefix(folder, prompt_name)
+        job = EmbedJob(
+            folder, source, out, prefix, dim, batch_tokens, text_column, title_column, precision, threads, force
+        )
+        rows, width = write_vectors(job, Console().line)
+        typer.echo(f"{out}: {rows:,} vectors of {width} numbers")
+        return ExitCode.DONE
+
+    raise ended(action)
+
+
+def near_registry() -> str | None:
+    """The registry of the one output below runs/, where neither --registry nor MLFLOW_TRACKING_URI names one."""
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return None
+    found = sorted(Path("runs").glob("*/mlflow.db"))
+    if len(found) > 1:
+        listed = ", ".join(f"sqlite:///{path.absolute()}" for path in found)
+        raise UserError(f"which registry? Give --registry with one of: {listed}")
+    if not found:
+        return None
+    typer.echo(f"registry: {found[0]}", err=True)
+    return f"sqlite:///{found[0].absolute()}"
