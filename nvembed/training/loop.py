@@ -107,7 +107,8 @@ def _take_steps(
     if checkpoint:
         engine.load_moments(checkpoint.read, checkpoint.step)
     start = checkpoint.step if checkpoint else 0
-    tokens = slice_budget(config.token_budget, config.engine.zero_stage if config.engine.type == "deepspeed" else 0)
+    zero_stage = config.engine.zero_stage if config.engine.type == "deepspeed" else 0
+    tokens = slice_budget(config.token_budget, zero_stage, context.device().type)
     log = MetricsLog(storage.join(job.work_uri, METRICS), start) if context.rank == 0 else None
     with closing(stream.batches(start)) as batches:  # type: ignore[type-var]
         for batch in batches:
