@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pydantic import Field
 
 from nvembed import storage
+from nvembed.heap import give_back
 from nvembed.interrupt import Interrupts
 from nvembed.lease import check_fence
-from nvembed.memory import MemoryMeter, give_back
+from nvembed.memory import MemoryMeter
 from nvembed.mlflow_store import resolve_store
 from nvembed.progress import Console, Heartbeat, adopt_loggers
 from nvembed.recipe import Recipe

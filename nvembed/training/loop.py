@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from nvembed import storage
 from nvembed.distributed import WorkerContext, broadcast_object
+from nvembed.heap import trim
 from nvembed.modeling.precision import resolve_precision
 from nvembed.storage import UserError
 from nvembed.training.build import Job, build_model, export
@@ -117,6 +118,8 @@ def _take_steps(
             sharding = shard(batch, config.token_budget, context.rank, context.world_size, slice_budget=tokens)
             factor = learning_rate_factor(batch.step, stream.num_steps, config.optimiser)
             loss, norm = optimiser_step(engine, sharding, factor)
+            if engine.device.type == "cpu":
+                trim()  # texts differ in length from step to step: freed blocks do not fit the next step's
             if log is not None:
                 context.check_lease()
                 row = {
