@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from nvembed import storage
 from nvembed.distributed import WorkerContext, broadcast_object
+from nvembed.losses.objectives import Objective
 from nvembed.modeling.precision import resolve_precision
 from nvembed.storage import UserError
 from nvembed.training.build import Job, build_model, export
@@ -116,6 +117,7 @@ def _take_steps(
             sharding = shard(batch, config.token_budget, context.rank, context.world_size, slice_budget=tokens)
             factor = learning_rate_factor(batch.step, stream.num_steps, config.optimiser)
             loss, norm = optimiser_step(engine, sharding, factor)
+            cosines = global_separation(engine.model.objective)
             if log is not None:
                 context.check_lease()
                 row = {
@@ -123,6 +125,7 @@ def _take_steps(
                     "loss": loss,
                     "lr": config.optimiser.learning_rate * factor,
                     "grad_norm": norm,
+                    **cosines,
                     "sample_ids_sha256": hash_ids(batch.example_ids),
                     "tokens": int(batch.token_lengths.sum()),
                     "chunks": len(sharding.own_chunks),
@@ -160,6 +163,21 @@ def optimiser_step(engine: Engine, sharding: Sharding, factor: float) -> tuple[f
     norm = engine.step(factor)
     _check_finite("gradient norm", norm, sharding.batch)
     return float(loss), norm
+
+
+def global_separation(objective: Objective) -> dict[str, float]:
+    """Mean cosine of the queries of the last global batch to their positive, to their negatives and to the hardest.
+
+    Empty where the objective has no negatives, or no query had one. Collective: every rank calls it.
+    """
+    if objective.separation is None:
+        return {}
+    sums = objective.separation.clone()
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    *cosines, rows = sums.tolist()
+    names = ("positive_similarity", "negative_similarity", "hardest_similarity")
+    return {name: value / rows for name, value in zip(names, cosines, strict=True)} if rows else {}
 
 
 def _check_finite(what: str, value: float, batch: Batch) -> None:
