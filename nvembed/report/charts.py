@@ -163,7 +163,8 @@ def bar_chart(
     first, last = used[0], used[-1] + 1
     height = 230
     shares = {name: [n / (sum(counts) or 1) for n in counts[first:last]] for name, counts in series.items()}
-    y_ticks = ticks(0.0, max(max(values) for values in shares.values()), 4)
+    most = max(max(values) for values in shares.values())
+    y_ticks = ticks(0.0, most * (1 + 0.09 * len(shares)), 4)  # the legend stands above
     x_ticks = [tick for tick in ticks(edges[first], edges[last]) if edges[first] - 1e-9 <= tick <= edges[last] + 1e-9]
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -259,26 +260,40 @@ def point_chart(title: str, x_label: str, y_label: str, points: Sequence[Point])
     y_ticks = ticks(min(0.0, *(point.low for point in shown)), max(point.high for point in shown))
     frame = Frame(x_ticks, y_ticks, height=290, log=log)
     parts = frame.axes(f"{x_label}{' (logarithmic)' if log else ''}", y_label)
-    labels: list[tuple[float, float]] = []
-    for point in sorted(shown, key=lambda point: (-point.y, point.x)):
-        x, y = frame.x(point.x), frame.y(point.y)
-        ends = (frame.y(point.low), frame.y(point.high))
-        parts.append(
-            tag("line", x1=_number(x), x2=_number(x), y1=_number(ends[0]), y2=_number(ends[1]), class_="thick faint")
-        )
+    places = [(frame.x(point.x), frame.y(point.y)) for point in shown]
+    for point, (x, y) in zip(shown, places, strict=True):
+        ends = [_number(frame.y(end)) for end in (point.low, point.high)]
+        parts.append(tag("line", x1=_number(x), x2=_number(x), y1=ends[0], y2=ends[1], class_="thick faint"))
         parts.append(_mark(point.kind, x, y))
-        right = x < WIDTH - 130
-        place = y + 4
-        while any(abs(x - other) < 130 and abs(place - taken) < 13 for other, taken in labels):
-            place += 3
-        labels.append((x, place))
-        parts.append(
-            tag("text", point.label, x=_number(x + (9 if right else -9)), y=_number(place))
-            if right
-            else tag("text", point.label, x=_number(x - 9), y=_number(place), class_="end")
-        )
+    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
+    for point, place in sorted(zip(shown, places, strict=True), key=lambda item: item[1][1]):
+        box, right = _free_box(point.label, place, taken, frame.height - _BOTTOM)
+        taken.append(box)
+        at = {"x": _number(box[0])} if right else {"x": _number(box[2]), "class_": "end"}
+        parts.append(tag("text", point.label, y=_number(box[3] - 3), **at))
     said = "; ".join(f"{point.label}: {short(point.x)}, {point.y:.3f}" for point in shown)
     return _figure(title, said, frame.height, parts)
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _free_box(text: str, place: tuple[float, float], taken: Sequence[Box], bottom: float) -> tuple[Box, bool]:
+    """Where a mark's name hides neither a mark nor another name, as near as possible; whether it is on the right."""
+    wide, high = 6.4 * len(text), 13.0
+    x, y = place
+    for shift in sorted(range(-60, 61, 3), key=abs):
+        for right in (True, False):
+            left = x + 9 if right else x - 9 - wide
+            box = (left, y - high / 2 + shift, left + wide, y + high / 2 + shift)
+            inside = left >= _LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= bottom
+            if inside and not any(_overlap(box, other) for other in taken):
+                return box, right
+    return (x + 9, y - high / 2, x + 9 + wide, y + high / 2), True
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _powers(low: float, high: float) -> list[float]:

@@ -10,7 +10,7 @@ from nvembed.report.charts import bar_chart, line_chart
 from nvembed.report.collect import gap
 from nvembed.report.markup import Content, Markup, table, tag
 from nvembed.report.schema import Mixed, Report, Training
-from nvembed.report.words import Section, percent, plain, section
+from nvembed.report.words import Section, percent, plain, section, signed
 
 REASONS = {
     "known_positive": "known positive",
@@ -59,12 +59,12 @@ def _curves(name: str, rows: Rows, run: Training) -> list[Markup]:
     gaps = [(float(row["step"]), found) for row in rows if (found := gap(row)) is not None]
     if gaps:
         xs, ys = [x for x, _ in gaps], [y for _, y in gaps]
-        charts.append(line_chart(f"{name}: gap", "optimiser step", "positive − hardest negative", xs, ys, marks))
+        charts.append(line_chart(f"{name}: gap", "optimiser step", "gap", xs, ys, marks))
     return charts
 
 
 def _from_to(first: float | None, last: float | None) -> str | None:
-    return None if first is None or last is None else f"{first:.3f} → {last:.3f}"
+    return None if first is None or last is None else f"{signed(first)} → {signed(last)}"
 
 
 def _restarts(training: Mapping[str, Training]) -> Markup | None:

@@ -189,13 +189,17 @@ def _sizes(runs: Sequence[Run]) -> Section | None:
 
 def _training(curves: Mapping[str, Curves]) -> Section | None:
     charts = list(_overlaid(curves, "loss", lambda row: float(row["loss"])))
-    charts += _overlaid(curves, "gap", gap, "positive − hardest negative")
-    return section("Training", tag("div", *charts, class_="charts") if charts else None)
+    gaps = list(_overlaid(curves, "gap", gap))
+    said = "Gap: mean cosine of a query to its positive minus that to its hardest negative in the batch."
+    both = charts + gaps
+    return section(
+        "Training",
+        tag("p", said, class_="quiet") if gaps else None,
+        tag("div", *both, class_="charts") if both else None,
+    )
 
 
-def _overlaid(
-    curves: Mapping[str, Curves], what: str, value: Callable[..., float | None], y_label: str = ""
-) -> Iterator[Markup]:
+def _overlaid(curves: Mapping[str, Curves], what: str, value: Callable[..., float | None]) -> Iterator[Markup]:
     """A chart for each training step, the runs over each other."""
     for step in dict.fromkeys(step for found in curves.values() for step in found):
         lines = {
@@ -205,7 +209,7 @@ def _overlaid(
         }
         lines = {label: line for label, line in lines.items() if line}
         if lines:
-            yield curves_chart(f"{step}: {what}", "optimiser step", y_label or what, lines)
+            yield curves_chart(f"{step}: {what}", "optimiser step", what, lines)
 
 
 def _mixes(runs: Sequence[Run]) -> Section | None:
