@@ -112,26 +112,21 @@ def _comparable(report: Report, system: str, dataset: str) -> bool:
     return champion is None or dataset not in champion.other_sets
 
 
-def _cell(value: Interval | None, best: float, comparable: bool = True) -> Content:
+def _cell(value: Interval | float | None, best: float, comparable: bool = True) -> Content:
+    """A value, starred where it is the best; a mean of an older report or of a champion has no interval."""
     if value is None:
         return None
-    text: list[Content] = [f"{value.value:.3f}"]
+    point = _point(value)
+    text: list[Content] = [f"{point:.3f}"]
     if not comparable:
         text = [tag("span", "≠", aria_hidden="true"), tag("span", "other examples: ", class_="unseen"), text[0]]
-    elif value.value == best:
+    elif point == best:
         text = [tag("b", tag("span", "★", aria_hidden="true"), tag("span", "best: ", class_="unseen"), text[0])]
-    return join([*text, span(value.low, value.high)])
+    return join([*text, span(value.low, value.high) if isinstance(value, Interval) else None])
 
 
 def _point(value: Interval | float) -> float:
     return value.value if isinstance(value, Interval) else value
-
-
-def _starred(value: float | None, best: float) -> Content:
-    """A mean without an interval (of an older report)."""
-    if value is None:
-        return None
-    return tag("b", f"★{value:.3f}") if value == best else f"{value:.3f}"
 
 
 def _overview(systems: Mapping[str, Table], datasets: list[str], report: Report) -> Markup:
@@ -157,9 +152,7 @@ def _overview(systems: Mapping[str, Table], datasets: list[str], report: Report)
         cells = [
             _cell(value(scores, dataset), best[dataset], _comparable(report, name, dataset)) for dataset in datasets
         ]
-        mean = means.get(name)
-        first = _cell(mean, most) if isinstance(mean, Interval) else _starred(mean, most)
-        rows.append([system_name(name), *([first] if retrieval else []), *cells])
+        rows.append([system_name(name), *([_cell(means.get(name), most)] if retrieval else []), *cells])
     notes = {
         dataset: metric_name(primary[dataset]) + (", synthetic" if _synthetic(report, dataset) else "")
         for dataset in datasets

@@ -46,7 +46,8 @@ tbody th { font-weight: 400; position: sticky; left: 0; background: var(--back);
 .texts td { min-width: 8rem; overflow-wrap: anywhere }
 .tables table { width: 100% }
 td small, th small { display: block; color: var(--quiet); font-size: .8rem; font-weight: 400; white-space: nowrap }
-.chain { list-style: none; padding: 0 0 0 1.4rem; margin: .5rem 0 1rem; display: flex; flex-wrap: wrap; gap: .5rem 1.6rem }
+.chain { list-style: none; padding: 0 0 0 1.4rem; margin: .5rem 0 1rem; display: flex; flex-wrap: wrap;
+  gap: .5rem 1.6rem }
 .chain li { position: relative; background: var(--box); border: 1px solid var(--line); border-radius: .5rem;
   padding: .35rem .6rem; max-width: 100% }
 .chain li + li::before { content: "→"; position: absolute; left: -1.35rem; top: .6rem; color: var(--quiet) }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from nvembed.report.charts import Dot, Point, curves_chart, dot_chart, point_chart
-from nvembed.report.collect import gap
+from nvembed.report.collect import gap, mean_retrieval
 from nvembed.report.comparisons import MEAN
 from nvembed.report.markup import Content, Markup, join, table, tag
 from nvembed.report.page import Curves, card, environment_facts, whole_page
@@ -104,14 +104,23 @@ def _scores(runs: Sequence[Run], versus: Versus) -> Section | None:
         return None
     differing = {name for pair in versus.pairs for name in pair.other_sets}
     heads = ["system", *(f"{run.label} {run.report.recipe}" for run in runs)]
-    means = [[system_name(name), *(with_interval(run.report.means.get(name)) for run in runs)] for name in systems]
+    means: list[list[Content]] = [[system_name(name), *(_mean(run.report, name) for run in runs)] for name in systems]
     blocks = [_dataset(name, name in differing, systems, runs, heads) for name in datasets]
     said = (
         "Held-out data only; the range below a value is its own 95 % interval. Whether two runs differ is answered by "
         "the paired differences below, not by these ranges. ○ baseline, ● teacher, ■ student."
     )
     mean = table("Mean nDCG@10 of the retrieval sets", heads, means)
-    return section("Scores", tag("p", said, class_="quiet"), mean, *blocks)
+    note = tag("p", f"≠ The held-out examples differ in {', '.join(sorted(differing))}.") if differing else None
+    return section("Scores", tag("p", said, class_="quiet"), note, mean, *blocks)
+
+
+def _mean(report: Report, system: str) -> Content:
+    """With its interval where the report has one; earlier versions wrote none."""
+    if system in report.means:
+        return with_interval(report.means[system])
+    value = mean_retrieval(all_tables(report).get(system, {}))
+    return None if value is None else f"{value:.3f}"
 
 
 def _dataset(dataset: str, differs: bool, systems: Sequence[str], runs: Sequence[Run], heads: Sequence[str]) -> Markup:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nvembed.report.charts import WIDTH, Dot, bar_chart, dot_chart, line_chart, running_mean, ticks
 from nvembed.report.markup import Markup, join, table, tag
-from nvembed.report.page import duration
+from nvembed.report.words import duration
 
 numbers = st.floats(-1e6, 1e6, allow_nan=False)
 
