@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nvembed import storage
@@ -73,14 +73,9 @@ def collect_report(
         for name, scored in systems.items()
     }
     settings = recipe.get("evaluate") or (recipe.get("student") or {}).get("evaluate") or {}
-    registrations = {
-        name: storage.read_json(artifact.path(REGISTRATION))
-        for name, artifact in artifacts.items()
-        if REGISTRATION in artifact.manifest["files"]
-    }
+    registrations = _registrations(artifacts)
     models = dict(_models(artifacts))
-    student = _read(artifacts, "compare_student", "comparison.json")
-    mining = _mining(artifacts)
+    student, mining = _read(artifacts, "compare_student", "comparison.json"), _mining(artifacts)
     return Report(
         recipe=recipe_name,
         steps=[StepRecord(**{key: record.get(key) for key in StepRecord.model_fields}) for record in records],
@@ -93,9 +88,7 @@ def collect_report(
         comparisons=compare_systems(systems, settings),
         shares=_shares(tables),
         notes={key: text for file in files.values() for key, text in file.get("notes", {}).items()},
-        untrained_variants=next(
-            (file["untrained_variants"] for file in files.values() if "untrained_variants" in file), None
-        ),
+        untrained_variants=_untrained_variants(files.values()),
         registrations=registrations,
         student=student,
         datasets=_datasets(artifacts),
@@ -110,6 +103,18 @@ def collect_report(
         champions=dict(_champions(registrations, artifacts)),
         sizes=model_sizes(artifacts, {role: model.folder for role, model in models.items()}, student, recipe),
     )
+
+
+def _registrations(artifacts: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
+    return {
+        name: storage.read_json(artifact.path(REGISTRATION))
+        for name, artifact in artifacts.items()
+        if REGISTRATION in artifact.manifest["files"]
+    }
+
+
+def _untrained_variants(files: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    return next((file["untrained_variants"] for file in files if "untrained_variants" in file), None)
 
 
 def _champions(
