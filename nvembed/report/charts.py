@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nvembed.report.markup import Markup, join, tag
 
 WIDTH = 380
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 12, 40
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

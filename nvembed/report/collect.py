@@ -39,6 +39,8 @@ STARTS = "starts.jsonl"  # beside the metrics, see training/loop.py, which needs
 BASELINES = ("bm25", "minilm", "untrained")
 TEACHERS = ("train_stage_2", "train_stage_1", "teacher")  # the first of these that a run has is its teacher
 METRIC_ORDER = ("ndcg_at_10", "recall_at_100", "mrr_at_10", "accuracy", "v_measure", "spearman")
+CHAMPION = "champion_"  # before a role's name: who was the registry's champion before this run
+READING_ORDER = (*BASELINES, CHAMPION + "teacher", "teacher", "student_before", CHAMPION + "student", "student")
 # step that scored, and what its system "model" is called in the report
 SCORED = {"evaluate_teacher": "teacher", "evaluate_student_init": "student_before", "evaluate_student": "student"}
 
@@ -134,6 +136,12 @@ def _champions(
                     other_sets=[dataset for dataset in scores if theirs.get(dataset) != ours.get(dataset)],
                 ),
             )
+
+
+def in_reading_order(tables: Mapping[str, Table]) -> dict[str, Table]:
+    """Baselines, champions, teacher, student before, student, each at full width first."""
+    order = [name for role in READING_ORDER for name in tables if name.partition("@")[0] == role]
+    return {name: tables[name] for name in dict.fromkeys([*order, *tables])}
 
 
 def _reported(name: str) -> bool:

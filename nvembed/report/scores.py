@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from nvembed.report.charts import Dot, dot_chart
+from nvembed.report.collect import CHAMPION, in_reading_order
 from nvembed.report.comparisons import MEAN, RETRIEVAL_METRIC
 from nvembed.report.markup import Content, Markup, join, table, tag
 from nvembed.report.schema import Difference, Interval, Report, Table
@@ -19,8 +20,6 @@ from nvembed.report.words import (
     span,
     system_name,
 )
-
-CHAMPION = "champion_"  # before a role's name: who was the registry's champion before this run
 
 
 def retrieval_values(scores: Table) -> list[float]:
@@ -78,16 +77,14 @@ def _notes(report: Report) -> list[Markup]:
 
 
 def _ordered_systems(report: Report) -> dict[str, Table]:
-    """Baselines, champions, teacher, student before, student, each at full width first: as one reads the table."""
+    """All of a report; of champions what this run was scored on too."""
     ours = {**report.baselines, **report.scores, **report.other_scores}
     known = {dataset for scores in ours.values() for dataset in scores}
     tables = ours | {
         CHAMPION + role: {dataset: metrics for dataset, metrics in champion.scores.items() if dataset in known}
         for role, champion in report.champions.items()
     }
-    roles = [*report.baselines, CHAMPION + "teacher", "teacher", "student_before", CHAMPION + "student", "student"]
-    order = [name for role in roles for name in tables if name.partition("@")[0] == role]
-    return {name: tables[name] for name in dict.fromkeys([*order, *tables])}
+    return in_reading_order(tables)
 
 
 def _synthetic(report: Report, dataset: str) -> bool:

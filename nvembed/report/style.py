@@ -30,7 +30,7 @@ p { margin: .4rem 0; max-width: 46rem }
 .notes { max-width: 46rem; font-size: .92rem }
 .notes dt { font-weight: 600; margin-top: .5rem }
 .notes dd { margin: 0; overflow-wrap: anywhere }
-.scroll { overflow-x: auto; margin: .75rem 0 1.25rem; max-width: 100% }
+.scroll { position: relative; overflow-x: auto; margin: .75rem 0 1.25rem; max-width: 100% }
 .scroll:focus-visible { outline: 2px solid var(--one) }
 table { border-collapse: separate; border-spacing: 0; font-size: .92rem }
 caption { text-align: left; font-weight: 600; padding: .25rem 0 }

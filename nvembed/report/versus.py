@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from nvembed import storage
 from nvembed.evaluation.significance import MEAN, RETRIEVAL_METRIC, compare
-from nvembed.report.collect import BASELINES, scored_systems
+from nvembed.report.collect import BASELINES, in_reading_order, scored_systems
 from nvembed.report.comparisons import Scored
 from nvembed.report.runs import Run
 from nvembed.report.schema import Difference, Interval, Model, Part, Report, Table
@@ -76,7 +76,7 @@ def compare_runs(runs: Sequence[Run]) -> Versus:
 
 def all_tables(report: Report) -> dict[str, Table]:
     """Scores of every system of a run."""
-    return {**report.baselines, **report.scores, **report.other_scores}
+    return in_reading_order({**report.baselines, **report.scores, **report.other_scores})
 
 
 def other_sets(one: Report, other: Report) -> list[str]:

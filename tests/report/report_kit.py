@@ -1,9 +1,12 @@
 """What the report tests share: reading a page and a report."""
 
 import json
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+
+from nvembed.report.write import write_report
 
 RECIPE = {"name": "quickstart", "evaluate": {"bootstrap_samples": 200, "seed": 17}}
 VOID = {"meta", "line", "circle", "rect", "polyline", "polygon"}
@@ -46,3 +49,11 @@ class Page(HTMLParser):
 
 def raw(out: Path) -> dict[str, Any]:
     return json.loads((out / "report.json").read_text())
+
+
+def write_road(out: Path, make_road: Callable[..., Any], recipe: dict[str, Any] = RECIPE, **options: Any) -> Path:
+    """The report of a hand-made output."""
+    road = make_road(str(out), **options)
+    uri = write_report(str(out), recipe["name"], recipe, road.records, road.artifacts, 1043.2, 5230.0)
+    assert uri == str(out / "report.html")
+    return out

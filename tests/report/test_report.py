@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from report_kit import RECIPE, Page, raw
+from report_kit import RECIPE, Page, raw, write_road
 
 from nvembed import storage
 from nvembed.report.comparisons import MEAN
@@ -29,14 +29,7 @@ CONTRACT = ["schema_version", "recipe", "steps", "baselines", "scores", "models"
 def written(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A whole road's report."""
     out = tmp_path_factory.mktemp("report")
-    return write(out, request.getfixturevalue("make_road"))
-
-
-def write(out: Path, make_road: Callable[..., Any], **options: Any) -> Path:
-    road = make_road(str(out), **options)
-    uri = write_report(str(out), "quickstart", RECIPE, road.records, road.artifacts, 1043.2, 5230.0)
-    assert uri == str(out / "report.html")
-    return out
+    return write_road(out, request.getfixturevalue("make_road"))
 
 
 # -- report.json ----------------------------------------------------------------------------------------------------
@@ -125,7 +118,7 @@ def test_shares_of_the_teacher(written: Path) -> None:
 
 
 def test_a_road_without_student(tmp_path: Path, make_road: Callable[..., Any]) -> None:
-    report = raw(write(tmp_path, make_road, student=False))
+    report = raw(write_road(tmp_path, make_road, student=False))
     assert set(report["scores"]) == {"teacher"} and set(report["models"]) == {"teacher"}
     assert report["student"] is None and report["shares"] == []
     page = Page((tmp_path / "report.html").read_text())
@@ -251,7 +244,7 @@ def champion(datasets: dict[str, str]) -> dict[str, Any]:
 
 def test_champion_stands_in_the_table(tmp_path: Path, make_road: Callable[..., Any]) -> None:
     hashes = {name: storage.hash_json(name) for name in ("cwe", "hpo", "code")}
-    out = write(tmp_path, make_road, student=False, champion=champion(hashes))
+    out = write_road(tmp_path, make_road, student=False, champion=champion(hashes))
     assert raw(out)["champions"]["teacher"]["other_sets"] == []
     text = Page((out / "report.html").read_text()).text
     assert "teacher champion before: version 7" in text and "evaluation hashes differ" not in text
@@ -260,7 +253,7 @@ def test_champion_stands_in_the_table(tmp_path: Path, make_road: Callable[..., A
 
 def test_a_champion_of_other_examples_is_never_best(tmp_path: Path, make_road: Callable[..., Any]) -> None:
     hashes = {"cwe": "another", "hpo": storage.hash_json("hpo"), "code": storage.hash_json("code")}
-    out = write(tmp_path, make_road, student=False, champion=champion(hashes))
+    out = write_road(tmp_path, make_road, student=False, champion=champion(hashes))
     assert raw(out)["champions"]["teacher"]["other_sets"] == ["cwe"]
     text = Page((out / "report.html").read_text()).text
     assert "others than this run's in cwe (the evaluation hashes differ)" in text
@@ -338,7 +331,7 @@ def test_page_says_what_matters(written: Path) -> None:
 
 def test_everything_is_escaped(tmp_path: Path, make_road: Callable[..., Any]) -> None:
     bad = "<script>alert(1)</script>\"&'"
-    out = write(tmp_path, make_road, rename={"cwe": bad})
+    out = write_road(tmp_path, make_road, rename={"cwe": bad})
     html = (out / "report.html").read_text()
     page = Page(html)
     assert page.count("script") == 0 and "<script" not in html
