@@ -7,6 +7,8 @@ attempts   one entry per run: started, seconds, status (done | failed | interrup
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nvembed import storage
@@ -68,20 +70,7 @@ class Records:
         `seconds` is the time spent on the step, summed over all attempts; `peak_pss_mb` the highest of those attempts.
         A step that this run skipped keeps what its making took.
         """
-        return [self._whole(name, entry) for name, entry in self._current["steps"].items()]
-
-    def _whole(self, name: str, entry: dict[str, Any]) -> dict[str, Any]:
-        parts = [attempt["steps"][name] for attempt in self._attempts if name in attempt["steps"]]
-        worked = [part for part in parts if part["status"] != "skipped"] or parts
-        peaks = [part["peak_pss_mb"] for part in worked if part["peak_pss_mb"] is not None]
-        return {
-            "name": name,
-            "status": entry["status"],
-            "seconds": sum(part["seconds"] for part in worked) if worked is not parts else worked[-1]["seconds"],
-            "peak_pss_mb": max(peaks) if peaks else None,
-            "artifact": entry["artifact"],
-            "attempts": len(worked),
-        }
+        return [_whole(self._attempts, name, entry) for name, entry in self._current["steps"].items()]
 
     @property
     def wall_seconds(self) -> float:
@@ -98,3 +87,41 @@ class Records:
     def attempts(self) -> int:
         """Runs of this output, this one included."""
         return len(self._attempts)
+
+
+@dataclass(frozen=True)
+class Past:
+    """What `steps.json` says of an output, for reading only; `steps` are of all runs, each as it stood last."""
+
+    steps: list[dict[str, Any]]
+    wall_seconds: float
+    peak_mb: float
+
+
+def read_records(out: str) -> Past | None:
+    """The records of an output, None where it has none."""
+    file = storage.join(out, RECORDS)
+    if not storage.exists(file):
+        return None
+    attempts = storage.read_json(file)["attempts"]
+    latest = {name: entry for attempt in attempts for name, entry in attempt["steps"].items()}
+    return Past(
+        steps=[_whole(attempts, name, entry) for name, entry in latest.items()],
+        wall_seconds=float(sum(attempt["seconds"] for attempt in attempts)),
+        peak_mb=float(max((attempt["peak_pss_mb"] for attempt in attempts), default=0.0)),
+    )
+
+
+def _whole(attempts: Sequence[Mapping[str, Any]], name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A step over all attempts."""
+    parts = [attempt["steps"][name] for attempt in attempts if name in attempt["steps"]]
+    worked = [part for part in parts if part["status"] != "skipped"] or parts
+    peaks = [part["peak_pss_mb"] for part in worked if part["peak_pss_mb"] is not None]
+    return {
+        "name": name,
+        "status": entry["status"],
+        "seconds": sum(part["seconds"] for part in worked) if worked is not parts else worked[-1]["seconds"],
+        "peak_pss_mb": max(peaks) if peaks else None,
+        "artifact": entry["artifact"],
+        "attempts": len(worked),
+    }

@@ -44,10 +44,11 @@ def _build(config: TeachConfig, inputs: Mapping[str, Artifact], work_uri: str) -
     )
     texts, encoded = (storage.join(work_uri, "checkpoints", name) for name in ("texts", "encoded"))
     rows = {}
+    taken = {part: Counter[str]() for part in PARTS}
     for part in PARTS:
         chosen = choice.holdout if part == "holdout" else choice.training
         rows[part] = write_text_shards(
-            _chosen_rows(prepare, held_out, chosen), storage.join(texts, part), config.encode.shard_rows
+            _chosen_rows(prepare, held_out, chosen, taken[part]), storage.join(texts, part), config.encode.shard_rows
         )
     logger.info("teach: %d texts for the student, %d held out for the cosine", rows["vectors"], rows["holdout"])
     report = encode_texts(texts, inputs["model"].path("model"), encoded, config.encode)
@@ -58,6 +59,7 @@ def _build(config: TeachConfig, inputs: Mapping[str, Artifact], work_uri: str) -
         metrics={
             "candidates": dict(counts),
             "unique_texts": choice.unique,
+            "datasets": {part: dict(counts) for part, counts in taken.items()},
             "encode_rows": report.rows,
             "encode_reused_rows": report.reused_rows,
             "encode_cpu_seconds": report.cpu_seconds,
@@ -99,6 +101,11 @@ def training_texts(
         counts: gets how many texts were taken and how many were left out for being held out.
     """
     counts = Counter() if counts is None else counts
+    return ((text, instruction) for _, text, instruction in _named_texts(prepare, held_out, counts))
+
+
+def _named_texts(prepare: Artifact, held_out: frozenset[int], counts: Counter[str]) -> Iterator[tuple[str, str, str]]:
+    """(data set, text, instruction), see `training_texts`."""
     for dataset, info in dataset_info(prepare).items():
         instruction, symmetric = info["instruction"], TaskType(info["task"]).symmetric
         for text in _queries(prepare, dataset, "train"):
@@ -106,13 +113,13 @@ def training_texts(
                 counts["held_out_text"] += 1
                 continue
             counts["queries"] += 1
-            yield text, instruction
+            yield dataset, text, instruction
         for _, text, _ in _corpus(prepare, dataset):
             if folded_hash(text) in held_out:
                 counts["held_out_text"] += 1
                 continue
             counts["documents"] += 1
-            yield text, instruction if symmetric else ""
+            yield dataset, text, instruction if symmetric else ""
 
 
 def _queries(prepare: Artifact, dataset: str, split: str) -> Iterator[str]:
@@ -174,14 +181,21 @@ def choose_texts(digest_N: np.ndarray, config: TeachConfig) -> Choice:
     return Choice(np.sort(ordered[count:]), np.sort(ordered[:count]), len(unique_U))
 
 
-def _chosen_rows(prepare: Artifact, held_out: frozenset[int], chosen: np.ndarray) -> Iterator[tuple[str, str, str]]:
-    """(key, text, instruction) of the chosen texts, each once, in file order."""
+def _chosen_rows(
+    prepare: Artifact, held_out: frozenset[int], chosen: np.ndarray, by_dataset: Counter[str]
+) -> Iterator[tuple[str, str, str]]:
+    """(key, text, instruction) of the chosen texts, each once, in file order.
+
+    Args:
+        by_dataset: gets how many came from each data set (the first that has the text).
+    """
     taken = np.zeros(len(chosen), dtype=bool)
-    for text, instruction in training_texts(prepare, held_out):
+    for dataset, text, instruction in _named_texts(prepare, held_out, Counter()):
         digest = text_digest(text, instruction)
         place = int(np.searchsorted(chosen, digest))
         if place < len(chosen) and chosen[place] == digest and not taken[place]:
             taken[place] = True
+            by_dataset[dataset] += 1
             yield text_key(text, instruction), text, instruction
 
 

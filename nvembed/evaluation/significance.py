@@ -10,7 +10,7 @@ Shapes: S draws, N items, R clusterings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,10 +136,14 @@ def compare(
     a_system: str = "model",
     b_system: str = "model",
     metrics: Sequence[str] = PRIMARY_METRICS,
+    datasets: Collection[str] | None = None,
     samples: int = 1000,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Paired differences of two evaluations (artifacts with `scores.json` and `items.parquet`).
+
+    Args:
+        datasets: only these; None: all that both have.
 
     Returns:
         `{name, dataset, metric, delta: {value, low, high}}`, delta = a - b: a row for each data set both have, and for
@@ -148,7 +152,7 @@ def compare(
     Raises:
         UserError: no such system, or a data set was not the same on both sides.
     """
-    pairs = list(_paired(a, b, (a_system, b_system), metrics))
+    pairs = list(_paired(a, b, (a_system, b_system), metrics, datasets))
     rows = [_row(name, pair.dataset, pair.metric, paired_bootstrap(pair, samples, seed)) for pair in pairs]
     retrieval = [pair for pair in pairs if pair.metric == RETRIEVAL_METRIC]
     if retrieval:
@@ -158,6 +162,23 @@ def compare(
 
 def _row(name: str, dataset: str, metric: str, delta: Interval) -> dict[str, Any]:
     return {"name": name, "dataset": dataset, "metric": metric, "delta": delta}
+
+
+def retrieval_mean(a: Artifact, system: str = "model", samples: int = 1000, seed: int = 0) -> Interval | None:
+    """Mean nDCG@10 of a system over its retrieval sets with its interval, each set drawn on its own; None without any.
+
+    Raises:
+        UserError: no such system.
+    """
+    found = [
+        (dataset, np.array([items[item][0] for item in sorted(items)]))
+        for (dataset, metric), items in read_items(a, system).items()
+        if metric == RETRIEVAL_METRIC
+    ]
+    if not found:
+        return None
+    pairs = [PairedItems(dataset, RETRIEVAL_METRIC, value_N, np.zeros_like(value_N)) for dataset, value_N in found]
+    return paired_bootstrap_mean(pairs, samples, seed)
 
 
 Items = Mapping[str, tuple[float, float | None]]  # item id -> value, gold
@@ -180,11 +201,15 @@ def read_items(artifact: Artifact, system: str) -> dict[tuple[str, str], Items]:
     return dict(found)
 
 
-def _paired(a: Artifact, b: Artifact, systems: tuple[str, str], metrics: Sequence[str]) -> Iterator[PairedItems]:
+def _paired(
+    a: Artifact, b: Artifact, systems: tuple[str, str], metrics: Sequence[str], datasets: Collection[str] | None
+) -> Iterator[PairedItems]:
     hashes = [storage.read_json(artifact.path("scores.json"))["evaluation_hash"] for artifact in (a, b)]
     ours, theirs = read_items(a, systems[0]), read_items(b, systems[1])
     for key in (key for key in ours if key in theirs and key[1] in metrics):
         dataset, metric = key
+        if datasets is not None and dataset not in datasets:
+            continue
         if hashes[0][dataset] != hashes[1][dataset] or ours[key].keys() != theirs[key].keys():
             raise storage.UserError(
                 f"{a.uri} and {b.uri} were not scored on the same items of {dataset}; evaluate both on one `prepare`."

@@ -28,6 +28,27 @@ def info_nce(similarity_RC: torch.Tensor, positive_R: torch.Tensor, allowed_RC: 
     return F.cross_entropy(masked_RC, positive_R, reduction="none")
 
 
+def separation(similarity_RC: torch.Tensor, positive_R: torch.Tensor, allowed_RC: torch.Tensor) -> torch.Tensor:
+    """How far the positives stand from the negatives, for reports; no part of any loss, without gradient.
+
+    Args:
+        similarity_RC: cosines, not divided by the temperature.
+        positive_R: int64, column of each row's positive.
+        allowed_RC: bool, candidates that count; true at every positive.
+
+    Returns:
+        float64 [4], sums over the rows that have a negative: the positive's cosine, the mean of the negatives', the
+        hardest negative's, and the number of those rows. Sums of ranks add up.
+    """
+    cosine_RC, positive_R1 = similarity_RC.detach(), positive_R[:, None]
+    negative_RC = allowed_RC.scatter(1, positive_R1, False)
+    count_R = negative_RC.sum(dim=1)
+    mean_R = cosine_RC.masked_fill(~negative_RC, 0.0).sum(dim=1, dtype=torch.float64) / count_R.clamp(min=1)
+    hardest_R = cosine_RC.masked_fill(~negative_RC, -1.0).amax(dim=1)
+    found = (cosine_RC.gather(1, positive_R1)[:, 0], mean_R, hardest_R, torch.ones_like(mean_R))
+    return torch.stack([(value_R * (count_R > 0)).sum(dtype=torch.float64) for value_R in found])
+
+
 def document_mask(batch: Batch, rows: slice) -> np.ndarray:
     """Which documents of the global batch are candidates for the queries of `rows`.
 

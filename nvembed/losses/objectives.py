@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nvembed.losses.config import ContrastiveConfig, DistillConfig, ObjectiveConfig
-from nvembed.losses.contrastive import document_mask, info_nce, query_mask
+from nvembed.losses.contrastive import document_mask, info_nce, query_mask, separation
 from nvembed.losses.distillation import cosine_distance, similarity_distance
 from nvembed.losses.matryoshka import check_prefixes, prefix
 from nvembed.storage import UserError
@@ -25,7 +25,13 @@ from nvembed.types import Batch
 
 
 class Objective(nn.Module, ABC):
-    """Base of the objectives."""
+    """Base of the objectives.
+
+    Attributes:
+        separation: of the last forward, see `contrastive.separation`; None for objectives without negatives.
+    """
+
+    separation: torch.Tensor | None = None
 
     @abstractmethod
     def forward(self, embeddings_TD: torch.Tensor, batch: Batch, rows: slice) -> torch.Tensor:
@@ -75,10 +81,14 @@ class ContrastiveObjective(Objective):
                 "with. Set stream.num_negatives to at least 1, or objective.in_batch to true."
             )
         temperature = self.log_temperature.exp() if self.log_temperature is not None else self.config.temperature
-        candidates = self._masks(batch, rows, embeddings_TD.device)
-        losses = [
-            self._rows_loss(prefix(embeddings_TD, width), batch, rows, candidates, temperature) for width in self.widths
-        ]
+        masks = self._masks(batch, rows, embeddings_TD.device)
+        losses: list[torch.Tensor] = []
+        for width in self.widths:
+            candidates = self._candidates(prefix(embeddings_TD, width), batch, rows, masks)
+            if not losses:  # the full width stands first
+                self.separation = separation(*candidates)
+            similarity_RC, positive_R, allowed_RC = candidates
+            losses.append(info_nce(similarity_RC / temperature, positive_R, allowed_RC).sum())
         return torch.stack(losses).mean() / batch.batch_size
 
     def _masks(self, batch: Batch, rows: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -89,17 +99,17 @@ class ContrastiveObjective(Objective):
         queries_RB = torch.from_numpy(query_mask(batch, rows)).to(device) if self.config.query_negatives else None
         return documents_RBK.flatten(1), queries_RB
 
-    def _rows_loss(
+    def _candidates(
         self,
         embeddings_TD: torch.Tensor,
         batch: Batch,
         rows: slice,
-        candidates: tuple[torch.Tensor, torch.Tensor | None],
-        temperature: torch.Tensor | float,
-    ) -> torch.Tensor:
+        masks: tuple[torch.Tensor, torch.Tensor | None],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cosines of every candidate [R, C], the column of each positive [R], which candidates count [R, C]."""
         grouped_BGD = embeddings_TD.view(batch.batch_size, batch.group_size, -1)
         query_RD, documents_BKD = grouped_BGD[rows, 0], grouped_BGD[:, 1:]
-        allowed_RC, queries_RB = candidates
+        allowed_RC, queries_RB = masks
         if self.config.in_batch:
             similarity_RC = query_RD @ documents_BKD.flatten(0, 1).T
             index = torch.arange(batch.batch_size, device=embeddings_TD.device)[rows]
@@ -110,7 +120,7 @@ class ContrastiveObjective(Objective):
         if queries_RB is not None:
             similarity_RC = torch.cat([similarity_RC, query_RD @ grouped_BGD[:, 0].T], dim=1)
             allowed_RC = torch.cat([allowed_RC, queries_RB], dim=1)
-        return info_nce(similarity_RC / temperature, positive_R, allowed_RC).sum()
+        return similarity_RC, positive_R, allowed_RC
 
 
 class DistillObjective(Objective):
@@ -156,7 +166,7 @@ class DistillObjective(Objective):
         if batch.teacher_vectors is None or batch.group_size != 1:
             raise UserError("objective.type is distill, but the stream was not made by the distill_stream step.")
         teacher_BT = torch.from_numpy(batch.teacher_vectors).to(embeddings_TD)
-        losses = []
+        losses: list[torch.Tensor] = []
         for width in self.widths:
             student_BS = prefix(embeddings_TD, width)
             loss_R = embeddings_TD.new_zeros(teacher_BT[rows].shape[0])

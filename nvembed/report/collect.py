@@ -5,34 +5,42 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nvembed import storage
 from nvembed.modeling.precision import resolve_precision
 from nvembed.registry import REGISTRATION, primary_metric
-from nvembed.report.comparisons import RETRIEVAL_METRIC, Scored, compare_systems
+from nvembed.report.comparisons import RETRIEVAL_METRIC, Scored, compare_systems, retrieval_means
 from nvembed.report.environment import describe_environment
 from nvembed.report.schema import (
+    Champion,
     Dataset,
+    Environment,
     Input,
     Interval,
     LineageEntry,
     Model,
     Report,
+    Restart,
     Share,
     StepRecord,
     Table,
     Training,
 )
+from nvembed.report.sizes import model_sizes
+from nvembed.report.training_data import data_mixes, negatives_quality
 from nvembed.tracking import METRICS
 from nvembed.types import Artifact
 
 logger = logging.getLogger(__name__)
 
+STARTS = "starts.jsonl"  # beside the metrics, see training/loop.py, which needs torch
 BASELINES = ("bm25", "minilm", "untrained")
 TEACHERS = ("train_stage_2", "train_stage_1", "teacher")  # the first of these that a run has is its teacher
 METRIC_ORDER = ("ndcg_at_10", "recall_at_100", "mrr_at_10", "accuracy", "v_measure", "spearman")
+CHAMPION = "champion_"  # before a role's name: who was the registry's champion before this run
+READING_ORDER = (*BASELINES, CHAMPION + "teacher", "teacher", "student_before", CHAMPION + "student", "student")
 # step that scored, and what its system "model" is called in the report
 SCORED = {"evaluate_teacher": "teacher", "evaluate_student_init": "student_before", "evaluate_student": "student"}
 
@@ -44,6 +52,7 @@ def collect_report(
     artifacts: Mapping[str, Artifact],
     wall_seconds: float,
     peak_pss_mb: float | None,
+    environment: Environment | None = None,
 ) -> Report:
     """Everything `report.json` says; parts whose steps are missing are left empty.
 
@@ -54,8 +63,9 @@ def collect_report(
         artifacts: artifact by step name.
         wall_seconds: of this run.
         peak_pss_mb: of this run.
+        environment: what the run ran on; None: this process.
     """
-    systems = {name: scored for names in _scored_steps(artifacts) for name, scored in names.items()}
+    systems = scored_systems(artifacts)
     files = {scored.artifact.uri: storage.read_json(scored.artifact.path("scores.json")) for scored in systems.values()}
     tables = {
         name: {
@@ -65,49 +75,88 @@ def collect_report(
         for name, scored in systems.items()
     }
     settings = recipe.get("evaluate") or (recipe.get("student") or {}).get("evaluate") or {}
+    registrations = _registrations(artifacts)
+    models = dict(_models(artifacts))
+    student, mining = _read(artifacts, "compare_student", "comparison.json"), _mining(artifacts)
     return Report(
         recipe=recipe_name,
         steps=[StepRecord(**{key: record.get(key) for key in StepRecord.model_fields}) for record in records],
         baselines={name: tables[name] for name in BASELINES if name in tables},
         scores={name: table for name, table in tables.items() if _reported(name)},
-        models=dict(_models(artifacts)),
+        models=models,
         wall_seconds=wall_seconds,
         peak_pss_mb=peak_pss_mb,
         other_scores={name: table for name, table in tables.items() if name not in BASELINES and not _reported(name)},
         comparisons=compare_systems(systems, settings),
         shares=_shares(tables),
         notes={key: text for file in files.values() for key, text in file.get("notes", {}).items()},
-        untrained_variants=next(
-            (file["untrained_variants"] for file in files.values() if "untrained_variants" in file), None
-        ),
-        registrations={
-            name: storage.read_json(artifact.path(REGISTRATION))
-            for name, artifact in artifacts.items()
-            if REGISTRATION in artifact.manifest["files"]
-        },
-        student=_read(artifacts, "compare_student", "comparison.json"),
+        untrained_variants=_untrained_variants(files.values()),
+        registrations=registrations,
+        student=student,
         datasets=_datasets(artifacts),
-        mining=_mining(artifacts),
+        mining=mining,
         training={name: _training(artifact) for name, artifact in _trainings(artifacts)},
         lineage={name: _lineage(artifact) for name, artifact in artifacts.items()},
-        environment=describe_environment(),
+        environment=environment or describe_environment(),
         resolved_recipe=dict(recipe),
+        mixes=data_mixes(artifacts),
+        negatives=negatives_quality(mining),
+        means=retrieval_means(systems, settings),
+        champions=dict(_champions(registrations, artifacts)),
+        sizes=model_sizes(artifacts, {role: model.folder for role, model in models.items()}, student, recipe),
     )
+
+
+def _registrations(artifacts: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
+    return {
+        name: storage.read_json(artifact.path(REGISTRATION))
+        for name, artifact in artifacts.items()
+        if REGISTRATION in artifact.manifest["files"]
+    }
+
+
+def _untrained_variants(files: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    return next((file["untrained_variants"] for file in files if "untrained_variants" in file), None)
+
+
+def _champions(
+    registrations: Mapping[str, Mapping[str, Any]], artifacts: Mapping[str, Artifact]
+) -> Iterator[tuple[str, Champion]]:
+    """By role: who was champion before this run registered its model; nobody where there was none."""
+    for step, registration in registrations.items():
+        before, role = registration.get("champion_before"), step.removeprefix("register_")
+        if before and f"evaluate_{role}" in artifacts:
+            ours = storage.read_json(artifacts[f"evaluate_{role}"].path("scores.json"))["evaluation_hash"]
+            theirs, scores = before.get("evaluation_hash") or {}, before.get("scores") or {}
+            yield (
+                role,
+                Champion(
+                    version=str(before["version"]),
+                    scores={dataset: _in_order(metrics) for dataset, metrics in scores.items() if metrics},
+                    other_sets=[dataset for dataset in scores if theirs.get(dataset) != ours.get(dataset)],
+                ),
+            )
+
+
+def in_reading_order(tables: Mapping[str, Table]) -> dict[str, Table]:
+    """Baselines, champions, teacher, student before, student, each at full width first."""
+    order = [name for role in READING_ORDER for name in tables if name.partition("@")[0] == role]
+    return {name: tables[name] for name in dict.fromkeys([*order, *tables])}
 
 
 def _reported(name: str) -> bool:
     return name in ("teacher", "student") or name.startswith("student@")
 
 
-def _scored_steps(artifacts: Mapping[str, Artifact]) -> Iterator[dict[str, Scored]]:
+def scored_systems(artifacts: Mapping[str, Artifact]) -> dict[str, Scored]:
     """Of every step with scores that the run has: name in the report -> where."""
+    found = {}
     for step in ("baselines", *SCORED):
         if step in artifacts:
             artifact, role = artifacts[step], SCORED.get(step)
-            systems = storage.read_json(artifact.path("scores.json"))["scores"]
-            yield {
-                name if role is None else role + name.removeprefix("model"): Scored(artifact, name) for name in systems
-            }
+            for name in storage.read_json(artifact.path("scores.json"))["scores"]:
+                found[name if role is None else role + name.removeprefix("model")] = Scored(artifact, name)
+    return found
 
 
 def _in_order(metrics: Mapping[str, Any]) -> dict[str, Interval]:
@@ -185,8 +234,16 @@ def read_curve(artifact: Artifact | str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in storage.read_bytes(uri).splitlines()]
 
 
+def gap(row: Mapping[str, Any]) -> float | None:
+    """Mean cosine to the positive minus that to the hardest negative, of a row of `metrics.jsonl`."""
+    if "hardest_similarity" not in row:
+        return None
+    return float(row["positive_similarity"] - row["hardest_similarity"])
+
+
 def _training(artifact: Artifact) -> Training:
     rows = read_curve(artifact)
+    starts = read_curve(artifact.path(STARTS)) if STARTS in artifact.manifest["files"] else []
     config = artifact.manifest["config"]
     return Training(
         steps=len(rows),
@@ -196,6 +253,9 @@ def _training(artifact: Artifact) -> Training:
         threads_per_worker=config.get("threads_per_worker"),
         precision=_precision(config),
         metrics=artifact.path(METRICS),
+        first_gap=gap(rows[0]),
+        last_gap=gap(rows[-1]),
+        restarts=[Restart(step=row["step"], time=row["time"], world_size=row.get("world_size")) for row in starts[1:]],
     )
 
 

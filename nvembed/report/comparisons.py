@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nvembed.evaluation.significance import MEAN, RETRIEVAL_METRIC, compare
-from nvembed.report.schema import Difference
+from nvembed.evaluation.significance import MEAN, RETRIEVAL_METRIC, compare, retrieval_mean
+from nvembed.report.schema import Difference, Interval
 from nvembed.types import Artifact
 
-__all__ = ["MEAN", "RETRIEVAL_METRIC", "Scored", "compare_systems"]
+__all__ = ["MEAN", "RETRIEVAL_METRIC", "Scored", "compare_systems", "retrieval_means"]
 
 OPPONENTS = ("untrained", "bm25", "minilm")  # of the teacher
 
@@ -47,6 +47,13 @@ def compare_systems(systems: Mapping[str, Scored], settings: Mapping[str, Any]) 
             clear = delta["low"] > 0 or delta["high"] < 0
             differences.append(Difference(a=a, b=b, over=row["dataset"], metric=row["metric"], clear=clear, **delta))
     return differences
+
+
+def retrieval_means(systems: Mapping[str, Scored], settings: Mapping[str, Any]) -> dict[str, Interval]:
+    """Mean nDCG@10 over the retrieval sets of every system that has some, with its interval."""
+    samples, seed = settings.get("bootstrap_samples", 1000), settings.get("seed", 0)
+    found = {name: retrieval_mean(scored.artifact, scored.system, samples, seed) for name, scored in systems.items()}
+    return {name: Interval(**mean) for name, mean in found.items() if mean is not None}
 
 
 def _pairs(systems: Mapping[str, Scored]) -> Iterator[tuple[str, str]]:

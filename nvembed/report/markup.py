@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-VOID = frozenset({"meta", "br", "hr", "line", "circle", "rect", "polyline", "path"})
+VOID = frozenset({"meta", "br", "hr", "line", "circle", "rect", "polyline", "polygon", "path"})
 
 
 class Markup(str):

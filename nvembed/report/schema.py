@@ -103,6 +103,72 @@ class Dataset(Part):
     evaluation_hash: str
 
 
+class Mixed(Part):
+    """One data set in one training stream: what the recipe asked, what the optimiser was given.
+
+    Attributes:
+        weight: as the recipe gives it; None where there are no weights (distillation takes texts, not data sets).
+        asked: the weight's share of all weights.
+        rows: examples drawn, repeats included; None where only the share is known.
+        realised: share of the stream's examples.
+        usable: examples it could draw from.
+        epochs: how often each of them was drawn.
+    """
+
+    task: str | None
+    weight: float | None
+    asked: float | None
+    rows: int | None
+    realised: float
+    usable: int
+    epochs: float
+
+
+class Negatives(Part):
+    """Quality of a data set's mined negatives by the miner's scores, from the audit's histograms (bins of 0.05).
+
+    Attributes:
+        positive: mean score of the positives.
+        negative: mean score of the kept negatives.
+        above_median: share of kept negatives that score above the median positive.
+        overlap: common area of both histograms: 0 where they are apart, 1 where they are the same.
+    """
+
+    positive: float
+    negative: float
+    above_median: float
+    overlap: float
+
+
+class Restart(Part):
+    """Where a training step went on after it had been stopped; `time` in seconds since 1970."""
+
+    step: int
+    time: float
+    world_size: int | None
+
+
+class Champion(Part):
+    """The registry's champion before this run registered its model.
+
+    Attributes:
+        other_sets: data sets whose held-out examples were others than this run's (their hashes differ).
+    """
+
+    version: str
+    scores: Table
+    other_sets: list[str]
+
+
+class Size(Part):
+    """What a model costs: parameters, bytes of its weights, width, CPU seconds per 1,000 texts where measured."""
+
+    parameters: int
+    bytes: int
+    dim: int | None
+    encode_seconds: float | None
+
+
 class Input(Part):
     """An input artifact of a step."""
 
@@ -120,7 +186,13 @@ class LineageEntry(Part):
 
 
 class Training(Part):
-    """A training step in short; `metrics.jsonl` has every optimiser step. A loss that is no number is null."""
+    """A training step in short; `metrics.jsonl` has every optimiser step. A loss that is no number is null.
+
+    Attributes:
+        first_gap: mean cosine of a query to its positive minus that to its hardest negative, at the first step; null
+            for objectives without negatives.
+        restarts: where it went on after a stop; empty for a run in one go.
+    """
 
     steps: int
     first_loss: float | None
@@ -129,6 +201,9 @@ class Training(Part):
     threads_per_worker: int | None
     precision: str | None  # as resolved on this machine's processor; as configured where workers have GPUs
     metrics: str
+    first_gap: float | None = None
+    last_gap: float | None = None
+    restarts: list[Restart] = []
 
 
 class Environment(Part):
@@ -172,3 +247,12 @@ class Report(Part):
     lineage: dict[str, LineageEntry]
     environment: Environment
     resolved_recipe: dict[str, Any]
+
+    # added later, hence with defaults: an older report.json can be read
+    # `mixes`: by stream step, then by data set; `means`: nDCG@10 over the retrieval sets; `champions`: by role;
+    # `sizes`: by model: teacher, student, untrained, minilm
+    mixes: dict[str, dict[str, Mixed]] = {}
+    negatives: dict[str, Negatives] = {}
+    means: dict[str, Interval] = {}
+    champions: dict[str, Champion] = {}
+    sizes: dict[str, Size] = {}

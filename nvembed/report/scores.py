@@ -5,50 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from nvembed.report.charts import Dot, dot_chart
+from nvembed.report.collect import CHAMPION, in_reading_order
 from nvembed.report.comparisons import MEAN, RETRIEVAL_METRIC
 from nvembed.report.markup import Content, Markup, join, table, tag
 from nvembed.report.schema import Difference, Interval, Report, Table
-
-METRIC_NAMES = {
-    "ndcg_at_10": "nDCG@10",
-    "recall_at_100": "recall@100",
-    "mrr_at_10": "MRR@10",
-    "accuracy": "k-NN accuracy",
-    "v_measure": "v-measure",
-    "spearman": "Spearman",
-}
-SYSTEM_NAMES = {
-    "bm25": "BM25",
-    "minilm": "MiniLM",
-    "untrained": "untrained backbone",
-    "student_before": "student before training",
-}
-
-
-def system_name(system: str) -> str:
-    """What a system is called on the page: `student@288` is "student, 288 dims"."""
-    name, at, dim = system.partition("@")
-    return SYSTEM_NAMES.get(name, name) + (f", {dim} dims" if at else "")
-
-
-def metric_name(metric: str) -> str:
-    """What a metric is called on the page."""
-    return METRIC_NAMES.get(metric, metric)
-
-
-def section(title: str, *content: Content) -> Markup | None:
-    """A titled section; None when all of its content is."""
-    shown = [part for part in content if part is not None]
-    return tag("section", tag("h2", title), *shown) if shown else None
-
-
-def signed(value: float) -> str:
-    """A difference with its sign."""
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def _range(low: float, high: float) -> Markup:
-    return tag("small", f"{low:.3f}–{high:.3f}")
+from nvembed.report.words import (
+    METRIC_NAMES,
+    Section,
+    kind,
+    metric_name,
+    section,
+    short_name,
+    signed,
+    span,
+    system_name,
+)
 
 
 def retrieval_values(scores: Table) -> list[float]:
@@ -56,7 +27,7 @@ def retrieval_values(scores: Table) -> list[float]:
     return [metrics[RETRIEVAL_METRIC].value for metrics in scores.values() if RETRIEVAL_METRIC in metrics]
 
 
-def scores_section(report: Report) -> Markup | None:
+def scores_section(report: Report) -> Section | None:
     """Overview, then chart and full table of every data set."""
     systems = _ordered_systems(report)
     found = dict.fromkeys(dataset for scores in systems.values() for dataset in scores)
@@ -64,13 +35,33 @@ def scores_section(report: Report) -> Markup | None:
     if not datasets:
         return None
     blocks = [_dataset_scores(dataset, systems, report) for dataset in datasets]
+    champions = ", ◆ champion before this run" if report.champions else ""
     legend = (
         "Measured on held-out data only. The range below a value is its 95 % bootstrap interval. "
-        "★ marks the best value of a column. Charts: ○ baseline, ● teacher, ■ student."
+        f"★ marks the best value of a column. Charts: ○ baseline, ● teacher, ■ student{champions}."
     )
     return section(
-        "Scores", tag("p", legend, class_="quiet"), _overview(systems, datasets, report), *blocks, *_notes(report)
+        "Scores",
+        tag("p", legend, class_="quiet"),
+        *_about_champions(report),
+        _overview(systems, datasets, report),
+        *blocks,
+        *_notes(report),
     )
+
+
+def _about_champions(report: Report) -> list[Markup]:
+    """Which versions the champions' rows are, and where their examples were others."""
+    said = []
+    for role, champion in report.champions.items():
+        text = f"{system_name(CHAMPION + role)}: version {champion.version}, as it was scored when it was registered."
+        if champion.other_sets:
+            text += (
+                f" Its held-out examples were others than this run's in {', '.join(champion.other_sets)} "
+                "(the evaluation hashes differ): those values are marked ≠ and cannot be compared."
+            )
+        said.append(tag("p", text, class_="quiet"))
+    return said
 
 
 def _notes(report: Report) -> list[Markup]:
@@ -86,11 +77,14 @@ def _notes(report: Report) -> list[Markup]:
 
 
 def _ordered_systems(report: Report) -> dict[str, Table]:
-    """Baselines, teacher, student before, student, each at full width first: the order in which one reads the table."""
-    tables = {**report.baselines, **report.scores, **report.other_scores}
-    roles = [*report.baselines, "teacher", "student_before", "student"]
-    order = [name for role in roles for name in tables if name.partition("@")[0] == role]
-    return {name: tables[name] for name in dict.fromkeys([*order, *tables])}
+    """All of a report; of champions what this run was scored on too."""
+    ours = {**report.baselines, **report.scores, **report.other_scores}
+    known = {dataset for scores in ours.values() for dataset in scores}
+    tables = ours | {
+        CHAMPION + role: {dataset: metrics for dataset, metrics in champion.scores.items() if dataset in known}
+        for role, champion in report.champions.items()
+    }
+    return in_reading_order(tables)
 
 
 def _synthetic(report: Report, dataset: str) -> bool:
@@ -109,13 +103,27 @@ def _best(values: Iterable[Interval | None]) -> float:
     return max((value.value for value in values if value is not None), default=float("nan"))
 
 
-def _cell(value: Interval | None, best: float) -> Content:
+def _comparable(report: Report, system: str, dataset: str) -> bool:
+    """Whether a system was scored on this run's held-out examples; only a champion may not have been."""
+    champion = report.champions.get(system.removeprefix(CHAMPION)) if system.startswith(CHAMPION) else None
+    return champion is None or dataset not in champion.other_sets
+
+
+def _cell(value: Interval | float | None, best: float, comparable: bool = True) -> Content:
+    """A value, starred where it is the best; a mean of an older report or of a champion has no interval."""
     if value is None:
         return None
-    text: list[Content] = [f"{value.value:.3f}"]
-    if value.value == best:
+    point = _point(value)
+    text: list[Content] = [f"{point:.3f}"]
+    if not comparable:
+        text = [tag("span", "≠", aria_hidden="true"), tag("span", "other examples: ", class_="unseen"), text[0]]
+    elif point == best:
         text = [tag("b", tag("span", "★", aria_hidden="true"), tag("span", "best: ", class_="unseen"), text[0])]
-    return join([*text, _range(value.low, value.high)])
+    return join([*text, span(value.low, value.high) if isinstance(value, Interval) else None])
+
+
+def _point(value: Interval | float) -> float:
+    return value.value if isinstance(value, Interval) else value
 
 
 def _overview(systems: Mapping[str, Table], datasets: list[str], report: Report) -> Markup:
@@ -126,18 +134,22 @@ def _overview(systems: Mapping[str, Table], datasets: list[str], report: Report)
     def value(scores: Table, dataset: str) -> Interval | None:
         return scores.get(dataset, {}).get(primary[dataset])
 
-    best = {dataset: _best(value(scores, dataset) for scores in systems.values()) for dataset in datasets}
+    def fair(name: str, dataset: str) -> Interval | None:
+        return value(systems[name], dataset) if _comparable(report, name, dataset) else None
+
+    best = {dataset: _best(fair(name, dataset) for name in systems) for dataset in datasets}
     means = {
-        name: sum(retrieval_values(scores)) / len(retrieval)
+        name: report.means.get(name, sum(retrieval_values(scores)) / len(retrieval))
         for name, scores in systems.items()
-        if retrieval and len(retrieval_values(scores)) == len(retrieval)
+        if retrieval and all(fair(name, dataset) is not None for dataset in retrieval)
     }
+    most = max(map(_point, means.values()), default=float("nan"))
     rows = []
     for name, scores in systems.items():
-        mean = f"{means[name]:.3f}" if name in means else None
-        marked = tag("b", f"★{mean}") if mean is not None and means[name] == max(means.values()) else mean
-        cells = [_cell(value(scores, dataset), best[dataset]) for dataset in datasets]
-        rows.append([system_name(name), *([marked] if retrieval else []), *cells])
+        cells = [
+            _cell(value(scores, dataset), best[dataset], _comparable(report, name, dataset)) for dataset in datasets
+        ]
+        rows.append([system_name(name), *([_cell(means.get(name), most)] if retrieval else []), *cells])
     notes = {
         dataset: metric_name(primary[dataset]) + (", synthetic" if _synthetic(report, dataset) else "")
         for dataset in datasets
@@ -150,15 +162,19 @@ def _overview(systems: Mapping[str, Table], datasets: list[str], report: Report)
 def _dataset_scores(dataset: str, systems: Mapping[str, Table], report: Report) -> Markup:
     shown = {name: scores[dataset] for name, scores in systems.items() if dataset in scores}
     metrics = list(dict.fromkeys(metric for values in shown.values() for metric in values))
-    best = {metric: _best(values.get(metric) for values in shown.values()) for metric in metrics}
+    fair = {name: values for name, values in shown.items() if _comparable(report, name, dataset)}
+    best = {metric: _best(values.get(metric) for values in fair.values()) for metric in metrics}
     rows = [
-        [system_name(name), *(_cell(values.get(metric), best[metric]) for metric in metrics)]
+        [
+            system_name(name),
+            *(_cell(values.get(metric), best[metric], _comparable(report, name, dataset)) for metric in metrics),
+        ]
         for name, values in shown.items()
     ]
     first = metrics[0]
     dots = [
-        Dot(_label(name), _kind(name), values[first].value, values[first].low, values[first].high)
-        for name, values in shown.items()
+        Dot(short_name(name), kind(name), values[first].value, values[first].low, values[first].high)
+        for name, values in fair.items()
         if first in values
     ]
     said = "The labels of this set are synthetic."
@@ -168,20 +184,7 @@ def _dataset_scores(dataset: str, systems: Mapping[str, Table], report: Report) 
     return tag("article", tag("h3", dataset), note, tag("div", chart, full, class_="pair"))
 
 
-def _label(system: str) -> str:
-    """A system's name, short enough for a chart."""
-    return {"untrained": "untrained", "student_before": "before"}.get(
-        system, system.replace("student_before", "before") if "@" in system else system_name(system)
-    )
-
-
-def _kind(system: str) -> str:
-    if system.startswith("teacher"):
-        return "teacher"
-    return "student" if system.startswith("student") and "before" not in system else "baseline"
-
-
-def comparisons_section(report: Report) -> Markup | None:
+def comparisons_section(report: Report) -> Section | None:
     """Paired differences."""
     if not report.comparisons:
         return None
@@ -191,14 +194,18 @@ def comparisons_section(report: Report) -> Markup | None:
     )
     pairs = dict.fromkeys((found.a, found.b) for found in report.comparisons)
     tables = [
-        table(
+        differences_table(
             f"{system_name(a)} − {system_name(b)}",
-            ["over", "difference", "clear"],
-            [_comparison(found) for found in report.comparisons if (found.a, found.b) == (a, b)],
+            [found for found in report.comparisons if (found.a, found.b) == (a, b)],
         )
         for a, b in pairs
     ]
     return section("Differences", tag("p", text, class_="quiet"), tag("div", *tables, class_="tables"))
+
+
+def differences_table(caption: str, found: Iterable[Difference]) -> Markup:
+    """Paired differences of two systems, one data set a row."""
+    return table(caption, ["over", "difference", "clear"], [_comparison(row) for row in found])
 
 
 def _comparison(found: Difference) -> list[Content]:

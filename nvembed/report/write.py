@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from nvembed import storage
 from nvembed.report.collect import collect_report, read_curve
 from nvembed.report.page import render
@@ -44,11 +46,27 @@ def write_files(out: str, report: Report) -> None:
     """Write a report that was collected (or read back) as JSON and HTML."""
     text = report.model_dump_json(indent=2)
     Report.model_validate_json(text)
-    curves = {name: read_curve(run.metrics) for name, run in report.training.items()}
-    storage.write_bytes(storage.join(out, REPORT_HTML), render(report, curves).encode())
+    storage.write_bytes(storage.join(out, REPORT_HTML), render(report, read_curves(report)).encode())
     storage.write_bytes(storage.join(out, REPORT_JSON), (text + "\n").encode())
 
 
+def read_curves(report: Report) -> dict[str, list[dict[str, Any]]]:
+    """Rows of `metrics.jsonl` by training step; a step whose file is gone is left out."""
+    return {name: read_curve(run.metrics) for name, run in report.training.items() if storage.exists(run.metrics)}
+
+
 def read_report(uri: str) -> Report:
-    """`report.json` of an output, validated."""
-    return Report.model_validate_json(storage.read_bytes(uri))
+    """`report.json` of an output, validated.
+
+    Raises:
+        UserError: it is no report, or one that this version does not read.
+    """
+    try:
+        return Report.model_validate_json(storage.read_bytes(uri))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise storage.UserError(
+            f"{uri} is not a report this nvembed reads ({where}: {first['msg']}). It may be of a newer version, or "
+            "no report.json at all."
+        ) from error

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from nvembed import storage
 from nvembed.distributed import WorkerContext, broadcast_object
 from nvembed.heap import trim
+from nvembed.losses.objectives import Objective
 from nvembed.modeling.precision import resolve_precision
 from nvembed.storage import UserError
 from nvembed.training.build import Job, build_model, export
@@ -120,6 +121,7 @@ def _take_steps(
             loss, norm = optimiser_step(engine, sharding, factor)
             if engine.device.type == "cpu":
                 trim()  # texts differ in length from step to step: freed blocks do not fit the next step's
+            cosines = global_separation(engine.model.objective)
             if log is not None:
                 context.check_lease()
                 row = {
@@ -127,6 +129,7 @@ def _take_steps(
                     "loss": loss,
                     "lr": config.optimiser.learning_rate * factor,
                     "grad_norm": norm,
+                    **cosines,
                     "sample_ids_sha256": hash_ids(batch.example_ids),
                     "tokens": int(batch.token_lengths.sum()),
                     "chunks": len(sharding.own_chunks),
@@ -164,6 +167,21 @@ def optimiser_step(engine: Engine, sharding: Sharding, factor: float) -> tuple[f
     norm = engine.step(factor)
     _check_finite("gradient norm", norm, sharding.batch)
     return float(loss), norm
+
+
+def global_separation(objective: Objective) -> dict[str, float]:
+    """Mean cosine of the queries of the last global batch to their positive, to their negatives and to the hardest.
+
+    Empty where the objective has no negatives, or no query had one. Collective: every rank calls it.
+    """
+    if objective.separation is None:
+        return {}
+    sums = objective.separation.clone()
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    *cosines, rows = sums.tolist()
+    names = ("positive_similarity", "negative_similarity", "hardest_similarity")
+    return {name: value / rows for name, value in zip(names, cosines, strict=True)} if rows else {}
 
 
 def _check_finite(what: str, value: float, batch: Batch) -> None:

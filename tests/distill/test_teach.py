@@ -128,6 +128,13 @@ def test_shards_hold_each_training_text_once_and_nothing_held_out(prepare: Artif
     assert not {fold(row["text"]) for row in rows} & forbidden(prepare)
     assert all(row["key"] == text_key(row["text"], row["instruction"]) for row in rows)
     assert all(name.split("/")[0] in ("vectors", "holdout") for name in taught.manifest["files"])
+    counted = taught.manifest["metrics"]["datasets"]
+    assert {part: sum(found.values()) for part, found in counted.items()} == {
+        part: len(found) for part, found in parts.items()
+    }
+    for part, found in counted.items():
+        kinds = sum(row["instruction"] == KINDS for row in parts[part])
+        assert found.get("kinds", 0) == kinds
 
 
 @pytest.mark.ray

@@ -120,6 +120,40 @@ def test_contrastive_equals_plain_loops(
     assert float(loss) == pytest.approx(plain_contrastive(config, vectors.numpy(), batch), rel=1e-10)
 
 
+@given(
+    seed=st.integers(0, 2**32 - 1), size=st.integers(1, 5), group=st.integers(2, 4), ranks=st.integers(1, 3),
+    in_batch=st.booleans(),
+)  # fmt: skip
+def test_separation_equals_plain_loops_and_ranks_add_up(
+    seed: int, size: int, group: int, ranks: int, in_batch: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    batch = make_batch(rng, size, max(group, 2 if in_batch else 3), pool=6, absent=0.3)
+    vectors = make_embeddings(rng, batch, 8).requires_grad_()
+    objective = build_objective(
+        ContrastiveConfig(in_batch=in_batch, matryoshka_dims=(3,), temperature=0.1), dim=8, teacher_dim=None
+    )
+    mask_RBK = document_mask(batch, slice(0, size))
+    texts_BGD = vectors.detach().numpy().reshape(size, batch.group_size, 8)
+    expected = np.zeros(4)
+    for i in range(size):
+        negatives = [
+            float(texts_BGD[i, 0] @ texts_BGD[j, k + 1])
+            for j in (range(size) if in_batch else [i])
+            for k in range(batch.group_size - 1)
+            if mask_RBK[i, j, k] and (j, k) != (i, 0)
+        ]
+        if negatives:
+            positive = float(texts_BGD[i, 0] @ texts_BGD[i, 1])
+            expected += [positive, np.mean(negatives), max(negatives), 1]
+    found = torch.zeros(4, dtype=torch.float64)
+    for rank in range(ranks):
+        objective(vectors, batch, slice(rank * size // ranks, (rank + 1) * size // ranks))
+        assert objective.separation is not None and not objective.separation.requires_grad
+        found += objective.separation
+    assert found.numpy() == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("learned", [False, True])
 def test_learned_temperature_starts_at_the_configured_one_and_has_its_gradient(learned: bool) -> None:
     rng = np.random.default_rng(0)

@@ -1,17 +1,23 @@
 """Artifacts of a whole road, made by hand in the formats the steps write."""
 
+import functools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save
 
 from nvembed import storage
 from nvembed.types import Artifact, Config
+
+sys.path.insert(0, str(Path(__file__).parent))  # for report_kit
 
 RETRIEVAL_SETS = ("cwe", "hpo", "code")
 PRIMARY = {**dict.fromkeys(RETRIEVAL_SETS, "ndcg_at_10"), "hpo_classes": "accuracy", "hpo_similarity": "spearman"}
@@ -44,6 +50,12 @@ class StepConfig(Config):
     precision: str = "auto"
 
 
+class StreamStep(Config):
+    """A stream's config."""
+
+    weights: dict[str, float]
+
+
 @dataclass
 class Road:
     """A hand-made output."""
@@ -51,7 +63,14 @@ class Road:
     out: str
     artifacts: dict[str, Artifact] = field(default_factory=dict)
 
-    def step(self, name: str, files: dict[str, Any], metrics: dict[str, Any] | None = None, **inputs: str) -> None:
+    def step(
+        self,
+        name: str,
+        files: dict[str, Any],
+        metrics: dict[str, Any] | None = None,
+        config: Config = StepConfig(),  # noqa: B008
+        **inputs: str,
+    ) -> None:
         """Publish a step; bytes, pyarrow tables and JSON values become files."""
 
         def build(config: Config, _: Any, uri: str) -> storage.StepResult:
@@ -67,7 +86,7 @@ class Road:
             return storage.StepResult(metrics=metrics or {})
 
         given = {role: self.artifacts[source] for role, source in inputs.items()}
-        self.artifacts[name] = storage.Step(name, 1, build).run(StepConfig(), given, storage.join(self.out, name))
+        self.artifacts[name] = storage.Step(name, 1, build).run(config, given, storage.join(self.out, name))
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -78,7 +97,19 @@ class Road:
         ]
 
 
-def scored(systems: dict[str, str], datasets: dict[str, str], extra: dict[str, Any] | None = None) -> dict[str, Any]:
+def evaluation_hash(dataset: str, other: str | None) -> str:
+    """As `prepare` and the evaluations state it; `other` is the data set with other examples than usual."""
+    return storage.hash_json([dataset] if dataset == other else dataset)
+
+
+def scored(
+    systems: dict[str, str],
+    datasets: dict[str, str],
+    extra: dict[str, Any] | None = None,
+    *,
+    skills: dict[str, float] = SKILL,
+    other: str | None = None,
+) -> dict[str, Any]:
     """`scores.json` and `items.parquet` of systems {name in the files: name in SKILL}."""
     table: dict[str, Any] = {}
     items = 120
@@ -90,7 +121,7 @@ def scored(systems: dict[str, str], datasets: dict[str, str], extra: dict[str, A
             draw = np.random.default_rng([number, 5])
             hard, gold = draw.random(items), draw.random(items)
             noise = np.random.default_rng([number, sorted(SKILL).index(known)]).random(items)
-            skill = SKILL[known]
+            skill = skills[known]
             if metric == "spearman":
                 values = skill * gold + (1 - skill) * noise
                 point = float(np.corrcoef(values, gold)[0, 1])
@@ -122,15 +153,26 @@ def scored(systems: dict[str, str], datasets: dict[str, str], extra: dict[str, A
             ("gold", pa.float64()),
         ]
     )
-    hashes = {dataset: storage.hash_json(dataset) for dataset in datasets}
+    hashes = {dataset: evaluation_hash(dataset, other) for dataset in datasets}
     return {
         "scores.json": {"evaluation_hash": hashes, "scores": table, **(extra or {})},
         "items.parquet": pa.Table.from_pylist(rows, schema),
     }
 
 
-def curve(steps: int, start: float) -> bytes:
-    """A falling, noisy loss."""
+def model(parameters: int) -> dict[str, Any]:
+    """The files of a model folder that the report looks at."""
+    weights = {"embed": np.full(parameters, 0.5, np.float32)}
+    pooling = {"latents": np.zeros(7, np.float32)}
+    return {
+        "model/model.safetensors": save(weights),
+        "model/1_Pooling/model.safetensors": save(pooling),
+        "model/config.json": {"hidden_size": 576},
+    }
+
+
+def curve(steps: int, start: float, *, gap: bool = True) -> bytes:
+    """A falling, noisy loss, and a growing gap."""
     noise = np.random.default_rng(steps).normal(0, 0.15, steps)
     rows = [
         {
@@ -138,6 +180,7 @@ def curve(steps: int, start: float) -> bytes:
             "loss": max(0.05, start * float(np.exp(-2.5 * i / steps)) + float(noise[i])),
             "lr": 1e-3,
             "grad_norm": 1.0,
+            **({"positive_similarity": 0.4 + i / steps / 2, "hardest_similarity": 0.5} if gap else {}),
             "sample_ids_sha256": "ab",
             "tokens": 900,
             "seconds": 0.4,
@@ -147,7 +190,18 @@ def curve(steps: int, start: float) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def dataset_info(name: str, task: str, rule: str, synthetic: bool) -> dict[str, Any]:
+def starts(*steps: int) -> bytes:
+    """`starts.jsonl` of a run that went on at these steps."""
+    rows = ({"step": step, "time": 1.7e9 + step, "world_size": 2, "precision": "fp32"} for step in steps)
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def mixed(rows: dict[str, int]) -> dict[str, Any]:
+    """What a stream's manifest tells of its data sets."""
+    return {"datasets": {name: {"usable": 400, "rows": n, "epochs": n / 400} for name, n in rows.items()}}
+
+
+def dataset_info(name: str, task: str, rule: str, synthetic: bool, other: str | None) -> dict[str, Any]:
     return {
         "task": task,
         "instruction": f"Instruct: Given {name}\nQuery: ",
@@ -162,7 +216,7 @@ def dataset_info(name: str, task: str, rule: str, synthetic: bool) -> dict[str, 
         "near_copies_dropped": 12,
         "near_copies_left": 0,
         "rejected": 1,
-        "evaluation_hash": storage.hash_json(name),
+        "evaluation_hash": evaluation_hash(name, other),
     }
 
 
@@ -216,7 +270,23 @@ def make_road() -> Callable[..., Road]:
     return build_road
 
 
-def build_road(out: str, *, student: bool = True, rename: dict[str, str] | None = None) -> Road:
+def build_road(
+    out: str,
+    *,
+    student: bool = True,
+    rename: dict[str, str] | None = None,
+    champion: dict[str, Any] | None = None,
+    skill: dict[str, float] | None = None,
+    other: str | None = None,
+) -> Road:
+    """A whole road.
+
+    Args:
+        rename: data set names.
+        champion: `champion_before` of the teacher's registration.
+        skill: changes `SKILL`.
+        other: data set whose held-out examples are others than usual.
+    """
     names = {name: (rename or {}).get(name, name) for name in PRIMARY}
     sets = {names[name]: metric for name, metric in PRIMARY.items()}
     rules = {
@@ -226,63 +296,83 @@ def build_road(out: str, *, student: bool = True, rename: dict[str, str] | None 
         "hpo_classes": ("classification", "by top-level branch: held-out classes are never trained on", False),
         "hpo_similarity": ("sts", "by top-level branch; a pair's texts are on the same side", True),
     }
-    info = {names[name]: dataset_info(name, *rule) for name, rule in rules.items()}
+    info = {names[name]: dataset_info(names[name], *rule, other) for name, rule in rules.items()}
+    score = functools.partial(scored, skills=SKILL | (skill or {}), other=other)
     road = Road(out)
     road.step("prepare", {}, {"datasets": info})
-    road.step("initialise", {"model/model.safetensors": b"w"}, prepare="prepare")
+    road.step("initialise", {**model(40)}, prepare="prepare")
     road.step("mine", {"audit.json": mining_audit([names[name] for name in ("cwe", "hpo", "code")])}, prepare="prepare")
-    road.step("stream_stage_1", {}, prepare="prepare", mine="mine", model="initialise")
+    retrieval = [names[name] for name in RETRIEVAL_SETS]
+    road.step(
+        "stream_stage_1",
+        {},
+        mixed({retrieval[0]: 320, retrieval[1]: 240, retrieval[2]: 240}),
+        StreamStep(weights=dict.fromkeys(retrieval, 2.0)),
+        prepare="prepare",
+        mine="mine",
+        model="initialise",
+    )
     road.step(
         "train_stage_1",
-        {"model/model.safetensors": b"1", "metrics.jsonl": curve(100, 3.0)},
+        {**model(41), "metrics.jsonl": curve(100, 3.0)},
         stream="stream_stage_1",
         model="initialise",
     )
-    road.step("stream_stage_2", {}, prepare="prepare", mine="mine", model="train_stage_1")
+    road.step(
+        "stream_stage_2",
+        {},
+        mixed({retrieval[0]: 60, names["hpo_classes"]: 20}),
+        StreamStep(weights={retrieval[0]: 3.0, names["hpo_classes"]: 1.0}),
+        prepare="prepare",
+        mine="mine",
+        model="train_stage_1",
+    )
     road.step(
         "train_stage_2",
-        {"model/model.safetensors": b"2", "metrics.jsonl": curve(30, 1.2)},
+        {**model(42), "metrics.jsonl": curve(30, 1.2), "starts.jsonl": starts(0, 12, 12)},
         stream="stream_stage_2",
         model="train_stage_1",
     )
     road.step(
         "baselines",
-        scored({n: n for n in ("bm25", "minilm", "untrained")}, sets, BASELINE_NOTES),
+        score({n: n for n in ("bm25", "minilm", "untrained")}, sets, BASELINE_NOTES),
         prepare="prepare",
         model="initialise",
     )
     road.step(
         "evaluate_teacher",
-        scored({"model": "teacher", "model@288": "teacher@288"}, sets),
+        score({"model": "teacher", "model@288": "teacher@288"}, sets),
         prepare="prepare",
         model="train_stage_2",
     )
     road.step(
         "register_teacher",
-        {"registration.json": registration("teacher")},
+        {"registration.json": registration("teacher") | {"champion_before": champion}},
         model="train_stage_2",
         scores="evaluate_teacher",
     )
     if not student:
         return road
-    road.step("teach", {}, prepare="prepare", model="train_stage_2")
-    road.step("student_init", {"model/model.safetensors": b"3"}, model="train_stage_2")
+    taught = {"datasets": {"vectors": {names["cwe"]: 300, names["hpo_classes"]: 100}, "holdout": {}}}
+    road.step("teach", {}, taught, prepare="prepare", model="train_stage_2")
+    road.step("student_init", {**model(30)}, model="train_stage_2")
     road.step(
         "evaluate_student_init",
-        scored({"model": "student_before", "model@288": "student_before@288"}, sets),
+        score({"model": "student_before", "model@288": "student_before@288"}, sets),
         prepare="prepare",
         model="student_init",
     )
-    road.step("stream_student", {}, teach="teach", model="student_init")
+    whole = {"datasets": {"teacher vectors": {"usable": 400, "rows": 1000, "epochs": 2.5}}}
+    road.step("stream_student", {}, whole, teach="teach", model="student_init")
     road.step(
         "train_student",
-        {"model/model.safetensors": b"4", "metrics.jsonl": curve(120, 0.9)},
+        {**model(31), "metrics.jsonl": curve(120, 0.9, gap=False)},
         stream="stream_student",
         model="student_init",
     )
     road.step(
         "evaluate_student",
-        scored({"model": "student", "model@288": "student@288"}, sets),
+        score({"model": "student", "model@288": "student@288"}, sets),
         prepare="prepare",
         model="train_student",
     )

@@ -8,9 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvembed.report.charts import WIDTH, Dot, bar_chart, dot_chart, line_chart, running_mean, ticks
+from nvembed.report.charts import (
+    WIDTH,
+    Dot,
+    Point,
+    bar_chart,
+    curves_chart,
+    dot_chart,
+    line_chart,
+    point_chart,
+    running_mean,
+    ticks,
+)
 from nvembed.report.markup import Markup, join, table, tag
-from nvembed.report.page import duration
+from nvembed.report.words import duration
 
 numbers = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -63,6 +74,47 @@ def test_dot_chart_marks_differ_by_shape() -> None:
     assert len(list(svg.iter("rect"))) == 1
     whiskers = [line for line in svg.iter("line") if line.attrib["class"] == "thick"]
     assert all(float(line.attrib["x1"]) < float(line.attrib["x2"]) <= WIDTH for line in whiskers)
+
+
+def test_restarts_are_marked_at_their_steps() -> None:
+    svg = ElementTree.fromstring(line_chart("t", "optimiser step", "loss", [0, 1, 2], [3, 2, 1], [1, 1])).find("svg")
+    assert svg is not None and "restarted at optimiser step 1, 1" in svg.attrib["aria-label"]
+    lines = [line for line in svg.iter("line") if line.attrib["class"] == "mark-line"]
+    curve = next(svg.iter("polyline")).attrib["points"].split()
+    assert [line.attrib["x1"] for line in lines] == [curve[1].split(",")[0]]
+
+
+def test_curves_are_told_apart_by_style() -> None:
+    chart = curves_chart("t", "step", "loss", {"A": [(0, 2), (1, math.nan), (2, 1)], "B": [(0, 3)], "C": []})
+    svg = ElementTree.fromstring(chart).find("svg")
+    assert svg is not None
+    drawn = [line.attrib["class"] for line in svg.iter("polyline")]
+    assert drawn == ["thick series0", "thick series1"] and svg.findtext("desc") == "A from 2 to 1; B from 3 to 3"
+
+
+costs = st.floats(0.01, 1e6)
+
+
+@given(st.lists(st.tuples(costs, st.floats(0, 1)), min_size=1, max_size=7))
+def test_point_chart_keeps_marks_and_names_inside(found: list[tuple[float, float]]) -> None:
+    points = [Point(f"model {i}", "teacher", x, y, y - 0.1, y + 0.1) for i, (x, y) in enumerate(found)]
+    svg = ElementTree.fromstring(point_chart("quality", "cost", "nDCG@10", points)).find("svg")
+    assert svg is not None
+    *_, width, height = map(int, svg.attrib["viewBox"].split())
+    marks = list(svg.iter("circle"))
+    assert len(marks) == len(points)
+    assert all(0 <= float(mark.attrib["cx"]) <= width and 0 <= float(mark.attrib["cy"]) <= height for mark in marks)
+    assert ("logarithmic" in "".join(svg.itertext())) == (max(found)[0] > 20 * min(found)[0])
+    assert all(f"model {i}" in [text.text for text in svg.iter("text")] for i in range(len(points)))
+
+
+def test_names_of_near_points_do_not_lie_on_each_other() -> None:
+    points = [Point(name, "student", 5.0 + i / 100, 0.5 + i / 500, 0.4, 0.6) for i, name in enumerate("abcd")]
+    svg = ElementTree.fromstring(point_chart("quality", "cost", "nDCG@10", points)).find("svg")
+    assert svg is not None
+    places = [(text.attrib["x"], float(text.attrib["y"])) for text in svg.iter("text") if text.text in list("abcd")]
+    assert len(places) == 4
+    assert all(x != other or abs(y - place) >= 13 for i, (x, y) in enumerate(places) for other, place in places[:i])
 
 
 def test_bar_chart_shows_only_the_used_part() -> None:

@@ -4,75 +4,32 @@ import json
 import logging
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
+from report_kit import RECIPE, Page, raw, write_road
 
 from nvembed import storage
 from nvembed.report.comparisons import MEAN
+from nvembed.report.lineage_page import ancestors
+from nvembed.report.page import render
 from nvembed.report.schema import Report
-from nvembed.report.write import read_report, write_report
+from nvembed.report.training_data import negatives_quality, quantile, share_above
+from nvembed.report.write import read_curves, read_report, write_report
 
-RECIPE = {"name": "quickstart", "evaluate": {"bootstrap_samples": 200, "seed": 17}}
 CONTRACT = ["schema_version", "recipe", "steps", "baselines", "scores", "models", "wall_seconds", "peak_pss_mb"]
-VOID = {"meta", "line", "circle", "rect", "polyline"}
-
-
-class Page(HTMLParser):
-    """Checks nesting and collects what a test asks about."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == [], f"not closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-    def count(self, tag: str) -> int:
-        return sum(name == tag for name, _ in self.tags)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A whole road's report."""
     out = tmp_path_factory.mktemp("report")
-    return write(out, request.getfixturevalue("make_road"))
-
-
-def write(out: Path, make_road: Callable[..., Any], **options: Any) -> Path:
-    road = make_road(str(out), **options)
-    uri = write_report(str(out), "quickstart", RECIPE, road.records, road.artifacts, 1043.2, 5230.0)
-    assert uri == str(out / "report.html")
-    return out
-
-
-def raw(out: Path) -> dict[str, Any]:
-    return json.loads((out / "report.json").read_text())
+    return write_road(out, request.getfixturevalue("make_road"))
 
 
 # -- report.json ----------------------------------------------------------------------------------------------------
@@ -161,7 +118,7 @@ def test_shares_of_the_teacher(written: Path) -> None:
 
 
 def test_a_road_without_student(tmp_path: Path, make_road: Callable[..., Any]) -> None:
-    report = raw(write(tmp_path, make_road, student=False))
+    report = raw(write_road(tmp_path, make_road, student=False))
     assert set(report["scores"]) == {"teacher"} and set(report["models"]) == {"teacher"}
     assert report["student"] is None and report["shares"] == []
     page = Page((tmp_path / "report.html").read_text())
@@ -191,6 +148,136 @@ def test_a_score_that_is_no_number_is_left_out_and_said(
     assert "v_measure is left out" in caplog.text
 
 
+# -- what training was given ------------------------------------------------------------------------------------------
+
+
+def test_mix_asked_and_realised(written: Path) -> None:
+    mixes = raw(written)["mixes"]
+    first = mixes["stream_stage_1"]
+    assert {name: found["asked"] for name, found in first.items()} == pytest.approx(dict.fromkeys(first, 1 / 3))
+    assert {name: found["realised"] for name, found in first.items()} == {"cwe": 0.4, "hpo": 0.3, "code": 0.3}
+    assert first["cwe"] | {"asked": 0} == {
+        "task": "retrieval", "weight": 2.0, "asked": 0, "rows": 320, "realised": 0.4, "usable": 400, "epochs": 0.8,
+    }  # fmt: skip
+    student = mixes["stream_student"]
+    assert {name: (found["realised"], found["asked"], found["epochs"]) for name, found in student.items()} == {
+        "cwe": (0.75, None, 2.5), "hpo_classes": (0.25, None, 2.5),
+    }  # fmt: skip
+    text = Page((written / "report.html").read_text()).text
+    assert "stream_stage_2: tasks task asked realised retrieval 75.0 % 75.0 % classification 25.0 % 25.0 %" in text
+
+
+edges = [round(-1 + 0.25 * i, 2) for i in range(9)]
+binned = st.lists(st.integers(0, 50), min_size=8, max_size=8).filter(any)
+
+
+@given(binned, binned)
+def test_negatives_quality(positives: list[int], negatives: list[int]) -> None:
+    histograms = {"edges": edges, "positives": positives, "negatives": negatives}
+    found = negatives_quality({"datasets": {"x": {"score_histograms": histograms}}})["x"]
+    middles = np.array(edges[:-1]) + 0.125
+    assert found.positive == pytest.approx(np.average(middles, weights=positives))
+    assert found.negative == pytest.approx(np.average(middles, weights=negatives))
+    shares = np.array(positives) / sum(positives), np.array(negatives) / sum(negatives)
+    assert found.overlap == pytest.approx(np.minimum(*shares).sum())
+    median = quantile(edges, positives, 0.5)
+    assert share_above(edges, positives, median) == pytest.approx(0.5)
+    assert found.above_median == pytest.approx(share_above(edges, negatives, median)) and 0 <= found.above_median <= 1
+
+
+def test_sets_without_scores_have_no_quality() -> None:
+    histograms = {"edges": edges, "positives": [0] * 8, "negatives": [1] * 8}
+    assert negatives_quality({"datasets": {"x": {"score_histograms": histograms}}}) == {}
+    assert negatives_quality(None) == {}
+
+
+def test_restarts_and_gaps(written: Path) -> None:
+    training = raw(written)["training"]
+    assert training["train_stage_1"]["restarts"] == []
+    found = training["train_stage_2"]["restarts"]
+    assert [row["step"] for row in found] == [12, 12]
+    rows = [json.loads(line) for line in (written / "train_stage_2" / "metrics.jsonl").read_text().splitlines()]
+    for key, row in (("first_gap", rows[0]), ("last_gap", rows[-1])):
+        assert training["train_stage_2"][key] == row["positive_similarity"] - row["hardest_similarity"]
+    assert training["train_student"]["first_gap"] is None
+    page = Page((written / "report.html").read_text())
+    assert "train_stage_2: gap" in page.text and "train_student: gap" not in page.text
+    labels = [found["aria-label"] for name, found in page.tags if name == "svg"]
+    marked = [label for label in labels if label and "restarted at optimiser step 12, 12" in label]
+    assert len(marked) == 2
+    heads = [found for name, found in page.tags if name == "polygon" and found.get("class") == "mark-head"]
+    assert len(heads) == 2  # one place, in the loss and in the gap
+
+
+def test_sizes_and_means(written: Path) -> None:
+    report = raw(written)
+    sizes = report["sizes"]
+    assert sizes["teacher"]["parameters"] == 49_545_216 and sizes["student"]["encode_seconds"] == 10.9
+    assert sizes["untrained"]["parameters"] == 40  # without its pooling head
+    assert {size["dim"] for name, size in sizes.items() if name != "minilm"} == {576}
+    for system in ("teacher", "student@288"):
+        table = {**report["scores"], **report["other_scores"]}[system]
+        mean = report["means"][system]
+        values = [table[name]["ndcg_at_10"]["value"] for name in ("cwe", "hpo", "code")]
+        assert mean["low"] < mean["value"] < mean["high"] and mean["value"] == pytest.approx(np.mean(values))
+    text = Page((written / "report.html").read_text()).text
+    assert "Quality by size" in text and "Quality by encode cost" in text and "1.15 GB" in text
+
+
+def test_lineage_is_a_chain(written: Path) -> None:
+    report = read_report(str(written / "report.json"))
+    assert ancestors(report, "train_stage_2") == [
+        "prepare", "initialise", "mine", "stream_stage_1", "train_stage_1", "stream_stage_2", "train_stage_2",
+    ]  # fmt: skip
+    text = Page((written / "report.html").read_text()).text
+    assert "How the student was made prepare" in text
+    assert "stream_student " + report.lineage["stream_student"].manifest_hash[:12] + " from " in text
+
+
+# -- the champion -----------------------------------------------------------------------------------------------------
+
+
+def champion(datasets: dict[str, str]) -> dict[str, Any]:
+    scores = {name: {"ndcg_at_10": {"value": 0.9, "low": 0.8, "high": 0.95}} for name in ("cwe", "hpo", "code")}
+    return {"version": "7", "scores": scores, "evaluation_hash": datasets}
+
+
+def test_champion_stands_in_the_table(tmp_path: Path, make_road: Callable[..., Any]) -> None:
+    hashes = {name: storage.hash_json(name) for name in ("cwe", "hpo", "code")}
+    out = write_road(tmp_path, make_road, student=False, champion=champion(hashes))
+    assert raw(out)["champions"]["teacher"]["other_sets"] == []
+    text = Page((out / "report.html").read_text()).text
+    assert "teacher champion before: version 7" in text and "evaluation hashes differ" not in text
+    assert "teacher champion before ★ best: 0.900" in text  # its mean has no interval: no items are kept
+
+
+def test_a_champion_of_other_examples_is_never_best(tmp_path: Path, make_road: Callable[..., Any]) -> None:
+    hashes = {"cwe": "another", "hpo": storage.hash_json("hpo"), "code": storage.hash_json("code")}
+    out = write_road(tmp_path, make_road, student=False, champion=champion(hashes))
+    assert raw(out)["champions"]["teacher"]["other_sets"] == ["cwe"]
+    text = Page((out / "report.html").read_text()).text
+    assert "others than this run's in cwe (the evaluation hashes differ)" in text
+    starred, marked = "★ best: 0.900 0.800–0.950", "≠ other examples: 0.900 0.800–0.950"
+    assert f"teacher champion before – {starred} {marked} {starred}" in text  # no mean; code, cwe, hpo
+
+
+def test_reports_of_earlier_versions_are_read(written: Path, tmp_path: Path) -> None:
+    older = raw(written)
+    for key in ("mixes", "negatives", "means", "champions", "sizes"):
+        del older[key]
+    for run in older["training"].values():
+        for key in ("first_gap", "last_gap", "restarts"):
+            del run[key]
+    (tmp_path / "report.json").write_text(json.dumps(older))
+    report = read_report(str(tmp_path / "report.json"))
+    page = Page(render(report, read_curves(report)))
+    assert "Data mix" not in page.text and "Size and quality" not in page.text and "★ best: " in page.text
+    older["schema_version"] = 2
+    (tmp_path / "report.json").write_text(json.dumps(older))
+    with pytest.raises(storage.UserError, match="schema_version"):
+        read_report(str(tmp_path / "report.json"))
+
+
 # -- report.html ----------------------------------------------------------------------------------------------------
 
 
@@ -198,10 +285,12 @@ def test_page_is_well_formed_and_self_contained(written: Path) -> None:
     html = (written / "report.html").read_text()
     page = Page(html)
     assert html.startswith("<!DOCTYPE html>")
-    assert not re.search(r"https?:|//[a-z]|url\(|@import|src=|href=", html)
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|src=", html)
+    links = [attributes["href"] for name, attributes in page.tags if "href" in attributes]
     assert {"script", "link", "img", "iframe"}.isdisjoint(name for name, _ in page.tags)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
+    assert links and set(links) == {f"#{name}" for name in ids}, "links stay on the page, and every section has one"
     assert html.index('charset="utf-8"') < 1024
 
 
@@ -209,7 +298,7 @@ def test_page_is_accessible(written: Path) -> None:
     page = Page((written / "report.html").read_text())
     assert ("html", {"lang": "en"}) in page.tags
     drawings = [attributes for name, attributes in page.tags if name == "svg"]
-    assert len(drawings) == 5 + 3 + 3  # data sets, loss curves, mining
+    assert len(drawings) == 5 + 3 + 2 + 3 + 2  # data sets, loss and gap curves, mining, sizes
     assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in drawings)
     assert page.count("desc") == len(drawings)
     heads = [attributes for name, attributes in page.tags if name == "th"]
@@ -242,7 +331,7 @@ def test_page_says_what_matters(written: Path) -> None:
 
 def test_everything_is_escaped(tmp_path: Path, make_road: Callable[..., Any]) -> None:
     bad = "<script>alert(1)</script>\"&'"
-    out = write(tmp_path, make_road, rename={"cwe": bad})
+    out = write_road(tmp_path, make_road, rename={"cwe": bad})
     html = (out / "report.html").read_text()
     page = Page(html)
     assert page.count("script") == 0 and "<script" not in html

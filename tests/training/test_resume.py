@@ -89,6 +89,9 @@ def assert_pair(folder: Path, name: str) -> None:
     assert weights(whole) == weights(stopped)
     assert len({row["loss"] for row in metrics(whole)}) == STEPS
     assert metrics(whole)[0]["chunks"] >= 2
+    assert all(row["negative_similarity"] < row["hardest_similarity"] <= 1 for row in metrics(whole))
+    begun = {work: (work / "starts.jsonl").read_text().splitlines() for work in (whole, stopped)}
+    assert [[json.loads(line)["step"] for line in lines] for lines in begun.values()] == [[0], [0, 4]]
 
 
 @pytest.mark.parametrize("combination", DEFAULT, ids="-".join)
@@ -122,7 +125,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, engine: str)
     for name in ("two-one", "one-two"):
         rows = metrics(tmp_path / name)
         assert [row["sample_ids_sha256"] for row in rows] == [row["sample_ids_sha256"] for row in expected]
-        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+        for key in ("loss", "positive_similarity", "negative_similarity", "hardest_similarity"):
+            assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], rel=1e-5), key
         for file in weights(tmp_path / name):
             ours, theirs = load_file(tmp_path / name / file), load_file(tmp_path / "whole" / file)
             assert {

@@ -1,0 +1,134 @@
+"""Runs that are there already: opened for a comparison, or reported on again from their artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from nvembed import storage
+from nvembed.records import RECORDS, read_records
+from nvembed.report.collect import collect_report
+from nvembed.report.schema import Report
+from nvembed.report.write import REPORT_JSON, read_report
+from nvembed.types import Artifact
+
+RECIPE = "recipe.yaml"
+LABELS = "ABCDE"  # as many as the charts have line styles
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        label: A, B, ...: what it is called beside others.
+        source: folder or URI of its output.
+        report: its `report.json`.
+        artifacts: those of its steps that are still there as the report knows them.
+    """
+
+    label: str
+    source: str
+    report: Report
+    artifacts: Mapping[str, Artifact]
+
+
+def open_runs(sources: Sequence[str]) -> list[Run]:
+    """Outputs of runs, or their `report.json` files, labelled A, B, ... in order.
+
+    Raises:
+        UserError: too many, the same twice, or one that has no report.
+    """
+    if len(sources) > len(LABELS):
+        raise storage.UserError(f"{len(sources)} runs are too many for one page; compare at most {len(LABELS)}.")
+    runs: list[Run] = []
+    for label, source in zip(LABELS, sources, strict=False):
+        root, uri = locate(source)
+        if not storage.exists(uri):
+            raise storage.UserError(
+                f"{source} has no {REPORT_JSON}. If it is the output of a run, write its report first: nvembed report "
+                f"{source}"
+            )
+        if root in (run.source for run in runs):
+            raise storage.UserError(f"{source} is given twice; name different runs.")
+        report = read_report(uri)
+        runs.append(Run(label, root, report, dict(_artifacts(root, report))))
+    return runs
+
+
+def locate(source: str) -> tuple[str, str]:
+    """Output folder and `report.json` of what the user named: either of them.
+
+    Raises:
+        UserError: there is nothing.
+    """
+    uri = storage.absolute(source)
+    if not storage.exists(uri):
+        raise storage.UserError(f"{source}: there is no such run. Give the output of a run, or its {REPORT_JSON}.")
+    fs, path = storage.filesystem(uri)
+    if fs.isdir(path):
+        return uri, storage.join(uri, REPORT_JSON)
+    return uri.rpartition("/")[0], uri
+
+
+def _artifacts(root: str, report: Report) -> dict[str, Artifact]:
+    """A step's artifact in the output, else where it was when the report was written (an output can be moved)."""
+    found = {}
+    for step in report.steps:
+        known = report.lineage.get(step.name)
+        for uri in (storage.join(root, step.name), step.artifact):
+            if known is None or uri is None or not storage.exists(storage.join(uri, storage.MANIFEST)):
+                continue
+            artifact = storage.load_artifact(uri, verify=False)
+            if artifact.manifest_hash == known.manifest_hash:
+                found[step.name] = artifact
+                break
+    return found
+
+
+def collect_again(root: str) -> Report:
+    """The report of an output as it stands now, from its recipe, records and published steps.
+
+    What the run ran on is taken from its earlier report, if it has one; else this machine is described.
+
+    Raises:
+        UserError: it is not the output of a run, or a file of it is missing.
+    """
+    recipe, past = _recipe(root), read_records(root)
+    if past is None:
+        raise storage.UserError(f"{root} has a {RECIPE} but no {RECORDS}: no run has begun there.")
+    artifacts = {}
+    for step in past.steps:
+        uri = storage.join(root, step["name"])
+        if storage.exists(storage.join(uri, storage.MANIFEST)):
+            artifacts[step["name"]] = storage.load_artifact(uri, verify=False)
+            step["artifact"] = uri
+    order = {name: artifact.manifest["timing"]["started"] for name, artifact in artifacts.items()}
+    steps = sorted(past.steps, key=lambda step: order.get(step["name"], float("inf")))  # the file sorts them by name
+    artifacts = {step["name"]: artifacts[step["name"]] for step in steps if step["name"] in artifacts}
+    earlier = storage.join(root, REPORT_JSON)
+    environment = read_report(earlier).environment if storage.exists(earlier) else None
+    try:
+        return collect_report(
+            str(recipe["name"]), recipe, steps, artifacts, past.wall_seconds, past.peak_mb, environment
+        )
+    except FileNotFoundError as error:
+        missing = error.filename or error
+        raise storage.UserError(f"{root}: a published step lacks a file: {missing}. Run its story again.") from error
+
+
+def _recipe(root: str) -> dict[str, Any]:
+    """The resolved recipe of an output."""
+    uri = storage.join(root, RECIPE)
+    if not storage.exists(uri):
+        raise storage.UserError(f"{root} is not the output of a run: it has no {RECIPE}.")
+    try:
+        found = yaml.safe_load(storage.read_bytes(uri))
+    except (yaml.YAMLError, ValueError) as error:
+        raise storage.UserError(f"{uri} cannot be read ({error}).") from error
+    if not isinstance(found, dict) or "name" not in found:
+        raise storage.UserError(f"{uri} is not a recipe: it has no name.")
+    return found

@@ -1,0 +1,122 @@
+"""What training was given, from manifests and the mining audit: the mix asked and realised, the negatives' quality."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nvembed.report.schema import Mixed, Negatives
+from nvembed.types import Artifact
+
+STREAMS = ("stream_stage_1", "stream_stage_2", "stream_student")
+
+
+def data_mixes(artifacts: Mapping[str, Artifact]) -> dict[str, dict[str, Mixed]]:
+    """By stream step: every data set in it, asked and realised."""
+    prepare = artifacts.get("prepare")
+    info = prepare.manifest["metrics"].get("datasets", {}) if prepare is not None else {}
+    tasks = {name: found.get("task") for name, found in info.items()}
+    mixes = {}
+    for step in STREAMS:
+        found = artifacts[step].manifest["metrics"].get("datasets") if step in artifacts else None
+        if not found:
+            continue
+        config = artifacts[step].manifest["config"]
+        if "weights" in config:
+            mixes[step] = _weighted(found, config["weights"], tasks)
+        elif taught := _taught(artifacts.get("teach")):
+            mixes[step] = _unweighted(next(iter(found.values())), taught, tasks)
+    return mixes
+
+
+def _weighted(
+    found: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], tasks: Mapping[str, str | None]
+) -> dict[str, Mixed]:
+    total, rows = sum(weights.values()), sum(row["rows"] for row in found.values())
+    return {
+        name: Mixed(
+            task=tasks.get(name),
+            weight=weight,
+            asked=weight / total,
+            rows=found[name]["rows"],
+            realised=found[name]["rows"] / rows if rows else 0.0,
+            usable=found[name]["usable"],
+            epochs=found[name]["epochs"],
+        )
+        for name, weight in weights.items()
+        if name in found
+    }
+
+
+def _taught(teach: Artifact | None) -> Mapping[str, int] | None:
+    """Teacher vectors by data set; manifests of earlier versions do not tell."""
+    counted: Mapping[str, int] | None = None
+    if teach is not None:
+        counted = teach.manifest["metrics"].get("datasets", {}).get("vectors")
+    return counted
+
+
+def _unweighted(
+    whole: Mapping[str, Any], taught: Mapping[str, int], tasks: Mapping[str, str | None]
+) -> dict[str, Mixed]:
+    """A student's stream draws teacher vectors, all equally often; their data sets are those of their texts."""
+    total = sum(taught.values())
+    return {
+        name: Mixed(
+            task=tasks.get(name),
+            weight=None,
+            asked=None,
+            rows=None,
+            realised=count / total,
+            usable=count,
+            epochs=whole["epochs"],
+        )
+        for name, count in taught.items()
+    }
+
+
+def negatives_quality(audit: Mapping[str, Any] | None) -> dict[str, Negatives]:
+    """Of every data set whose negatives have scores."""
+    found = {}
+    for name, summary in (audit or {}).get("datasets", {}).items():
+        histograms = summary["score_histograms"]
+        edges, positives, negatives = (histograms[key] for key in ("edges", "positives", "negatives"))
+        if any(positives) and any(negatives):
+            shares = zip(_shares(positives), _shares(negatives), strict=True)
+            found[name] = Negatives(
+                positive=_mean(edges, positives),
+                negative=_mean(edges, negatives),
+                above_median=share_above(edges, negatives, quantile(edges, positives, 0.5)),
+                overlap=sum(min(pair) for pair in shares),
+            )
+    return found
+
+
+def _shares(counts: Sequence[int]) -> list[float]:
+    total = sum(counts)
+    return [count / total for count in counts]
+
+
+def _mean(edges: Sequence[float], counts: Sequence[int]) -> float:
+    """Mean of binned values, each at the middle of its bin."""
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+    return sum(middle * share for middle, share in zip(middles, _shares(counts), strict=True))
+
+
+def quantile(edges: Sequence[float], counts: Sequence[int], share: float) -> float:
+    """The value below which `share` of binned values lies, taking those of a bin as spread evenly over it."""
+    wanted, below = share * sum(counts), 0.0
+    for (low, high), count in zip(itertools.pairwise(edges), counts, strict=True):
+        if count and below + count >= wanted:
+            return low + (high - low) * (wanted - below) / count
+        below += count
+    return edges[-1]
+
+
+def share_above(edges: Sequence[float], counts: Sequence[int], value: float) -> float:
+    """Share of binned values above `value`, taking those of a bin as spread evenly over it."""
+    above = 0.0
+    for (low, high), count in zip(itertools.pairwise(edges), counts, strict=True):
+        above += count * min(max((high - value) / (high - low), 0.0), 1.0)
+    return above / (sum(counts) or 1)
