@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from nvembed.commands import doctor, embed, recipe
+from nvembed.commands import doctor, embed, recipe, registry
 
 app = typer.Typer(
     add_completion=False,
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("embed")(embed.embed_command)
 app.command("doctor")(doctor.doctor_command)
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(registry.app, name="registry")
 
 
 def main() -> None:
