@@ -195,7 +195,7 @@ def licences(provenance: Provenance) -> list[dict[str, str]]:
         if node["kind"] == "import_model":
             rows += _of_card(node.get("card", {}), str(config["reference"]))
         for kind, section in (("backbone", "backbone"), ("mining model", "miner")):
-            licence = model_licence(config[section]) if section in config else None
+            licence = model_licence(config[section]) if config.get(section) else None
             if licence is not None:
                 rows.append({"kind": kind, "name": licence.name, "licence": licence.licence})
     return list({storage.hash_json(row): row for row in rows}.values())

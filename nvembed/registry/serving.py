@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,7 @@ def refused(said: str) -> MlflowException:
     return MlflowException.invalid_parameter_value(said)
 
 
-# MLflow would make a schema of type hints; the signature in MLmodel is the schema.
-warnings.filterwarnings("ignore", message="(?s).*Add type hints to the `predict` method")
-
-
-class EmbeddingsModel(PythonModel):
+class Embeddings:
     """Texts to unit vectors, with the folder's prompts.
 
     Request: `input` (a text or a list of texts) and at most one of `prompt_name` (of the folder) and `instruction` (a
@@ -141,6 +136,10 @@ def read_request(model_input: Any, params: dict[str, Any]) -> tuple[list[str], d
         if given:
             options[name] = given.pop()
     return texts, options
+
+
+class EmbeddingsModel(Embeddings, PythonModel):
+    """What MLflow loads. Of a class with its own `predict` it would ask for type hints; the schema is in MLmodel."""
 
 
 mlflow.models.set_model(EmbeddingsModel())
