@@ -89,7 +89,7 @@ def promote_command(
     def action() -> int:
         from nvembed.registry.champion import promote_judged
         from nvembed.registry.client import CHAMPION, aliases
-        from nvembed.registry.judge import gate_config, judge
+        from nvembed.registry.evidence import gate_config, judge
 
         with opened(registry) as (client, uri):
             version = found_version(client, model)

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from nvembed.registry.client import CHAMPION, HISTORY, LOCK, aliases, get_model, get_version
-from nvembed.registry.judge import Verdict
+from nvembed.registry.evidence import Verdict
 
 PATIENCE_SECONDS = 30.0
 HOLD_SECONDS = 10.0

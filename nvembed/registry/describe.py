@@ -13,8 +13,8 @@ from nvembed.registry import client as tags
 from nvembed.registry import provenance as chains
 from nvembed.registry.champion import champions, effective, read_history
 from nvembed.registry.config import GateConfig
+from nvembed.registry.evidence import both_records, differences
 from nvembed.registry.gate import CHECKS, Interval
-from nvembed.registry.judge import both_records, differences
 from nvembed.registry.resolve import fetch_version
 from nvembed.registry.versions import folder_source, is_here, read_provenance, source_of, version_records
 

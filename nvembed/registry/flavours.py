@@ -12,10 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nvembed.modeling.config import EmbedderConfig
-from nvembed.modeling.export import CODE, needs_code
-from nvembed.modeling.folder import describe_folder
-from nvembed.modeling.probes import TOLERANCE
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
 
 FOLDER = "model.sentence_transformer"  # the name that MLflow's sentence-transformers flavour looks for
@@ -35,6 +31,11 @@ def write_flavours(target: Path, folder: Path, name: str) -> None:
     """
     import mlflow.pyfunc
     from mlflow.models import Model
+
+    from nvembed.modeling.config import EmbedderConfig
+    from nvembed.modeling.export import CODE, needs_code
+    from nvembed.modeling.folder import describe_folder
+    from nvembed.modeling.probes import TOLERANCE
 
     description = describe_folder(folder)
     config = EmbedderConfig.model_validate(description["embedder"])

@@ -13,7 +13,7 @@ from nvembed.registry import provenance as chains
 from nvembed.registry.champion import PromotionRefusedError, champion_before, promote_judged, read_history
 from nvembed.registry.client import RegistryAwayError, answering, open_registry
 from nvembed.registry.config import RegisterConfig, RegistrationConfig
-from nvembed.registry.judge import judge
+from nvembed.registry.evidence import judge
 from nvembed.registry.versions import ITEMS, SCORES, Submission, add_version, champion_facts
 from nvembed.types import Artifact
 

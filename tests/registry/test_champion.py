@@ -22,7 +22,7 @@ from nvembed.registry.champion import (
 )
 from nvembed.registry.client import model_names
 from nvembed.registry.config import GateConfig
-from nvembed.registry.judge import judge
+from nvembed.registry.evidence import judge
 
 NAME = "nvembed-teacher"
 
