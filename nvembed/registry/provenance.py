@@ -85,7 +85,7 @@ def _node(artifact: Artifact) -> dict[str, Any]:
     keys = ("kind", "logic_version", "config", "inputs", "fingerprint", "files", "rows", "git_revision")
     node = {"step": artifact.uri.rsplit("/", 1)[-1], **{key: manifest[key] for key in keys}}
     if manifest["kind"] == "prepare":
-        found = manifest["metrics"]["datasets"]
+        found = manifest["metrics"].get("datasets", {})
         node["datasets"] = {name: {key: row[key] for key in _DATASET_KEYS if key in row} for name, row in found.items()}
     if manifest["kind"] == "import_model" and storage.is_local(artifact.uri):
         front = read_front_matter(Path(storage.local_path(artifact.path(MODEL_FOLDER)), CARD))
