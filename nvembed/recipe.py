@@ -23,7 +23,7 @@ from nvembed.modeling.config import InitialiseConfig, TruncateConfig
 from nvembed.recipe_checks import check
 from nvembed.recipe_text import Document, Position, Problem, override, parse
 from nvembed.recipe_validate import validate
-from nvembed.registry import RegisterConfig
+from nvembed.registry.config import RegisterConfig
 from nvembed.tracking import TrackingConfig
 from nvembed.training.config import TrainConfig
 from nvembed.types import Config
