@@ -379,12 +379,15 @@ def _shown(value: Any) -> str:
     return "(none)" if value is _ABSENT else json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)
 
 
-def git_revision() -> str | None:
-    """Revision of the checkout this package runs from, with `-dirty` when it has changes; None outside a checkout."""
+def git_revision(folder: Path | None = None) -> str | None:
+    """Revision of a checkout (by default the one this package runs from), `-dirty` added when it has changes.
+
+    None outside a checkout.
+    """
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
-            cwd=Path(__file__).parent,
+            cwd=folder or Path(__file__).parent,
             capture_output=True,
             text=True,
             timeout=10,
