@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from nvembed.commands import doctor, embed, recipe
+from nvembed.commands import doctor, embed, jobs, recipe, submit
 
 app = typer.Typer(
     add_completion=False,
@@ -19,6 +19,8 @@ app = typer.Typer(
 app.command("embed")(embed.embed_command)
 app.command("doctor")(doctor.doctor_command)
 app.add_typer(recipe.app, name="recipe")
+app.command("submit")(submit.submit_command)
+app.add_typer(jobs.app, name="jobs")
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ class JobState:
 
 @dataclass(frozen=True)
 class Preview:
-    """A job exactly as it would be submitted: as plain values, and as the text that people (and kubectl, sbatch) read."""
+    """A job exactly as it would be submitted: as plain values and as text."""
 
     value: dict[str, Any]
     text: str
@@ -80,7 +80,12 @@ def next_try(base: str, states: list[JobState], out: str) -> str:
             raise UserError(
                 f"{what} {state.state} as {state.id}. Follow it with `nvembed jobs logs`, or stop it first."
             )
-    tries = [int(number) for state in states for head, _, number in [state.id.rpartition("-")] if head == base and number.isdigit()]
+    tries = [
+        int(number)
+        for state in states
+        for head, _, number in [state.id.rpartition("-")]
+        if head == base and number.isdigit()
+    ]
     return f"{base}-{max(tries, default=0) + 1}"
 
 

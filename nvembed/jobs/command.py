@@ -196,7 +196,9 @@ def _output(target: Target, recipe: Recipe, out: str | None) -> str:
         return storage.join(target.outputs, recipe.name)
     if "://" in out and not out.startswith("file:"):
         if isinstance(target, CloudTarget):
-            raise UserError(f"--out {out}: model folders need files; write below {target.mount_path}, the bucket's mount")
+            raise UserError(
+                f"--out {out}: model folders need files; write below {target.mount_path}, the bucket's mount"
+            )
         return out.rstrip("/")
     roots = _shared_roots(target)
     if not out.startswith("/") or not (roots is None or any(inside(out, root) for root in roots)):

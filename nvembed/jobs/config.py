@@ -32,8 +32,8 @@ class Entrypoint(Config):
     num_cpus: float = Field(0, ge=0)
     num_gpus: float = Field(0, ge=0)
     memory_mb: int = Field(0, ge=0)
-    resources: dict[str, float] = {}
-    label_selector: dict[str, str] = {}
+    resources: dict[str, float] = Field({})
+    label_selector: dict[str, str] = Field({})
 
 
 class RayTarget(TargetConfig):
@@ -47,7 +47,9 @@ class RayTarget(TargetConfig):
     plain_http: bool = Field(False, description="Send the token unencrypted to a host that is not this machine.")
     verify: bool | str = Field(True, description="Check the TLS certificate; or a file or directory of authorities.")
     headers: dict[str, Variable] = Field({}, description="HTTP header -> environment variable that holds its value.")
-    secrets: tuple[Variable, ...] = Field((), description="Variables that the cluster's nodes have; checked by the job.")
+    secrets: tuple[Variable, ...] = Field(
+        (), description="Variables that the cluster's nodes have; checked by the job."
+    )
     working_dir: str = Field(".", description="The code that travels; relative to where the command is given.")
     excludes: tuple[str, ...] = Field((), description="Further patterns that do not travel, as in a .gitignore.")
     max_megabytes: float = Field(64, gt=0, le=500, description="Largest working_dir; Ray itself refuses 500.")
@@ -75,7 +77,7 @@ class Pod(Config):
     cpu: Quantity = "4"
     memory: Quantity = "16Gi"
     shm: Quantity = Field("4Gi", description="Size of /dev/shm, counted as memory: Ray's object store lies there.")
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, str] = Field({})
     tolerations: tuple[Toleration, ...] = ()
 
 
@@ -177,13 +179,17 @@ class SlurmTarget(TargetConfig):
     account: Word | None = None
     qos: Word | None = None
     constraint: Word | None = None
-    exclusive: bool = Field(True, description="Whole nodes: `ray symmetric-run` ends every Ray of the user on its node.")
+    exclusive: bool = Field(
+        True, description="Whole nodes: `ray symmetric-run` ends every Ray of the user on its node."
+    )
     shared_dir: AbsolutePath = Field(description="Directory that every node mounts: logs, the token of the job.")
     working_dir: AbsolutePath = Field(description="Checkout on storage that every node mounts; has pipelines/.")
     temp_dir: AbsolutePath = Field("/tmp", max_length=40, description="Node-local; holds sockets, hence short.")
     setup: tuple[Line, ...] = Field((), description="Shell lines before the run: modules, the virtual environment.")
     secrets: tuple[Variable, ...] = Field((), description="Variables taken from where the command is given.")
-    secrets_file: AbsolutePath | None = Field(None, description="Shell file on the cluster, mode 0600, read by the job.")
+    secrets_file: AbsolutePath | None = Field(
+        None, description="Shell file on the cluster, mode 0600, read by the job."
+    )
     interface: Word | None = Field(None, description="Network interface between nodes; the first address by default.")
     port: int | None = Field(None, ge=1024, le=65535, description="Of Ray's head; null: a free one.")
     ray_options: tuple[Word, ...] = Field((), description="Further options of `ray start` on every node: --name=value.")

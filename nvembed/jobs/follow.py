@@ -12,6 +12,7 @@ from nvembed.jobs.backend import Say
 
 QUIET_SECONDS = 60.0  # nothing came for so long: ask whether the job still runs, on a new connection
 PENDING_SECONDS = 10.0
+PAUSE_SECONDS = 1.0
 
 
 class _Tail:
@@ -90,6 +91,7 @@ def follow_log(client: Any, job_id: str, write: Say, say: Say, patience: float) 
         details = retrying(tail.once)
         if details.status.is_terminal():
             return details
+        time.sleep(PAUSE_SECONDS)
 
 
 def is_lost(error: BaseException) -> bool:

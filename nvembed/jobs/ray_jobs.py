@@ -192,15 +192,15 @@ class RayBackend:
             yield
         except AuthenticationError as error:
             raise PreflightError(
-                f"{address} refused the token ({str(error).splitlines()[0]}). RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH must "
-                "hold the token that the cluster was started with."
+                f"{address} refused the token ({str(error).splitlines()[0]}). RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH "
+                "must hold the token that the cluster was started with."
             ) from error
         except (requests.exceptions.SSLError, FileNotFoundError) as error:
             raise PreflightError(f"{address}: the certificate cannot be checked ({error}). See `verify`.") from error
         except (ConnectionError, requests.exceptions.RequestException) as error:
             raise PreflightError(
-                f"{address} cannot be reached ({str(error).splitlines()[0]}). Is the cluster up, its dashboard started, "
-                "the tunnel open?"
+                f"{address} cannot be reached ({str(error).splitlines()[0]}). Is the cluster up, its dashboard "
+                "started, the tunnel open?"
             ) from error
         except RuntimeError as error:
             if "Request failed with status code" in str(error):
@@ -226,7 +226,9 @@ def read_token(environment: Mapping[str, str] | None = None) -> str:
             raise PreflightError(f"RAY_AUTH_TOKEN_PATH: {path} cannot be read ({error})") from error
         token = ""
     if not token:
-        raise PreflightError("no token for the cluster: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that has it")
+        raise PreflightError(
+            "no token for the cluster: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that has it"
+        )
     return token
 
 

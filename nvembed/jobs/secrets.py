@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterable, Mapping
 
 MASK = "****"
-_NAMES = re.compile(r"(^|_)(KEY|TOKEN|PASSWORD|PASSWD|PWD|SECRET|CREDENTIALS?)S?(_|$)|(KEY|TOKEN|PASSWORD|SECRET)$", re.I)
+_NAMES = re.compile(
+    r"(^|_)(KEY|TOKEN|PASSWORD|PASSWD|PWD|SECRET|CREDENTIALS?)S?(_|$)|(KEY|TOKEN|PASSWORD|SECRET)$", re.I
+)
 _PATHS = re.compile(r"_(PATH|FILE|DIR)$", re.I)  # says where a secret is
 _NO_SECRETS = ("PWD", "OLDPWD")  # the shell's working directories
 _IN_URL = re.compile(r"(?<=://)([^/\s:@'\"]*):([^/\s@'\"]+)(?=@)")

@@ -41,8 +41,7 @@ def load_target(path: str) -> Target:
             path, [*problems, Problem(document.position(where), where, f"{said} allowed: {', '.join(KINDS)}.{hint}")]
         )
     model = KINDS[str(kind)]
-    found, wrong = validate(model, document)
-    problems += wrong
+    problems += validate(model, document)[1]
     problems += _variables(document)
     if not problems:
         target = model.model_validate(document.data)
@@ -85,9 +84,7 @@ def _check_ray(target: Any, document: Document) -> list[Problem]:
     return problems
 
 
-def _below(
-    name: str, path: str, roots: tuple[str, ...], document: Document, anywhere: bool = False
-) -> list[Problem]:
+def _below(name: str, path: str, roots: tuple[str, ...], document: Document, anywhere: bool = False) -> list[Problem]:
     if path.startswith("/") and (anywhere or any(inside(path, root) for root in roots)):
         return []
     listed = ", ".join(roots) or "shared_paths is empty"

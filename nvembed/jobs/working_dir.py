@@ -1,4 +1,4 @@
-"""The code that travels with a job: what git does not ignore, without caches, outputs, virtual environments and secrets."""
+"""The code that travels with a job: what git does not ignore, without outputs, caches, environments, secrets."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def collect(folder: Path, excludes: Sequence[str], max_megabytes: float) -> Work
         listed = "\n".join(f"  {size / 1e6:8.1f} MB  {name}" for name, size in travels.biggest)
         raise UserError(
             f"working_dir {folder}: {travels.megabytes:.1f} MB in {len(found)} files, more than max_megabytes "
-            f"{max_megabytes:g}. The biggest:\n{listed}\nAdd what is no code to `excludes` in the target or to .gitignore."
+            f"{max_megabytes:g}. The biggest:\n{listed}\nAdd what is no code to `excludes` or .gitignore."
         )
     _refuse_secrets(travels)
     return travels
@@ -123,6 +123,6 @@ def _refuse_secrets(travels: WorkingDir) -> None:
         held = sorted(variable for value, variable in values.items() if value in data)
         if held:
             raise UserError(
-                f"{travels.folder / name}: holds the value of {held[0]}, a secret of your environment, and would be sent. "
-                "Take it out, or add the file to `excludes`."
+                f"{travels.folder / name}: holds the value of {held[0]}, a secret of your environment, and would be "
+                "sent. Take it out, or add the file to `excludes`."
             )
