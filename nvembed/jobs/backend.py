@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -67,29 +67,29 @@ class Backend(Protocol):
         """Ask the job to end."""
 
 
-def next_try(base: str, states: list[JobState], out: str) -> str:
-    """The next free id `<base>-<try>`.
+def refuse_if_alive(job: Job, states: Sequence[JobState]) -> None:
+    """Two live runs of one output would only fight for its lease.
 
     Raises:
-        UserError: the same run, or another one with the same output, is alive.
+        UserError: the same run, or another one with the same output, is alive; the message has its id.
     """
     for state in states:
-        same = state.id.rpartition("-")[0] == base
-        if state.alive and (same or state.metadata.get("nvembed_out") == out):
-            what = "this run is" if same else f"another run with the output {out} is"
+        same = state.metadata.get("nvembed_fingerprint") == job.fingerprint
+        if state.alive and (same or state.metadata.get("nvembed_out") == job.out):
+            what = "this run is" if same else f"another run with the output {job.out} is"
             raise UserError(
                 f"{what} {state.state} as {state.id}. Follow it with `nvembed jobs logs`, or stop it first."
             )
-    tries = [
-        int(number)
-        for state in states
-        for head, _, number in [state.id.rpartition("-")]
-        if head == base and number.isdigit()
-    ]
+
+
+def next_try(base: str, states: Sequence[JobState]) -> str:
+    """The next free id `<base>-<try>`."""
+    parts = [state.id.rpartition("-") for state in states]
+    tries = [int(number) for head, _, number in parts if head == base and number.isdigit()]
     return f"{base}-{max(tries, default=0) + 1}"
 
 
-def choose(states: list[JobState], job_id: str | None, *, alive: bool) -> JobState:
+def choose(states: Sequence[JobState], job_id: str | None, *, alive: bool) -> JobState:
     """The job an id names; without an id the newest one (with `alive`: the only one that is alive).
 
     Raises:

@@ -11,8 +11,9 @@ from nvembed.types import Config
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 DnsLabel = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?([munkKMGTPE]|[KMGTPE]i)?$")]  # of Kubernetes
-AbsolutePath = Annotated[str, Field(pattern=r"^/")]
+AbsolutePath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9_./@%+=:,-]*$")]  # no shell would read more into it
 Line = Annotated[str, Field(pattern=r"^[^\n\r\x00]+$")]
+RayOption = Annotated[str, Field(pattern=r"^--[a-z0-9-]+(=[A-Za-z0-9_.:/@,+=-]*)?$")]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/@,+=-]*$")]
 
 
@@ -192,7 +193,9 @@ class SlurmTarget(TargetConfig):
     )
     interface: Word | None = Field(None, description="Network interface between nodes; the first address by default.")
     port: int | None = Field(None, ge=1024, le=65535, description="Of Ray's head; null: a free one.")
-    ray_options: tuple[Word, ...] = Field((), description="Further options of `ray start` on every node: --name=value.")
+    ray_options: tuple[RayOption, ...] = Field(
+        (), description="Further options of `ray start` on every node: --name=value."
+    )
     cluster_wait_seconds: int = Field(600, ge=30, description="How long nodes may take to join.")
     signal_seconds: int = Field(120, ge=10, description="How long before the time limit the run is told to stop.")
     max_requeues: int = Field(20, ge=0)

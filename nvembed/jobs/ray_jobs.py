@@ -17,7 +17,18 @@ from typing import Any
 
 import yaml
 
-from nvembed.jobs.backend import FAILED, PENDING, RUNNING, STOPPED, SUCCEEDED, JobState, Preview, Say, next_try
+from nvembed.jobs.backend import (
+    FAILED,
+    PENDING,
+    RUNNING,
+    STOPPED,
+    SUCCEEDED,
+    JobState,
+    Preview,
+    Say,
+    next_try,
+    refuse_if_alive,
+)
 from nvembed.jobs.command import Job
 from nvembed.jobs.config import RayTarget
 from nvembed.jobs.follow import follow_log
@@ -94,7 +105,9 @@ class RayBackend:
     def submit(self, job: Job, say: Say) -> str:
         """Send the code and start the job."""
         travels = self._collect(job)
-        submission_id = next_try(job.base, self.states(), job.out)
+        states = self.states()
+        refuse_if_alive(job, states)
+        submission_id = next_try(job.base, states)
         client = self._client()
         with tempfile.TemporaryDirectory(prefix="nvembed-submit-") as folder:
             travels.stage(Path(folder))
