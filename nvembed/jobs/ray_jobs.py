@@ -15,8 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nvembed.jobs.backend import (
     FAILED,
     PENDING,
@@ -32,6 +30,7 @@ from nvembed.jobs.backend import (
 from nvembed.jobs.command import Job
 from nvembed.jobs.config import RayTarget
 from nvembed.jobs.follow import follow_log
+from nvembed.jobs.plain_yaml import as_yaml
 from nvembed.jobs.secrets import MASK
 from nvembed.jobs.working_dir import WorkingDir, collect
 from nvembed.preflight import PreflightError
@@ -100,7 +99,7 @@ class RayBackend:
             },
         }
         note = "# the number at the end of submission_id becomes the next free one\n"
-        return Preview(value, note + yaml.safe_dump(value, sort_keys=False, width=120))
+        return Preview(value, note + as_yaml(value))
 
     def submit(self, job: Job, say: Say) -> str:
         """Send the code and start the job."""

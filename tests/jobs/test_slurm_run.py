@@ -38,7 +38,7 @@ STUBS = {
     """,
     "squeue": 'cat "$SLURM_STUB/queue" 2>/dev/null || true',
     "sacct": "echo 'Slurm accounting storage is disabled' >&2; exit 1",
-    "scontrol": 'echo "$@" >> "$SLURM_STUB/scontrol"',
+    "scontrol": 'echo "$@" >> "$SLURM_STUB/requeues"',
 }
 
 
@@ -96,7 +96,7 @@ def test_a_job_runs_under_symmetric_run_and_its_token_is_nobodys(slurm: Path, tm
     assert "token 0o600 0" in said, "readable by the owner only, and on no command line"
     left = sorted(path.name for path in (tmp_path / "shared/jobs/77").iterdir())
     assert left == ["driver.sh", "exit_code", "recipe.yaml"]
-    assert not (slurm / "scontrol").exists()
+    assert not (slurm / "requeues").exists()
     code, said = run(submit("wrong"))
     assert code == 2 and "this story was told to fail" in said and "77: failed, exit code 2" in said
 
@@ -122,4 +122,4 @@ def test_ahead_of_the_time_limit_the_story_stops_and_the_job_is_requeued(slurm: 
     said = log.read_text()
     assert "told to stop before the time limit" in said and "interrupted; run the same command again" in said
     assert "the story ended with exit code 130" in said and "requeued; the next attempt goes on" in said
-    assert (slurm / "scontrol").read_text().strip() == "requeue 77"
+    assert (slurm / "requeues").read_text().strip() == "requeue 77"
