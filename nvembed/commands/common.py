@@ -20,7 +20,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
 
 def ended(action: Callable[[], int], promise: str = "stopping") -> typer.Exit:
-    """Run a command's body; users' mistakes are told without a traceback; Ctrl-C, answered by `promise`, ends with 130."""
+    """Run a command's body; users' mistakes are told without a traceback; Ctrl-C (see `promise`) ends with 130."""
     console = Console()
     try:
         with Interrupts(console.line, lambda: None, promise=promise):
