@@ -162,8 +162,8 @@ class SlurmBackend:
             if state.id == job_id:
                 return state
         code = self._exit_code(job_id)  # no accounting: what the job itself wrote
-        state = FAILED if code is None or code else SUCCEEDED
-        return JobState(job_id, state, "" if code is not None else "Slurm no longer knows it", exit_code=code)
+        ended = FAILED if code is None or code else SUCCEEDED
+        return JobState(job_id, ended, "" if code is not None else "Slurm no longer knows it", exit_code=code)
 
     def states(self) -> list[JobState]:
         """What the queue holds, and what accounting (where it is on) knows of the last 14 days."""
@@ -184,9 +184,9 @@ class SlurmBackend:
             pass  # accounting is off on many clusters
         said = run_tool(["squeue", "--me", "--noheader", "--format=%i|%T|%S|%r|%j|%k"], hint=HINT)
         for line in said.splitlines():
-            number, state, start, reason, name, comment = line.split("|", 5)
+            number, kind, start, reason, name, comment = line.split("|", 5)
             if name.startswith("nvembed-"):
-                found[number] = JobState(number, _kind(state), f"({reason})", _when(start), metadata=_about(comment))
+                found[number] = JobState(number, _kind(kind), f"({reason})", _when(start), metadata=_about(comment))
         return sorted(found.values(), key=lambda state: int(state.id.split("_")[0]))
 
     def logs(self, job_id: str) -> str:

@@ -60,6 +60,9 @@ def light(road: Road) -> None:
     print("same node", node == ray.get_runtime_context().get_node_id(), flush=True)
     if road.recipe.name == "looks":
         print("token", *look_for_the_token(), flush=True)
+    for number in range(20 if road.recipe.name == "counts" else 0):
+        print("count", number, flush=True)
+        time.sleep(1)
     if road.recipe.name == "wrong":
         raise storage.UserError("this story was told to fail")
     while road.recipe.name == "waits":

@@ -1,10 +1,13 @@
 """`nvembed submit` and `nvembed jobs` against a real Ray head on loopback with token authentication."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,48 @@ class Nvembed:
 
     def states(self) -> list[dict[str, Any]]:
         return list(json.loads(self("jobs", "list", "TARGET", "--json")[0]))
+
+
+class Wire:
+    """A TCP proxy to the head that can be cut: a network that goes away and comes back."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._open, self.up = port, list[socket.socket](), True
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            if not self.up:
+                near.close()
+                continue
+            far = socket.create_connection(("127.0.0.1", self._port))
+            self._open += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """Break every connection and refuse new ones."""
+        self.up = False
+        for end in self._open:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self._open.clear()
+
+    def close(self) -> None:
+        self._listener.close()
 
 
 @pytest.fixture
@@ -111,6 +156,30 @@ def test_detach_refuse_a_second_one_reattach_and_stop(nvembed: Nvembed) -> None:
     assert "attempt 1 of waits" in log and "interrupted; run the same command again to go on" in log
     assert "has ended already (stopped)" in nvembed("jobs", "stop", "TARGET", alive[0]["id"])[0]
     assert "no job of nvembed is alive here" in nvembed("jobs", "stop", "TARGET", code=2)[1]
+
+
+def test_following_survives_a_lost_connection_and_says_nothing_twice(nvembed: Nvembed, head: Any) -> None:
+    wire = Wire(int(head.address.rpartition(":")[2]))
+    nvembed.target.write_text(nvembed.target.read_text().replace(head.address, wire.address))
+    process = nvembed.start("submit", "TARGET", "--", "python", "light.py", "--set", "name=counts")
+    assert process.stdout is not None and process.stderr is not None
+    said = ""
+    while "count 3\n" not in said:
+        line = process.stdout.readline()
+        assert line or process.poll() is None, process.communicate()
+        said += line
+    wire.cut()
+    notes = ""
+    while "connection lost" not in notes:
+        line = process.stderr.readline()
+        assert line, notes
+        notes += line
+    wire.up = True
+    rest, more = process.communicate(timeout=120)
+    wire.close()
+    counted = [line for line in (said + rest).splitlines() if line.startswith("count")]
+    assert counted == [f"count {number}" for number in range(20)], "no line is missing, none comes twice"
+    assert process.returncode == 0 and "the job goes on, trying again" in notes and "succeeded, exit code 0" in more
 
 
 def test_wrong_and_missing_tokens_and_a_cluster_that_is_not_there(nvembed: Nvembed, tmp_path: Path) -> None:
