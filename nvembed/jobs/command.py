@@ -112,12 +112,18 @@ def read_job(target: Target, command: Sequence[str]) -> Job:
         interpreter,
         script,
         tuple(options),
-        recipe_path or "",
+        _inside(recipe_path or "", folder),
         tuple(settings),
         recipe,
         uri,
         folder,
     )
+
+
+def _inside(path: str, folder: Path) -> str:
+    """A local path inside the working directory as the job sees it there: relative."""
+    given = Path(path)
+    return given.relative_to(folder).as_posix() if given.is_absolute() and given.is_relative_to(folder) else path
 
 
 def _split(command: Sequence[str], folder: Path) -> tuple[str, str, list[str]]:

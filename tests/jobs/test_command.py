@@ -43,6 +43,8 @@ def test_the_parts_of_a_command(checkout: Path) -> None:
     ]  # fmt: skip
     assert job.with_resolved_recipe("R", "S") == ["python", "S", "R", "--out", "/o", "--no-auto-promote"]
     assert read_job(LOCAL, ["light.py", "--out", "/o"]).argv == ["python", "light.py", "--out", "/o"]
+    absolute = read_job(LOCAL, [*STORY, str(checkout / "recipes/light.yaml"), "--out", "/o"])
+    assert absolute.recipe_path == "recipes/light.yaml", "the job's copy lies elsewhere"
     assert re.fullmatch(r"nvembed-a-[0-9a-f]{10}", job.base)
     about = job.metadata
     assert len(about["nvembed_recipe_sha256"]) == 64 and about["nvembed_out"] == "/o"

@@ -208,3 +208,30 @@ def test_no_wait_and_json(nvembed: Nvembed) -> None:
     assert submitted["out"] == f"{nvembed.out}/later" and f"jobs logs target.yaml {submitted['id']} --follow" in notes
     log, _ = nvembed("jobs", "logs", "TARGET", submitted["id"], "--follow")
     assert "attempt 1 of later" in log
+
+
+def test_a_cloud_job_is_ray_up_then_the_same_job(nvembed: Nvembed, head: Any, tmp_path: Path) -> None:
+    """`ray` of the submitting side is a stub that keeps what `ray up` is given; the "head" behind the port is real."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    (stubs / "ray").write_text(
+        f'#!/bin/sh\necho "$@" >> {stubs}/said\nfor part; do last="$part"; done\ncp "$last" {stubs}\n'
+    )
+    (stubs / "ray").chmod(0o755)
+    (tmp_path / "token").write_text(head.token)
+    nvembed.target.write_text(
+        "type: cloud\ncluster_name: trial\nprovider: {type: aws, region: r}\nimage: i\nbucket: s3://b\n"
+        f"mount_path: {nvembed.out}\noutputs: {nvembed.out}\nlocal_port: {head.address.rpartition(':')[2]}\n"
+        "head: {machine: m, cpus: 2}\nworkers: [{machine: m, cpus: 2, gpus: 1}]\n"
+    )
+    nvembed.environment |= {"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    nvembed.environment["PATH"] = f"{stubs}:{os.environ['PATH']}"
+    story = ["python", "light.py", "--set", "name=cloudy"]
+    done = subprocess.run(
+        nvembed._line(("submit", "TARGET", "--", *story)), capture_output=True, text=True, cwd=nvembed.checkout,
+        env=nvembed.environment, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0 and "attempt 1 of cloudy" in done.stdout, done.stderr
+    assert (stubs / "said").read_text().startswith("up --yes --no-config-cache ")
+    written = (stubs / "trial.yaml").read_text()
+    assert "InstanceMarketOptions" in written and head.token not in written + done.stdout + done.stderr
