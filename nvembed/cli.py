@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from nvembed.commands import doctor, embed, recipe, registry, report
+from nvembed.commands import doctor, embed, jobs, recipe, registry, report, submit
 
 app = typer.Typer(
     add_completion=False,
@@ -21,6 +21,8 @@ app.command("doctor")(doctor.doctor_command)
 app.command("report")(report.report_command)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(registry.app, name="registry")
+app.command("submit")(submit.submit_command)
+app.add_typer(jobs.app, name="jobs")
 
 
 def main() -> None:

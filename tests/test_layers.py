@@ -18,7 +18,7 @@ LAYERS = {
     "distill": 5, "registry": 5,
     "recipe": 6, "recipe_text": 6, "recipe_validate": 6, "recipe_checks": 6, "shapes": 6, "plan": 6, "preflight": 6,
     "story": 6, "road": 6, "records": 6, "progress": 6, "memory": 6, "interrupt": 6, "report": 6, "doctor": 6,
-    "embed_file": 6, "cli": 6, "commands": 6, "findings": 6,
+    "embed_file": 6, "cli": 6, "commands": 6, "findings": 6, "jobs": 6,
 }  # fmt: skip
 FOUNDATION, TOP = 0, 6  # the modules of these two layers are parts of one whole and may use each other, without circles
 PIPELINES = 7
@@ -286,6 +286,10 @@ assert not heavy, heavy
         ["registry", "promote", "--help"],
         ["recipe", "validate", "RECIPE"],
         ["recipe", "show", "RECIPE"],
+        *(
+            ["submit", f"cluster/{target}.yaml", "--dry-run", "--", "python", "pipelines/quickstart.py", "RECIPE"]
+            for target in ("ray", "kuberay", "slurm", "aws")
+        ),
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )

@@ -25,11 +25,11 @@ Registry = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
 
-def ended(action: Callable[[], int]) -> typer.Exit:
-    """Run a command's body; users' mistakes are told without a traceback, Ctrl-C ends with 130."""
+def ended(action: Callable[[], int], promise: str = "stopping") -> typer.Exit:
+    """Run a command's body; users' mistakes are told without a traceback; Ctrl-C (see `promise`) ends with 130."""
     console = Console()
     try:
-        with Interrupts(console.line, lambda: None, promise="stopping"):
+        with Interrupts(console.line, lambda: None, promise=promise):
             return typer.Exit(action())
     except KeyboardInterrupt:
         return typer.Exit(ExitCode.INTERRUPTED)
