@@ -11,7 +11,7 @@ import yaml
 
 from nvembed.masking import mask, mask_all
 from nvembed.plan.memory import GIB, Memory, stage_memory
-from nvembed.plan.recipe_plan import precision_of
+from nvembed.plan.recipe_plan import flops_text, precision_of
 from nvembed.plan.sizes import StageSizes, stage_sizes
 from nvembed.plan.work import stage_flops
 from nvembed.recipe import Recipe
@@ -156,7 +156,7 @@ def _stage_lines(stage: StageSizes) -> list[str]:
     flops = stage_flops(stage, stage.max_length)
     config = stage_config(stage)
     lines += [
-        f"  parameters: {stage.whole:,}, trained {stage.trained:,}; <= {flops / 1e12:,.1f} TFLOP",
+        f"  parameters: {stage.whole:,}, trained {stage.trained:,}; <= {flops_text(flops)}",
         f"  memory: {memory_text(memory)}",
     ]
     return [*lines, f"  DeepSpeed: {json.dumps(config)}"] if config is not None else lines

@@ -117,7 +117,9 @@ def _bf16_copies(stage: StageSizes, precision: str, length: float | None) -> flo
     shape = stage.model.shape
     matrices = shape.layers * sum(inputs * outputs for inputs, outputs in shape.linears.values())
     copies = 1.0
-    if isinstance(stage.train.adapter, LoraConfig):
+    if stage.train.engine.gradient_checkpointing:
+        copies = 1.0 / shape.layers  # those of the layer that is computed again
+    elif isinstance(stage.train.adapter, LoraConfig):
         copies = -(-stage.chunk_tokens(length) // slice_tokens(stage, length))
     return 2.0 * (copies * matrices + stage.model.head + stage.lora)
 
@@ -143,14 +145,16 @@ def layer_bytes(stage: StageSizes, precision: str, kind: str = "cpu") -> float:
     shape, adapter = stage.model.shape, stage.train.adapter
     hidden, wide, query = shape.hidden, shape.intermediate, shape.heads * shape.head_dim
     size = 4 if precision == "fp32" else 2
-    attention, gate = 4 * size * query, 3 * size * wide
+    attention = size * 2 * (query + shape.kv_heads * shape.head_dim)  # query, key, value, and what SDPA gives
+    gate = 3 * size * wide
     if not isinstance(adapter, LoraConfig):
         norms, inputs = (4 * 4, 2 * 4) if precision == "fp32" else (4 * 4, 5 * 2)
         return float((norms + inputs) * hidden + attention + gate + size * wide)
-    noise = 0 if adapter.dropout == 0 else 4 if kind == "cpu" else 1
     widths = {"o_proj": query, "down_proj": wide}
-    adapted = sum(widths.get(name, hidden) for name in adapter.target_modules)
-    return float(2 * 4 * hidden + attention + gate + (size + noise) * adapted)
+    adapted = [widths.get(name, hidden) for name in adapter.target_modules]
+    if adapter.dropout == 0:  # adapters of one input share it, and o_proj's is what SDPA gives
+        return float(2 * 4 * hidden + attention + gate + size * (2 * hidden + wide))
+    return float(2 * 4 * hidden + attention + gate + (size + (4 if kind == "cpu" else 1)) * sum(adapted))
 
 
 def head_bytes(stage: StageSizes, precision: str) -> float:

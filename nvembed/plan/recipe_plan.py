@@ -244,10 +244,19 @@ def stage_text(report: StageReport, hardware: Hardware | None = None) -> list[st
         f"{sizes.name}: {sizes.model.parameters:,} parameters, {sizes.trained:,} trained, {sizes.workers} worker(s)",
         f"  {sizes.steps:,} steps x {sizes.texts:,} texts, {report.tokens:,.0f} tokens "
         f"(at most {report.tokens_most:,.0f}); "
-        f"{report.flops / 1e12:,.1f} TFLOP (at most {report.flops_most / 1e12:,.1f})",
+        f"{flops_text(report.flops)} (at most {flops_text(report.flops_most)})",
         f"  memory of a rank: {total / GIB:.2f} GiB{verdict}",
         "    " + ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items()),
     ]
+
+
+def flops_text(flops: float) -> str:
+    """Operations for people: `42.3 TFLOP`, `365.3 EFLOP`."""
+    for name in ("T", "P", "E"):
+        flops /= 1e12 if name == "T" else 1e3
+        if flops < 1000:
+            break
+    return f"{flops:,.1f} {name}FLOP"
 
 
 def size_text(size: float) -> str:
