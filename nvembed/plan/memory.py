@@ -13,12 +13,15 @@ from dataclasses import asdict, dataclass
 from nvembed.modeling.config import LatentAttentionConfig, LoraConfig
 from nvembed.plan.hardware import Hardware
 from nvembed.plan.sizes import StageSizes
-from nvembed.training.zero import deepspeed_config
+from nvembed.training.zero import MAX_BUCKET, deepspeed_config
 
 GIB = 2**30
 PROCESS_BYTES = 0.55 * GIB  # a worker with torch, transformers, ray and deepspeed loaded and used once
 CUDA_BYTES = 1.5 * GIB  # CUDA context, cuBLAS and NCCL buffers of a rank: assumed
-FRAGMENTED = 1.3  # what the allocator holds over what lives, for blocks that come and go with every slice
+FRAGMENTED = 1.25  # what the allocator holds over what lives, for blocks that come and go with every slice
+# Layers of one slice that the running backward holds besides what is counted; PEFT's dropout makes many copies.
+TRANSIENT_FULL, TRANSIENT_LORA = 1.0, 5.0
+BASE_BYTES = 25 * 2**20  # small things of every engine
 LIVE_PARAMETERS = 1_000_000_000  # ZeRO-3 keeps at most this many gathered (DeepSpeed's stage3_max_live_parameters)
 SLICES, MIN_SLICE = 16, 512  # of training/sharding.py, which imports torch; a test compares
 
@@ -78,27 +81,25 @@ def stage_memory(
     masters = 4.0 * part if zero >= 1 else 0.0
     offloaded = kind == "gpu" and train.engine.offload_optimizer and zero >= 1
     weights = 4.0 * (whole / stage.workers if zero == 3 else whole)
+    own_gradients = zero == 3 or (zero == 2 and stage.chunks_per_rank(length) == 1)  # several backwards: whole, locally
     return Memory(
         process=CUDA_BYTES if kind == "gpu" else PROCESS_BYTES,
         weights=weights + _bf16_copies(stage, precision, length),
-        gradients=4.0 * (part if zero >= 2 else trained),
+        gradients=4.0 * (part if own_gradients else trained),
         optimiser=0.0 if offloaded else moments + masters,
-        activations=FRAGMENTED * activation_bytes(stage, precision, kind, length),
-        buffers=_buffers(stage, zero, whole, trained, part),
+        activations=activation_bytes(stage, precision, kind, length),
+        buffers=BASE_BYTES + _buffers(stage, zero, whole, trained),
     )
 
 
-def _buffers(stage: StageSizes, zero: int, whole: int, trained: int, part: float) -> float:
-    """DeepSpeed's bucket and the copy it sends, ZeRO-3's gathered weights, temporaries of the update."""
-    update = (
-        8.0 * part if zero >= 1 else 0.0
-    )  # root and quotient of the flat second moments; tensor by tensor elsewhere
-    if zero < 1:
-        return update
+def _buffers(stage: StageSizes, zero: int, whole: int, trained: int) -> float:
+    """DeepSpeed's bucket, the copies it sends and makes of its part, ZeRO-3's gathered weights and their flat copy."""
+    if zero < 0:
+        return 0.0
     config = deepspeed_config(stage.train.engine, stage.train.optimiser, trained=trained, whole=whole)
     bucket = 4.0 * min(trained, config["zero_optimization"]["reduce_bucket_size"])
-    gathered = 4.0 * min(whole, LIVE_PARAMETERS) if zero == 3 else 0.0
-    return max(2.0 * bucket, update) + gathered
+    gathered = 4.0 * (min(whole, LIVE_PARAMETERS) + min(whole, MAX_BUCKET)) if zero == 3 else 0.0
+    return {0: 1.0, 1: 3.0, 2: 2.5, 3: 2.5}[zero] * bucket + gathered
 
 
 def slice_tokens(stage: StageSizes, length: float | None = None) -> float:
@@ -130,9 +131,10 @@ def activation_bytes(stage: StageSizes, precision: str, kind: str = "cpu", lengt
     shape, tokens = stage.model.shape, stage.chunk_tokens(length)
     layer, once = layer_bytes(stage, precision, kind), slice_tokens(stage, length)
     ends = 4.0 * 5 * shape.hidden + head_bytes(stage, precision)
+    running = (TRANSIENT_LORA if isinstance(stage.train.adapter, LoraConfig) else TRANSIENT_FULL) * once * layer
     if stage.train.engine.gradient_checkpointing:
-        return tokens * (4.0 * shape.hidden * shape.layers + ends) + 2 * once * layer
-    return tokens * (shape.layers * layer + ends) + once * layer
+        return FRAGMENTED * (tokens * (4.0 * shape.hidden * shape.layers + ends) + once * layer) + running
+    return FRAGMENTED * tokens * (shape.layers * layer + ends) + running
 
 
 def layer_bytes(stage: StageSizes, precision: str, kind: str = "cpu") -> float:
@@ -152,9 +154,10 @@ def layer_bytes(stage: StageSizes, precision: str, kind: str = "cpu") -> float:
         return float((norms + inputs) * hidden + attention + gate + size * wide)
     widths = {"o_proj": query, "down_proj": wide}
     adapted = [widths.get(name, hidden) for name in adapter.target_modules]
-    if adapter.dropout == 0:  # adapters of one input share it, and o_proj's is what SDPA gives
+    if adapter.dropout == 0 and precision == "fp32":  # adapters share their input, and o_proj's is what SDPA gives
         return float(2 * 4 * hidden + attention + gate + size * (2 * hidden + wide))
-    return float(2 * 4 * hidden + attention + gate + (size + (4 if kind == "cpu" else 1)) * sum(adapted))
+    noise = 0 if adapter.dropout == 0 else 4 if kind == "cpu" else 1
+    return float(2 * 4 * hidden + attention + gate + (size + noise) * sum(adapted))
 
 
 def head_bytes(stage: StageSizes, precision: str) -> float:

@@ -208,7 +208,7 @@ def test_counted_operations_equal_torchs_own_count() -> None:
         vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
-    config.is_causal = False
+    config.is_causal, config._attn_implementation = False, "eager"  # torch does not count SDPA on CPUs
     model, ids = LlamaModel(config), torch.ones(3, 40, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
