@@ -168,7 +168,7 @@ def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
                 records = Records(out, lease.fence)
                 tracker = Tracker(recipe.tracking, out, recipe.model_dump(mode="json"), recipe.name)
                 try:
-                    console.line(f"{recipe.name} -> {out} (everything that is said: {log})")
+                    console.line(f"{recipe.name} -> {out} (log: {log.removeprefix(out + '/')})")
                     story(Road(recipe, out, lease.fence, meter, tracker, records, console, interrupts))
                     status = "done"
                 except BaseException:
