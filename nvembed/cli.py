@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from nvembed.commands import doctor, embed, recipe
+from nvembed.commands import doctor, embed, preflight, recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("embed")(embed.embed_command)
 app.command("doctor")(doctor.doctor_command)
+app.command("preflight")(preflight.preflight_command)
 app.add_typer(recipe.app, name="recipe")
 
 

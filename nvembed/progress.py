@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from nvembed import storage
+from nvembed.secrets import MaskingFormatter, mask
 
 TICK_SECONDS = 1.0
 QUIET_SECONDS = 5.0  # how long nothing was said before a heartbeat; on a terminal it comes every tick
@@ -45,6 +46,7 @@ class Console:
 
     def _write(self, text: str, *, keep: bool) -> None:
         with self._lock:
+            text = mask(text)
             clear = "\r\033[K" if self._status or not keep else ""
             try:
                 self._stream.write(clear + text)
@@ -82,7 +84,7 @@ def logged(console: Console, out: str) -> Iterator[str | None]:
         path = f"{out}/logs/run-{time.strftime('%Y%m%d-%H%M%S')}.log"
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(path, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        file.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
         handlers.append(file)
     root.handlers[:] = handlers
     root.setLevel(logging.WARNING)

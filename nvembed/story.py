@@ -23,15 +23,17 @@ import yaml
 from pydantic import ValidationError
 
 from nvembed import storage
+from nvembed.cluster_check.ready import check_ready
 from nvembed.interrupt import Interrupts, end_processes
 from nvembed.lease import LEASE, Lease
 from nvembed.memory import MemoryMeter
 from nvembed.plan import describe
-from nvembed.preflight import PreflightError, check_packages
+from nvembed.preflight import PreflightError
 from nvembed.progress import Console, logged
 from nvembed.recipe import Recipe, load_recipe, resolved_yaml
 from nvembed.records import RECORDS, Records
 from nvembed.road import PlannedRoad, Road
+from nvembed.secrets import mask, why_refused
 from nvembed.tracking import STATE, Tracker
 
 __all__ = ["ExitCode", "PlannedRoad", "Road", "tell"]
@@ -105,13 +107,14 @@ def _tell(
     try:
         recipe = load_recipe(path, settings, needs)
         out = storage.absolute(out or f"runs/{recipe.name}")
+        if why := why_refused(out):
+            raise storage.UserError(f"--out: {why}.")
         _refuse_other_output(recipe, out)
         if dry_run:
             road = PlannedRoad(recipe, out)
             story(road)
             print(describe(recipe, out, road.steps))
             return ExitCode.DONE
-        check_packages(recipe)
     except (storage.UserError, ValidationError, PreflightError) as error:
         return report_error(error, console.line)
     return _run(story, recipe, out, console)
@@ -133,6 +136,9 @@ def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
             with ExitStack() as stack:
                 stack.enter_context(lease)
                 stack.callback(shut_down_ray)
+                for note in check_ready(recipe, out):  # before the recipe is stored: its mending may be a change there
+                    console.line(f"note: {note.check}: {note.said}; {note.fix or 'nothing to do'}")
+                interrupts.arm()  # joining a cluster replaced the handlers
                 _claim(recipe, out)
                 stack.enter_context(logged(console, out))
                 stack.enter_context(meter)
@@ -175,7 +181,7 @@ def report_error(error: BaseException, say: Callable[[str], None], out: str | No
     if isinstance(error, GatePreconditionError):
         say(f"refused: {error}")
         return ExitCode.GATE
-    text = "".join(traceback.format_exception(error))
+    text = mask("".join(traceback.format_exception(error)))
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     say(f"error: {lines[0][:1000]}")
     if out is None:

@@ -10,6 +10,7 @@ import typer
 
 from nvembed.interrupt import Interrupts
 from nvembed.progress import Console
+from nvembed.secrets import mask
 from nvembed.story import ExitCode, report_error
 
 Settings = Annotated[
@@ -33,4 +34,4 @@ def ended(action: Callable[[], int]) -> typer.Exit:
 
 def show(value: Any, text: str, as_json: bool) -> None:
     """Print a command's result on stdout: `value` as JSON, or `text`."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text)
+    typer.echo(mask(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text))
