@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import time
 import urllib.error
 import urllib.request
@@ -180,8 +182,18 @@ def _growth(ray: Any) -> tuple[Mapping[str, float] | None, bool]:
         if maximum:
             return {name: float(amount) for name, amount in maximum.items()}, True
     with contextlib.suppress(Exception):
-        return None, bool(_internal_kv_get("__autoscaling_status"))
+        return None, autoscales(json.loads(_internal_kv_get("__autoscaling_status") or b"{}"))
     return None, False
+
+
+def autoscales(status: Mapping[str, Any]) -> bool:
+    """Whether the status that Ray's monitor publishes comes from an autoscaler that can add nodes.
+
+    The monitor of a cluster that somebody started by hand publishes one too; it names node types after their nodes.
+    """
+    report = status.get("autoscaler_report") or {}
+    types = {*(report.get("active_nodes") or {}), *(report.get("idle_nodes") or {})}
+    return any(not re.fullmatch(r"node_[0-9a-f]{56}", name) for name in types)
 
 
 def _dashboard(ray: Any) -> tuple[str | None, int | None]:

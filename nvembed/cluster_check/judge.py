@@ -17,7 +17,7 @@ SKEW_NOTE, SKEW_PROBLEM = 2.0, 20.0  # seconds; a lease is believed dead after 6
 WITHOUT_BF16 = ("V100", "P100", "T4", "P4", "K80")
 
 
-def judge(cluster: Cluster, needs: Needs, driver: Mapping[str, object], out: str) -> list[Finding]:
+def judge_cluster(cluster: Cluster, needs: Needs, driver: Mapping[str, object], out: str) -> list[Finding]:
     """All findings about a cluster.
 
     Args:

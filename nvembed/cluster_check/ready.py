@@ -194,4 +194,4 @@ def _cluster(needs: Needs, out: str) -> list[Finding]:
     finally:
         _clear(scratch)
     driver = {"versions": probe.versions(), "source": probe.source_hash()}
-    return judge.judge(cluster, needs, driver, out)
+    return judge.judge_cluster(cluster, needs, driver, out)
