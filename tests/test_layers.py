@@ -23,12 +23,7 @@ LAYERS = {
 FOUNDATION, TOP = 0, 6  # the modules of these two layers are parts of one whole and may use each other, without circles
 PIPELINES = 7
 HEAVY = ("torch", "ray", "mlflow", "transformers", "deepspeed", "datasets", "sentence_transformers")
-WITHOUT_CONFIG = (
-    "report",
-    "commands",
-    "cluster_check",
-    "__pycache__",
-)  # layer 6: their settings are the recipe and the command line
+WITHOUT_CONFIG = ("report", "commands", "cluster_check", "__pycache__")  # set by the recipe and the command line
 MAX_MODULE, MAX_FUNCTION = 400, 60
 
 
