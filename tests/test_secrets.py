@@ -20,6 +20,7 @@ from nvembed.secrets import (
     why_refused,
     without_credentials,
 )
+from nvembed.story import report_error
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "pipelines/recipes/tiny.yaml"
@@ -98,3 +99,11 @@ def test_the_console_and_the_log_mask(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().err == f"error: {MASK} at https://a:{MASK}@b\n"
     record = logging.LogRecord("x", logging.ERROR, "f", 1, "key %s", ("sk-canarycanary",), None)
     assert MaskingFormatter().format(record) == f"key {MASK}"
+
+
+def test_the_file_of_an_error_masks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary/canary+canary")
+    said: list[str] = []
+    assert report_error(RuntimeError("denied: canary/canary+canary"), said.append, str(tmp_path)) == 4
+    (file,) = (tmp_path / "logs").iterdir()
+    assert "canary" not in file.read_text() and f"denied: {MASK}" in file.read_text()
