@@ -10,7 +10,7 @@ import nvembed.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest
 
 import typer
 
-from nvembed.commands import doctor, embed, jobs, plan, recipe, registry, report, search, submit
+from nvembed.commands import doctor, embed, jobs, plan, preflight, recipe, registry, report, search, submit
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -22,6 +22,7 @@ app.command("search")(search.search_command)
 app.command("plan")(plan.plan_command)
 app.command("doctor")(doctor.doctor_command)
 app.command("report")(report.report_command)
+app.command("preflight")(preflight.preflight_command)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(registry.app, name="registry")
 app.command("submit")(submit.submit_command)

@@ -17,8 +17,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from nvembed.findings import NOTE, OK, PROBLEM, Finding
-from nvembed.masking import mask
 from nvembed.mlflow_store import probe
+from nvembed.secrets import mask
 
 STALE_LOCK_SECONDS = 600
 MIN_SHM_BYTES = 300 * 2**20

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed import storage
+from nvembed.secrets import without_credentials
 from nvembed.types import Config
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ class Store:
     """Where MLflow keeps things.
 
     Attributes:
-        configured: the URI somebody chose (recipe or environment); None for the output's own store.
+        configured: the URI somebody chose (recipe or environment), as it may be stored: without user and password;
+            None for the output's own store.
         uri: the tracking and registry URI.
         artifact_root: where a new experiment keeps its artifacts; None leaves it to the server.
     """
@@ -65,7 +67,7 @@ def resolve_store(uri: str | None, out: str) -> Store:
     elif configured.startswith("sqlite:///"):
         database = Path(configured.removeprefix("sqlite:///")).absolute()
     else:
-        return Store(configured, configured, None)
+        return Store(without_credentials(configured), configured, None)
     return Store(configured, f"sqlite:///{database}", (database.parent / "mlartifacts").as_uri())
 
 

@@ -55,10 +55,15 @@ def _miner(model: MinerConfig) -> tuple[str, ...]:
 
 def check_packages(recipe: Recipe) -> None:
     """Raise PreflightError naming every package that is not installed, with the line that installs them all."""
-    missing = {name: wants for name, wants in needed_packages(recipe).items() if not _installed(name)}
+    missing = lacking_packages(recipe)
     if missing:
         listed = "\n".join(f"  {name} (for {', '.join(wants)})" for name, wants in missing.items())
         raise PreflightError(f"packages that this recipe needs are not installed:\n{listed}\nRun: {pip_line(missing)}")
+
+
+def lacking_packages(recipe: Recipe) -> dict[str, list[str]]:
+    """The needed packages that are not installed here, each with the sections that want it."""
+    return {name: wants for name, wants in needed_packages(recipe).items() if not _installed(name)}
 
 
 def _installed(package: str) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed import storage
+from nvembed.secrets import MaskingFormatter
 from nvembed.terminal import Console, redirected, used
 
 TICK_SECONDS = 1.0
@@ -53,7 +54,7 @@ def logged(console: Console, out: str) -> Iterator[str]:
     path = f"{folder}/run-{time.strftime('%Y%m%d-%H%M%S')}.log"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    file.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     handlers: list[logging.Handler] = [_ConsoleHandler(console), file]
     root.handlers[:] = handlers
     root.setLevel(logging.WARNING)

@@ -8,6 +8,7 @@ from typing import Any
 
 from nvembed.modeling.config import LatentAttentionConfig, RandomBackbone
 from nvembed.recipe_text import Document, Path, Problem, nearest
+from nvembed.secrets import why_refused
 from nvembed.shapes import known_shape
 from nvembed.text.instructions import CATALOGUE
 
@@ -27,6 +28,7 @@ def check(found: Sections, document: Document) -> list[Problem]:
         *_student(found),
         *_mining(found),
         *_names(found),
+        *_secrets(document.data, ()),
     ]
     for stage in ("stage_1", "stage_2", "student"):
         wrong += [*_stage(stage, found), *_widths((stage, "train", "objective", "matryoshka_dims"), found)]
@@ -53,6 +55,16 @@ def _attribute(found: Sections, path: Path) -> Any:
                 value = getattr(value, str(part), None)
             return value
     return None
+
+
+def _secrets(value: Any, path: Path) -> Found:
+    """A recipe is stored in every artifact, so no value of it may be a secret."""
+    if isinstance(value, str):
+        if why := why_refused(value):
+            yield path, why
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _secrets(item, (*path, key))
 
 
 def _source_names(document: Document) -> list[tuple[Path, str]]:

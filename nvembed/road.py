@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pydantic import Field
 
 from nvembed import storage
+from nvembed.fetch import written_folder
 from nvembed.heap import give_back
 from nvembed.interrupt import Interrupts
 from nvembed.lease import check_fence
@@ -48,9 +49,9 @@ class ImportConfig(Config):
 
 def _build_import(config: ImportConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     folder = resolve_model(config.reference, config.registry)
-    target = storage.local_path(storage.join(work_uri, "model"))
-    shutil.copytree(folder, target)
-    return StepResult(rows={"files": sum(path.is_file() for path in target.rglob("*"))})
+    with written_folder(storage.join(work_uri, "model")) as target:
+        shutil.copytree(folder, target)
+        return StepResult(rows={"files": sum(path.is_file() for path in target.rglob("*"))})
 
 
 IMPORT_MODEL = Step("import_model", 1, _build_import)

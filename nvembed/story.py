@@ -24,14 +24,16 @@ import yaml
 from pydantic import ValidationError
 
 from nvembed import storage
+from nvembed.cluster_check.ready import check_ready
 from nvembed.interrupt import Interrupts, end_processes
 from nvembed.lease import LEASE, Lease
 from nvembed.memory import MemoryMeter
-from nvembed.preflight import PreflightError, check_packages
+from nvembed.preflight import PreflightError
 from nvembed.progress import logged
 from nvembed.recipe import Recipe, load_recipe, read_recipe, resolved_yaml
 from nvembed.records import RECORDS, Records
 from nvembed.road import PendingError, PlannedRoad, Road
+from nvembed.secrets import mask, why_refused
 from nvembed.terminal import Console
 from nvembed.tracking import STATE, Tracker
 
@@ -112,8 +114,9 @@ def _tell(
     try:
         recipe = load_recipe(path, settings, needs)
         out = storage.absolute(out or f"runs/{recipe.name}")
+        if why := why_refused(out):
+            raise storage.UserError(f"--out: {why}.")
         _refuse_other_output(recipe, out)
-        check_packages(recipe)
     except (storage.UserError, ValidationError, PreflightError) as error:
         return report_error(error, console.alert)
     return _run(story, recipe, out, console)
@@ -162,6 +165,9 @@ def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
             with ExitStack() as stack:
                 stack.enter_context(lease)
                 stack.callback(shut_down_ray)
+                for note in check_ready(recipe, out):  # before the recipe is stored: its mending may be a change there
+                    console.line(f"note: {note.check}: {note.said}; {note.fix or 'nothing to do'}")
+                interrupts.arm()  # joining a cluster replaced the handlers
                 _claim(recipe, out)
                 log = stack.enter_context(logged(console, out))
                 stack.enter_context(meter)
@@ -209,7 +215,7 @@ def report_error(error: BaseException, say: Callable[[str], None], out: str | No
     if isinstance(error, PendingError):
         say(f"error: {error}")
         return ExitCode.FAILED
-    text = "".join(traceback.format_exception(error))
+    text = mask("".join(traceback.format_exception(error)))
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     say(f"error: {lines[0][:1000]}")
     if out is None:

@@ -2,7 +2,7 @@
 
 `Console()` holds a copy of standard error. While `redirected` is on, standard output and error of this process and its
 children go to a file, so stray lines of libraries (C++ ones too) end there; the console still reaches the user.
-Layer 0, standard library only: the training's progress line comes from layer 3.
+Layer 0, light: the training's progress line comes from layer 3.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
+
+from nvembed.secrets import mask
 
 BAR = 24  # cells of a progress bar where the window has room
 FRESH_SECONDS = 12.0  # how long a detail stands beside the heartbeat
@@ -78,6 +80,7 @@ class Console:
 
     def _write(self, text: str, *, keep: bool) -> None:
         with self._lock:
+            text = mask(text)
             clear = "\r\033[K" if self._status or not keep else ""
             # where the reader of a pipe is gone, the run goes on: its log file has the lines
             with suppress(OSError, ValueError):

@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
-from nvembed.masking import mask, mask_all
 from nvembed.plan.dry_run import recipe_lines, source_of, sources
-from nvembed.recipe import load_recipe, read_recipe
+from nvembed.recipe import RecipeError, load_recipe, read_recipe
+from nvembed.secrets import mask, mask_all
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "pipelines/recipes/tiny.yaml"
@@ -100,24 +100,31 @@ def test_every_recipe_has_a_dry_run_without_a_trace(tmp_path: Path) -> None:
     assert found["stages"]["stage_1"]["deepspeed"]["zero_optimization"]["stage"] == 3
 
 
-def test_json_and_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_API_KEY", "canary-of-the-environment")
-    settings = [
-        "tracking.uri=https://me:canary-password@mlflow.example/?token=canary-token",
-        "description=hf_abcdefghijklmnopqrst canary-of-the-environment",
-    ]
-    arguments = [part for setting in settings for part in ("--set", setting)]
-    seen, said = dry_run(tmp_path, "quickstart.py", str(TINY), "--json", *arguments)
-    assert seen["seen"] == [] and "canary" not in said and "hf_abc" not in said
+def test_json(tmp_path: Path) -> None:
+    seen, said = dry_run(
+        tmp_path, "quickstart.py", str(TINY), "--json", "--set", "tracking.uri=https://mlflow.example/"
+    )
+    assert seen["seen"] == []
     found = json.loads(said)
-    assert found["recipe"]["tracking"]["uri"] == "https://***@mlflow.example/?token=***"
-    assert found["sources"]["tracking.uri"].startswith("--set tracking.uri=https://***@")
+    assert found["sources"]["tracking.uri"].startswith("--set tracking.uri=https://mlflow.example/")
     assert (
         found["sources"]["stage_1.train.seed"] == "tiny.yaml:42" and found["sources"]["cluster.local_cpus"] == "default"
     )
     assert found["stages"]["stage_2"]["memory_bytes_per_rank"]["total"] > 0
     assert found["steps"][0] == {"name": "prepare", "what": "run", "uri": f"{tmp_path}/here/runs/tiny/prepare"}
-    assert "canary" not in "\n".join(recipe_lines(*read_recipe(str(TINY), settings)))
+
+
+def test_a_secret_in_a_recipe_is_refused_without_being_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "canary-of-the-environment")
+    settings = [
+        "tracking.uri=https://me:canary-password@mlflow.example/?token=canary-token",
+        "description=hf_abcdefghijklmnopqrst canary-of-the-environment",
+    ]
+    with pytest.raises(RecipeError, match="MY_API_KEY") as caught:
+        read_recipe(str(TINY), settings)
+    assert "canary" not in str(caught.value) and len(caught.value.problems) == 2
+    plain = read_recipe(str(TINY), ["description=hf_abcdefghijklmnopqrst"])
+    assert "hf_abc" not in "\n".join(recipe_lines(*plain))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -146,10 +153,10 @@ def test_the_shown_recipe_is_the_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "masked"),
     [
-        ("s3://key:secret@bucket/a", "s3://***@bucket/a"),
-        ("postgresql+psycopg2://u:p@db:5432/x", "postgresql+psycopg2://***@db:5432/x"),
-        ("https://h/x?a=1&X-Amz-Signature=abc&b=2", "https://h/x?a=1&X-Amz-Signature=***&b=2"),
-        ("AKIAABCDEFGHIJKLMNOP", "***"),
+        ("s3://key:secret@bucket/a", "s3://key:****@bucket/a"),
+        ("postgresql+psycopg2://u:p@db:5432/x", "postgresql+psycopg2://u:****@db:5432/x"),
+        ("https://h/x?a=1&X-Amz-Signature=abc&b=2", "https://h/x?a=1&X-Amz-Signature=****&b=2"),
+        ("AKIAABCDEFGHIJKLMNOP", "****"),
         ("runs/quickstart, me@example.org, token_budget: 512", "runs/quickstart, me@example.org, token_budget: 512"),
     ],
 )
@@ -159,5 +166,5 @@ def test_masks(text: str, masked: str) -> None:
 
 def test_masks_of_the_environment() -> None:
     environment = {"HF_TOKEN": "abcdefgh", "A_PASSWORD": "abc", "RAY_AUTH_TOKEN_PATH": "/home/me/token"}
-    assert mask("abcdefgh abc /home/me/token", environment) == "*** abc /home/me/token"
-    assert mask_all({"a": ["s3://k:s@b", 1, None]}) == {"a": ["s3://***@b", 1, None]}
+    assert mask("abcdefgh abc /home/me/token", environment) == "**** abc /home/me/token"
+    assert mask_all({"a": ["s3://k:s@b", 1, None]}) == {"a": ["s3://k:****@b", 1, None]}

@@ -12,6 +12,7 @@ import typer
 
 from nvembed.commands.complete import recipe_files
 from nvembed.interrupt import Interrupts
+from nvembed.secrets import mask
 from nvembed.storage import UserError
 from nvembed.story import ExitCode, report_error
 from nvembed.terminal import Console
@@ -42,7 +43,7 @@ def ended(action: Callable[[], int], promise: str = "stopping") -> typer.Exit:
 
 def show(value: Any, text: str, as_json: bool) -> None:
     """Print a command's result on stdout: `value` as JSON, or `text`."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text)
+    typer.echo(mask(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text))
 
 
 def near_registry() -> str | None:

@@ -26,6 +26,7 @@ from nvembed import storage
 from nvembed.distill.config import CompareConfig
 from nvembed.distill.teach import read_part
 from nvembed.evaluation.significance import bootstrap, mean_statistic
+from nvembed.fetch import local_model
 from nvembed.modeling.precision import resolve_precision
 from nvembed.retrieval.encoders import Encoder, open_encoder
 from nvembed.storage import Step, StepResult
@@ -41,7 +42,7 @@ PROBES = "probes.safetensors"
 def _build(config: CompareConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     rows, teacher_NT = read_part(inputs["teach"], "holdout", config.holdout_texts)
     texts, instructions = [row["text"] for row in rows], [row["instruction"] for row in rows]
-    folders = {name: storage.local_path(inputs[name].path("model")) for name in ("teacher", "before", "student")}
+    folders = {name: local_model(inputs[name].path("model")) for name in ("teacher", "before", "student")}
     with _threads(config.threads):
         encoders = {
             name: open_encoder(str(folder), config.threads, config.precision) for name, folder in folders.items()

@@ -27,6 +27,7 @@ from nvembed.evaluation.tasks import (
     load_held_out,
     prefix_vectors,
 )
+from nvembed.fetch import local_model
 from nvembed.modeling.folder import describe_folder
 from nvembed.retrieval.encode import encode_texts, iter_vectors, write_text_shards
 from nvembed.storage import Step, StepResult, UserError
@@ -174,7 +175,7 @@ EVALUATE = Step("evaluate", 1, _build, cleared=False)
 
 def _check_dims(dims: Sequence[int], folder: str) -> None:
     """Refuse impossible prefixes before anything is encoded."""
-    width = int(describe_folder(storage.local_path(folder))["dim"])
+    width = int(describe_folder(local_model(folder))["dim"])
     wrong = [str(dim) for dim in dims if not 1 <= dim < width]
     if wrong:
         raise UserError(

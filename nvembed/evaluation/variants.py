@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from nvembed import storage
+from nvembed.fetch import local_model
 from nvembed.modeling.bidirectional import set_bidirectional
 from nvembed.modeling.config import MeanConfig
 from nvembed.modeling.embedder import Embedder
@@ -149,7 +150,7 @@ class SystemEncoder:
         )
 
     def _load_untrained(self) -> Embedder:
-        folder = storage.local_path(self._folder)
+        folder = local_model(self._folder)
         return load_embedder(folder, pooling=MeanConfig(), bidirectional=True).to(self._device)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nvembed.fetch import local_model
 from nvembed.modeling.config import BackboneConfig, FolderBackbone, GgufBackbone, RandomBackbone
 from nvembed.modeling.quiet import no_progress_bars
 from nvembed.storage import UserError
@@ -104,10 +105,11 @@ def _load_pretrained(config: FolderBackbone) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     try:
+        folder = local_model(config.name, config.revision)
         model = AutoModel.from_pretrained(
-            config.name, revision=config.revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"backbone {config.name!r} cannot be loaded: {error}. It must be a folder or hub name with safetensors "

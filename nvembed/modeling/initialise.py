@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import torch
 
 from nvembed import storage
+from nvembed.fetch import local_model, written_folder
 from nvembed.modeling.backbones import keep_first_layers, load_backbone
 from nvembed.modeling.bidirectional import attends_ahead
 from nvembed.modeling.config import (
@@ -103,14 +104,15 @@ def _initialise(config: Config, inputs: Mapping[str, Artifact], work_uri: str) -
 
 def _truncate(config: Config, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     assert isinstance(config, TruncateConfig)
-    teacher_folder = storage.local_path(inputs["model"].path("model"))
+    teacher_folder = local_model(inputs["model"].path("model"))
     student = truncate_embedder(load_embedder(teacher_folder), config.num_layers)
     prompts = describe_folder(teacher_folder)["prompts"]
     return _publish(student, work_uri, prompts, "The first layers of a teacher, before training.")
 
 
 def _publish(embedder: Embedder, work_uri: str, prompts: Mapping[str, str], notes: str) -> StepResult:
-    save_embedder(embedder, storage.local_path(storage.join(work_uri, "model")), prompts=prompts, card=notes)
+    with written_folder(storage.join(work_uri, "model")) as folder:
+        save_embedder(embedder, folder, prompts=prompts, card=notes)
     metrics = {
         "dim": embedder.dim,
         "layers": len(embedder.embedding_model.layers),

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 import yaml
 
-from nvembed.masking import mask, mask_all
 from nvembed.plan.memory import GIB, Memory, stage_memory
 from nvembed.plan.recipe_plan import flops_text, precision_of
 from nvembed.plan.sizes import StageSizes, stage_sizes
 from nvembed.plan.work import stage_flops
 from nvembed.recipe import Recipe
 from nvembed.recipe_text import Document, Path, dotted
+from nvembed.secrets import mask, mask_all
 from nvembed.training.zero import deepspeed_config
 
 DEFAULT = "default"

@@ -36,7 +36,8 @@ def ensure_ray(num_cpus: int | None = None, *, object_store_bytes: int = OBJECT_
         return
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, logging_level=logging.WARNING)
+        # as locally: workers' lines stay in Ray's session directory, errors reach the driver as exceptions
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
         logger.info("Ray: joined the cluster at %s", address)
         return
     logical = num_cpus or max(os.cpu_count() or 1, 2) + SPARE_CPUS

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from nvembed import storage
+from nvembed.fetch import local_model
 from nvembed.retrieval.config import FolderModel, MinerConfig, PackageModel, PretrainedModel
 from nvembed.storage import UserError
 
@@ -56,7 +58,9 @@ def package_folder(package: str) -> Path:
 
 
 def is_nvembed_folder(folder: str | Path) -> bool:
-    """Whether a path is a model folder that nvembed wrote."""
+    """Whether a path or URI is a model folder that nvembed wrote."""
+    if "://" in str(folder):
+        return storage.exists(storage.join(str(folder), "nvembed.json"))
     return (Path(folder) / "nvembed.json").is_file()
 
 
@@ -109,14 +113,14 @@ def open_encoder(
         from nvembed.modeling.folder import load_embedder
 
         embedder = load_embedder(
-            Path(resolved.folder), pooling=resolved.pooling, bidirectional=resolved.bidirectional
+            local_model(resolved.folder), pooling=resolved.pooling, bidirectional=resolved.bidirectional
         ).to(device)
         return FolderEncoder(embedder, precision, token_budget)
     if isinstance(resolved, PackageModel):
-        return SentenceEncoder(
-            str(package_folder(resolved.package)), None, resolved.instruction, precision, token_budget, device
-        )
-    return SentenceEncoder(resolved.name, resolved.revision, resolved.instruction, precision, token_budget, device)
+        folder = str(package_folder(resolved.package))
+        return SentenceEncoder(folder, resolved.instruction, precision, token_budget, device)
+    folder = str(local_model(resolved.name, resolved.revision))
+    return SentenceEncoder(folder, resolved.instruction, precision, token_budget, device)
 
 
 class FolderEncoder:
@@ -140,9 +144,7 @@ class FolderEncoder:
 class SentenceEncoder:
     """A sentence-transformers model, run in windows of equal token length (its own encode sorts by characters)."""
 
-    def __init__(
-        self, name: str, revision: str | None, instruction: bool, precision: str, token_budget: int, device: str
-    ) -> None:
+    def __init__(self, folder: str, instruction: bool, precision: str, token_budget: int, device: str) -> None:
         from sentence_transformers import SentenceTransformer
 
         from nvembed.modeling.quiet import no_progress_bars
@@ -150,20 +152,21 @@ class SentenceEncoder:
         try:
             with no_progress_bars():
                 self._model = SentenceTransformer(
-                    name,
-                    revision=revision,
+                    folder,
                     device=device,
                     trust_remote_code=False,
-                    local_files_only=Path(name).is_dir(),
+                    local_files_only=True,
                     model_kwargs={"use_safetensors": True},
                 ).eval()
         except (OSError, ValueError) as error:
-            raise UserError(f"model {name!r} cannot be loaded: {error}") from error
+            raise UserError(f"model {folder!r} cannot be loaded: {error}") from error
         self._instruction, self._precision = instruction, precision
         self._token_budget, self._device = token_budget, device
         dim = self._model.get_embedding_dimension()
         if dim is None:
-            raise UserError(f"model {name!r} does not state its embedding dimension; it cannot be used as an encoder.")
+            raise UserError(
+                f"model {folder!r} does not state its embedding dimension; it cannot be used as an encoder."
+            )
         self.dim = int(dim)
 
     def encode(self, texts: Sequence[str], instructions: Sequence[str]) -> np.ndarray:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
 from nvembed import storage
+from nvembed.fetch import local_model, written_folder
 from nvembed.losses.objectives import build_objective
 from nvembed.modeling.adapters import apply_adapter, merge_adapter
 from nvembed.modeling.folder import describe_folder, load_embedder, save_embedder
@@ -56,8 +53,7 @@ def build_model(job: Job, teacher_dim: int | None, precision: Precision) -> Trai
     """The root module, the same on every rank: loaded, adapter applied, objective fresh, in training mode."""
     config = job.config
     torch.manual_seed(config.seed)
-    with local_folder(job.model_uri) as folder:
-        embedder = load_embedder(folder)
+    embedder = load_embedder(local_model(job.model_uri))
     apply_adapter(embedder, config.adapter)
     if config.engine.gradient_checkpointing:
         embedder.embedding_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -80,30 +76,13 @@ def export(job: Job, checkpoint: Checkpoint, teacher_dim: int | None) -> None:
     if objective:
         storage.write_bytes(storage.join(job.work_uri, OBJECTIVE), save(objective))
     merge_adapter(model.embedder)
-    with local_folder(job.model_uri) as folder:
-        prompts = describe_folder(folder)["prompts"] or {key: instruction_prefix(key) for key in CATALOGUE}
+    prompts = describe_folder(local_model(job.model_uri))["prompts"]
+    prompts = prompts or {key: instruction_prefix(key) for key in CATALOGUE}
     target = storage.join(job.work_uri, MODEL)
-    with tempfile.TemporaryDirectory(prefix="nvembed-model-") as temporary:
-        local = storage.local_path(target) if storage.is_local(target) else Path(temporary, MODEL)
-        save_embedder(model.embedder, local, recipe=job.config.model_dump(mode="json"), prompts=prompts, card=None)
-        if not storage.is_local(target):
-            storage.remove(target)  # what a killed run left
-            fs, path = storage.filesystem(target)
-            fs.put(str(local), path, recursive=True)
+    with written_folder(target) as folder:
+        save_embedder(model.embedder, folder, recipe=job.config.model_dump(mode="json"), prompts=prompts, card=None)
     # the checkpoint itself goes when the step is published; this is its link in the hash chain
     files = storage.read_json(storage.join(checkpoint.uri, "manifest.json"))["files"]
     link = {"step": checkpoint.step, "files": {name: row for name, row in files.items() if name != "state.json"}}
     storage.write_json(storage.join(job.work_uri, CHECKPOINT), link)
     logger.info("model folder written: %s", target)
-
-
-@contextmanager
-def local_folder(uri: str) -> Iterator[Path]:
-    """A model folder on this machine's file system; a remote one is copied for the time of the block."""
-    if storage.is_local(uri):
-        yield storage.local_path(uri)
-        return
-    with tempfile.TemporaryDirectory(prefix="nvembed-model-") as folder:
-        fs, path = storage.filesystem(uri)
-        fs.get(path, str(Path(folder, MODEL)), recursive=True)
-        yield Path(folder, MODEL)

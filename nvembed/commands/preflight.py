@@ -1,0 +1,37 @@
+"""`nvembed preflight`: is everything there that a recipe's run needs, here and on the cluster?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nvembed.commands.common import AsJson, RecipePath, Settings, ended, show
+from nvembed.story import ExitCode
+
+
+def preflight_command(
+    path: RecipePath,
+    settings: Settings = None,
+    out: Annotated[str | None, typer.Option(help="Output directory or URI; runs/<recipe name> by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine and the cluster at RAY_ADDRESS against a recipe. Exit code 0, or 3 with every problem."""
+
+    def action() -> int:
+        from nvembed import storage
+        from nvembed.cluster_check.ready import examine
+        from nvembed.findings import PROBLEM, as_text
+        from nvembed.findings import as_json as plain
+        from nvembed.recipe import load_recipe
+        from nvembed.story import shut_down_ray
+
+        recipe = load_recipe(path, settings or [])
+        try:
+            findings = examine(recipe, storage.absolute(out or f"runs/{recipe.name}"))
+        finally:
+            shut_down_ray()
+        show(plain(findings), as_text(findings), as_json)
+        return ExitCode.PREFLIGHT if any(finding.state == PROBLEM for finding in findings) else ExitCode.DONE
+
+    raise ended(action)

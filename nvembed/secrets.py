@@ -1,0 +1,96 @@
+"""Secrets: recognised by name, by value and inside URLs; masked where text is said or stored (layer 0).
+
+A secret comes from the environment and stays there. Nothing here reads one for any other purpose than to find it
+where it must not be.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MASK = "****"
+SHORTEST = 8  # characters of a value that is looked for; shorter ones ("1", "true") stand everywhere by chance
+_NAMES = re.compile(
+    r"(^|_)(KEY|TOKEN|PASSWORD|PASSWD|PWD|SECRET|CREDENTIALS?)S?(_|$)|(KEY|TOKEN|PASSWORD|SECRET)$", re.IGNORECASE
+)
+_PATHS = re.compile(r"_(PATH|FILE|DIR)$", re.IGNORECASE)  # says where a secret is
+_NO_SECRETS = ("PWD", "OLDPWD")  # the shell's working directories
+_USER = re.compile(r"(?<=://)[^/\s@'\"?#]+@")  # user, user:password or a token before a host
+_PASSWORD = re.compile(r"(?<=://)([^/\s:@'\"?#]*):([^/\s'\"?#]+)(?=@)")
+_QUERY = re.compile(
+    r"([?&](?:[\w-]*(?:token|password|passwd|secret|signature|credential)|sig|api[_-]?key|access[_-]?key)=)[^&\s'\"#]+",
+    re.IGNORECASE,
+)
+_TOKENS = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{12,}|sk-[A-Za-z0-9_-]{16,})")
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable of this name holds a secret: HF_TOKEN, AWS_SECRET_ACCESS_KEY, PGPASSWORD."""
+    return bool(_NAMES.search(name)) and not _PATHS.search(name) and name not in _NO_SECRETS
+
+
+def secret_values(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Value -> name of the secrets in an environment (by default this process's), passwords inside URLs included."""
+    found = {}
+    for name, value in (os.environ if environment is None else environment).items():
+        if is_secret_name(name) and len(value) >= SHORTEST:
+            found[value] = name
+        elif "://" in value and (inside := _PASSWORD.search(value)) and len(inside.group(2)) >= SHORTEST:
+            found[inside.group(2)] = f"{name} (its password)"
+    return found
+
+
+def mask(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """The text with every secret of the environment, every password or token inside a URL, and what has the shape of a
+    well-known token replaced by `****`."""
+    for value in sorted(secret_values(environment), key=len, reverse=True):
+        text = text.replace(value, MASK)
+    text = _TOKENS.sub(MASK, text)
+    return _QUERY.sub(rf"\1{MASK}", _PASSWORD.sub(rf"\1:{MASK}", text)) if "://" in text else text
+
+
+def mask_all(value: Any) -> Any:
+    """A nested plain value with every text in it masked."""
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, Mapping):
+        return {mask_all(key): mask_all(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [mask_all(item) for item in value]
+    return value
+
+
+def has_credentials(text: str) -> bool:
+    """Whether a URL in the text carries a password, or a token in its query."""
+    return bool(_PASSWORD.search(text)) or ("://" in text and bool(_QUERY.search(text)))
+
+
+def without_credentials(uri: str) -> str:
+    """The URI as it may be stored: no user, no password, no token."""
+    return _QUERY.sub(rf"\1{MASK}", _USER.sub("", uri))
+
+
+def why_refused(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """Why a value must not stand in a recipe or an address that is stored; "" where it may."""
+    for value, name in secret_values(environment).items():
+        if value in text:
+            return f"holds the value of {name}, a secret of your environment. Leave it there, out of what is stored"
+    if not has_credentials(text):
+        return ""
+    return (
+        "a URL with a password or token in it; recipes and outputs are stored and shown. Give it through the "
+        "environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or the whole MLFLOW_TRACKING_URI), "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HF_TOKEN, ~/.netrc"
+    )
+
+
+class MaskingFormatter(logging.Formatter):
+    """A formatter whose lines, tracebacks too, hold no secret."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        return mask(super().format(record))
