@@ -83,6 +83,16 @@ def test_texts_stay_out(written: Path) -> None:
         assert "private" not in (written / name).read_text()
 
 
+def test_credentials_in_uris_stay_out(tmp_path: Path, make_road: Callable[..., Any]) -> None:
+    road, uri = make_road(str(tmp_path), student=False), "postgresql://me:c4n@ry@host:5432/db"
+    recipe = {**RECIPE, "tracking": {"uri": uri}, "prepare": {"sources": [{"name": "x", "path": uri}]}}
+    write_report(str(tmp_path), "tiny", recipe, [], {"prepare": road.artifacts["prepare"]}, 3.0, None)
+    assert raw(tmp_path)["resolved_recipe"]["tracking"]["uri"] == "postgresql://***@host:5432/db"
+    assert raw(tmp_path)["resolved_recipe"]["evaluate"] == RECIPE["evaluate"]
+    for name in ("report.json", "report.html"):
+        assert "c4n" not in (tmp_path / name).read_text()
+
+
 def test_comparisons_are_paired(written: Path) -> None:
     """The interval of a difference is far narrower than the two intervals would allow: the items are the same."""
     found = {(d["a"], d["b"], d["over"]): d for d in raw(written)["comparisons"]}
