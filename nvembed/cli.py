@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from nvembed.commands import doctor, embed, recipe, report
+from nvembed.commands import doctor, embed, jobs, recipe, registry, report, submit
 
 app = typer.Typer(
     add_completion=False,
@@ -20,6 +20,9 @@ app.command("embed")(embed.embed_command)
 app.command("doctor")(doctor.doctor_command)
 app.command("report")(report.report_command)
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(registry.app, name="registry")
+app.command("submit")(submit.submit_command)
+app.add_typer(jobs.app, name="jobs")
 
 
 def main() -> None:

@@ -7,8 +7,6 @@ the driver is seen.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -54,14 +52,6 @@ def _read(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError:
         return b""
-
-
-def give_back() -> None:
-    """Return freed memory to the system: glibc keeps it otherwise (395 MiB after the quickstart's `initialise`)."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
-    if trim is not None:
-        trim(0)
 
 
 class MemoryMeter:

@@ -23,7 +23,7 @@ from nvembed.modeling.config import InitialiseConfig, TruncateConfig
 from nvembed.recipe_checks import check
 from nvembed.recipe_text import Document, Position, Problem, override, parse
 from nvembed.recipe_validate import validate
-from nvembed.registry import RegisterConfig
+from nvembed.registry.config import RegisterConfig
 from nvembed.tracking import TrackingConfig
 from nvembed.training.config import TrainConfig
 from nvembed.types import Config
@@ -89,9 +89,9 @@ class RecipeError(storage.UserError):
     """A recipe that cannot be run; `problems` holds everything wrong with it."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
-        self.problems = tuple(problems)
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in problems)]))
+        self.problems = tuple(sorted(set(problems), key=_order))
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in self.problems)]))
 
 
 def load_recipe(path: str, overrides: Sequence[str] = (), needs: Sequence[str] = ()) -> Recipe:
@@ -106,7 +106,7 @@ def load_recipe(path: str, overrides: Sequence[str] = (), needs: Sequence[str] =
         RecipeError: listing everything that is wrong, each with its path, line, value, what is allowed, nearest match.
         UserError: there is no such file.
     """
-    document, problems = parse(_read(path), path)
+    document, problems = parse(read_yaml(path), path)
     if problems and not document.data:
         raise RecipeError(path, problems)
     problems += override(document, overrides)
@@ -117,7 +117,7 @@ def load_recipe(path: str, overrides: Sequence[str] = (), needs: Sequence[str] =
             problems.append(Problem(document.position(()), (name,), "missing; this story needs the section"))
     problems += check(found, document)
     if problems:
-        raise RecipeError(path, sorted(set(problems), key=_order))
+        raise RecipeError(path, problems)
     return Recipe.model_validate(document.data)
 
 
@@ -126,7 +126,8 @@ def _order(problem: Problem) -> tuple[bool, int, int, str]:
     return (position.line == 0, position.line, position.column, str(problem))
 
 
-def _read(path: str) -> str:
+def read_yaml(path: str, what: str = "recipe") -> str:
+    """The text of a recipe (or another file of ours); a UserError with the nearest name where there is none."""
     try:
         return storage.read_bytes(path).decode("utf-8")
     except FileNotFoundError as error:
@@ -137,9 +138,9 @@ def _read(path: str) -> str:
             there = []
         near = difflib.get_close_matches(name, there, n=1)
         hint = f" Did you mean {storage.join(folder, near[0]) if folder else near[0]}?" if near else ""
-        raise storage.UserError(f"{path}: no such recipe.{hint}") from error
+        raise storage.UserError(f"{path}: no such {what}.{hint}") from error
     except (IsADirectoryError, PermissionError) as error:
-        raise storage.UserError(f"{path}: cannot be read as a recipe ({error.strerror})") from error
+        raise storage.UserError(f"{path}: cannot be read as a {what} ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise storage.UserError(f"{path}: not a text file in UTF-8 (byte {error.start})") from error
 
@@ -157,5 +158,6 @@ __all__ = [
     "Stage",
     "StudentStage",
     "load_recipe",
+    "read_yaml",
     "resolved_yaml",
 ]

@@ -83,16 +83,19 @@ def nearest(word: str, choices: Sequence[str]) -> str:
     return f" Did you mean '{lowered[found[0]]}'?" if found else ""
 
 
-def parse(text: str, source: str) -> tuple[Document, list[Problem]]:
-    """Values, positions and what is wrong with the YAML itself: syntax, duplicate keys, values inside themselves."""
+def parse(text: str, source: str, what: str = "recipe") -> tuple[Document, list[Problem]]:
+    """Values, positions and what is wrong with the YAML itself: syntax, duplicate keys, values inside themselves.
+
+    `what` the file is ("recipe", "target") stands in the messages.
+    """
     document, problems = Document({}, source), list[Problem]()
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
-            return document, [Problem(Position(source, 1, 1), (), "the recipe is empty")]
+            return document, [Problem(Position(source, 1, 1), (), f"the {what} is empty")]
         if not isinstance(node, yaml.MappingNode):
             return document, [
-                Problem(_position(node, source), (), "a recipe is a mapping of sections, not a list or text")
+                Problem(_position(node, source), (), f"a {what} is a mapping of sections, not a list or text")
             ]
         document.data = _value(node, (), document, problems, ())
     except yaml.MarkedYAMLError as error:

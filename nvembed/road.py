@@ -17,14 +17,16 @@ from dataclasses import dataclass, field
 from pydantic import Field
 
 from nvembed import storage
+from nvembed.heap import give_back
 from nvembed.interrupt import Interrupts
 from nvembed.lease import check_fence
-from nvembed.memory import MemoryMeter, give_back
+from nvembed.memory import MemoryMeter
 from nvembed.mlflow_store import resolve_store
 from nvembed.progress import Console, Heartbeat, adopt_loggers
 from nvembed.recipe import Recipe
 from nvembed.records import Records
-from nvembed.registry import REGISTER, content_hash, registration_config, resolve_model
+from nvembed.registry.resolve import hash_folder, resolve_model
+from nvembed.registry.step import REGISTER, RegistryAwayError, registration_config
 from nvembed.storage import Step, StepResult
 from nvembed.tracking import Tracker
 from nvembed.types import Artifact, Config
@@ -57,11 +59,15 @@ def _import_config(reference: str, registry: str | None) -> ImportConfig:
     if reference.startswith("models:/"):
         return ImportConfig(reference=reference, content=None, registry=registry)
     folder = resolve_model(reference)
-    return ImportConfig(reference=folder, content=content_hash(folder))
+    return ImportConfig(reference=folder, content=hash_folder(folder))
 
 
 class StepFailedError(RuntimeError):
     """A pipeline step failed; the cause says why."""
+
+
+class PendingError(RuntimeError):
+    """The road was walked to its end, but steps wait for somebody who does not answer. Exit code 4."""
 
 
 @dataclass
@@ -77,6 +83,7 @@ class Road:
     console: Console
     interrupts: Interrupts
     artifacts: dict[str, Artifact] = field(default_factory=dict)
+    pending: dict[str, Callable[[], Artifact]] = field(default_factory=dict)
 
     def step(self, name: str, step: Step, config: Config, **inputs: Artifact) -> Artifact:
         """The step's artifact at `<out>/<name>`: as it was published before, or built now.
@@ -94,7 +101,12 @@ class Road:
         return self._walk(name, step, lambda run_id: config, inputs)
 
     def register(self, name: str, model_name: str, *, model: Artifact, scores: Artifact) -> Artifact | None:
-        """Register a model folder as `model_name` with its scores; None when `register.enabled` is false."""
+        """Register a model folder as `model_name` with its scores.
+
+        Returns:
+            None when `register.enabled` is false, and when the registry does not answer: nothing later on the road
+            needs it, so the road goes on, tries again before the report, and `finish` says what is left.
+        """
         recipe = self.recipe
         if not recipe.register.enabled:
             self.console.line(f"{name}: off (register.enabled is false)")
@@ -105,7 +117,37 @@ class Road:
             experiment = recipe.tracking.experiment
             return registration_config(recipe.register, model_name, recipe.name, experiment, store, run_id)
 
-        return self._walk(name, REGISTER, config, {"model": model, "scores": scores})
+        def walk() -> Artifact:
+            return self._walk(name, REGISTER, config, {"model": model, "scores": scores})
+
+        try:
+            return walk()
+        except RegistryAwayError as error:
+            self.pending[name] = walk
+            self.console.line(f"{name}: waits, the road goes on: {error}")
+            return None
+
+    def _register_pending(self) -> None:
+        for name, walk in list(self.pending.items()):
+            try:
+                walk()
+            except RegistryAwayError:
+                self.console.line(f"{name}: still waits, the registry does not answer")
+            else:
+                del self.pending[name]
+
+    def finish(self) -> None:
+        """What a story's end asks for.
+
+        Raises:
+            PendingError: steps wait for a registry that does not answer.
+        """
+        self._register_pending()
+        if self.pending:
+            raise PendingError(
+                f"everything is done but {', '.join(self.pending)}: the model registry does not answer. What is "
+                "finished stays; run the same command again when it answers."
+            )
 
     def import_model(self, name: str, reference: str) -> Artifact:
         """A copy of a model folder, or of models:/name@alias, as an artifact like those of the training steps."""
@@ -116,6 +158,7 @@ class Road:
         from nvembed.report.write import write_report
 
         self.interrupts.check()
+        self._register_pending()
         self.records.write(self.meter.peak_mb)
         with self._failures("report"):
             page = write_report(
@@ -180,6 +223,9 @@ class Road:
                 status = "resumed" if resumed else "done"
             except KeyboardInterrupt:
                 status = "interrupted"
+                raise
+            except RegistryAwayError:
+                status = "pending"
                 raise
             finally:
                 self.meter.sample()

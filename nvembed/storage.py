@@ -379,17 +379,19 @@ def _shown(value: Any) -> str:
     return "(none)" if value is _ABSENT else json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)
 
 
-def git_revision() -> str | None:
-    """Revision of the checkout this package runs from, with `-dirty` when it has changes; None outside a checkout."""
+def git_revision(folder: Path | None = None) -> str | None:
+    """Revision of a checkout (by default the one this package runs from), `-dirty` added when it has changes.
+
+    None outside a checkout. Writes nothing: `git describe --dirty` would refresh git's index.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", *arguments]
+        place = folder or Path(__file__).parent
+        return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        revision = git("rev-parse", "HEAD")
+        return f"{revision}-dirty" if git("status", "--porcelain", "--untracked-files=no") else revision
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip() or None

@@ -31,7 +31,7 @@ from nvembed.preflight import PreflightError, check_packages
 from nvembed.progress import Console, logged
 from nvembed.recipe import Recipe, load_recipe, resolved_yaml
 from nvembed.records import RECORDS, Records
-from nvembed.road import PlannedRoad, Road
+from nvembed.road import PendingError, PlannedRoad, Road
 from nvembed.tracking import STATE, Tracker
 
 __all__ = ["ExitCode", "PlannedRoad", "Road", "tell"]
@@ -140,7 +140,9 @@ def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
                 tracker = Tracker(recipe.tracking, out, recipe.model_dump(mode="json"), recipe.name)
                 try:
                     console.line(f"{recipe.name} -> {out}")
-                    story(Road(recipe, out, lease.fence, meter, tracker, records, console, interrupts))
+                    road = Road(recipe, out, lease.fence, meter, tracker, records, console, interrupts)
+                    story(road)
+                    road.finish()
                     status = "done"
                 except BaseException:
                     status = "interrupted" if interrupts.asked else "failed"
@@ -175,6 +177,9 @@ def report_error(error: BaseException, say: Callable[[str], None], out: str | No
     if isinstance(error, GatePreconditionError):
         say(f"refused: {error}")
         return ExitCode.GATE
+    if isinstance(error, PendingError):
+        say(f"error: {error}")
+        return ExitCode.FAILED
     text = "".join(traceback.format_exception(error))
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     say(f"error: {lines[0][:1000]}")

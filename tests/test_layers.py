@@ -10,15 +10,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
-    "types": 0, "distributed": 0, "storage": 0, "lease": 0, "mlflow_store": 0,
+    "types": 0, "distributed": 0, "storage": 0, "heap": 0, "lease": 0, "mlflow_store": 0,
     "text": 1, "losses": 1,
     "modeling": 2, "data": 2,
-    "retrieval": 3, "training": 3, "tracking": 3, "registry": 3,
+    "retrieval": 3, "training": 3, "tracking": 3,
     "mining": 4, "evaluation": 4,
-    "distill": 5,
+    "distill": 5, "registry": 5,
     "recipe": 6, "recipe_text": 6, "recipe_validate": 6, "recipe_checks": 6, "shapes": 6, "plan": 6, "preflight": 6,
     "story": 6, "road": 6, "records": 6, "progress": 6, "memory": 6, "interrupt": 6, "report": 6, "doctor": 6,
-    "embed_file": 6, "cli": 6, "commands": 6, "findings": 6,
+    "embed_file": 6, "cli": 6, "commands": 6, "findings": 6, "jobs": 6,
 }  # fmt: skip
 FOUNDATION, TOP = 0, 6  # the modules of these two layers are parts of one whole and may use each other, without circles
 PIPELINES = 7
@@ -129,7 +129,7 @@ def test_fence_of_deepspeed() -> None:
 
 
 def test_fence_of_mlflow() -> None:
-    assert fence_faults("mlflow", ["nvembed/tracking.py", "nvembed/registry.py"]) == []
+    assert fence_faults("mlflow", ["nvembed/tracking.py", "nvembed/registry/"]) == []
 
 
 def test_fence_of_ray() -> None:
@@ -214,6 +214,10 @@ def test_every_module_says_what_it_is() -> None:
 # -- bans -------------------------------------------------------------------------------------------------------------
 
 
+# Code of a version, run by whoever loads its pyfunc: it trusts the folder's own modules if their checksums are right.
+TRUSTING = "nvembed/registry/serving.py"
+
+
 def ban_faults(tree: ast.Module) -> list[tuple[int, str]]:
     """Calls that run what a file says: unpickling, torch.load without weights_only, remote code."""
     faults = []
@@ -236,8 +240,12 @@ def ban_faults(tree: ast.Module) -> list[tuple[int, str]]:
 
 
 def test_nothing_runs_what_a_file_says() -> None:
-    faults = [f"{path}:{line}: {what}" for path in [*LIBRARY, *STORIES] for line, what in ban_faults(parsed(path))]
-    assert faults == []
+    found = [
+        (path.relative_to(ROOT).as_posix(), what)
+        for path in [*LIBRARY, *STORIES]
+        for _, what in ban_faults(parsed(path))
+    ]
+    assert found == [(TRUSTING, "trust_remote_code")]
 
 
 @pytest.mark.parametrize(
@@ -275,8 +283,13 @@ assert not heavy, heavy
         ["--help"],
         ["embed", "--help"],
         ["report", "--help"],
+        ["registry", "promote", "--help"],
         ["recipe", "validate", "RECIPE"],
         ["recipe", "show", "RECIPE"],
+        *(
+            ["submit", f"cluster/{target}.yaml", "--dry-run", "--", "python", "pipelines/quickstart.py", "RECIPE"]
+            for target in ("ray", "kuberay", "slurm", "aws")
+        ),
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )

@@ -387,7 +387,8 @@ def test_memory_counts_children_and_keeps_the_peak_of_a_stretch(grown: Callable[
 
 HOARD = """
 import os
-from nvembed.memory import give_back, pss_bytes
+from nvembed.heap import give_back
+from nvembed.memory import pss_bytes
 held = [bytes(1000) for _ in range(200_000)]
 keep = held[::1000]
 del held

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nvembed.interrupt import Interrupts
 from nvembed.progress import Console
+from nvembed.storage import UserError
 from nvembed.story import ExitCode, report_error
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a value of the recipe; repeatable.")
 ]
 RecipePath = Annotated[str, typer.Argument(metavar="FILE", help="Recipe: a YAML file, local or any URI.")]
+Registry = Annotated[
+    str | None, typer.Option(help="Registry URI; by default MLFLOW_TRACKING_URI, else the one below runs/.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
 
-def ended(action: Callable[[], int]) -> typer.Exit:
-    """Run a command's body; users' mistakes are told without a traceback, Ctrl-C ends with 130."""
+def ended(action: Callable[[], int], promise: str = "stopping") -> typer.Exit:
+    """Run a command's body; users' mistakes are told without a traceback; Ctrl-C (see `promise`) ends with 130."""
     console = Console()
     try:
-        with Interrupts(console.line, lambda: None, promise="stopping"):
+        with Interrupts(console.line, lambda: None, promise=promise):
             return typer.Exit(action())
     except KeyboardInterrupt:
         return typer.Exit(ExitCode.INTERRUPTED)
@@ -34,3 +40,17 @@ def ended(action: Callable[[], int]) -> typer.Exit:
 def show(value: Any, text: str, as_json: bool) -> None:
     """Print a command's result on stdout: `value` as JSON, or `text`."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False) if as_json else text)
+
+
+def near_registry() -> str | None:
+    """The registry of the one output below runs/, where neither --registry nor MLFLOW_TRACKING_URI names one."""
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return None
+    found = sorted(Path("runs").glob("*/mlflow.db"))
+    if len(found) > 1:
+        listed = ", ".join(f"sqlite:///{path.absolute()}" for path in found)
+        raise UserError(f"which registry? Give --registry with one of: {listed}")
+    if not found:
+        return None
+    typer.echo(f"registry: {found[0]}", err=True)
+    return f"sqlite:///{found[0].absolute()}"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nvembed.commands.common import ended
+from nvembed.commands.common import Registry, ended, near_registry
 from nvembed.progress import Console
 from nvembed.storage import UserError
 from nvembed.story import ExitCode
@@ -28,16 +26,14 @@ def embed_command(
     title_column: Annotated[str | None, typer.Option(help="Title put before the text.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or auto (bf16 where the processor has it).")] = "fp32",
     threads: Annotated[int | None, typer.Option(min=1, help="Torch threads.")] = None,
-    registry: Annotated[
-        str | None, typer.Option(help="Registry URI; by default MLFLOW_TRACKING_URI, else the one below runs/.")
-    ] = None,
+    registry: Registry = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
 ) -> None:
     """Embed a file of texts."""
 
     def action() -> int:
         from nvembed.embed_file import EmbedJob, prompt_prefix, write_vectors
-        from nvembed.registry import resolve_model
+        from nvembed.registry.resolve import resolve_model
         from nvembed.text.instructions import instruction_prefix
 
         if instruction is not None and prompt_name is not None:
@@ -56,17 +52,3 @@ def embed_command(
         return ExitCode.DONE
 
     raise ended(action)
-
-
-def near_registry() -> str | None:
-    """The registry of the one output below runs/, where neither --registry nor MLFLOW_TRACKING_URI names one."""
-    if os.environ.get("MLFLOW_TRACKING_URI"):
-        return None
-    found = sorted(Path("runs").glob("*/mlflow.db"))
-    if len(found) > 1:
-        listed = ", ".join(f"sqlite:///{path.absolute()}" for path in found)
-        raise UserError(f"which registry? Give --registry with one of: {listed}")
-    if not found:
-        return None
-    typer.echo(f"registry: {found[0]}", err=True)
-    return f"sqlite:///{found[0].absolute()}"

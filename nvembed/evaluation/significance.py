@@ -152,7 +152,7 @@ def compare(
     Raises:
         UserError: no such system, or a data set was not the same on both sides.
     """
-    pairs = list(_paired(a, b, (a_system, b_system), metrics, datasets))
+    pairs = list(paired_items(a, b, (a_system, b_system), metrics, datasets))
     rows = [_row(name, pair.dataset, pair.metric, paired_bootstrap(pair, samples, seed)) for pair in pairs]
     retrieval = [pair for pair in pairs if pair.metric == RETRIEVAL_METRIC]
     if retrieval:
@@ -201,9 +201,18 @@ def read_items(artifact: Artifact, system: str) -> dict[tuple[str, str], Items]:
     return dict(found)
 
 
-def _paired(
-    a: Artifact, b: Artifact, systems: tuple[str, str], metrics: Sequence[str], datasets: Collection[str] | None
+def paired_items(
+    a: Artifact,
+    b: Artifact,
+    systems: tuple[str, str] = ("model", "model"),
+    metrics: Sequence[str] = PRIMARY_METRICS,
+    datasets: Collection[str] | None = None,
 ) -> Iterator[PairedItems]:
+    """The items both evaluations scored, data set by data set and metric by metric.
+
+    Raises:
+        UserError: no such system, or a data set was not the same on both sides.
+    """
     hashes = [storage.read_json(artifact.path("scores.json"))["evaluation_hash"] for artifact in (a, b)]
     ours, theirs = read_items(a, systems[0]), read_items(b, systems[1])
     for key in (key for key in ours if key in theirs and key[1] in metrics):

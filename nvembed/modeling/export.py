@@ -1,4 +1,4 @@
-"""The sentence-transformers side of a model folder: its module list, prompts, model card, and custom code.
+"""The sentence-transformers side of a model folder: its module list, prompts, and custom code.
 
 Mean pooling over everything and last-token pooling are stock modules and need no custom code. What stock modules
 cannot do (latent attention; leaving the instruction out by character offsets) is done by copies of our own source
@@ -113,47 +113,6 @@ def write_prompts(folder: Path, prompts: Mapping[str, str]) -> None:
 def library_versions() -> dict[str, str]:
     """Installed versions of what reads a model folder."""
     return {name: version(name) for name in LIBRARIES}
-
-
-def model_card(config: EmbedderConfig, dim: int, parameters: int, prompts: Mapping[str, str], notes: str | None) -> str:
-    """README.md of a model folder.
-
-    Args:
-        parameters: how many numbers the model has.
-        notes: what the caller knows of data and licence, as Markdown.
-    """
-    code = ", trust_remote_code=True" if needs_code(config) else ""
-    name = next((name for name, prompt in prompts.items() if prompt), None)
-    call = f'model.encode(queries, prompt_name="{name}")' if name else "model.encode(queries)"
-    direction = "bidirectional" if config.bidirectional else "causal"
-    lines = [
-        "---",
-        "library_name: sentence-transformers",
-        "pipeline_tag: sentence-similarity",
-        "tags: [sentence-transformers, feature-extraction, nvembed]",
-        "---",
-        "",
-        "# Text embedding model",
-        "",
-        f"{parameters:,} parameters, {dim}-dimensional vectors of length 1, at most {config.text.max_length} tokens, "
-        f"{config.pooling.type.replace('_', ' ')} pooling, {direction} attention. Made by nvembed.",
-        "",
-        "```python",
-        "from sentence_transformers import SentenceTransformer",
-        "",
-        f'model = SentenceTransformer("this folder"{code})',
-        f"query_vectors = {call}",
-        "document_vectors = model.encode(documents)",
-        "```",
-        "",
-    ]
-    if code:
-        lines += [f"The code it trusts is in this folder: {', '.join(f'`{name}`' for name in CODE)}.", ""]
-    if prompts:
-        lines += ["Prompts, for queries:", "", "| name | prompt |", "|---|---|"]
-        lines += [f"| {name} | `{json.dumps(prompt, ensure_ascii=False)}` |" for name, prompt in prompts.items()]
-        lines += [""]
-    return "\n".join(lines) + (f"\n{notes.strip()}\n" if notes else "")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -28,9 +28,10 @@ from safetensors.torch import load_file, save_file
 
 from nvembed.modeling import probes
 from nvembed.modeling.adapters import has_adapter
+from nvembed.modeling.card import model_card
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, PoolingConfig
 from nvembed.modeling.embedder import Embedder
-from nvembed.modeling.export import POOLING_FOLDER, library_versions, model_card, write_modules, write_prompts
+from nvembed.modeling.export import POOLING_FOLDER, library_versions, write_modules, write_prompts
 from nvembed.modeling.quiet import no_progress_bars
 from nvembed.storage import UserError
 from nvembed.text.tokenise import Tokeniser

@@ -11,7 +11,8 @@ from typing import Any
 
 from nvembed import storage
 from nvembed.modeling.precision import resolve_precision
-from nvembed.registry import REGISTRATION, primary_metric
+from nvembed.registry.step import REGISTRATION
+from nvembed.registry.versions import primary_metric
 from nvembed.report.comparisons import RETRIEVAL_METRIC, Scored, compare_systems, retrieval_means
 from nvembed.report.environment import describe_environment
 from nvembed.report.schema import (

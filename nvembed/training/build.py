@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MODEL = "model"
 OBJECTIVE = "objective.safetensors"
+CHECKPOINT = "checkpoint.json"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def build_model(job: Job, teacher_dim: int | None, precision: Precision) -> Trai
 
 
 def export(job: Job, checkpoint: Checkpoint, teacher_dim: int | None) -> None:
-    """Write `model/` (LoRA merged, float32) and, if it has parameters, `objective.safetensors`.
+    """Write `model/` (LoRA merged, float32), `checkpoint.json` (whose checksums it comes from) and, if it has
+    parameters, `objective.safetensors`.
 
     Everything comes from the input model folder and the last checkpoint, so that a run killed here only repeats this.
     """
@@ -88,6 +90,10 @@ def export(job: Job, checkpoint: Checkpoint, teacher_dim: int | None) -> None:
             storage.remove(target)  # what a killed run left
             fs, path = storage.filesystem(target)
             fs.put(str(local), path, recursive=True)
+    # the checkpoint itself goes when the step is published; this is its link in the hash chain
+    files = storage.read_json(storage.join(checkpoint.uri, "manifest.json"))["files"]
+    link = {"step": checkpoint.step, "files": {name: row for name, row in files.items() if name != "state.json"}}
+    storage.write_json(storage.join(job.work_uri, CHECKPOINT), link)
     logger.info("model folder written: %s", target)
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from nvembed import storage
 from nvembed.distributed import WorkerContext, broadcast_object
+from nvembed.heap import trim
 from nvembed.losses.objectives import Objective
 from nvembed.modeling.precision import resolve_precision
 from nvembed.storage import UserError
@@ -108,7 +109,8 @@ def _take_steps(
     if checkpoint:
         engine.load_moments(checkpoint.read, checkpoint.step)
     start = checkpoint.step if checkpoint else 0
-    tokens = slice_budget(config.token_budget, config.engine.zero_stage if config.engine.type == "deepspeed" else 0)
+    zero_stage = config.engine.zero_stage if config.engine.type == "deepspeed" else 0
+    tokens = slice_budget(config.token_budget, zero_stage, context.device().type)
     log = MetricsLog(storage.join(job.work_uri, METRICS), start) if context.rank == 0 else None
     with closing(stream.batches(start)) as batches:  # type: ignore[type-var]
         for batch in batches:
@@ -117,6 +119,8 @@ def _take_steps(
             sharding = shard(batch, config.token_budget, context.rank, context.world_size, slice_budget=tokens)
             factor = learning_rate_factor(batch.step, stream.num_steps, config.optimiser)
             loss, norm = optimiser_step(engine, sharding, factor)
+            if engine.device.type == "cpu":
+                trim()  # texts differ in length from step to step: freed blocks do not fit the next step's
             cosines = global_separation(engine.model.objective)
             if log is not None:
                 context.check_lease()

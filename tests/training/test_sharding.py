@@ -67,7 +67,8 @@ def test_rows_of_the_ranks_make_up_the_batch(world: int) -> None:
 
 
 def test_slices_are_a_share_of_the_budget_but_not_under_zero_3() -> None:
-    assert slice_budget(8192, 2) == 512
-    assert slice_budget(8192, 3) == 8192
-    assert slice_budget(1024, 0) == MIN_SLICE
-    assert slice_budget(100, 0) == 100
+    assert slice_budget(8192, 2, "cpu") == 512
+    assert slice_budget(8192, 3, "cpu") == 8192
+    assert slice_budget(1024, 0, "cpu") == MIN_SLICE["cpu"]
+    assert slice_budget(100, 0, "cpu") == 100
+    assert slice_budget(65536, 2, "cuda") == MIN_SLICE["cuda"]

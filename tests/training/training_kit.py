@@ -46,6 +46,7 @@ from nvembed.training.sharding import shard
 from nvembed.types import Artifact, Batch, Config
 
 CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("NVEMBED_TEST_DEVICE", "cpu"))  # set by `run_ranks` for the ranks it starts
 DIM = 32
 INSTRUCTION = "Instruct: find it\nQuery: "
 
@@ -194,7 +195,7 @@ def run_steps(
     distil = config.objective.type == "distill"
     teacher_dim = 48 if distil else None
     model = tiny_model(config, teacher_dim)
-    engine = build_engine(model, config.optimiser, config.engine, CPU)
+    engine = build_engine(model, config.optimiser, config.engine, DEVICE)
     if naive:
         engine.multi_backward = nullcontext  # type: ignore[method-assign]
     facts: dict[str, Any] = {"losses": [], "norms": [], "partition": partition(engine)}
@@ -247,7 +248,9 @@ def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
 # -- real ranks -------------------------------------------------------------------------------------------------------
 
 
-def run_ranks(case: str, jobs: Mapping[str, Any], folder: Path, *, world: int = 2, timeout: float = 240) -> None:
+def run_ranks(
+    case: str, jobs: Mapping[str, Any], folder: Path, *, world: int = 2, device: str = "cpu", timeout: float = 240
+) -> None:
     """Start `world` processes that run every job of a case, one after the other; raise if one fails.
 
     Rank 0 writes `<job>.json` and `<job>.safetensors` into `folder` (see `read_result`).
@@ -256,10 +259,13 @@ def run_ranks(case: str, jobs: Mapping[str, Any], folder: Path, *, world: int = 
     (folder / "jobs.json").write_text(json.dumps(jobs))
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": device,
+        "NVEMBED_TEST_DEVICE": device,
         "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
         "PYTHONWARNINGS": "ignore",
     }
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     logs = [open(folder / f"rank{r}.log", "w") for r in range(world)]  # noqa: SIM115
     command = [sys.executable, __file__, case]
     ranks = [
@@ -293,7 +299,7 @@ def _infinite(job: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dic
     model = tiny_model(config)
     if rank() == 1:
         next(model.trainable())[1].register_hook(lambda gradient: gradient * float("inf"))
-    engine = build_engine(model, config.optimiser, config.engine, CPU)
+    engine = build_engine(model, config.optimiser, config.engine, DEVICE)
     batch = next(MemoryStream(1).batches(0))
     try:
         optimiser_step(engine, shard(batch, config.token_budget, rank(), world_size()), 1.0)
@@ -349,7 +355,8 @@ def _main() -> None:
     case, own_rank, world, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory():
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=own_rank, world_size=world)
+        backend = "nccl" if DEVICE.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=own_rank, world_size=world)
         for name, job in json.loads((folder / "jobs.json").read_text()).items():
             facts, tensors = CASES[job.get("case", case)](job, folder)
             if own_rank == 0:

@@ -1,0 +1,70 @@
+"""`nvembed submit`: a story runs where the accelerators are.
+
+nvembed submit cluster/ray.yaml -- python pipelines/nv_embed.py pipelines/recipes/nv_embed.yaml --out /shared/runs/a
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from nvembed.commands.common import AsJson, ended, show
+from nvembed.commands.jobs import TargetPath, follow
+from nvembed.progress import Console
+from nvembed.recipe import resolved_yaml
+from nvembed.storage import UserError
+from nvembed.story import ExitCode
+
+DETACH = "detaching from the job, which goes on"
+
+
+def submit_command(
+    target: TargetPath,
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- python STORY.py RECIPE ...", help="The story, as it would run here.")
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the job as it would be submitted; touches nothing.")
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow the log, end with the job's exit code.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a story to a Ray cluster, KubeRay, Slurm or a cloud; the same command again resumes it."""
+
+    def action() -> int:
+        from nvembed.jobs.backends import open_backend
+        from nvembed.jobs.command import read_job
+        from nvembed.jobs.secrets import mask
+        from nvembed.jobs.target import load_target
+
+        console = Console()
+        try:
+            place = load_target(target)
+            job = read_job(place, command)
+            backend = open_backend(place)
+            preview = backend.preview(job)
+        except UserError as error:  # may quote what the user wrote, and that may be a secret
+            raise UserError(mask(str(error))) from None
+        if dry_run:
+            recipe = job.recipe.model_dump(mode="json")
+            value = {"id": f"{job.base}-1", "out": job.out, "recipe": recipe, "job": preview.value}
+            text = (
+                f"# resolved recipe\n{resolved_yaml(job.recipe)}\n# {target}: {job.base}-1 -> {job.out}\n{preview.text}"
+            )
+            show(json.loads(mask(json.dumps(value))), mask(text).rstrip(), as_json)
+            return ExitCode.DONE
+        job_id = backend.submit(job, console.line)
+        if not wait:
+            console.line(f"follow it: nvembed jobs logs {target} {job_id} --follow")
+            show({"id": job_id, "out": job.out, **job.metadata}, job_id, as_json)
+            return ExitCode.DONE
+        code = follow(backend, target, job_id, console.line, quiet=as_json)
+        if as_json:
+            show({"id": job_id, "out": job.out, "exit_code": code, **job.metadata}, "", as_json)
+        return code
+
+    raise ended(action, DETACH if wait and not dry_run else "stopping")

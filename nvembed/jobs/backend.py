@@ -1,0 +1,109 @@
+"""What every kind of target can do with a job, and what is known of a job that was submitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from nvembed.jobs.command import Job
+from nvembed.storage import UserError
+
+PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED = "pending", "running", "succeeded", "failed", "stopped"
+ALIVE = (PENDING, RUNNING)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A job on a target. Times are ISO 8601, UTC; `exit_code` is the driver's own, None while it runs."""
+
+    id: str
+    state: str
+    message: str = ""
+    started: str | None = None
+    ended: str | None = None
+    exit_code: int | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it waits or runs."""
+        return self.state in ALIVE
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A job exactly as it would be submitted: as plain values and as text."""
+
+    value: dict[str, Any]
+    text: str
+
+
+class Backend(Protocol):
+    """A kind of target. Everything but `preview` may talk to it and raise PreflightError when it cannot be reached."""
+
+    def preview(self, job: Job) -> Preview:
+        """What would be submitted; touches nothing but the files it reads."""
+
+    def submit(self, job: Job, say: Say) -> str:
+        """Submit; returns the id. UserError when the same run is alive already."""
+
+    def follow(self, job_id: str, write: Say, say: Say) -> int:
+        """Write the log as it comes until the job ends; the exit code is the driver's."""
+
+    def states(self) -> list[JobState]:
+        """Jobs of nvembed, oldest first."""
+
+    def logs(self, job_id: str) -> str:
+        """What the job has written so far."""
+
+    def stop(self, job_id: str) -> None:
+        """Ask the job to end."""
+
+
+def refuse_if_alive(job: Job, states: Sequence[JobState]) -> None:
+    """Two live runs of one output would only fight for its lease.
+
+    Raises:
+        UserError: the same run, or another one with the same output, is alive; the message has its id.
+    """
+    for state in states:
+        same = state.metadata.get("nvembed_fingerprint") == job.fingerprint
+        if state.alive and (same or state.metadata.get("nvembed_out") == job.out):
+            what = "this run is" if same else f"another run with the output {job.out} is"
+            raise UserError(
+                f"{what} {state.state} as {state.id}. Follow it with `nvembed jobs logs`, or stop it first."
+            )
+
+
+def next_try(base: str, states: Sequence[JobState]) -> str:
+    """The next free id `<base>-<try>`."""
+    parts = [state.id.rpartition("-") for state in states]
+    tries = [int(number) for head, _, number in parts if head == base and number.isdigit()]
+    return f"{base}-{max(tries, default=0) + 1}"
+
+
+def choose(states: Sequence[JobState], job_id: str | None, *, alive: bool) -> JobState:
+    """The job an id names; without an id the newest one (with `alive`: the only one that is alive).
+
+    Raises:
+        UserError: there is none, or not only one.
+    """
+    if job_id is not None:
+        for state in states:
+            if state.id == job_id:
+                return state
+        listed = ", ".join(state.id for state in states[-5:]) or "none"
+        raise UserError(f"{job_id}: no such job of nvembed here. The newest: {listed}")
+    candidates = [state for state in states if state.alive or not alive]
+    if not candidates:
+        raise UserError("no job of nvembed is alive here" if alive else "no job of nvembed here")
+    if alive and len(candidates) > 1:
+        raise UserError(f"which job? Alive are: {', '.join(state.id for state in candidates)}")
+    return candidates[-1]

@@ -1,0 +1,224 @@
+"""The command after `--`: a story, its recipe checked here, before anything is sent; the job it becomes."""
+
+from __future__ import annotations
+
+import ast
+import getpass
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvembed import storage
+from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget
+from nvembed.jobs.secrets import leaks
+from nvembed.jobs.target import Target, inside, is_loopback
+from nvembed.recipe import Recipe, load_recipe
+from nvembed.storage import UserError
+
+USAGE = "nvembed submit TARGET -- python pipelines/nv_embed.py RECIPE [--set a.b=c]... [--out URI]"
+WITH_VALUE = ("--set", "--out")  # the story's options that take a value
+FINGERPRINT = 10  # hex digits in a job's id
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is submitted, the same for every kind of target.
+
+    Attributes:
+        name: the recipe's.
+        fingerprint: of the resolved recipe and the command; the same run has the same one.
+        interpreter, story, options: the command in parts; `options` without the recipe, `--set` and `--out`.
+        recipe_path, settings: as they were given; the path is "" for the story's own.
+        recipe: checked and resolved.
+        out: where the run writes; on storage that every node sees.
+        folder: where the command is to run.
+    """
+
+    name: str
+    fingerprint: str
+    interpreter: str
+    story: str
+    options: tuple[str, ...]
+    recipe_path: str
+    settings: tuple[str, ...]
+    recipe: Recipe
+    out: str
+    folder: Path
+
+    @property
+    def base(self) -> str:
+        """The job's id without the try; also a DNS label of at most 37 characters."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:17].strip("-") or "run"
+        return f"nvembed-{slug}-{self.fingerprint}"
+
+    @property
+    def argv(self) -> list[str]:
+        """The command as it runs where the checkout is."""
+        recipe = [self.recipe_path] if self.recipe_path else []
+        settings = [part for setting in self.settings for part in ("--set", setting)]
+        return [self.interpreter, self.story, *recipe, *settings, "--out", self.out, *self.options]
+
+    def with_resolved_recipe(self, recipe_path: str, story: str) -> list[str]:
+        """The command where the resolved recipe lies at `recipe_path`."""
+        return [self.interpreter, story, recipe_path, "--out", self.out, *self.options]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a job is labelled with; texts, no secrets."""
+        return {
+            "nvembed_recipe": self.name,
+            "nvembed_recipe_sha256": storage.hash_json(self.recipe.model_dump(mode="json")),
+            "nvembed_fingerprint": self.fingerprint,
+            "nvembed_out": self.out,
+            "git_revision": storage.git_revision(self.folder) or "none",
+            "user": _user(),
+        }
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def read_job(target: Target, command: Sequence[str]) -> Job:
+    """The job of a command, for a target.
+
+    Raises:
+        UserError: it is not a story, its recipe is wrong, its output is not shared, it holds a secret.
+    """
+    folder = Path(target.working_dir if isinstance(target, RayTarget | CloudTarget) else ".").absolute()
+    interpreter, script, rest = _split(command, folder)
+    default, needs = _story(folder / script)
+    recipe_path, settings, out, options = _options(rest)
+    shown = recipe_path if recipe_path is not None else str(folder / Path(script).parent / "recipes" / default)
+    recipe = load_recipe(shown, settings, needs)
+    uri = _output(target, recipe, out)
+    resolved = recipe.model_dump(mode="json")
+    identity = {"recipe": resolved, "story": script, "out": uri, "options": options}
+    if found := leaks([*command, str(resolved), *target.env_vars.values()]):
+        raise UserError(
+            f"the command or recipe holds {' and '.join(found)}: it would be seen by everybody who sees the job. "
+            "Leave it out; name the variable under `secrets` in the target."
+        )
+    return Job(
+        recipe.name,
+        storage.hash_json(identity)[:FINGERPRINT],
+        interpreter,
+        script,
+        tuple(options),
+        _inside(recipe_path or "", folder),
+        tuple(settings),
+        recipe,
+        uri,
+        folder,
+    )
+
+
+def _inside(path: str, folder: Path) -> str:
+    """A local path inside the working directory as the job sees it there: relative."""
+    given = Path(path)
+    return given.relative_to(folder).as_posix() if given.is_absolute() and given.is_relative_to(folder) else path
+
+
+def _split(command: Sequence[str], folder: Path) -> tuple[str, str, list[str]]:
+    if not command:
+        raise UserError(f"no command. Usage: {USAGE}")
+    interpreter, *rest = command
+    if interpreter.endswith(".py"):
+        interpreter, rest = "python", [*command]
+    elif not re.fullmatch(r"(.*/)?python[0-9.]*", interpreter):
+        raise UserError(f"{interpreter}: a job is a story run by python. Usage: {USAGE}")
+    if not rest or rest[0].startswith("-"):
+        raise UserError(f"{shlex.join(command)}: no story after {interpreter}. Usage: {USAGE}")
+    script = Path(os.path.normpath(rest[0]))
+    if script.is_absolute():
+        if not script.is_relative_to(folder):
+            raise UserError(f"{script}: outside the working directory {folder}, so the job would not have it")
+        script = script.relative_to(folder)
+    if script.parts[0] == "..":
+        raise UserError(f"{script}: outside the working directory {folder}, so the job would not have it")
+    if not (folder / script).is_file():
+        raise UserError(f"{script}: no such file in {folder}")
+    return interpreter, script.as_posix(), rest[1:]
+
+
+def _story(path: Path) -> tuple[str, list[str]]:
+    """Default recipe and needed sections of a story, read from its source: importing it would load everything."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a Python file ({error})") from error
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "tell":
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            try:
+                default = ast.literal_eval(given["default"])
+                needs: Any = ast.literal_eval(given["needs"]) if "needs" in given else ()
+            except (KeyError, ValueError) as error:
+                raise UserError(f"{path}: tell(...) needs default= and needs= written out") from error
+            return str(default), [str(name) for name in needs]
+    raise UserError(f"{path}: not a story: it does not call nvembed.story.tell(...). See pipelines/ for examples.")
+
+
+def _options(rest: Sequence[str]) -> tuple[str | None, list[str], str | None, list[str]]:
+    """Recipe, `--set` values, `--out` and the other options of a story's command line."""
+    recipe, settings, out, others = None, list[str](), None, list[str]()
+    parts = list(rest)
+    while parts:
+        part = parts.pop(0)
+        name, equals, value = part.partition("=")
+        if name in WITH_VALUE:
+            if not equals:
+                if not parts:
+                    raise UserError(f"{part} needs a value")
+                value = parts.pop(0)
+            if name == "--set":
+                settings.append(value)
+            else:
+                out = value
+        elif part.startswith("-"):
+            others.append(part)
+        elif recipe is None:
+            recipe = part
+        else:
+            raise UserError(f"{part}: a second recipe after {recipe}; options with values are written --name=value")
+    return recipe, settings, out, others
+
+
+def _output(target: Target, recipe: Recipe, out: str | None) -> str:
+    """Where the run writes: `--out`, or the target's `outputs` with the recipe's name; refused where nodes differ."""
+    if out is None:
+        if target.outputs is None:
+            raise UserError(
+                "no --out: the job runs on other machines, so its output must be a URI or a path that they share. "
+                "Add --out to the command, or `outputs:` to the target."
+            )
+        return storage.join(target.outputs, recipe.name)
+    if "://" in out and not out.startswith("file:"):
+        if isinstance(target, CloudTarget):
+            raise UserError(
+                f"--out {out}: model folders need files; write below {target.mount_path}, the bucket's mount"
+            )
+        return out.rstrip("/")
+    roots = _shared_roots(target)
+    if not out.startswith("/") or not (roots is None or any(inside(out, root) for root in roots)):
+        where = f"below {' or '.join(roots)}" if roots else "with / at its beginning"
+        raise UserError(f"--out {out}: not on storage that every node sees. Give a URI, or a path {where}.")
+    return out.rstrip("/")
+
+
+def _shared_roots(target: Target) -> Sequence[str] | None:
+    """Directories that every node sees; None when any absolute path may be one."""
+    if isinstance(target, RayTarget):
+        return None if is_loopback(target.address) and not target.shared_paths else target.shared_paths
+    if isinstance(target, KubeRayTarget):
+        return (target.storage.mount_path,) if target.storage.type == "claim" else ()
+    if isinstance(target, CloudTarget):
+        return (target.mount_path,)
+    return None

@@ -1,0 +1,231 @@
+"""`type: slurm`: a batch job that makes a Ray cluster of its nodes, runs the story on the first, and takes it down.
+
+`ray symmetric-run` runs on every node. Before the time limit Slurm tells the batch shell (SIGTERM); the shell tells the
+story, which saves and ends, and the job is requeued: it goes on where it stopped. `scancel` does not requeue.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from nvembed import storage
+from nvembed.jobs.backend import FAILED, PENDING, RUNNING, STOPPED, SUCCEEDED, JobState, Preview, Say, refuse_if_alive
+from nvembed.jobs.command import Job
+from nvembed.jobs.config import SlurmTarget
+from nvembed.jobs.shell import run_tool
+from nvembed.jobs.slurm_script import BODY, FAILED_CODE
+from nvembed.preflight import PreflightError
+from nvembed.recipe import resolved_yaml
+
+HINT = "Give the command on a login node of the cluster."
+POLL_SECONDS = 5.0
+EXPORTED = ("PATH", "HOME", "USER", "SHELL", "LANG", "MODULEPATH", "MODULESHOME", "LD_LIBRARY_PATH")
+_PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+_RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "RESIZING", "SIGNALING", "STOPPED")
+_SEEN = ("nvembed_recipe", "nvembed_fingerprint", "nvembed_out", "git_revision", "nvembed_recipe_sha256", "user")
+
+
+def render_script(target: SlurmTarget, job: Job) -> str:
+    """The batch script. Pure; holds no secret."""
+    header = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(target, job))]
+    command = job.with_resolved_recipe("@RECIPE@", job.story)
+    argv = " ".join('"$job_dir/recipe.yaml"' if part == "@RECIPE@" else shlex.quote(part) for part in command)
+    start = [
+        f"--num-cpus={target.cpus_per_node}",
+        f"--num-gpus={target.gpus_per_node}",
+        '--temp-dir="$temp"',
+        *(["--include-dashboard=false"] if target.nodes == 1 else []),  # an option of the head only
+        *map(shlex.quote, target.ray_options),
+    ]
+    values = {
+        "NAME": job.base,
+        "SHARED": target.shared_dir,
+        "TEMP": target.temp_dir.rstrip("/"),
+        "SECRETS": "\n".join(_secrets(target)),
+        "SETUP": "\n".join(target.setup),
+        "VARIABLES": "\n".join(f"export {name}={shlex.quote(value)}" for name, value in target.env_vars.items()),
+        "HEAD": _head(target),
+        "PORT": str(target.port) if target.port else FREE_PORT,
+        "NODES": str(target.nodes),
+        "WAIT": str(target.cluster_wait_seconds),
+        "START": " ".join(start),
+        "COMMAND": argv,
+        "REQUEUES": str(target.max_requeues),
+        "RECIPE": resolved_yaml(job.recipe).rstrip("\n"),
+    }
+    body = BODY
+    for name, value in values.items():
+        body = body.replace(f"@{name}@", value)
+    return "\n".join(header) + body
+
+
+FREE_PORT = """$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"""
+
+
+def _options(target: SlurmTarget, job: Job) -> list[str]:
+    given = {
+        "partition": target.partition,
+        "account": target.account,
+        "qos": target.qos,
+        "constraint": target.constraint,
+        "mem": target.memory,
+        "gpus-per-node": target.gpus_per_node or None,
+    }
+    return [
+        f"--job-name={job.base}",
+        f"--nodes={target.nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={target.cpus_per_node}",
+        *(f"--{name}={value}" for name, value in given.items() if value is not None),
+        *(["--exclusive"] if target.exclusive else []),
+        f"--time={target.time_limit}",
+        f"--signal=B:TERM@{target.signal_seconds}",
+        "--requeue",
+        "--open-mode=append",
+        f"--chdir={target.working_dir}",
+        f"--output={target.shared_dir}/logs/%x-%j.log",
+        f"--export={','.join([*EXPORTED, *target.secrets])}",  # by name: no other secret of the submitter travels
+    ]
+
+
+def _secrets(target: SlurmTarget) -> list[str]:
+    lines = []
+    if target.secrets_file is not None:
+        path = shlex.quote(target.secrets_file)
+        lines += [
+            f'case "$(stat -c %a {path})" in 600|400) ;; *) fail {path} must exist with mode 600 ;; esac',
+            f"set -a; . {path}; set +a",
+        ]
+    lines += [f'test -n "${{{name}:-}}" || fail {name} is not set in the job' for name in target.secrets]
+    return lines
+
+
+def _head(target: SlurmTarget) -> str:
+    if target.nodes == 1:
+        return "127.0.0.1"  # nobody else has to reach it
+    if target.interface is not None:
+        return f"""$(ip -4 -o addr show dev {target.interface} | awk '{{split($4, a, "/"); print a[1]; exit}}')"""
+    return "$(hostname -I | awk '{print $1}')"
+
+
+class SlurmBackend:
+    """Jobs of a Slurm cluster, through its own commands."""
+
+    def __init__(self, target: SlurmTarget) -> None:
+        self._target = target
+
+    def preview(self, job: Job) -> Preview:
+        """The batch script and the command that takes it."""
+        script, command = render_script(self._target, job), self._command(job)
+        text = f"# {shlex.join(command)} <<'SCRIPT'\n{script}"
+        return Preview({"type": "slurm", "command": command, "script": script}, text)
+
+    def _command(self, job: Job) -> list[str]:
+        about = {name: job.metadata[name] for name in _SEEN}
+        return ["sbatch", "--parsable", f"--comment={json.dumps(about, separators=(',', ':'))}"]
+
+    def submit(self, job: Job, say: Say) -> str:
+        """`sbatch`; the id is Slurm's."""
+        refuse_if_alive(job, self.states())
+        try:
+            storage.make_directory(f"{self._target.shared_dir}/logs")
+        except OSError as error:
+            raise PreflightError(f"shared_dir {self._target.shared_dir} cannot be written here ({error})") from error
+        said = run_tool(self._command(job), hint=HINT, stdin=render_script(self._target, job))
+        job_id = said.strip().partition(";")[0]
+        say(f"{job_id}: submitted to Slurm as {job.base}; log: {self._log(job_id, job.base)}")
+        return job_id
+
+    def follow(self, job_id: str, write: Say, say: Say) -> int:
+        """The log file until Slurm knows the job no more (requeues included)."""
+        shown, said = 0, ""
+        while True:
+            state = self._state(job_id)
+            text = self.logs(job_id)
+            write(text[shown:])
+            shown = max(shown, len(text))
+            if not state.alive:
+                code = {SUCCEEDED: 0, STOPPED: 130}.get(state.state, state.exit_code or FAILED_CODE)
+                say(f"{job_id}: {state.state}, exit code {code}{f' ({state.message})' if state.message else ''}")
+                return code
+            if state.state == PENDING and state.message != said:
+                said = state.message
+                say(f"{job_id}: pending {said}")
+            time.sleep(POLL_SECONDS)
+
+    def _state(self, job_id: str) -> JobState:
+        for state in self.states():
+            if state.id == job_id:
+                return state
+        code = self._exit_code(job_id)  # no accounting: what the job itself wrote
+        ended = FAILED if code is None or code else SUCCEEDED
+        return JobState(job_id, ended, "" if code is not None else "Slurm no longer knows it", exit_code=code)
+
+    def states(self) -> list[JobState]:
+        """What the queue holds, and what accounting (where it is on) knows of the last 14 days."""
+        found = {}
+        try:
+            fields = "JobID,State,Start,End,ExitCode,JobName,Comment"
+            said = run_tool(["sacct", "-X", "-n", "-P", "--starttime=now-14days", f"--format={fields}"], hint=HINT)
+            for line in said.splitlines():
+                number, state, start, end, code, name, comment = line.split("|", 6)
+                if name.startswith("nvembed-"):
+                    kind = _kind(state.split()[0])
+                    known = self._exit_code(number)
+                    exit_code = (
+                        None if kind in (PENDING, RUNNING) else known if known is not None else int(code.split(":")[0])
+                    )
+                    found[number] = JobState(number, kind, state, _when(start), _when(end), exit_code, _about(comment))
+        except PreflightError:
+            pass  # accounting is off on many clusters
+        said = run_tool(["squeue", "--me", "--noheader", "--format=%i|%T|%S|%r|%j|%k"], hint=HINT)
+        for line in said.splitlines():
+            number, kind, start, reason, name, comment = line.split("|", 5)
+            if name.startswith("nvembed-"):
+                found[number] = JobState(number, _kind(kind), f"({reason})", _when(start), metadata=_about(comment))
+        return sorted(found.values(), key=lambda state: int(state.id.split("_")[0]))
+
+    def logs(self, job_id: str) -> str:
+        """The log file, which lies on the shared storage."""
+        found = sorted(Path(self._target.shared_dir, "logs").glob(f"nvembed-*-{job_id}.log"))
+        return found[-1].read_text(encoding="utf-8", errors="replace") if found else ""
+
+    def stop(self, job_id: str) -> None:
+        """`scancel`: the story is told to stop, and nothing is requeued."""
+        run_tool(["scancel", job_id], hint=HINT)
+
+    def _log(self, job_id: str, name: str) -> str:
+        return f"{self._target.shared_dir}/logs/{name}-{job_id}.log"
+
+    def _exit_code(self, job_id: str) -> int | None:
+        path = Path(self._target.shared_dir, "jobs", job_id, "exit_code")
+        try:
+            return int(path.read_text())
+        except (OSError, ValueError):
+            return None
+
+
+def _kind(state: str) -> str:
+    if state in _PENDING:
+        return PENDING
+    if state in _RUNNING:
+        return RUNNING
+    if state.startswith("CANCELLED"):
+        return STOPPED
+    return SUCCEEDED if state == "COMPLETED" else FAILED
+
+
+def _when(said: str) -> str | None:
+    return said if said[:1].isdigit() else None
+
+
+def _about(comment: str) -> dict[str, str]:
+    try:
+        found: Any = json.loads(comment)
+    except ValueError:
+        return {}
+    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}

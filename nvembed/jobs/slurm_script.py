@@ -1,0 +1,78 @@
+"""The body of the batch script; `slurm.py` fills in what stands between @ signs."""
+
+FAILED_CODE = 4
+
+BODY = r"""
+# @NAME@, rendered by `nvembed submit`. No secrets in here.
+set -euo pipefail
+say() { echo "nvembed: $*" >&2; }
+fail() { say "error: $*"; exit 3; }
+open_umask=$(umask)
+umask 077
+job_dir=@SHARED@/jobs/$SLURM_JOB_ID
+temp=@TEMP@/nv-$SLURM_JOB_ID
+mkdir -p "$job_dir"
+rm -f "$job_dir/exit_code" "$job_dir/driver.pid"
+@SECRETS@
+set +u  # the files of others may read what is not set
+@SETUP@
+set -u
+@VARIABLES@
+cat > "$job_dir/recipe.yaml" <<'END_OF_RECIPE'
+@RECIPE@
+END_OF_RECIPE
+
+# Ray: a token of this job, which every node reads from the shared directory (mode 600), never from a command line.
+head -c 32 /dev/urandom | od -An -vtx1 | tr -d ' \n' > "$job_dir/auth_token"
+unset RAY_AUTH_TOKEN
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$job_dir/auth_token" RAY_USAGE_STATS_ENABLED=0
+export RAY_ADDRESS="@HEAD@:@PORT@"
+export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=@WAIT@ NVEMBED_JOB_DIR="$job_dir"
+
+# The story, on the first node. Its own exit code goes to a file: the worker nodes' ends would hide it.
+cat > "$job_dir/driver.sh" <<'END_OF_DRIVER'
+"$@" &
+story=$!
+echo "$story" > "$NVEMBED_JOB_DIR/driver.pid"
+trap : TERM INT
+code=0
+while kill -0 "$story" 2>/dev/null; do code=0; wait "$story" || code=$?; done
+echo "$code" > "$NVEMBED_JOB_DIR/exit_code"
+exit "$code"
+END_OF_DRIVER
+
+umask "$open_umask"
+
+stopping=0
+on_term() {
+  stopping=1
+  say "told to stop before the time limit; the story saves and ends"
+  kill -TERM "$(cat "$job_dir/driver.pid" 2>/dev/null)" 2>/dev/null || true
+}
+trap on_term TERM
+
+srun --nodes=@NODES@ --ntasks=@NODES@ --ntasks-per-node=1 --export=ALL \
+  ray symmetric-run --address "$RAY_ADDRESS" --min-nodes @NODES@ \
+  @START@ \
+  -- bash "$job_dir/driver.sh" @COMMAND@ &
+step=$!
+after=0
+while kill -0 "$step" 2>/dev/null; do
+  sleep 1 & wait $! || true  # a signal ends this wait at once
+  if [ -f "$job_dir/exit_code" ]; then after=$((after + 1)); fi
+  if [ "$after" -eq 60 ]; then kill -TERM "$step" 2>/dev/null || true; fi  # nodes that do not notice the end
+done
+wait "$step" || true
+rm -f "$job_dir/auth_token" "$job_dir/driver.pid"
+code=$(cat "$job_dir/exit_code" 2>/dev/null || echo 4)  # symmetric-run ends with 0 where Ray did not start
+say "the story ended with exit code $code"
+if [ "$stopping" = 1 ] && [ "$code" != 0 ]; then
+  if [ "${SLURM_RESTART_COUNT:-0}" -lt @REQUEUES@ ]; then
+    say "requeued; the next attempt goes on where this one stopped"
+    scontrol requeue "$SLURM_JOB_ID"
+  else
+    say "not requeued: @REQUEUES@ requeues were made"
+  fi
+fi
+exit "$code"
+"""

@@ -1,0 +1,160 @@
+"""Reading a target: the same line marks and all-errors-at-once as recipes have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget, SlurmTarget
+from nvembed.jobs.secrets import wrong_variables
+from nvembed.recipe import RecipeError, read_yaml
+from nvembed.recipe_text import Document, Path, Problem, nearest, parse
+from nvembed.recipe_validate import validate
+
+Target = RayTarget | KubeRayTarget | SlurmTarget | CloudTarget
+KINDS: dict[str, type[Target]] = {
+    "ray": RayTarget,
+    "kuberay": KubeRayTarget,
+    "slurm": SlurmTarget,
+    "cloud": CloudTarget,
+}
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def load_target(path: str) -> Target:
+    """Read and check a target.
+
+    Raises:
+        RecipeError: listing everything that is wrong, each with its line.
+        UserError: there is no such file.
+    """
+    document, problems = parse(read_yaml(path, "target"), path, "target")
+    if problems and not document.data:
+        raise RecipeError(path, problems)
+    kind = document.data.get("type")
+    if kind not in KINDS:
+        hint = nearest(str(kind), list(KINDS))
+        said = "missing;" if kind is None else f"{kind!r}:"
+        where = ("type",)
+        raise RecipeError(
+            path, [*problems, Problem(document.position(where), where, f"{said} allowed: {', '.join(KINDS)}.{hint}")]
+        )
+    model = KINDS[str(kind)]
+    problems += validate(model, document)[1]
+    problems += _variables(document)
+    if not problems:
+        target = model.model_validate(document.data)
+        problems += _CHECKS[str(kind)](target, document)
+        if not problems:
+            return target
+    raise RecipeError(path, problems)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an http address is of this machine."""
+    return urlsplit(address).hostname in LOOPBACK
+
+
+def _variables(document: Document) -> list[Problem]:
+    given = document.data.get("env_vars")
+    plain = {str(name): str(value) for name, value in given.items()} if isinstance(given, dict) else {}
+    problems = []
+    for name, why in wrong_variables(plain).items():
+        path: Path = ("env_vars", name)
+        said = f"{why}; name it under `secrets`, so that the cluster provides it"
+        problems.append(Problem(document.position(path, key=True), path, said))
+    return problems
+
+
+def _check_ray(target: Any, document: Document) -> list[Problem]:
+    problems = []
+    if target.authentication == "token" and target.address.startswith("http://"):
+        if not is_loopback(target.address) and not target.plain_http:
+            said = (
+                f"{target.address!r}: the token would travel unencrypted; use https, or a tunnel to 127.0.0.1, "
+                "or accept it with plain_http: true"
+            )
+            problems.append(Problem(document.position(("address",)), ("address",), said))
+    elif target.authentication == "disabled" and not is_loopback(target.address):
+        said = "'disabled': whoever reaches the address may run anything there; only a loopback address may do without"
+        problems.append(Problem(document.position(("authentication",)), ("authentication",), said))
+    if target.outputs is not None and "://" not in target.outputs:
+        problems += _below("outputs", target.outputs, target.shared_paths, document, is_loopback(target.address))
+    return problems
+
+
+def _below(name: str, path: str, roots: tuple[str, ...], document: Document, anywhere: bool = False) -> list[Problem]:
+    if path.startswith("/") and (anywhere or any(inside(path, root) for root in roots)):
+        return []
+    listed = ", ".join(roots) or "shared_paths is empty"
+    said = f"{path!r}: not on storage that every node sees ({listed}); use a URI or a path below one of these"
+    return [Problem(document.position((name,)), (name,), said)]
+
+
+def inside(path: str, root: str) -> bool:
+    """Whether a path is the root or below it, `..` not followed."""
+    return ".." not in path.split("/") and (path == root or path.startswith(root.rstrip("/") + "/"))
+
+
+def _check_kuberay(target: Any, document: Document) -> list[Problem]:
+    problems = []
+    names = [group.name for group in target.workers]
+    for index, group in enumerate(target.workers):
+        here: Path = ("workers", index)
+        if group.min_workers > group.max_workers:
+            said = f"min_workers {group.min_workers} is more than max_workers {group.max_workers}"
+            problems.append(Problem(document.position(here), here, said))
+        if names.index(group.name) != index:
+            problems.append(Problem(document.position(here), (*here, "name"), f"{group.name!r}: used twice"))
+    if target.gang is not None and target.autoscaling:
+        said = "true: a gang is admitted whole; with `gang` set autoscaling: false (max_workers are asked for at once)"
+        problems.append(Problem(document.position(("autoscaling",)), ("autoscaling",), said))
+    if target.outputs is not None:
+        root = target.storage.mount_path if target.storage.type == "claim" else target.storage.uri
+        if not inside(target.outputs, root):
+            said = f"{target.outputs!r}: not below the storage, {root}"
+            problems.append(Problem(document.position(("outputs",)), ("outputs",), said))
+    clash = sorted(set(target.secrets) & set(target.env_vars))
+    problems += [
+        Problem(document.position(("secrets", name)), ("secrets", name), "also in env_vars; keep one") for name in clash
+    ]
+    return problems
+
+
+def _check_slurm(target: Any, document: Document) -> list[Problem]:
+    problems = []
+    if target.outputs is not None and "://" not in target.outputs and not target.outputs.startswith("/"):
+        said = f"{target.outputs!r}: relative; write a path on storage that every node mounts, or a URI"
+        problems.append(Problem(document.position(("outputs",)), ("outputs",), said))
+    for index, option in enumerate(target.ray_options):
+        if option.split("=")[0] in ("--head", "--port", "--node-ip-address", "--block"):
+            path: Path = ("ray_options", index)
+            said = f"{option!r}: is set by the job itself"
+            problems.append(Problem(document.position(path), path, said))
+    return problems
+
+
+def _check_cloud(target: Any, document: Document) -> list[Problem]:
+    problems = []
+    scheme = {"aws": "s3://", "gcp": "gs://"}[target.provider.type]
+    if not target.bucket.startswith(scheme):
+        said = f"{target.bucket!r}: on {target.provider.type} a bucket begins with {scheme}"
+        problems.append(Problem(document.position(("bucket",)), ("bucket",), said))
+    if target.outputs is not None and not inside(target.outputs, target.mount_path):
+        said = f"{target.outputs!r}: not below mount_path, {target.mount_path}"
+        problems.append(Problem(document.position(("outputs",)), ("outputs",), said))
+    for index, group in enumerate(target.workers):
+        if group.min_workers > group.max_workers:
+            here: Path = ("workers", index)
+            said = f"min_workers {group.min_workers} is more than max_workers {group.max_workers}"
+            problems.append(Problem(document.position(here), here, said))
+    return problems
+
+
+_CHECKS: dict[str, Callable[[Any, Document], list[Problem]]] = {
+    "ray": _check_ray,
+    "kuberay": _check_kuberay,
+    "slurm": _check_slurm,
+    "cloud": _check_cloud,
+}

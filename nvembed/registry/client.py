@@ -1,0 +1,191 @@
+"""The registry's MLflow client, what its tags are called, and how names and versions are looked up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nvembed import storage
+from nvembed.mlflow_store import prepare_environment, probe
+
+CANDIDATE, CHAMPION = "candidate", "champion"
+LOCK = ".nvembed-lock."  # a registered model whose name ends so is a lock, see `champion.py`
+
+FORMAT_VERSION = 2  # 1: the model folder alone; 2: an MLflow model around it, with scores, items and provenance
+FORMAT = "nvembed.format"
+CONTENT = "nvembed.content_hash"
+SCORE = "nvembed.score"
+SCORES = "nvembed.scores"
+EVALUATION = "nvembed.evaluation_hash"
+EVALUATED = "nvembed.evaluation_manifest_hash"
+GATE_CONFIG = "nvembed.gate"
+LICENCES = "nvembed.licences"
+HISTORY = "nvembed.champion_history"
+GATE = "gate."
+
+
+class RegistryAwayError(storage.UserError):
+    """The registry does not answer. Nothing is wrong with the run: what was to be told waits."""
+
+
+def open_registry(uri: str) -> Any:
+    """An MlflowClient for the registry at `uri`.
+
+    Raises:
+        RegistryAwayError: it does not answer.
+    """
+    try:
+        probe(uri)
+    except Exception as error:  # sqlite3.Error, OSError and what urllib makes of a mistyped URI
+        raise _away(uri, error) from error
+    prepare_environment()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _away(uri: str, error: BaseException) -> RegistryAwayError:
+    return RegistryAwayError(
+        f"the model registry at {uri} does not answer ({str(error)[:300]}). Start it, or correct tracking.uri or "
+        "MLFLOW_TRACKING_URI, and run again: what is finished stays."
+    )
+
+
+@contextmanager
+def answering(uri: str) -> Iterator[None]:
+    """What is raised inside because the registry went away is a RegistryAwayError.
+
+    A registry that was away for seconds and is back counts too: the call that met the gap is lost, the work is not.
+    """
+    try:
+        yield
+    except storage.UserError:
+        raise
+    except Exception as error:
+        try:
+            probe(uri)
+        except Exception as gone:
+            raise _away(uri, gone) from error
+        if _is_connection_error(error):
+            raise _away(uri, error) from error
+        raise
+
+
+def _is_connection_error(error: BaseException) -> bool:
+    from requests import RequestException
+    from sqlalchemy.exc import OperationalError
+
+    said = str(error)
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ConnectionError | TimeoutError | RequestException | OperationalError):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return "Max retries exceeded" in said or "Connection refused" in said or "OperationalError" in said
+
+
+# -- looking up -----------------------------------------------------------------------------------------------------
+
+
+def model_names(client: Any) -> list[str]:
+    """Registered models, sorted; locks are not models."""
+    found = (model.name for model in _pages(client.search_registered_models))
+    return sorted(name for name in found if LOCK not in name)
+
+
+def list_versions(client: Any, name: str) -> list[Any]:
+    """All versions of a model, oldest first."""
+    found = _pages(client.search_model_versions, filter_string=f"name = '{name}'")
+    return sorted(found, key=lambda version: int(version.version))
+
+
+def _pages(search: Any, **arguments: Any) -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(page_token=token, **arguments)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def get_model(client: Any, name: str) -> Any:
+    """The registered model.
+
+    Raises:
+        UserError: there is none, with those there are.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        _raise_unless_missing(error)
+        known = ", ".join(model_names(client)) or "none"
+        raise storage.UserError(f"the registry has no model {name}; it has: {known}") from error
+
+
+def aliases(client: Any, name: str) -> dict[str, str]:
+    """Alias -> version."""
+    return {key: str(value) for key, value in get_model(client, name).aliases.items()}
+
+
+def find_version(client: Any, reference: str) -> Any:
+    """The version of `models:/name@alias`, `models:/name/version`, or the same without `models:/`.
+
+    Raises:
+        UserError: no such name, alias or version, with those there are.
+    """
+    name, at, alias = reference.removeprefix("models:/").partition("@")
+    number = ""
+    if not at:
+        name, _, number = name.partition("/")
+    if not name or not (alias or number):
+        raise storage.UserError(f"{reference}: write models:/name@alias or models:/name/version")
+    try:
+        found = aliases(client, name)
+    except storage.UserError as error:
+        raise storage.UserError(f"{reference}: {error}") from error
+    if alias:
+        number = found.get(alias, "")
+        if not number:
+            known = ", ".join(f"@{key} (version {value})" for key, value in sorted(found.items()))
+            raise storage.UserError(f"{reference}: {name} has no alias {alias}; it has: {known or 'none'}")
+    return get_version(client, name, number, reference)
+
+
+def get_version(client: Any, name: str, number: str, reference: str | None = None) -> Any:
+    """A version by number.
+
+    Raises:
+        UserError: there is none, with those there are.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version(name, number)
+    except MlflowException as error:
+        _raise_unless_missing(error)
+        known = ", ".join(str(version.version) for version in list_versions(client, name)) or "none"
+        said = f"{reference or f'{name}/{number}'}: {name} has no version {number}; it has: {known}"
+        raise storage.UserError(said) from error
+
+
+def _raise_unless_missing(error: Any) -> None:
+    if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        raise error
+
+
+def json_tag(version: Any, key: str) -> Any:
+    """Value of a JSON tag; None where the version has no such tag."""
+    text = version.tags.get(key)
+    return None if text is None else json.loads(text)
+
+
+def set_tags(client: Any, version: Any, values: dict[str, str]) -> None:
+    """Set tags of a version that it does not have yet."""
+    for key, value in values.items():
+        if version.tags.get(key) != value:
+            client.set_model_version_tag(version.name, str(version.version), key, value)

@@ -1,0 +1,172 @@
+"""The evidence for the gate, gathered from what two versions carry; and the paired comparison of any two versions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvembed import storage
+from nvembed.registry import client as tags
+from nvembed.registry import provenance as chains
+from nvembed.registry.config import GateConfig
+from nvembed.registry.gate import Check, Comparison, Evidence, Interval, as_plain, passed, refusals, run_gate
+from nvembed.registry.resolve import fetch_version
+from nvembed.registry.versions import SCORES, primary_scores, read_provenance, version_records
+from nvembed.types import Artifact
+
+logger = logging.getLogger(__name__)
+
+MEAN = "mean"
+_TAG_LIMIT = 4000
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate found of one version.
+
+    Attributes:
+        name: registered model.
+        version: the version that was judged.
+        champion: the champion it was judged against; None where there was none.
+        checks: every check's result.
+    """
+
+    name: str
+    version: str
+    champion: str | None
+    checks: Sequence[Check]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check refused."""
+        return passed(self.checks)
+
+    def refused(self) -> str:
+        """The refusal in words, all checks at once."""
+        return f"version {self.version} of {self.name} does not pass the gate:\n{refusals(self.checks)}"
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"passed": self.passed, "champion": self.champion, "checks": as_plain(self.checks)}
+
+
+def gate_config(version: Any) -> GateConfig:
+    """The recipe's gate, as it was recorded when the version was registered."""
+    found = tags.json_tag(version, tags.GATE_CONFIG)
+    return GateConfig() if found is None else GateConfig.model_validate(found)
+
+
+def judge(
+    client: Any, uri: str, name: str, number: str, config: GateConfig | None = None, *, probes: bool = True
+) -> Verdict:
+    """Run the gate for a version against today's champion and record the result as its tags `gate.*`.
+
+    Args:
+        config: another gate than the recorded one.
+        probes: load the version's own files and compute its probe vectors (a large model takes its time and memory).
+    """
+    version = tags.get_version(client, name, number)
+    settings = config or gate_config(version)
+    current = tags.aliases(client, name).get(tags.CHAMPION)
+    rival = None if current is None or current == number else tags.get_version(client, name, current)
+    checks = run_gate(_evidence(client, uri, version, rival, settings, probes), settings)
+    verdict = Verdict(name, number, None if rival is None else str(rival.version), checks)
+    values = {f"{tags.GATE}{check.name}": f"{check.state}: {check.said}"[:_TAG_LIMIT] for check in checks}
+    values[f"{tags.GATE}result"] = "passed" if verdict.passed else "refused"
+    values[f"{tags.GATE}champion"] = verdict.champion or "none"
+    tags.set_tags(client, version, values)
+    return verdict
+
+
+def _evidence(client: Any, uri: str, version: Any, rival: Any, config: GateConfig, probes: bool) -> Evidence:
+    comparison = None if rival is None else _compared(client, uri, version, rival, config)
+    loaded = _probe_problem(client, uri, version) if probes else None
+    try:
+        with version_records(client, uri, version) as records:
+            scores, provenance = storage.read_json(str(records / SCORES)), read_provenance(records)
+    except storage.UserError as error:
+        hashes = tags.json_tag(version, tags.EVALUATION) or {}
+        return Evidence(hashes, {}, None, comparison, None, (), loaded, (str(error),))
+    problems = chains.chain_problems(provenance, version.tags.get(tags.CONTENT))
+    held_out = chains.evaluated_datasets(provenance)
+    together = _prepared_together(provenance)
+    known = {**held_out, **chains.training_datasets(provenance)}
+    return Evidence(
+        evaluation=scores["evaluation_hash"],
+        primary=primary_scores(scores),
+        expected={name: row["evaluation_hash"] for name, row in held_out.items() if row.get("test")} or None,
+        comparison=comparison,
+        near_copies={name: int(row.get("near_copies_left", 0)) for name, row in known.items()} if together else None,
+        unmeasured=chains.imported(provenance),
+        probes=loaded,
+        chain=problems,
+    )
+
+
+def _prepared_together(provenance: Mapping[str, Any]) -> bool:
+    """Whether the data the model learned from and the data it was scored on come from one `prepare`."""
+    scores = provenance["nodes"].get(provenance["scores"], {"inputs": {}})
+    return scores["inputs"].get("prepare") in chains.reachable(provenance, provenance["model"])
+
+
+def _probe_problem(client: Any, uri: str, version: Any) -> str:
+    """Empty when the version's own files load and give the vectors they were registered with."""
+    from nvembed.modeling.folder import load_embedder
+
+    try:
+        load_embedder(fetch_version(client, uri, version))
+    except storage.UserError as error:
+        return str(error)
+    except (OSError, ValueError, RuntimeError) as error:  # a gate says what is wrong, whatever it is
+        return f"its files cannot be loaded ({type(error).__name__}: {error})"
+    return ""
+
+
+# -- two versions, item by item -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Paired differences a - b of primary metrics: over all data sets, and of each as (metric, interval)."""
+
+    mean: Interval
+    datasets: Mapping[str, tuple[str, Interval]]
+    only_one: Sequence[str]
+
+
+def differences(a: Path, b: Path, samples: int, seed: int) -> Differences:
+    """Paired differences of two versions' records, over the data sets both were scored on.
+
+    Raises:
+        UserError: they share none, or one was not scored on the same items.
+    """
+    from nvembed.evaluation.significance import paired_bootstrap, paired_bootstrap_mean, paired_items
+
+    pairs = list(paired_items(Artifact(str(a), {}), Artifact(str(b), {})))
+    if not pairs:
+        raise storage.UserError("the two versions share no scored data set")
+    found = {pair.dataset: (pair.metric, paired_bootstrap(pair, samples, seed)) for pair in pairs}
+    scored = [set(primary_scores(storage.read_json(str(side / SCORES)))) for side in (a, b)]
+    return Differences(paired_bootstrap_mean(pairs, samples, seed), found, sorted(scored[0] ^ scored[1]))
+
+
+@contextmanager
+def both_records(client: Any, uri: str, a: Any, b: Any) -> Iterator[tuple[Path, Path]]:
+    """The records of two versions."""
+    with ExitStack() as stack:
+        yield tuple(stack.enter_context(version_records(client, uri, version)) for version in (a, b))  # type: ignore[misc]
+
+
+def _compared(client: Any, uri: str, version: Any, rival: Any, config: GateConfig) -> Comparison:
+    hashes = tags.json_tag(rival, tags.EVALUATION) or {}
+    number = str(rival.version)
+    try:
+        with both_records(client, uri, version, rival) as (ours, theirs):
+            found = differences(ours, theirs, config.samples, config.seed)
+    except storage.UserError as error:
+        return Comparison(number, hashes, problem=f"it cannot be compared with champion {number}: {error}")
+    return Comparison(number, hashes, found.mean, found.datasets)

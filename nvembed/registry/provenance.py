@@ -1,0 +1,210 @@
+"""The hash chain of a model: data -> mined -> stream -> checkpoint -> folder, walked back over the manifests.
+
+`provenance.json` of a version holds the nodes of the chain: of every step its identity, its inputs' hashes and its
+files' checksums. Each hash can be computed again from that alone, so a chain that was cut or changed is found without
+the artifacts. Where files lie is left out; texts never stand in a manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nvembed import storage
+from nvembed.modeling.licences import UNKNOWN, model_licence, read_front_matter
+from nvembed.types import Artifact
+
+FORMAT_VERSION = 1
+CARD = "README.md"  # says more of a model as more is known, and changes no vector: no part of its content
+MODEL_FOLDER = "model"
+_DATASET_KEYS = (
+    "task", "licence", "synthetic", "split_rule", "train", "dev", "test", "documents", "documents_shared",
+    "near_copies_dropped", "near_copies_left", "evaluation_hash",
+)  # fmt: skip
+_NEEDS = {"stream": ("prepare", "mine", "model"), "distill_stream": ("teach", "model"), "train": ("stream", "model")}
+Provenance = Mapping[str, Any]
+
+
+def content_hash(checksums: Mapping[str, str]) -> str:
+    """Hash of a model folder's file names and checksums, but the card: folders with equal content are one version."""
+    return storage.hash_json({name: found for name, found in checksums.items() if name != CARD})
+
+
+def folder_content(folder: str) -> str:
+    """`content_hash` of a folder's files.
+
+    Raises:
+        UserError: it is empty or missing.
+    """
+    files = storage.describe_files(folder)
+    if not files:
+        raise storage.UserError(f"{folder}: no model folder (it is empty or missing)")
+    return content_hash({name: entry["xxh3_128"] for name, entry in files.items()})
+
+
+def trace(model: Artifact, scores: Artifact) -> dict[str, Any]:
+    """The chain of a model artifact and of its evaluation, as `provenance.json` holds it.
+
+    An input that is not found any more, or has changed since, is left out; `chain_problems` then says so.
+    """
+    nodes: dict[str, dict[str, Any]] = {}
+
+    def visit(artifact: Artifact) -> None:
+        if artifact.manifest_hash in nodes:
+            return
+        nodes[artifact.manifest_hash] = _node(artifact)
+        for found in _inputs(artifact):
+            visit(found)
+
+    visit(model)
+    visit(scores)
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": model.manifest_hash,
+        "scores": scores.manifest_hash,
+        "nodes": nodes,
+    }
+
+
+def _inputs(artifact: Artifact) -> Iterator[Artifact]:
+    uris = artifact.manifest.get("input_uris", {})
+    for role, wanted in artifact.manifest["inputs"].items():
+        uri = str(uris.get(role, ""))
+        parent = artifact.uri.rsplit("/", 1)[0]
+        for place in (uri, storage.join(parent, uri.rsplit("/", 1)[-1])):  # the output may have been moved
+            if place and storage.exists(storage.join(place, storage.MANIFEST)):
+                found = storage.load_artifact(place, verify=False)
+                if found.manifest_hash == wanted:
+                    yield found
+                    break
+
+
+def _node(artifact: Artifact) -> dict[str, Any]:
+    manifest = artifact.manifest
+    keys = ("kind", "logic_version", "config", "inputs", "fingerprint", "files", "rows", "git_revision")
+    node = {"step": artifact.uri.rsplit("/", 1)[-1], **{key: manifest[key] for key in keys}}
+    if manifest["kind"] == "prepare":
+        found = manifest["metrics"].get("datasets", {})
+        node["datasets"] = {name: {key: row[key] for key in _DATASET_KEYS if key in row} for name, row in found.items()}
+    if manifest["kind"] == "import_model" and storage.is_local(artifact.uri):
+        front = read_front_matter(Path(storage.local_path(artifact.path(MODEL_FOLDER)), CARD))
+        node["card"] = {key: front[key] for key in ("license", "base_model", "nvembed") if key in front}
+    return node
+
+
+# -- checking -------------------------------------------------------------------------------------------------------
+
+
+def chain_problems(provenance: Provenance | None, content: str | None) -> list[str]:
+    """Everything wrong with a chain; empty when it leads whole from the data to the folder with this content."""
+    if provenance is None:
+        return ["the version has no provenance.json: register it again with this nvembed"]
+    if provenance.get("format_version") != FORMAT_VERSION:
+        found = provenance.get("format_version")
+        return [f"provenance.json has format version {found}; this nvembed reads {FORMAT_VERSION}"]
+    nodes: Mapping[str, Mapping[str, Any]] = provenance["nodes"]
+    problems = [
+        f"{node['step']}: its hash is not that of its contents"
+        for found, node in nodes.items()
+        if not _whole(found, node)
+    ]
+    for node in nodes.values():
+        missing = [role for role, found in node["inputs"].items() if found not in nodes]
+        problems += [f"{node['step']}: its input {role} is gone (moved, deleted or built again)" for role in missing]
+        needed = [role for role in _NEEDS.get(node["kind"], ()) if role not in node["inputs"]]
+        problems += [f"{node['step']}: it had no input {role}" for role in needed]
+    model, scores = nodes.get(provenance["model"]), nodes.get(provenance["scores"])
+    if model is None or scores is None:
+        return [*problems, "the model's own step, or that of its scores, is missing"]
+    if scores["inputs"].get("model") != provenance["model"]:
+        problems.append(f"{scores['step']} scored another model")
+    if content is not None and _folder_of(model) != content:
+        problems.append(f"the folder of {model['step']} is not the one that was registered")
+    kinds = {nodes[found]["kind"] for found in reachable(provenance, provenance["model"])}
+    if not kinds & {"prepare", "import_model"}:
+        problems.append("the chain does not lead back to data (no prepare step)")
+    return problems
+
+
+def _whole(found: str, node: Mapping[str, Any]) -> bool:
+    identity = {key: node[key] for key in ("kind", "logic_version", "config", "inputs")}
+    fingerprint = storage.hash_json(identity)
+    content = storage.hash_json({"fingerprint": fingerprint, "files": node["files"]})
+    return bool(fingerprint == node["fingerprint"] and content == found)
+
+
+def _folder_of(node: Mapping[str, Any]) -> str:
+    prefix = MODEL_FOLDER + "/"
+    inside = {name: entry["xxh3_128"] for name, entry in node["files"].items() if name.startswith(prefix)}
+    return content_hash({name.removeprefix(prefix): found for name, found in inside.items()})
+
+
+def reachable(provenance: Provenance, start: str) -> list[str]:
+    """Hashes of `start` and of everything it was made from, in the order data -> folder."""
+    nodes, order, seen = provenance["nodes"], list[str](), set[str]()
+
+    def visit(found: str) -> None:
+        if found in seen or found not in nodes:
+            return
+        seen.add(found)
+        for _, below in sorted(nodes[found]["inputs"].items()):
+            visit(below)
+        order.append(found)
+
+    visit(start)
+    return order
+
+
+# -- what the chain tells -------------------------------------------------------------------------------------------
+
+
+def chain(provenance: Provenance) -> list[tuple[str, str]]:
+    """(step, manifest hash) from the data to the folder."""
+    return [(provenance["nodes"][found]["step"], found) for found in reachable(provenance, provenance["model"])]
+
+
+def evaluated_datasets(provenance: Provenance) -> dict[str, dict[str, Any]]:
+    """What `prepare` recorded of the data sets the scores were taken on."""
+    scores = provenance["nodes"].get(provenance["scores"], {"inputs": {}})
+    node = provenance["nodes"].get(scores["inputs"].get("prepare"), {})
+    return dict(node.get("datasets", {}))
+
+
+def training_datasets(provenance: Provenance) -> dict[str, dict[str, Any]]:
+    """What every `prepare` in the model's chain recorded, by data set."""
+    nodes = (provenance["nodes"][found] for found in reachable(provenance, provenance["model"]))
+    return {name: row for node in nodes for name, row in node.get("datasets", {}).items()}
+
+
+def imported(provenance: Provenance) -> list[str]:
+    """References of models made elsewhere that the model started from."""
+    nodes = (provenance["nodes"][found] for found in reachable(provenance, provenance["model"]))
+    return [str(node["config"]["reference"]) for node in nodes if node["kind"] == "import_model"]
+
+
+def licences(provenance: Provenance) -> list[dict[str, str]]:
+    """Licences of the data, the backbone and the mining model: rows of `kind`, `name`, `licence`."""
+    rows = [
+        {"kind": "data set", "name": name, "licence": str(row.get("licence", UNKNOWN))}
+        for name, row in training_datasets(provenance).items()
+    ]
+    for found in reachable(provenance, provenance["model"]):
+        node = provenance["nodes"][found]
+        config = node["config"]
+        if node["kind"] == "import_model":
+            rows += _of_card(node.get("card", {}), str(config["reference"]))
+        for kind, section in (("backbone", "backbone"), ("mining model", "miner")):
+            licence = model_licence(config[section]) if config.get(section) else None
+            if licence is not None:
+                rows.append({"kind": kind, "name": licence.name, "licence": licence.licence})
+    return list({storage.hash_json(row): row for row in rows}.values())
+
+
+def _of_card(card: Mapping[str, Any], reference: str) -> list[dict[str, str]]:
+    """What an imported model's card carries; else the model itself, with the licence it states."""
+    carried = card.get("nvembed", {}).get("licences") if isinstance(card.get("nvembed"), Mapping) else None
+    if isinstance(carried, list):
+        return [{key: str(row.get(key, UNKNOWN)) for key in ("kind", "name", "licence")} for row in carried]
+    name = reference if reference.startswith("models:/") else Path(reference).name
+    return [{"kind": "backbone", "name": name, "licence": str(card.get("license", UNKNOWN))}]

@@ -1,0 +1,169 @@
+"""A light story with a recipe, in a checkout of its own, and a real Ray head with token authentication."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STORY = '''
+"""A light story: what a job sees of its cluster, then as its recipe is named."""
+
+import os
+import time
+
+from nvembed import storage
+from nvembed.story import Road, tell
+
+
+def look_for_the_token() -> tuple[str, int]:
+    """Mode of the token's file, and how many command lines hold the token."""
+    import psutil
+
+    path = os.environ["RAY_AUTH_TOKEN_PATH"]
+    token = open(path).read().strip()
+    assert len(token) == 64
+    lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    return oct(os.stat(path).st_mode & 0o777), sum(token in line for line in lines)
+
+
+def light(road: Road) -> None:
+    """Look at the cluster."""
+    import ray
+
+    from nvembed.retrieval.cluster import ensure_ray
+
+    marks = f"{road.out}/attempts"
+    attempts = int(storage.read_bytes(marks)) + 1 if storage.exists(marks) else 1
+    storage.write_bytes(marks, str(attempts).encode())
+    print("attempt", attempts, "of", road.recipe.name, flush=True)
+    ensure_ray()
+    road.interrupts.arm()  # as a road does before its first step on Ray, whose handler for SIGTERM ends in abort()
+
+    @ray.remote
+    def where() -> tuple[str, str]:
+        return ray.get_runtime_context().get_node_id(), os.environ.get("PLAIN", "")
+
+    node, plain = ray.get(where.remote())
+    print("RAY_ADDRESS", os.environ["RAY_ADDRESS"], "cpus", ray.cluster_resources().get("CPU"), "plain", plain)
+    print("same node", node == ray.get_runtime_context().get_node_id(), flush=True)
+    if road.recipe.name == "looks":
+        print("token", *look_for_the_token(), flush=True)
+    for number in range(20 if road.recipe.name == "counts" else 0):
+        print("count", number, flush=True)
+        time.sleep(1)
+    if road.recipe.name == "wrong":
+        raise storage.UserError("this story was told to fail")
+    while road.recipe.name == "waits":
+        road.interrupts.check()
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    raise SystemExit(tell(light, default="light.yaml"))
+'''
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git checkout with the light story and its recipe; the working directory."""
+    folder = tmp_path / "checkout"
+    (folder / "recipes").mkdir(parents=True)
+    (folder / "light.py").write_text(STORY.lstrip())
+    tiny = (ROOT / "pipelines/recipes/tiny.yaml").read_text()
+    (folder / "recipes/light.yaml").write_text(tiny.replace("name: tiny", "name: light\ntracking: {enabled: false}", 1))
+    (folder / ".gitignore").write_text("ignored.txt\nruns/\n")
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@dataclass
+class Head:
+    """A running Ray head."""
+
+    address: str
+    token: str
+    log: Path
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """`ray start --head --block` on free ports of loopback, with its own temp dir, token and dashboard."""
+    folder = tmp_path_factory.mktemp("head")
+    temporary = Path("/tmp") / f"nvr-{secrets.token_hex(3)}"  # sockets: the path must be short
+    token, dashboard = secrets.token_hex(16), free_port()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    command = [
+        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
+        f"--port={free_port()}", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}",
+        f"--ray-client-server-port={free_port()}",
+        f"--temp-dir={temporary}", "--num-cpus=3", f"--object-store-memory={100 * 2**20}", "--disable-usage-stats",
+    ]  # fmt: skip
+    log = folder / "head.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        _await_dashboard(address, token, process, log)
+        yield Head(address, token, log)
+    finally:
+        below = _tree(process.pid)
+        process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(below, timeout=15)
+        for left in [*alive, *_of(temporary)]:
+            left.kill()
+        subprocess.run(["rm", "-rf", str(temporary)], check=False)
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _of(temporary: Path) -> list[psutil.Process]:
+    """Processes of our own cluster that nobody is the parent of: its temp dir stands in their command lines."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(temporary) in part for part in process.info["cmdline"] or []):
+            found.append(process)
+    return found
+
+
+def _await_dashboard(address: str, token: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                assert json.load(answer) == []
+                return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(log.read_text())

@@ -1,0 +1,49 @@
+"""The lock file: exact versions that satisfy pyproject.toml, hashes, and nothing of the machine that made it."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCK = (ROOT / "cluster/requirements.lock").read_text()
+PINS = {
+    canonicalize_name(name): version
+    for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^\s\\]+)", LOCK, flags=re.MULTILINE)
+}
+
+
+def test_the_lock_satisfies_what_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["quickstart"]]
+    for requirement in map(Requirement, declared):
+        pinned = PINS.get(canonicalize_name(requirement.name))
+        assert pinned is not None, f"{requirement.name} is not locked"
+        assert requirement.specifier.contains(pinned), f"{requirement.name}: {pinned} is not {requirement.specifier}"
+
+
+def test_every_pin_is_exact_and_has_a_hash() -> None:
+    logical = re.sub(r"\\\n\s*", "", LOCK)
+    lines = [line for line in logical.splitlines() if line and not line.startswith("#")]
+    wrong = [
+        line
+        for line in lines
+        if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.!-]+( --hash=sha256:[0-9a-f]{64})+", line)
+    ]
+    assert wrong == [] and len(lines) == len(PINS) > 100
+
+
+def test_the_lock_names_no_host_and_no_path() -> None:
+    said = "\n".join(line for line in LOCK.splitlines() if not line.startswith("#"))
+    assert "://" not in said and "/" not in said and "index" not in said and "+" not in said
+    assert PINS["torch"] == "2.13.0"
+
+
+def test_the_image_and_the_targets_agree_with_the_lock() -> None:
+    import yaml
+
+    docker = (ROOT / "cluster/Dockerfile").read_text()
+    assert "--require-hashes" in docker and "USER " in docker
+    assert yaml.safe_load((ROOT / "cluster/kuberay.yaml").read_text()).get("ray_version", "2.60.0") == PINS["ray"]

@@ -1,0 +1,237 @@
+"""`nvembed submit` and `nvembed jobs` against a real Ray head on loopback with token authentication."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Nvembed:
+    """The command, with the cluster's token and a target file for it."""
+
+    def __init__(self, head: Any, checkout: Path) -> None:
+        self.out = checkout.parent / "out"
+        self.target = checkout / "target.yaml"
+        self.target.write_text(
+            f"type: ray\naddress: {head.address}\nsecrets: [RAY_AUTH_TOKEN]\nenv_vars: {{PLAIN: 'a b'}}\n"
+            f"outputs: {self.out}\nstop_wait_seconds: 20\n"
+        )
+        self.checkout = checkout
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.environment |= {"RAY_AUTH_TOKEN": head.token, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        self.environment |= {"RAY_ADDRESS": "http://127.0.0.1:1"}  # the target says where, not this
+
+    def __call__(self, *arguments: str, code: int = 0, **environment: str) -> tuple[str, str]:
+        done = subprocess.run(
+            self._line(arguments), capture_output=True, text=True, timeout=200, cwd=self.checkout,
+            env=self.environment | environment,
+        )  # fmt: skip
+        assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+        assert self.environment["RAY_AUTH_TOKEN"] not in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stdout, done.stderr
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            self._line(arguments), stdout=pipe, stderr=pipe, text=True, cwd=self.checkout, env=self.environment
+        )
+
+    def _line(self, arguments: tuple[str, ...]) -> list[str]:
+        target = ["target.yaml" if part == "TARGET" else part for part in arguments]
+        return [sys.executable, "-m", "nvembed.cli", *target]
+
+    def submit(self, name: str, *options: str, code: int = 0) -> tuple[str, str]:
+        story = ["python", "light.py", "--set", f"name={name}"]
+        return self("submit", "TARGET", *options, "--", *story, code=code)
+
+    def states(self) -> list[dict[str, Any]]:
+        return list(json.loads(self("jobs", "list", "TARGET", "--json")[0]))
+
+
+class Wire:
+    """A TCP proxy to the head that can be cut: a network that goes away and comes back."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._open, self.up = port, list[socket.socket](), True
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            if not self.up:
+                near.close()
+                continue
+            far = socket.create_connection(("127.0.0.1", self._port))
+            self._open += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """Break every connection and refuse new ones."""
+        self.up = False
+        for end in self._open:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self._open.clear()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def nvembed(head: Any, checkout: Path) -> Nvembed:
+    return Nvembed(head, checkout)
+
+
+def test_a_job_runs_on_the_cluster_and_is_told_of(nvembed: Nvembed) -> None:
+    (nvembed.checkout / "ignored.txt").write_text("stays here")
+    said, notes = nvembed.submit("light")
+    first = nvembed.states()[-1]
+    assert first["id"].startswith("nvembed-light-") and first["id"].endswith("-1")
+    assert f"{first['id']}: succeeded, exit code 0" in notes
+    assert "attempt 1 of light" in said and "cpus 3.0" in said and "plain a b" in said and "same node True" in said
+    assert first["state"] == "succeeded" and first["exit_code"] == 0 and first["ended"] > first["started"]
+    about = first["metadata"]
+    assert about["nvembed_recipe"] == "light" and len(about["nvembed_recipe_sha256"]) == 64 and about["user"]
+    assert len(about["git_revision"]) == 40, "an untracked target file is no change"
+
+
+def test_the_exit_code_is_the_storys_and_a_second_try_resumes(nvembed: Nvembed) -> None:
+    said, notes = nvembed.submit("wrong", code=2)
+    assert "this story was told to fail" in said and "failed, exit code 2" in notes
+    said, notes = nvembed.submit("wrong", code=2)
+    assert "attempt 2 of wrong" in said, "the second run found the first one's output"
+    wrong = [state for state in nvembed.states() if state["metadata"]["nvembed_recipe"] == "wrong"]
+    assert [state["id"].rpartition("-")[2] for state in wrong] == ["1", "2"]
+    assert wrong[0]["id"].rpartition("-")[0] == wrong[1]["id"].rpartition("-")[0]
+    said, _ = nvembed("jobs", "status", "TARGET", wrong[0]["id"])
+    assert "failed (exit code 2)" in said and f"nvembed_out: {nvembed.out}/wrong" in said
+    assert "attempt 1 of wrong" in nvembed("jobs", "logs", "TARGET", wrong[0]["id"])[0]
+    assert "attempt 2 of wrong" in nvembed("jobs", "logs", "TARGET", "-f", code=2)[0], "the newest, to its end"
+
+
+def test_detach_refuse_a_second_one_reattach_and_stop(nvembed: Nvembed) -> None:
+    process = nvembed.start("submit", "TARGET", "--", "python", "light.py", "--set", "name=waits")
+    assert process.stdout is not None
+    while "same node" not in (line := process.stdout.readline()):
+        assert line or process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "goes on" in said and "nvembed jobs stop target.yaml nvembed-waits-" in said
+    alive = [state for state in nvembed.states() if state["state"] == "running"]
+    assert len(alive) == 1
+    _, refused = nvembed.submit("waits", code=2)
+    assert f"this run is running as {alive[0]['id']}" in refused
+    follower = nvembed.start("jobs", "logs", "TARGET", alive[0]["id"], "--follow")
+    time.sleep(4)
+    said, _ = nvembed("jobs", "stop", "TARGET")
+    assert said.strip() == f"{alive[0]['id']}: asked to stop"
+    log, notes = follower.communicate(timeout=60)
+    assert follower.returncode == 130 and "stopped, exit code 130" in notes
+    assert "attempt 1 of waits" in log and "interrupted; run the same command again to go on" in log
+    assert "has ended already (stopped)" in nvembed("jobs", "stop", "TARGET", alive[0]["id"])[0]
+    assert "no job of nvembed is alive here" in nvembed("jobs", "stop", "TARGET", code=2)[1]
+
+
+def test_following_survives_a_lost_connection_and_says_nothing_twice(nvembed: Nvembed, head: Any) -> None:
+    wire = Wire(int(head.address.rpartition(":")[2]))
+    nvembed.target.write_text(nvembed.target.read_text().replace(head.address, wire.address))
+    process = nvembed.start("submit", "TARGET", "--", "python", "light.py", "--set", "name=counts")
+    assert process.stdout is not None and process.stderr is not None
+    said = ""
+    while "count 3\n" not in said:
+        line = process.stdout.readline()
+        assert line or process.poll() is None, process.communicate()
+        said += line
+    wire.cut()
+    notes = ""
+    while "connection lost" not in notes:
+        line = process.stderr.readline()
+        assert line, notes
+        notes += line
+    wire.up = True
+    rest, more = process.communicate(timeout=120)
+    wire.close()
+    counted = [line for line in (said + rest).splitlines() if line.startswith("count")]
+    assert counted == [f"count {number}" for number in range(20)], "no line is missing, none comes twice"
+    assert process.returncode == 0 and "the job goes on, trying again" in notes and "succeeded, exit code 0" in more
+
+
+def test_wrong_and_missing_tokens_and_a_cluster_that_is_not_there(nvembed: Nvembed, tmp_path: Path) -> None:
+    before, text = nvembed.states(), nvembed.target.read_text()
+    story = ("submit", "TARGET", "--", "python", "light.py")
+    _, said = nvembed(*story, code=3, RAY_AUTH_TOKEN="0" * 32)
+    assert "refused the token" in said and "RAY_AUTH_TOKEN" in said
+    _, said = nvembed(*story, code=3, RAY_AUTH_TOKEN="", HOME=str(tmp_path))
+    assert "no token for the cluster: set RAY_AUTH_TOKEN" in said
+    nvembed.target.write_text("type: ray\naddress: http://127.0.0.1:9\noutputs: /tmp/x\n")
+    _, said = nvembed(*story, code=3)
+    assert "http://127.0.0.1:9 cannot be reached" in said
+    nvembed.target.write_text(text)
+    assert nvembed.states() == before, "nothing was sent"
+
+
+def test_a_secret_that_the_cluster_lacks(nvembed: Nvembed) -> None:
+    nvembed.target.write_text(nvembed.target.read_text().replace("[RAY_AUTH_TOKEN]", "[HF_TOKEN]"))
+    said, _ = nvembed.submit("light", "--wait", code=3)
+    assert "HF_TOKEN is not set where the driver runs" in said
+
+
+def test_no_wait_and_json(nvembed: Nvembed) -> None:
+    said, notes = nvembed.submit("later", "--no-wait", "--json")
+    submitted = json.loads(said)
+    assert submitted["out"] == f"{nvembed.out}/later" and f"jobs logs target.yaml {submitted['id']} --follow" in notes
+    log, _ = nvembed("jobs", "logs", "TARGET", submitted["id"], "--follow")
+    assert "attempt 1 of later" in log
+
+
+def test_a_cloud_job_is_ray_up_then_the_same_job(nvembed: Nvembed, head: Any, tmp_path: Path) -> None:
+    """`ray` of the submitting side is a stub that keeps what `ray up` is given; the "head" behind the port is real."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    (stubs / "ray").write_text(
+        f'#!/bin/sh\necho "$@" >> {stubs}/said\nfor part; do last="$part"; done\ncp "$last" {stubs}\n'
+    )
+    (stubs / "ray").chmod(0o755)
+    (tmp_path / "token").write_text(head.token)
+    nvembed.target.write_text(
+        "type: cloud\ncluster_name: trial\nprovider: {type: aws, region: r}\nimage: i\nbucket: s3://b\n"
+        f"mount_path: {nvembed.out}\noutputs: {nvembed.out}\nlocal_port: {head.address.rpartition(':')[2]}\n"
+        "head: {machine: m, cpus: 2}\nworkers: [{machine: m, cpus: 2, gpus: 1}]\n"
+    )
+    nvembed.environment |= {"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    nvembed.environment["PATH"] = f"{stubs}:{os.environ['PATH']}"
+    story = ["python", "light.py", "--set", "name=cloudy"]
+    done = subprocess.run(
+        nvembed._line(("submit", "TARGET", "--", *story)), capture_output=True, text=True, cwd=nvembed.checkout,
+        env=nvembed.environment, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0 and "attempt 1 of cloudy" in done.stdout, done.stderr
+    assert (stubs / "said").read_text().startswith("up --yes --no-config-cache ")
+    written = (stubs / "trial.yaml").read_text()
+    assert "InstanceMarketOptions" in written and head.token not in written + done.stdout + done.stderr

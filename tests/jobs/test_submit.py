@@ -1,0 +1,103 @@
+"""`nvembed submit --dry-run`: everything is shown, nothing is touched, nothing is told to anybody."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from nvembed.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = sorted(path.name for path in (ROOT / "cluster").glob("*.yaml"))
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+    return done.exit_code, done.stdout, done.stderr
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a dry run opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_dry_run_shows_the_job_and_touches_nothing(
+    checkout: Path, tmp_path: Path, no_network: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for variable, value in {"HF_TOKEN": "canary-1", "RAY_AUTH_TOKEN": "canary-2", "TMPDIR": str(tmp_path)}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = snapshot(tmp_path)
+    story = ["--", "python", "light.py", "recipes/light.yaml", "--set", "seed_is_no_key=1"]
+    code, _, said = run("submit", str(ROOT / "cluster" / name), "--dry-run", *story)
+    assert code == 2 and "seed_is_no_key" in said
+    code, shown, said = run("submit", str(ROOT / "cluster" / name), "--dry-run", *story[:-2])
+    assert code == 0, said
+    assert "light.py" in shown and "# resolved recipe\nname: light" in shown and "nvembed-light-" in shown
+    code, as_json, said = run("submit", str(ROOT / "cluster" / name), "--dry-run", "--json", *story[:-2])
+    value = json.loads(as_json)
+    assert code == 0 and value["recipe"]["name"] == "light" and value["job"] and value["id"] in shown
+    assert "canary" not in shown + as_json + said
+    assert snapshot(tmp_path) == before
+
+
+def test_headers_come_by_reference_and_are_masked(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROXY_AUTH", "canary-3")
+    (checkout / "t.yaml").write_text(
+        "type: ray\naddress: https://ray.example.org\nheaders: {X-Proxy: PROXY_AUTH}\noutputs: s3://b/runs\n"
+    )
+    code, shown, said = run("submit", "t.yaml", "--dry-run", "--", "python", "light.py")
+    assert code == 0 and "X-Proxy: '**** (from PROXY_AUTH)'" in shown, shown + said
+    assert "Authorization: Bearer ****" in shown and "canary" not in shown
+
+
+def test_mistakes_end_with_2_and_hold_no_secret(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "canary-4")
+    (checkout / "t.yaml").write_text("type: ray\naddress: canary-4\noutputs: /o\n")
+    code, _, said = run("submit", "t.yaml", "--dry-run", "--", "python", "light.py")
+    assert code == 2 and "address: '****'" in said and "canary" not in said and "Traceback" not in said
+    code, _, said = run("submit", str(ROOT / "cluster/local.yaml"), "--dry-run", "--", "bash", "x.sh")
+    assert code == 2 and "a job is a story run by python" in said
+
+
+@pytest.mark.parametrize(("name", "tool"), [("kuberay", "kubectl"), ("slurm", "squeue"), ("aws", "ray")])
+def test_a_tool_that_is_not_installed_is_told_with_the_fix(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tool: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    code, _, said = run("submit", str(ROOT / f"cluster/{name}.yaml"), "--", "python", "light.py")
+    assert code == 3 and f"{tool} is not installed here" in said
+    assert run("jobs", "list", str(ROOT / f"cluster/{name}.yaml"))[0] == 3
+
+
+def test_the_token_of_a_cloud_cluster_is_made_for_the_owner_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nvembed.jobs.cloud import make_token
+    from nvembed.preflight import PreflightError
+
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "new/token"))
+    make_token()
+    made = (tmp_path / "new/token").read_text()
+    assert len(made) == 64 and (tmp_path / "new/token").stat().st_mode & 0o777 == 0o600
+    make_token()
+    assert (tmp_path / "new/token").read_text() == made
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "other-token")
+    with pytest.raises(PreflightError, match="is not the token in"):
+        make_token()

@@ -1,0 +1,112 @@
+"""A registry that is away while a story runs: the road goes on, the exit code says what waits, the next run does it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvembed.registry.client import aliases, list_versions, open_registry
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "pipelines/recipes/tiny.yaml"
+NAME = "nvembed-tiny-teacher"
+STORY = '''
+"""A toy story: something to register, and a step after it."""
+import json, shutil
+from pathlib import Path
+import pyarrow as pa
+from nvembed import storage
+from nvembed.data.tables import write_table
+from nvembed.storage import Step, StepResult
+from nvembed.story import tell
+
+def model(config, inputs, uri):
+    shutil.copytree(FOLDER, Path(uri, "model"))
+    return StepResult()
+
+def scores(config, inputs, uri):
+    rows = {"ndcg_at_10": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    storage.write_json(uri + "/scores.json", {"evaluation_hash": {"cwe": "a"}, "scores": {"model": {"cwe": rows}}})
+    write_table(pa.table({"system": ["model"]}), uri + "/items.parquet")
+    return StepResult()
+
+def last(config, inputs, uri):
+    GIVE_BACK
+    return StepResult()
+
+def toy(road):
+    """Three steps and a registration."""
+    made = road.step("made", Step("prepare", 1, model), road.recipe.prepare)
+    scored = road.step("scored", Step("initialise", 1, scores), road.recipe.prepare, model=made)
+    road.register("register_teacher", road.recipe.register.teacher_name, model=made, scores=scored)
+    road.step("last", Step("student_init", 1, last), road.recipe.prepare, made=made)
+    road.report()
+
+if __name__ == "__main__":
+    raise SystemExit(tell(toy, default="toy.yaml"))
+'''
+
+
+class Toy:
+    """The story in a folder of its own; its registry is SQLite, or a directory in its place, which nobody can open."""
+
+    def __init__(self, folder: Path, model: Path, give_back: str = "pass") -> None:
+        self.folder, self.out, self.database = folder, folder / "run", folder / "store" / "mlflow.db"
+        self.uri = f"sqlite:///{self.database}"
+        (folder / "recipes").mkdir()
+        story = STORY.replace("FOLDER", repr(str(model))).replace("GIVE_BACK", give_back)
+        (folder / "toy.py").write_text(story)
+        text = TINY.read_text().replace("name: tiny", "name: toy", 1)
+        (folder / "recipes" / "toy.yaml").write_text(f"{text}tracking: {{enabled: false, uri: '{self.uri}'}}\n")
+        self.database.mkdir(parents=True)
+
+    def run(self) -> tuple[int, str]:
+        command = [sys.executable, str(self.folder / "toy.py"), "--out", str(self.out)]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.folder, timeout=250,
+            env={**os.environ, "COLUMNS": "200"},
+        )  # fmt: skip
+        return done.returncode, done.stdout
+
+    def statuses(self) -> dict[str, str]:
+        steps = json.loads((self.out / "steps.json").read_text())["attempts"][-1]["steps"]
+        return {name: step["status"] for name, step in steps.items()}
+
+
+def test_the_road_goes_on_and_the_exit_code_says_what_waits(tmp_path: Path, folders: dict[str, Path]) -> None:
+    toy = Toy(tmp_path, folders["stock"])
+    code, said = toy.run()
+    assert code == 4, said
+    assert "register_teacher: waits, the road goes on: the model registry at sqlite:" in said
+    assert "everything is done but register_teacher" in said and "run the same command again" in said
+    assert "Traceback" not in said and not list((toy.out / "logs").glob("error-*"))
+    assert toy.statuses() == {"made": "done", "scored": "done", "register_teacher": "pending", "last": "done"}
+    assert (toy.out / "report.json").exists() and (toy.out / "last" / "manifest.json").exists()
+    assert not (toy.out / "register_teacher" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("back", ["at the next run", "before the report"])
+def test_what_waited_is_registered_once_when_the_registry_is_back(
+    tmp_path: Path, folders: dict[str, Path], back: str
+) -> None:
+    remove = f"Path({str(tmp_path / 'store' / 'mlflow.db')!r}).rmdir()"
+    toy = Toy(tmp_path, folders["stock"], remove if back == "before the report" else "pass")
+    code, said = toy.run()
+    if back == "at the next run":
+        assert code == 4, said
+        toy.database.rmdir()
+        code, said = toy.run()
+        assert "made: skipped" in said and "last: skipped" in said
+    assert code == 0, said
+    registration = json.loads((toy.out / "register_teacher" / "registration.json").read_text())
+    assert not registration["promoted"] and "provenance" in registration["reason"], "a toy has no chain"
+    client = open_registry(toy.uri)
+    assert len(list_versions(client, NAME)) == 1
+    assert aliases(client, NAME) == {"candidate": "1"}
+    assert toy.statuses()["register_teacher"] == "done"
+    before = (toy.out / "register_teacher" / "manifest.json").stat().st_mtime_ns
+    assert toy.run()[0] == 0 and (toy.out / "register_teacher" / "manifest.json").stat().st_mtime_ns == before
