@@ -138,7 +138,7 @@ def _champions(
         before, role = registration.get("champion_before"), step.removeprefix("register_")
         if before and f"evaluate_{role}" in artifacts:
             ours = storage.read_json(artifacts[f"evaluate_{role}"].path("scores.json"))["evaluation_hash"]
-            theirs, scores = before.get("evaluation_hash") or {}, before.get("scores") or {}
+            theirs, scores = before.get("evaluation_hash") or {}, (before.get("scores") or {}).get("model", {})
             yield (
                 role,
                 Champion(
