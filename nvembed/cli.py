@@ -6,17 +6,20 @@ nvembed recipe validate pipelines/recipes/quickstart.yaml
 
 from __future__ import annotations
 
+import nvembed.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest loads)
+
 import typer
 
-from nvembed.commands import doctor, embed, jobs, recipe, registry, report, submit
+from nvembed.commands import doctor, embed, jobs, plan, recipe, registry, report, search, submit
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     help="Embedding models: use and check them.",
 )
 app.command("embed")(embed.embed_command)
+app.command("search")(search.search_command)
+app.command("plan")(plan.plan_command)
 app.command("doctor")(doctor.doctor_command)
 app.command("report")(report.report_command)
 app.add_typer(recipe.app, name="recipe")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +17,23 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from nvembed.findings import NOTE, OK, PROBLEM, Finding
+from nvembed.masking import mask
+from nvembed.mlflow_store import probe
 
 STALE_LOCK_SECONDS = 600
 MIN_SHM_BYTES = 300 * 2**20
+MIN_DISK_BYTES = 5 * 2**30  # the quickstart leaves 1.2 GiB, and as much again while a stage runs
+MIN_OPEN_FILES = 4096  # Ray asks for 65,536 and works on a laptop with far fewer
+DASHBOARD_PORT = 8265
+_LISTEN = "0A"
 
 
 def examine() -> list[Finding]:
     """All checks, in order. Nothing heavy is imported and nothing is changed."""
-    checks = (_python, _packages, _quickstart, _compiler, _processor, _memory, _shared_memory, _ray, _locks)
+    checks = (
+        *(_python, _packages, _quickstart, _compiler, _processor, _memory, _shared_memory),
+        *(_disk, _files, _clock, _ray, _dashboard, _mlflow, _hub, _locks),
+    )
     return [finding for check in checks for finding in check()]
 
 
@@ -117,6 +129,91 @@ def _ray() -> Iterator[Finding]:
         yield Finding("ray authentication", OK, mode or "token (Ray's default)")
     address = os.environ.get("RAY_ADDRESS")
     yield Finding("ray cluster", OK, f"RAY_ADDRESS={address}" if address else "a local one for each run")
+
+
+def _disk() -> Iterator[Finding]:
+    for name, folder in (("disk of the runs", Path.cwd()), ("disk of temporary files", Path(tempfile.gettempdir()))):
+        free = shutil.disk_usage(folder).free
+        low = free < MIN_DISK_BYTES
+        fix = f"make room: {folder} needs {MIN_DISK_BYTES / 2**30:.0f} GiB for the quickstart" if low else ""
+        yield Finding(name, NOTE if low else OK, f"{free / 2**30:.1f} GiB free at {folder}", fix)
+
+
+def _files() -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    low = soft < MIN_OPEN_FILES
+    most = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
+    yield Finding("open files", NOTE if low else OK, f"{soft} (at most {most})", f"ulimit -n {most}" if low else "")
+
+
+def _clock() -> Iterator[Finding]:
+    """A clock that is behind the files it reads makes leases and certificates fail."""
+    written = Path(__file__).stat().st_mtime
+    behind = written - time.time()
+    said = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    if behind > 60:
+        yield Finding("clock", PROBLEM, f"{said}, {behind / 3600:.1f} h before nvembed was installed", "set the clock")
+    else:
+        yield Finding("clock", OK, said)
+
+
+def listening(port: int, table: str) -> list[str]:
+    """Addresses on which a port is listened to, from a table like /proc/net/tcp (its own hexadecimal form)."""
+    found = []
+    for line in table.splitlines()[1:]:
+        columns = line.split()
+        address, _, number = columns[1].partition(":")
+        if columns[3] == _LISTEN and int(number, 16) == port:
+            found.append(address)
+    return found
+
+
+def _is_loopback(address: str) -> bool:
+    v4 = address[-8:]
+    mapped = len(address) == 8 or address.startswith("0000000000000000FFFF0000")
+    return (mapped and v4.endswith("7F")) or address == "00000000000000000000000001000000"
+
+
+def _dashboard() -> Iterator[Finding]:
+    """Whoever reaches Ray's dashboard may run code here (ShadowRay), token or not."""
+    found = []
+    for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        with contextlib.suppress(OSError):
+            found += listening(DASHBOARD_PORT, path.read_text())
+    if not found:
+        yield Finding("ray dashboard", OK, f"nothing listens on port {DASHBOARD_PORT}")
+    elif all(map(_is_loopback, found)):
+        yield Finding("ray dashboard", OK, f"port {DASHBOARD_PORT}, reached from this machine only")
+    else:
+        fix = "ray start --dashboard-host 127.0.0.1, and an SSH tunnel to reach it"
+        yield Finding("ray dashboard", PROBLEM, f"port {DASHBOARD_PORT} is open to other machines", fix)
+
+
+def _mlflow() -> Iterator[Finding]:
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        yield Finding("mlflow", OK, "SQLite in each run's output (no MLFLOW_TRACKING_URI)")
+        return
+    shown = mask(uri)
+    try:
+        if not uri.startswith("sqlite:") and "://" in uri:
+            probe(uri)
+        yield Finding("mlflow", OK, f"{shown} answers" if "://" in uri else shown)
+    except (OSError, ValueError) as error:
+        fix = "start the server or mend MLFLOW_TRACKING_URI; runs go on without it and send the rest later"
+        yield Finding("mlflow", PROBLEM, f"{shown}: {mask(str(error))}", fix)
+
+
+def _hub() -> Iterator[Finding]:
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    if cache.is_dir() and not os.access(cache, os.W_OK):
+        yield Finding("hub cache", PROBLEM, f"{cache} cannot be written", f"chown it, or set HF_HOME: {cache}")
+        return
+    models = len(list(cache.glob("models--*"))) if cache.is_dir() else 0
+    said = f"{models} model(s) in {cache}" + ("; HF_HUB_OFFLINE: nothing is downloaded" if offline else "")
+    yield Finding("hub cache", OK, said)
 
 
 def _locks() -> Iterator[Finding]:

@@ -77,11 +77,11 @@ def write_vectors(job: EmbedJob, say: Callable[[str], None]) -> tuple[int, int]:
     Raises:
         UserError: bad rows (with their lines), an unknown format, an existing target, an impossible `dim`.
     """
-    source_kind, target_kind = _suffix(job.source, INPUTS, "input"), _suffix(job.target, OUTPUTS, "output")
+    source_kind, target_kind = input_kind(job.source), _suffix(job.target, OUTPUTS, "output")
     if storage.exists(job.target) and not job.force:
         raise UserError(f"{job.target} exists. Choose another --out, or give --force to replace it.")
     total = check_rows(job, source_kind)
-    encoder = _open(job)
+    encoder = open_job_encoder(job)
     dim = encoder.dim if job.dim is None else job.dim
     if not 1 <= dim <= encoder.dim:
         raise UserError(f"--dim {dim}: this model's vectors have {encoder.dim} numbers; choose 1 to {encoder.dim}.")
@@ -97,6 +97,15 @@ def write_vectors(job: EmbedJob, say: Callable[[str], None]) -> tuple[int, int]:
                 said, rate = now, done / (now - started)
                 say(f"{done:,} of {total:,} texts, {rate:,.0f}/s, {(total - done) / rate:,.0f} s left")
     return total, dim
+
+
+def input_kind(uri: str) -> str:
+    """Suffix of an input file.
+
+    Raises:
+        UserError: it is none of `INPUTS`.
+    """
+    return _suffix(uri, INPUTS, "input")
 
 
 def _suffix(uri: str, known: Sequence[str], what: str) -> str:
@@ -314,7 +323,8 @@ def prompt_prefix(model: str, name: str) -> str:
     return str(prompts[name])
 
 
-def _open(job: EmbedJob) -> Encoder:
+def open_job_encoder(job: EmbedJob) -> Encoder:
+    """The job's model, on a GPU where there is one."""
     import torch
 
     from nvembed.retrieval.config import PretrainedModel

@@ -1,4 +1,4 @@
-"""What a run shows while it works: plain lines, a heartbeat when nothing else is said, logs to a file (layer 6).
+"""What a run shows while it works: a heartbeat, log records; libraries' own lines go to a file (layer 6).
 
 A training step's own lines (step, loss, rate, time left) come from `training/progress.py`, encoding's from
 `retrieval/pool.py`; the heartbeat speaks only where they are silent. On a terminal it is one changing line.
@@ -7,52 +7,20 @@ A training step's own lines (step, loss, rate, time left) come from `training/pr
 from __future__ import annotations
 
 import logging
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from nvembed import storage
+from nvembed.terminal import Console, redirected, used
 
 TICK_SECONDS = 1.0
 QUIET_SECONDS = 5.0  # how long nothing was said before a heartbeat; on a terminal it comes every tick
 METRICS = "metrics.jsonl"
-
-
-class Console:
-    """Lines on a terminal or in a file; `status` is a line that the next one replaces (terminals only)."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._lock = threading.Lock()
-        self._status = False
-        self.is_terminal = self._stream.isatty()
-        self.spoke = time.monotonic()
-
-    def line(self, text: str) -> None:
-        """Write a line that stays."""
-        self._write(text + "\n", keep=True)
-
-    def status(self, text: str) -> None:
-        """Write a line that the next one replaces; on no terminal it is a line like any other."""
-        if self.is_terminal:
-            self._write(text, keep=False)
-        else:
-            self.line(text)
-
-    def _write(self, text: str, *, keep: bool) -> None:
-        with self._lock:
-            clear = "\r\033[K" if self._status or not keep else ""
-            try:
-                self._stream.write(clear + text)
-                self._stream.flush()
-            except (OSError, ValueError):  # the reader of a pipe is gone: the run goes on, its log file has the lines
-                pass
-            self._status = not keep
-            self.spoke = time.monotonic()
 
 
 class _ConsoleHandler(logging.Handler):
@@ -68,35 +36,49 @@ class _ConsoleHandler(logging.Handler):
             return
         name = "" if ours else f"{record.name}: "
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        self._console.line(f"  {level}{name}{record.getMessage()}")
+        if getattr(record, "transient", False):
+            self._console.transient(record.getMessage())
+        else:
+            say = self._console.alert if record.levelno >= logging.WARNING else self._console.line
+            say(f"  {level}{name}{record.getMessage()}")
 
 
 @contextmanager
-def logged(console: Console, out: str) -> Iterator[str | None]:
-    """Send log records to the console and, where the output is local, to a file below `<out>/logs/`, which is given."""
+def logged(console: Console, out: str) -> Iterator[str]:
+    """Send log records to the console and to a file, which is given: below `<out>/logs/`, in the temporary directory
+    where the output is remote. What libraries write on standard output and error goes to the file only."""
     root, ours = logging.getLogger(), logging.getLogger("nvembed")
     before = root.handlers[:], root.level, ours.level
-    handlers: list[logging.Handler] = [_ConsoleHandler(console)]
-    path = None
-    if storage.is_local(out):
-        path = f"{out}/logs/run-{time.strftime('%Y%m%d-%H%M%S')}.log"
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-        handlers.append(file)
+    folder = f"{out}/logs" if storage.is_local(out) else tempfile.mkdtemp(prefix="nvembed-logs-")
+    path = f"{folder}/run-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    handlers: list[logging.Handler] = [_ConsoleHandler(console), file]
     root.handlers[:] = handlers
     root.setLevel(logging.WARNING)
     ours.setLevel(logging.INFO)
     logging.captureWarnings(True)
+    hook, threading.excepthook = threading.excepthook, _log_dead_thread
     try:
-        yield path
+        with used(console), redirected(path):
+            yield path
     finally:
+        threading.excepthook = hook
         logging.captureWarnings(False)
         root.handlers[:] = before[0]
         root.setLevel(before[1])
         ours.setLevel(before[2])
         for handler in handlers:
             handler.close()
+
+
+def _log_dead_thread(died: Any) -> None:
+    """What would go to standard error, which the user does not see while a run is on."""
+    if died.exc_type is not SystemExit:
+        name = died.thread.name if died.thread is not None else "?"
+        told = (died.exc_type, died.exc_value, died.exc_traceback)
+        logging.getLogger(__name__).error("thread %s died: %s", name, died.exc_value, exc_info=told)
 
 
 def adopt_loggers(package: str) -> None:
@@ -151,7 +133,9 @@ class Heartbeat:
             if (size := self._metrics_size()) != self._size:
                 self._size, self._grew = size, now
             if self._silent(now):
-                self._console.status(f"  {self._name}: {now - self._started:.0f} s, {self._memory() / 1024:.1f} GiB")
+                detail = f"; {self._console.detail}" if self._console.is_terminal and self._console.detail else ""
+                beat = f"  {self._name}: {now - self._started:.0f} s, {self._memory() / 1024:.1f} GiB{detail}"
+                self._console.status(beat)
             if now - ticked >= QUIET_SECONDS:
                 ticked = now
                 self._tick()

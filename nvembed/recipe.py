@@ -106,6 +106,11 @@ def load_recipe(path: str, overrides: Sequence[str] = (), needs: Sequence[str] =
         RecipeError: listing everything that is wrong, each with its path, line, value, what is allowed, nearest match.
         UserError: there is no such file.
     """
+    return read_recipe(path, overrides, needs)[0]
+
+
+def read_recipe(path: str, overrides: Sequence[str] = (), needs: Sequence[str] = ()) -> tuple[Recipe, Document]:
+    """A checked recipe, and the document that says where each of its values was written; see `load_recipe`."""
     document, problems = parse(read_yaml(path), path)
     if problems and not document.data:
         raise RecipeError(path, problems)
@@ -118,7 +123,7 @@ def load_recipe(path: str, overrides: Sequence[str] = (), needs: Sequence[str] =
     problems += check(found, document)
     if problems:
         raise RecipeError(path, problems)
-    return Recipe.model_validate(document.data)
+    return Recipe.model_validate(document.data), document
 
 
 def _order(problem: Problem) -> tuple[bool, int, int, str]:
@@ -158,6 +163,7 @@ __all__ = [
     "Stage",
     "StudentStage",
     "load_recipe",
+    "read_recipe",
     "read_yaml",
     "resolved_yaml",
 ]

@@ -22,12 +22,13 @@ from nvembed.interrupt import Interrupts
 from nvembed.lease import check_fence
 from nvembed.memory import MemoryMeter
 from nvembed.mlflow_store import resolve_store
-from nvembed.progress import Console, Heartbeat, adopt_loggers
+from nvembed.progress import Heartbeat, adopt_loggers
 from nvembed.recipe import Recipe
 from nvembed.records import Records
 from nvembed.registry.resolve import hash_folder, resolve_model
 from nvembed.registry.step import REGISTER, RegistryAwayError, registration_config
 from nvembed.storage import Step, StepResult
+from nvembed.terminal import Console
 from nvembed.tracking import Tracker
 from nvembed.types import Artifact, Config
 

@@ -1,17 +1,20 @@
 """Sizes of a backbone before anything heavy is loaded: from the recipe, a `config.json`, a GGUF header (layer 6).
 
-Used by the recipe's cross-checks and the plan. What cannot be known without a download is None.
+Used by the recipe's cross-checks and the plan. What cannot be known without a download is None; the sizes of the common
+families on the hub are known (`hub_shapes.py`).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nvembed.hub_shapes import hub_shape
 from nvembed.modeling.config import BackboneConfig, FolderBackbone, GgufBackbone, PoolingConfig, RandomBackbone
 
 
@@ -27,6 +30,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocab: int
+    family: str = "llama"
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -49,8 +53,11 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of one layer: its linear maps (without biases) and two norms."""
-        return sum(inputs * outputs for inputs, outputs in self.linears.values()) + 2 * self.hidden
+        """Weights of one layer: its linear maps, two norms, and what its family adds."""
+        maps = self.linears
+        extra = sum(maps[name][1] for name in ("q_proj", "k_proj", "v_proj")) if self.family == "qwen2" else 0
+        extra += 2 * self.head_dim if self.family == "qwen3" else 0
+        return sum(inputs * outputs for inputs, outputs in maps.values()) + 2 * self.hidden + extra
 
     @property
     def parameters(self) -> int:
@@ -82,6 +89,7 @@ def known_shape(backbone: BackboneConfig) -> Shape | None:
             kv_heads=backbone.num_key_value_heads,
             head_dim=backbone.hidden_size // backbone.num_heads,
             vocab=backbone.vocab_size,
+            family=backbone.family,
         )
         return found
     available = _gguf_shape(backbone) if isinstance(backbone, GgufBackbone) else _folder_shape(backbone)
@@ -91,7 +99,25 @@ def known_shape(backbone: BackboneConfig) -> Shape | None:
 
 
 def _folder_shape(backbone: FolderBackbone) -> Shape | None:
-    path = Path(backbone.name) / "config.json"
+    found = _config_shape(Path(backbone.name) / "config.json")
+    for path in () if found else _cached_configs(backbone):
+        found = found or _config_shape(path)
+    known = hub_shape(backbone.name)
+    if found is not None or known is None:
+        return found
+    return Shape(layers_available=known.layers, **known._asdict())
+
+
+def _cached_configs(backbone: FolderBackbone) -> list[Path]:
+    """`config.json` of a hub name in the local hub cache: of the revision asked for, else of any, newest first."""
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    folder = cache / f"models--{backbone.name.replace('/', '--')}" / "snapshots"
+    found = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path for path in found if backbone.revision in (None, path.parent.name)] or found
+
+
+def _config_shape(path: Path) -> Shape | None:
     try:
         config = json.loads(path.read_text())
         heads = config["num_attention_heads"]
@@ -104,6 +130,7 @@ def _folder_shape(backbone: FolderBackbone) -> Shape | None:
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             vocab=config["vocab_size"],
+            family=str(config.get("model_type", "llama")),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -125,6 +152,7 @@ def _gguf_shape(backbone: GgufBackbone) -> Shape | None:
             kv_heads=int(sizes.get("attention.head_count_kv", heads)),
             head_dim=int(sizes.get("attention.key_length", sizes["embedding_length"] // heads)),
             vocab=int(sizes["vocab_size"]),
+            family=str(family),
         )
     except (importlib.metadata.PackageNotFoundError, OSError, ValueError, KeyError, TypeError, struct.error):
         return None

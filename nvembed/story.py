@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import json
 import sys
 import time
 import traceback
@@ -26,12 +27,12 @@ from nvembed import storage
 from nvembed.interrupt import Interrupts, end_processes
 from nvembed.lease import LEASE, Lease
 from nvembed.memory import MemoryMeter
-from nvembed.plan import describe
 from nvembed.preflight import PreflightError, check_packages
-from nvembed.progress import Console, logged
-from nvembed.recipe import Recipe, load_recipe, resolved_yaml
+from nvembed.progress import logged
+from nvembed.recipe import Recipe, load_recipe, read_recipe, resolved_yaml
 from nvembed.records import RECORDS, Records
 from nvembed.road import PendingError, PlannedRoad, Road
+from nvembed.terminal import Console
 from nvembed.tracking import STATE, Tracker
 
 __all__ = ["ExitCode", "PlannedRoad", "Road", "tell"]
@@ -85,11 +86,18 @@ def tell(story: Story, *, default: str, needs: Sequence[str] = ()) -> int:
         auto_promote: Annotated[
             bool | None, typer.Option("--auto-promote/--no-auto-promote", help="Overrides register.auto_promote.")
         ] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: the plan machine-readable.")] = False,
+        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings, errors and the last line.")] = False,
     ) -> None:
         given = [*(settings or [])]
         if auto_promote is not None:
             given.append(f"register.auto_promote={str(auto_promote).lower()}")
-        raise typer.Exit(_tell(story, recipe, given, out, dry_run, needs))
+        console = Console(quiet=quiet)
+        if dry_run:
+            raise typer.Exit(_look(story, recipe, given, out, needs, as_json, console))
+        if as_json:
+            raise typer.BadParameter("--json belongs to --dry-run; a run leaves report.json in its output")
+        raise typer.Exit(_tell(story, recipe, given, out, needs, console))
 
     try:
         app()
@@ -99,22 +107,43 @@ def tell(story: Story, *, default: str, needs: Sequence[str] = ()) -> int:
 
 
 def _tell(
-    story: Story, path: str, settings: Sequence[str], out: str | None, dry_run: bool, needs: Sequence[str]
+    story: Story, path: str, settings: Sequence[str], out: str | None, needs: Sequence[str], console: Console
 ) -> int:
-    console = Console()
     try:
         recipe = load_recipe(path, settings, needs)
         out = storage.absolute(out or f"runs/{recipe.name}")
         _refuse_other_output(recipe, out)
-        if dry_run:
-            road = PlannedRoad(recipe, out)
-            story(road)
-            print(describe(recipe, out, road.steps))
-            return ExitCode.DONE
         check_packages(recipe)
     except (storage.UserError, ValidationError, PreflightError) as error:
-        return report_error(error, console.line)
+        return report_error(error, console.alert)
     return _run(story, recipe, out, console)
+
+
+def _look(
+    story: Story,
+    path: str,
+    settings: Sequence[str],
+    out: str | None,
+    needs: Sequence[str],
+    as_json: bool,
+    console: Console,
+) -> int:
+    """The dry run: say what a run would do, and touch nothing."""
+    from nvembed.plan import dry_run
+
+    try:
+        recipe, document = read_recipe(path, settings, needs)
+        out = storage.absolute(out or f"runs/{recipe.name}")
+        _refuse_other_output(recipe, out)
+        road = PlannedRoad(recipe, out)
+        story(road)
+    except (storage.UserError, ValidationError) as error:
+        return report_error(error, console.alert)
+    if as_json:
+        print(json.dumps(dry_run.as_json(recipe, document, out, road.steps), indent=2, ensure_ascii=False))
+    else:
+        print(dry_run.as_text(recipe, document, out, road.steps))
+    return ExitCode.DONE
 
 
 def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
@@ -128,18 +157,18 @@ def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
             records.close("interrupted", meter.peak_mb)
         lease.__exit__()
 
-    with Interrupts(console.line, on_force) as interrupts:
+    with Interrupts(console.alert, on_force) as interrupts:
         try:
             with ExitStack() as stack:
                 stack.enter_context(lease)
                 stack.callback(shut_down_ray)
                 _claim(recipe, out)
-                stack.enter_context(logged(console, out))
+                log = stack.enter_context(logged(console, out))
                 stack.enter_context(meter)
                 records = Records(out, lease.fence)
                 tracker = Tracker(recipe.tracking, out, recipe.model_dump(mode="json"), recipe.name)
                 try:
-                    console.line(f"{recipe.name} -> {out}")
+                    console.line(f"{recipe.name} -> {out} (log: {log.removeprefix(out + '/')})")
                     road = Road(recipe, out, lease.fence, meter, tracker, records, console, interrupts)
                     story(road)
                     road.finish()
@@ -151,7 +180,7 @@ def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
                     records.close(status, meter.peak_mb)
                     tracker.close({"done": "finished"}.get(status, status))
                 minutes, seconds = divmod(round(records.wall_seconds), 60)
-                console.line(
+                console.alert(
                     f"done in {minutes}:{seconds:02d}, {records.attempts} run(s), {records.peak_mb / 1024:.1f} GiB"
                 )
                 return ExitCode.DONE
@@ -159,11 +188,11 @@ def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
             if interrupts.asked or isinstance(
                 error, KeyboardInterrupt
             ):  # whatever a library made of it: SystemExit, an error of its own
-                console.line("interrupted; run the same command again to go on")
+                console.alert("interrupted; run the same command again to go on")
                 return ExitCode.INTERRUPTED
             if not isinstance(error, Exception):
                 raise
-            return report_error(error, console.line, out)
+            return report_error(error, console.alert, out)
 
 
 def report_error(error: BaseException, say: Callable[[str], None], out: str | None = None) -> int:

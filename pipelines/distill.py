@@ -5,6 +5,8 @@
 The student is the teacher's first layers, mean pooled; it learns to point where the teacher points.
 """
 
+import nvembed.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest loads ends quietly)
+
 from nvembed.data.prepare import PREPARE
 from nvembed.data.stream import DISTILL_STREAM
 from nvembed.distill.student import COMPARE_STUDENT

@@ -5,6 +5,8 @@
 Every line is one pipeline step: a directory below the output, skipped when it is there, resumed when it was killed.
 """
 
+import nvembed.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest loads ends quietly)
+
 from nvembed.data.prepare import PREPARE
 from nvembed.data.stream import STREAM
 from nvembed.evaluation.baselines import BASELINES

@@ -5,6 +5,8 @@
 `pipelines/recipes/tiny.yaml` walks the same road with a random 2-layer LLM in a few minutes.
 """
 
+import nvembed.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest loads ends quietly)
+
 from distill import train_student
 from nv_embed import train_teacher
 

@@ -2,24 +2,18 @@
 
 import copy
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvembed import shapes
-from nvembed.modeling.config import FolderBackbone, GgufBackbone, LatentAttentionConfig, MeanConfig, RandomBackbone
-from nvembed.plan import PROCESS_BYTES, plan_stage, plan_stages, trained_parameters, worker_memory
+from nvembed.plan.sizes import stage_sizes
 from nvembed.recipe import Recipe, RecipeError, load_recipe, resolved_yaml
 from nvembed.recipe_text import dotted, override, parse
 from nvembed.storage import UserError
-from nvembed.text.batching import plan_chunks
-from nvembed.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "pipelines/recipes").glob("**/*.yaml"))
@@ -53,7 +47,7 @@ def test_every_recipe_of_the_repository_is_valid_and_reads_back_the_same(path: P
     recipe = load_recipe(str(path))
     (tmp_path / "resolved.yaml").write_text(resolved_yaml(recipe))
     assert load_recipe(str(tmp_path / "resolved.yaml")) == recipe
-    assert plan_stages(recipe), "a recipe trains something"
+    assert stage_sizes(recipe), "a recipe trains something"
 
 
 def test_all_problems_are_told_at_once_with_their_lines(tiny: Path) -> None:
@@ -241,96 +235,3 @@ def test_an_override_writes_exactly_one_value(path: list[str], value: int) -> No
     assert document.get(tuple(path)) == value
     assert str(document.position(tuple(path))) == f"--set {dotted(tuple(path))}={value}"
     assert document.data["z"] == 3
-
-
-# -- sizes ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_shape_arithmetic_gives_nv_embeds_published_size() -> None:
-    mistral = shapes.Shape(32, 32, 4096, 14336, 32, 8, 128, 32000)
-    head = shapes.pooling_parameters(LatentAttentionConfig(num_latents=512, num_heads=8, head_dim=4096), 4096)
-    assert (mistral.parameters, head) == (7_110_660_096, 740_356_096)
-    assert shapes.pooling_parameters(MeanConfig(), 4096) == 0
-
-
-def test_the_gguf_header_is_read_without_the_gguf_package() -> None:
-    shape = shapes.known_shape(GgufBackbone(num_layers=6))
-    assert shape is not None
-    assert (shape.layers, shape.layers_available, shape.hidden, shape.vocab) == (6, 30, 576, 49152)
-    whole = shapes.known_shape(GgufBackbone())
-    assert whole is not None and whole.parameters == 134_515_008
-
-
-def test_shapes_that_cannot_be_known_are_none(tmp_path: Path) -> None:
-    assert shapes.known_shape(FolderBackbone(name="mistralai/Mistral-7B-v0.1")) is None
-    assert shapes.known_shape(GgufBackbone(package="no-such-package")) is None
-    (tmp_path / "config.json").write_text('{"hidden_size": "many"}')
-    assert shapes.known_shape(FolderBackbone(name=str(tmp_path))) is None
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(struct.error, match="unpack requires"):
-        shapes.read_gguf_header(tmp_path / "model.gguf")
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_counted_parameters_equal_the_real_models(family: str) -> None:
-    import torch
-    import transformers
-
-    backbone = RandomBackbone(family=family, num_layers=3)  # type: ignore[arg-type]
-    shape = shapes.known_shape(backbone)
-    assert shape is not None
-    config = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[family](
-        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = transformers.AutoModel.from_config(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == shape.parameters
-
-
-@given(
-    st.integers(1, 12), st.integers(1, 4), st.integers(1, 4), st.integers(8, 400), st.integers(8, 80), st.integers(0, 9)
-)
-def test_planned_chunks_bound_the_real_ones(
-    batch: int, group: int, workers: int, budget: int, length: int, seed: int
-) -> None:
-    train = TrainConfig(num_workers=workers, token_budget=budget)
-    plan = plan_stage("s", train, steps=1, batch=batch, group=group, max_length=length, shape=None, pooling=0)
-    lengths = np.random.default_rng(seed).integers(1, length + 1, batch * group)
-    assert len(plan_chunks(lengths, budget, workers)[0]) <= plan.chunks_per_rank
-    assert len(plan_chunks(np.full(batch * group, length), budget, workers)[0]) == plan.chunks_per_rank
-
-
-def test_the_plan_of_the_tiny_recipe_by_hand() -> None:
-    first, second, student = plan_stages(load_recipe(str(ROOT / "pipelines/recipes/tiny.yaml")))
-    assert (first.steps, first.examples_per_rank, first.texts) == (10, 8, 16 * 3)
-    assert first.chunks_per_rank == 3, "512 // 64 = 8 texts a chunk, 6 chunks, 2 workers"
-    assert (second.texts, second.chunks_per_rank, student.texts, student.chunks_per_rank) == (64, 4, 16, 1)
-    assert student.parameters == 2000 * 64 + (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64) + 64
-    assert second.trained is not None and first.trained == first.parameters and second.trained < first.trained
-
-
-def test_zero_divides_what_it_says() -> None:
-    shape = shapes.Shape(6, 30, 576, 1536, 9, 3, 64, 49152)
-
-    def memory(**engine: object) -> float:
-        return worker_memory(TrainConfig(num_workers=2, engine=engine), shape, 1000, 100, 0) - PROCESS_BYTES  # type: ignore[arg-type]
-
-    assert [memory(zero_stage=stage) for stage in range(4)] == [5600, 5000, 4800, 2800]
-    assert memory(type="torch", zero_stage=0) == 5200, "no flat copy of the masters"
-
-
-def test_counted_trained_parameters_equal_peft() -> None:
-    import peft
-    import transformers
-
-    train = TrainConfig(adapter={"type": "lora", "r": 8})  # type: ignore[arg-type]
-    shape = shapes.known_shape(RandomBackbone())
-    assert shape is not None
-    config = transformers.LlamaConfig(
-        vocab_size=shape.vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    targets = list(train.adapter.target_modules)  # type: ignore[union-attr]
-    model = peft.get_peft_model(transformers.LlamaModel(config), peft.LoraConfig(r=8, target_modules=targets))
-    assert model.get_nb_trainable_parameters()[0] == trained_parameters(train, shape)

@@ -18,11 +18,12 @@ from nvembed import progress, story
 from nvembed.interrupt import Interrupts
 from nvembed.memory import MemoryMeter, process_tree, pss_bytes
 from nvembed.preflight import PreflightError, check_packages, needed_packages, pip_line
-from nvembed.progress import Console, Heartbeat
+from nvembed.progress import Heartbeat
 from nvembed.recipe import load_recipe
 from nvembed.records import Records
 from nvembed.road import logical_cpus
 from nvembed.storage import UserError
+from nvembed.terminal import Console
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "pipelines/recipes/tiny.yaml"

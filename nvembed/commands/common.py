@@ -10,15 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
+from nvembed.commands.complete import recipe_files
 from nvembed.interrupt import Interrupts
-from nvembed.progress import Console
 from nvembed.storage import UserError
 from nvembed.story import ExitCode, report_error
+from nvembed.terminal import Console
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a value of the recipe; repeatable.")
 ]
-RecipePath = Annotated[str, typer.Argument(metavar="FILE", help="Recipe: a YAML file, local or any URI.")]
+RecipePath = Annotated[
+    str, typer.Argument(metavar="FILE", help="Recipe: a YAML file, local or any URI.", autocompletion=recipe_files)
+]
 Registry = Annotated[
     str | None, typer.Option(help="Registry URI; by default MLFLOW_TRACKING_URI, else the one below runs/.")
 ]
@@ -29,12 +32,12 @@ def ended(action: Callable[[], int], promise: str = "stopping") -> typer.Exit:
     """Run a command's body; users' mistakes are told without a traceback; Ctrl-C (see `promise`) ends with 130."""
     console = Console()
     try:
-        with Interrupts(console.line, lambda: None, promise=promise):
+        with Interrupts(console.alert, lambda: None, promise=promise):
             return typer.Exit(action())
     except KeyboardInterrupt:
         return typer.Exit(ExitCode.INTERRUPTED)
     except Exception as error:
-        return typer.Exit(report_error(error, console.line))
+        return typer.Exit(report_error(error, console.alert))
 
 
 def show(value: Any, text: str, as_json: bool) -> None:

@@ -6,14 +6,15 @@ from typing import Annotated
 
 import typer
 
-from nvembed.commands.common import Registry, ended, near_registry
-from nvembed.progress import Console
+from nvembed.commands.common import AsJson, Registry, ended, near_registry, show
+from nvembed.commands.complete import model_folders
 from nvembed.storage import UserError
 from nvembed.story import ExitCode
+from nvembed.terminal import Console
 
 
 def embed_command(
-    model: Annotated[str, typer.Argument(help="Model folder, or models:/name@alias of the registry.")],
+    model: Annotated[str, typer.Argument(help="Model folder, or models:/name@alias.", autocompletion=model_folders)],
     source: Annotated[str, typer.Argument(metavar="INPUT", help="txt (a text per line), jsonl or parquet.")],
     out: Annotated[str, typer.Option(help="parquet (id, vector) or npy (vectors in the input's order).")],
     instruction: Annotated[
@@ -28,6 +29,7 @@ def embed_command(
     threads: Annotated[int | None, typer.Option(min=1, help="Torch threads.")] = None,
     registry: Registry = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Embed a file of texts."""
 
@@ -47,8 +49,8 @@ def embed_command(
         job = EmbedJob(
             folder, source, out, prefix, dim, batch_tokens, text_column, title_column, precision, threads, force
         )
-        rows, width = write_vectors(job, Console().line)
-        typer.echo(f"{out}: {rows:,} vectors of {width} numbers")
+        rows, width = write_vectors(job, Console().transient)
+        show({"out": out, "rows": rows, "dim": width}, f"{out}: {rows:,} vectors of {width} numbers", as_json)
         return ExitCode.DONE
 
     raise ended(action)

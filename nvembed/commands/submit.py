@@ -12,10 +12,10 @@ import typer
 
 from nvembed.commands.common import AsJson, ended, show
 from nvembed.commands.jobs import TargetPath, follow
-from nvembed.progress import Console
 from nvembed.recipe import resolved_yaml
 from nvembed.storage import UserError
 from nvembed.story import ExitCode
+from nvembed.terminal import Console
 
 DETACH = "detaching from the job, which goes on"
 

@@ -122,4 +122,5 @@ class ProgressLog:
         self._last = now
         rate = (self._done - self._before) / max(now - self._started, 1e-9)
         left = f"{(self._total - self._done) / rate:.0f} s left" if rate else "time left not known yet"
-        logger.info("%s: %d of %d %s, %.0f/s, %s", self._what, self._done, self._total, self._unit, rate, left)
+        said = (self._what, self._done, self._total, self._unit, rate, left)
+        logger.info("%s: %d of %d %s, %.0f/s, %s", *said, extra={"transient": True})

@@ -25,10 +25,7 @@ import torch.distributed as dist
 from nvembed.training.config import EngineConfig, OptimiserConfig
 from nvembed.training.engine import Engine, build_optimiser, set_learning_rate
 from nvembed.training.model import Mode, TrainedModel
-
-MAX_BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 allocates 2 GB per rank whatever the model's size
-BUCKET_MULTIPLE = 64  # DeepSpeed asserts that buckets keep NCCL's start alignment
-PERSISTENT_SHARE = 1000  # ZeRO-3 keeps parameters whole that are smaller than this share of the model (at most 1e5)
+from nvembed.training.zero import deepspeed_config
 
 
 class DeepSpeedEngine(Engine):
@@ -43,36 +40,14 @@ class DeepSpeedEngine(Engine):
             model=model,
             model_parameters=[parameter for _, parameter in model.trainable()],
             optimizer=build_optimiser(model, optimiser),
-            config=self._deepspeed_config(),
+            config=deepspeed_config(
+                config,
+                optimiser,
+                trained=sum(parameter.numel() for _, parameter in model.trainable()),
+                whole=sum(parameter.numel() for parameter in model.parameters()),
+            ),
         )
         self._make_moments()
-
-    def _deepspeed_config(self) -> dict[str, Any]:
-        trained = sum(parameter.numel() for _, parameter in self.model.trainable())
-        whole = sum(parameter.numel() for parameter in self.model.parameters())
-        bucket = -(-min(MAX_BUCKET, trained) // BUCKET_MULTIPLE) * BUCKET_MULTIPLE
-        zero: dict[str, Any] = {
-            "stage": self._stage,
-            "contiguous_gradients": True,
-            "overlap_comm": False,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        }
-        if self._stage == 3:
-            zero["stage3_prefetch_bucket_size"] = min(MAX_BUCKET, whole)
-            zero["stage3_param_persistence_threshold"] = min(100_000, whole // PERSISTENT_SHARE)
-        if self.config.offload_optimizer and self._stage > 0:
-            zero["offload_optimizer"] = {"device": "cpu"}
-        return {
-            # Batches are divided by us; DeepSpeed only wants its identity to hold: 1 x 1 x world size.
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": self.optimiser_config.clip_norm if self._stage > 0 else 0.0,
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 2**31,
-        }
 
     def forward(self, mode: Mode, **arguments: Any) -> torch.Tensor:
         result: torch.Tensor = self._engine(mode, **arguments)

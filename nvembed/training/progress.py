@@ -1,17 +1,25 @@
-"""What the terminal shows of a running stage: step, loss, rate, time left; read from `metrics.jsonl`."""
+"""What the terminal shows of a running stage: step, loss, rate, tokens, time left, age of the last checkpoint.
+
+Read from `metrics.jsonl`, whose rows say how long each step took: the rate is right from a resumed run's first line.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
+import statistics
 import threading
 import time
-from typing import TextIO
+from pathlib import Path
+from typing import Any
 
-from nvembed import storage
+from nvembed import storage, terminal
+from nvembed.terminal import Console, clock, fitted
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 5.0
+WINDOW = 20  # steps the rate is taken from
+TAIL_BYTES = 16_384
+CHECKPOINTS = "checkpoints"
 
 
 class Progress:
@@ -21,21 +29,22 @@ class Progress:
         name: what stands before the step.
         metrics_uri: the file; at other URIs, where lines appear at checkpoints only, nothing is shown.
         num_steps: optimiser steps of the stage.
-        out: defaults to standard error.
+        console: the running command's by default.
     """
 
-    def __init__(self, name: str, metrics_uri: str, num_steps: int, out: TextIO | None = None) -> None:
+    def __init__(self, name: str, metrics_uri: str, num_steps: int, console: Console | None = None) -> None:
         self._name = name
         self._path = storage.local_path(metrics_uri) if storage.is_local(metrics_uri) else None
         self._num_steps = num_steps
-        self._out = out or sys.stderr
+        self._console = console or terminal.current()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
-        self._times: list[tuple[int, float]] = []
         self._shown = -1
 
     def __enter__(self) -> Progress:
         if self._path is not None:
+            rows = self._newest()
+            self._shown = int(rows[-1]["step"]) if rows else -1  # what an earlier run wrote is no progress of this one
             self._thread.start()
         return self
 
@@ -46,46 +55,68 @@ class Progress:
             self._show(last=True)
 
     def _follow(self) -> None:
-        wait = POLL_SECONDS if self._out.isatty() else LINE_SECONDS
+        wait = POLL_SECONDS if self._console.is_terminal else LINE_SECONDS
         while not self._stop.wait(wait):
             self._show()
 
     def _show(self, *, last: bool = False) -> None:
-        row = self._newest()
-        if row is None or row["step"] == self._shown:
+        rows = self._newest()
+        if not rows or (rows[-1]["step"] == self._shown and not (last and self._console.is_terminal)):
             return
-        self._shown = int(row["step"])
-        text = f"{self._name}: {self.describe(self._shown, row['loss'], time.monotonic())}"
-        if self._out.isatty():
-            self._out.write(f"\r\033[K{text}" + ("\n" if last else ""))
-        else:
-            self._out.write(text + "\n")
-        self._out.flush()
+        fresh = rows[-1]["step"] != self._shown
+        self._shown = int(rows[-1]["step"])
+        count, fields = describe(rows, self._num_steps, self._saved_seconds_ago())
+        if self._console.is_terminal and not last:
+            head = f"{self._name} {count}"
+            width = self._console.width
+            self._console.status(fitted(head, self._shown + 1, self._num_steps, fields, width))
+        elif fresh or last:
+            self._console.line(f"{self._name}: step {count}, {', '.join(fields)}")
 
-    def describe(self, step: int, loss: float, now: float) -> str:
-        """`step 12/110, loss 1.2345, 3.21 s/step, 5:14 left`; the rate is that of the last steps seen."""
-        self._times = [*self._times[-20:], (step, now)]
-        text = f"step {step + 1}/{self._num_steps}, loss {loss:.4f}"
-        steps = step - self._times[0][0]
-        if steps > 0:
-            rate = (now - self._times[0][1]) / steps
-            left = int(rate * (self._num_steps - step - 1))
-            text += f", {rate:.2f} s/step, {left // 60}:{left % 60:02d} left"
-        return text
-
-    def _newest(self) -> dict[str, float] | None:
+    def _saved_seconds_ago(self) -> float | None:
         assert self._path is not None
         try:
-            with open(self._path, "rb") as file:
-                file.seek(0, 2)
-                file.seek(max(0, file.tell() - 4096))
-                lines = file.read().split(b"\n")
+            stamps = [path.stat().st_mtime for path in (self._path.parent / CHECKPOINTS).glob("step-*/manifest.json")]
         except OSError:
             return None
-        if len(lines) < 2:
-            return None
+        return max(0.0, time.time() - max(stamps)) if stamps else None
+
+    def _newest(self) -> list[dict[str, Any]]:
+        assert self._path is not None
+        return read_rows(self._path)
+
+
+def describe(rows: list[dict[str, Any]], num_steps: int, saved_seconds_ago: float | None) -> tuple[str, list[str]]:
+    """`12/70`, and what else there is to say, the most important first."""
+    last = rows[-1]
+    done = int(last["step"]) + 1
+    timed = [row for row in rows if row.get("seconds")]
+    fields = [f"loss {last['loss']:.4f}"]
+    if timed:
+        rate = statistics.median(row["seconds"] for row in timed)
+        fields.insert(0, f"{clock(rate * (num_steps - done))} left")
+        fields.append(f"{rate:.2f} s/step")
+        if tokens := sum(row.get("tokens", 0) for row in timed):
+            fields.append(f"{tokens / sum(row['seconds'] for row in timed):,.0f} tokens/s")
+    if saved_seconds_ago is not None:
+        fields.append(f"saved {clock(saved_seconds_ago)} ago")
+    return f"{done}/{num_steps}", fields
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The last complete rows of a `metrics.jsonl`, at most `WINDOW`; empty where there are none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, 2)
+            start = max(0, file.tell() - TAIL_BYTES)
+            file.seek(start)
+            lines = file.read().split(b"\n")[:-1]  # the last piece is what stands after the last newline
+    except OSError:
+        return []
+    rows = []
+    for line in lines[1:] if start else lines:
         try:
-            row: dict[str, float] = json.loads(lines[-2])  # the last piece is what stands after the last newline
+            rows.append(json.loads(line))
         except ValueError:
-            return None
-        return row
+            return rows[-WINDOW:]
+    return rows[-WINDOW:]

@@ -1,0 +1,1 @@
+"""The arithmetic of a run before it runs: batches, parameters, memory, work, storage, hours (layer 6)."""

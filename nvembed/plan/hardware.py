@@ -1,0 +1,96 @@
+"""Machines a plan can be made for, as data, and a machine of one's own from a YAML file.
+
+Peaks are the makers' dense bf16 numbers. Prices are examples of on-demand list prices, whole machine; set your own.
+`mfu` is an assumption for GPUs (nothing was measured on one) and a measurement for `laptop`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from nvembed import storage
+from nvembed.recipe_text import nearest
+from nvembed.types import Config
+
+ASSUMED_MFU = 0.35
+
+
+class Hardware(Config):
+    """One machine.
+
+    `mfu` is the share of the peak that the computed operations reach (recomputation counts as computed).
+    """
+
+    name: str
+    device: str = Field(description="What one device is, for people.")
+    kind: Literal["gpu", "cpu"] = "gpu"
+    devices: int = Field(ge=1, description="Ranks that each have a device of their own; cores of a CPU.")
+    memory_gib: float = Field(gt=0, description="Of one device; of the whole machine where `kind` is cpu.")
+    peak_tflops: float = Field(gt=0, description="Dense bf16, of one device.")
+    bandwidth_gb_s: float = Field(gt=0, description="Memory of one device.")
+    link_gb_s: float = Field(gt=0, description="Between devices, of one of them.")
+    mfu: float = Field(ASSUMED_MFU, gt=0, le=1)
+    mfu_source: str = "assumed"
+    start_seconds: float = Field(60.0, ge=0, description="Until workers or actors stand and have loaded a model.")
+    price_per_hour: float | None = Field(None, ge=0, description="Whole machine.")
+    price_source: str = "example"
+
+
+_GPUS = (
+    # name, device, devices, GiB, TFLOP/s, GB/s, link GB/s, price
+    ("h100x1", "NVIDIA H100 SXM 80 GB", 1, 79.6, 989, 3350, 64, 6.90),
+    ("h100x8", "NVIDIA H100 SXM 80 GB", 8, 79.6, 989, 3350, 450, 55.00),
+    ("h200x8", "NVIDIA H200 SXM 141 GB", 8, 139.8, 989, 4800, 450, 63.00),
+    ("a100-80gx1", "NVIDIA A100 SXM 80 GB", 1, 79.1, 312, 2039, 64, 5.10),
+    ("a100-80gx8", "NVIDIA A100 SXM 80 GB", 8, 79.1, 312, 2039, 300, 41.00),
+    ("l40sx4", "NVIDIA L40S 48 GB", 4, 44.5, 362, 864, 32, 10.50),
+    ("l4x1", "NVIDIA L4 24 GB", 1, 22.0, 121, 300, 32, 0.80),
+    ("l4x4", "NVIDIA L4 24 GB", 4, 22.0, 121, 300, 32, 4.60),
+)
+CATALOGUE = {
+    name: Hardware(
+        name=name, device=device, devices=count, memory_gib=memory, peak_tflops=peak, bandwidth_gb_s=bandwidth,
+        link_gb_s=link, price_per_hour=price,
+    )
+    for name, device, count, memory, peak, bandwidth, link, price in _GPUS
+}  # fmt: skip
+CATALOGUE["laptop"] = Hardware(
+    name="laptop",
+    device="core of an AMD EPYC with avx512_bf16",
+    kind="cpu",
+    devices=2,
+    memory_gib=24,
+    peak_tflops=0.224,
+    bandwidth_gb_s=20,
+    link_gb_s=10,
+    mfu=0.29,
+    mfu_source="measured: the quickstart's training steps on 2 cores",
+    start_seconds=25,
+    price_per_hour=0.0,
+    price_source="your own machine",
+)
+
+
+def find_hardware(name: str) -> Hardware:
+    """A machine of the catalogue, or of a YAML file with the fields of `Hardware`.
+
+    Raises:
+        UserError: there is no such machine or file, or the file is no machine.
+    """
+    if name in CATALOGUE:
+        return CATALOGUE[name]
+    if not name.endswith((".yaml", ".yml")):
+        known = ", ".join(CATALOGUE)
+        raise storage.UserError(
+            f"--hardware {name}: not in the catalogue.{nearest(name, list(CATALOGUE))} It has: {known}. "
+            "A YAML file describes another machine."
+        )
+    try:
+        return Hardware.model_validate(yaml.safe_load(storage.read_bytes(name)))
+    except FileNotFoundError as error:
+        raise storage.UserError(f"--hardware {name}: no such file.") from error
+    except (ValidationError, yaml.YAMLError, ValueError) as error:
+        raise storage.UserError(f"--hardware {name}: {error}") from error

@@ -1,0 +1,194 @@
+"""Seconds of every pipeline step: training from its operations, encoding from how many texts the recipe allows.
+
+Checked against one run, the quickstart on 2 cores (`tests/benchmarks/plan_against_measured.py`); on GPUs nothing was
+measured. How many texts a set has is in the recipe only where it is capped; without a cap a step's seconds are None.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvembed.data.config import HpoClassesSource, HpoSimilaritySource, SourceConfig
+from nvembed.hub_shapes import hub_shape
+from nvembed.plan.hardware import Hardware
+from nvembed.plan.sizes import Model, StageSizes
+from nvembed.plan.work import compute_seconds, forward_flops, stage_flops, update_seconds
+from nvembed.recipe import Recipe
+from nvembed.retrieval.config import EncodeConfig, MinerConfig, PackageModel
+from nvembed.storage import UserError
+
+ENCODE_GAIN = 1.4  # a forward alone reaches this many times the share of the peak that training does (quickstart)
+PREPARE_SECONDS, INITIALISE_SECONDS, SMALL_SECONDS = 20.0, 25.0, 2.0  # of the quickstart, whatever the hardware
+WRITE_BYTES_PER_SECOND = 500e6  # model folders and checkpoints
+DEV_DIRECTIONS = 2  # on dev the untrained backbone runs causal and bidirectional, on the whole sets the better way
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A pipeline step; `seconds` None where the recipe does not say how much work it is."""
+
+    name: str
+    seconds: float | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts that steps encode, at most, as far as the recipe's caps say; None: no cap."""
+
+    train: int | None
+    mine: int | None
+    evaluate: int | None
+    dev: int
+
+
+def count_texts(recipe: Recipe) -> Texts:
+    """Texts from the sources' caps: `max_documents`, `max_train`, `max_test`."""
+    caps = recipe.baselines
+    train, mine, evaluate, dev = list[int | None](), list[int | None](), list[int | None](), 0
+    for source in recipe.prepare.sources:
+        queries = source.max_train or source.max_documents
+        kind = _kind(source)
+        train.append(queries)
+        if kind == "retrieval":
+            mine.append(_plus(queries, source.max_documents))
+            evaluate.append(_plus(source.max_documents, source.max_test))
+            dev += caps.dev_documents + caps.dev_queries
+        else:
+            pair = 2 if kind == "similarity" else 1
+            mine.append(0 if kind == "classes" else queries)
+            evaluate.append(None if source.max_test is None else pair * source.max_test)
+            dev += pair * caps.dev_queries
+    return Texts(_sum(train), _sum(mine), _sum(evaluate), dev)
+
+
+def _kind(source: SourceConfig) -> str:
+    if isinstance(source, HpoClassesSource):
+        return "classes"
+    return "similarity" if isinstance(source, HpoSimilaritySource) else "retrieval"
+
+
+def _plus(first: int | None, second: int | None) -> int | None:
+    return None if first is None or second is None else first + second
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    total = 0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
+
+
+def train_seconds(stage: StageSizes, hardware: Hardware, length: float) -> float:
+    """Seconds of a training step: start, arithmetic, updates, checkpoints, the model folder."""
+    assert stage.trained is not None and stage.model is not None
+    steps = compute_seconds(stage_flops(stage, length), stage.workers, hardware) + update_seconds(stage, hardware)
+    saves = -(-stage.steps // stage.train.checkpoint_every) * 12.0 * stage.trained + 4.0 * stage.model.parameters
+    return hardware.start_seconds + steps + saves / WRITE_BYTES_PER_SECOND
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """Encoding on a machine, texts of `length` tokens."""
+
+    hardware: Hardware
+    length: float
+
+    def __call__(self, texts: int | None, model: Model | float | None, config: EncodeConfig) -> float | None:
+        """Seconds; `model` may also be operations per token."""
+        if texts is None or model is None:
+            return None
+        tokens = texts * self.length
+        flops = model * tokens if isinstance(model, float) else forward_flops(model, tokens, self.length)
+        return compute_seconds(flops, config.actors, self.hardware) / ENCODE_GAIN
+
+
+def miner_flops(miner: MinerConfig) -> float | None:
+    """Operations per token of an off-the-shelf encoder; None where its sizes are not on this machine."""
+    if not isinstance(miner, PackageModel):
+        known = hub_shape(miner.name)
+        if known is None:
+            return None
+        maps = (
+            2 * known.hidden * (known.heads + known.kv_heads) * known.head_dim + 3 * known.hidden * known.intermediate
+        )
+        return 2.0 * known.layers * maps
+    from nvembed.retrieval.encoders import package_folder
+
+    try:
+        config = json.loads(next(Path(package_folder(miner.package)).glob("**/config.json")).read_text())
+        hidden, wide = int(config["hidden_size"]), int(config["intermediate_size"])
+        return 2.0 * int(config["num_hidden_layers"]) * (4.0 * hidden**2 + 2.0 * hidden * wide)
+    except (UserError, StopIteration, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def road_times(recipe: Recipe, stages: Iterable[StageSizes], hardware: Hardware, share: float) -> list[StepTime]:
+    """Every step of the stories that a recipe can tell, in order.
+
+    Args:
+        share: mean tokens of a text, as a share of `max_length`.
+    """
+    by_name = {stage.name: stage for stage in stages}
+    texts = count_texts(recipe)
+    start = hardware.start_seconds
+    found = [StepTime("prepare", PREPARE_SECONDS if texts.train is not None else None, "reading; grows with the data")]
+
+    def add(name: str, *seconds: float | None, why: str = "") -> None:
+        known = [part for part in seconds if part is not None]
+        found.append(StepTime(name, sum(known) if len(known) == len(seconds) else None, why))
+
+    first = by_name.get("stage_1")
+    if first is not None and first.model is not None:
+        encoding = _Encoding(hardware, share * first.max_length)
+        miner, reference = miner_flops(recipe.mine.miner), miner_flops(recipe.baselines.reference)
+        add("initialise", INITIALISE_SECONDS, why="reading the backbone")
+        add("mine", start, encoding(texts.mine, miner, recipe.mine.encode), why=f"{_count(texts.mine)} texts")
+        for name in ("stage_1", "stage_2"):
+            if name in by_name:
+                _train(add, by_name[name], hardware, share)
+        encode = recipe.baselines.evaluate.encode
+        variants = encoding(DEV_DIRECTIONS * texts.dev + (texts.evaluate or 0), first.model, encode)
+        add(
+            "baselines", 2 * start, encoding(texts.evaluate, reference, encode), variants if texts.evaluate else None,
+            why=f"{_count(texts.evaluate)} texts by the reference, and by the untrained backbone",
+        )  # fmt: skip
+        add("evaluate_teacher", start, encoding(texts.evaluate, first.model, recipe.evaluate.encode))
+    _student(add, recipe, by_name, hardware, share, texts)
+    return found
+
+
+def _student(
+    add: Callable[..., None],
+    recipe: Recipe,
+    by_name: dict[str, StageSizes],
+    hardware: Hardware,
+    share: float,
+    texts: Texts,
+) -> None:
+    small, teacher = by_name.get("student"), by_name.get("stage_1")
+    if small is None or small.model is None or recipe.teach is None or recipe.student is None:
+        return
+    start, encoding = hardware.start_seconds, _Encoding(hardware, share * small.max_length)
+    taught = recipe.teach.max_texts or texts.mine
+    evaluate = recipe.student.evaluate.encode
+    add("teach", start, encoding(taught, teacher.model if teacher else None, recipe.teach.encode))
+    add("evaluate_student_init", start, encoding(texts.evaluate, small.model, evaluate))
+    _train(add, small, hardware, share)
+    add("evaluate_student", start, encoding(texts.evaluate, small.model, evaluate))
+    add("compare_student", 0.8 * start, why="repeated encoding of a few hundred texts")
+
+
+def _train(add: Callable[..., None], stage: StageSizes, hardware: Hardware, share: float) -> None:
+    add(f"stream_{stage.name}", SMALL_SECONDS)
+    length = share * stage.max_length
+    add(f"train_{stage.name}", train_seconds(stage, hardware, length), why=f"{stage.steps:,} steps")
+
+
+def _count(number: int | None) -> str:
+    return "an unknown number of" if number is None else f"about {number:,}"
