@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nvembed import storage
+from nvembed.masking import mask_all
 from nvembed.modeling.precision import resolve_precision
 from nvembed.registry.step import REGISTRATION
 from nvembed.registry.versions import primary_metric
@@ -100,22 +100,13 @@ def collect_report(
         training={name: _training(artifact) for name, artifact in _trainings(artifacts)},
         lineage={name: _lineage(artifact) for name, artifact in artifacts.items()},
         environment=environment or describe_environment(),
-        resolved_recipe=without_credentials(dict(recipe)),
+        resolved_recipe=mask_all(recipe),  # reports are passed around
         mixes=data_mixes(artifacts),
         negatives=negatives_quality(mining),
         means=retrieval_means(systems, settings),
         champions=dict(_champions(registrations, artifacts)),
         sizes=model_sizes(artifacts, {role: model.folder for role, model in models.items()}, student, recipe),
     )
-
-
-def without_credentials(value: Any) -> Any:
-    """A recipe whose URIs name no user and password (`postgresql://user:password@host`): reports are passed around."""
-    if isinstance(value, Mapping):
-        return {key: without_credentials(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_credentials(item) for item in value]
-    return re.sub(r"(?<=://)[^/\s]*@", "***@", value) if isinstance(value, str) else value
 
 
 def _registrations(artifacts: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:

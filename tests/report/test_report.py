@@ -83,9 +83,14 @@ def test_texts_stay_out(written: Path) -> None:
         assert "private" not in (written / name).read_text()
 
 
-def test_credentials_in_uris_stay_out(tmp_path: Path, make_road: Callable[..., Any]) -> None:
-    road, uri = make_road(str(tmp_path), student=False), "postgresql://me:c4n@ry@host:5432/db"
-    recipe = {**RECIPE, "tracking": {"uri": uri}, "prepare": {"sources": [{"name": "x", "path": uri}]}}
+def test_credentials_stay_out(tmp_path: Path, make_road: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "c4nary-of-the-environment")
+    road, uri = make_road(str(tmp_path), student=False), "postgresql://me:c4nary@host:5432/db"
+    recipe = {
+        **RECIPE,
+        "tracking": {"uri": uri},
+        "prepare": {"sources": [{"name": "c4nary-of-the-environment", "path": uri}]},
+    }
     write_report(str(tmp_path), "tiny", recipe, [], {"prepare": road.artifacts["prepare"]}, 3.0, None)
     assert raw(tmp_path)["resolved_recipe"]["tracking"]["uri"] == "postgresql://***@host:5432/db"
     assert raw(tmp_path)["resolved_recipe"]["evaluate"] == RECIPE["evaluate"]
