@@ -211,7 +211,7 @@ def dot_chart(title: str, x_label: str, dots: Sequence[Dot]) -> Markup:
     shown = [dot for dot in dots if all(map(math.isfinite, (dot.value, dot.low, dot.high)))]
     if not shown:
         return tag("p", f"{title}: no finite value.")
-    left, row = 96, 24
+    left, row = max(96, *(round(6.6 * len(dot.label)) + 14 for dot in shown)), 24
     height = _TOP + row * len(shown) + _BOTTOM
     x_ticks = ticks(min(0.0, *(dot.low for dot in shown)), max(dot.high for dot in shown))
 

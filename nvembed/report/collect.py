@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nvembed import storage
+from nvembed.masking import mask_all
 from nvembed.modeling.precision import resolve_precision
 from nvembed.registry.step import REGISTRATION
 from nvembed.registry.versions import primary_metric
@@ -99,7 +100,7 @@ def collect_report(
         training={name: _training(artifact) for name, artifact in _trainings(artifacts)},
         lineage={name: _lineage(artifact) for name, artifact in artifacts.items()},
         environment=environment or describe_environment(),
-        resolved_recipe=dict(recipe),
+        resolved_recipe=mask_all(recipe),  # reports are passed around
         mixes=data_mixes(artifacts),
         negatives=negatives_quality(mining),
         means=retrieval_means(systems, settings),
@@ -128,7 +129,7 @@ def _champions(
         before, role = registration.get("champion_before"), step.removeprefix("register_")
         if before and f"evaluate_{role}" in artifacts:
             ours = storage.read_json(artifacts[f"evaluate_{role}"].path("scores.json"))["evaluation_hash"]
-            theirs, scores = before.get("evaluation_hash") or {}, before.get("scores") or {}
+            theirs, scores = before.get("evaluation_hash") or {}, (before.get("scores") or {}).get("model", {})
             yield (
                 role,
                 Champion(

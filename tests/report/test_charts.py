@@ -117,6 +117,15 @@ def test_names_of_near_points_do_not_lie_on_each_other() -> None:
     assert all(x != other or abs(y - place) >= 13 for i, (x, y) in enumerate(places) for other, place in places[:i])
 
 
+def test_long_names_have_room() -> None:
+    dots = [Dot("student champion@1024", "champion", 0.3, 0.2, 0.4)]
+    svg = ElementTree.fromstring(dot_chart("cwe", "nDCG@10", dots)).find("svg")
+    assert svg is not None
+    name = next(text for text in svg.iter("text") if text.text == dots[0].label)
+    assert float(name.attrib["x"]) > 6 * len(dots[0].label)
+    assert [mark.attrib["class"] for mark in svg.iter("polygon")] == ["mark"]
+
+
 def test_bar_chart_shows_only_the_used_part() -> None:
     edges = [-1.0, -0.5, 0.0, 0.5, 1.0]
     series = {"positives": [0, 0, 1, 3], "negatives": [0, 0, 4, 0]}

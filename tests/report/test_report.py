@@ -83,6 +83,21 @@ def test_texts_stay_out(written: Path) -> None:
         assert "private" not in (written / name).read_text()
 
 
+def test_credentials_stay_out(tmp_path: Path, make_road: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "c4nary-of-the-environment")
+    road, uri = make_road(str(tmp_path), student=False), "postgresql://me:c4nary@host:5432/db"
+    recipe = {
+        **RECIPE,
+        "tracking": {"uri": uri},
+        "prepare": {"sources": [{"name": "c4nary-of-the-environment", "path": uri}]},
+    }
+    write_report(str(tmp_path), "tiny", recipe, [], {"prepare": road.artifacts["prepare"]}, 3.0, None)
+    assert raw(tmp_path)["resolved_recipe"]["tracking"]["uri"] == "postgresql://***@host:5432/db"
+    assert raw(tmp_path)["resolved_recipe"]["evaluate"] == RECIPE["evaluate"]
+    for name in ("report.json", "report.html"):
+        assert "c4n" not in (tmp_path / name).read_text()
+
+
 def test_comparisons_are_paired(written: Path) -> None:
     """The interval of a difference is far narrower than the two intervals would allow: the items are the same."""
     found = {(d["a"], d["b"], d["over"]): d for d in raw(written)["comparisons"]}
@@ -239,7 +254,7 @@ def test_lineage_is_a_chain(written: Path) -> None:
 
 def champion(datasets: dict[str, str]) -> dict[str, Any]:
     scores = {name: {"ndcg_at_10": {"value": 0.9, "low": 0.8, "high": 0.95}} for name in ("cwe", "hpo", "code")}
-    return {"version": "7", "scores": scores, "evaluation_hash": datasets}
+    return {"version": "7", "scores": {"model": scores, "model@288": {}}, "evaluation_hash": datasets}
 
 
 def test_champion_stands_in_the_table(tmp_path: Path, make_road: Callable[..., Any]) -> None:
