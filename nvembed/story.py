@@ -24,7 +24,7 @@ import yaml
 from pydantic import ValidationError
 
 from nvembed import storage
-from nvembed.cluster_check.ready import check_ready
+from nvembed.cluster_check.ready import check_ready, check_reachable
 from nvembed.interrupt import Interrupts, end_processes
 from nvembed.lease import LEASE, Lease
 from nvembed.memory import MemoryMeter
@@ -116,6 +116,7 @@ def _tell(
         out = storage.absolute(out or f"runs/{recipe.name}")
         if why := why_refused(out):
             raise storage.UserError(f"--out: {why}.")
+        check_reachable(out)
         _refuse_other_output(recipe, out)
     except (storage.UserError, ValidationError, PreflightError) as error:
         return report_error(error, console.alert)

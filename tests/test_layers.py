@@ -292,6 +292,7 @@ assert not heavy, heavy
             ["submit", f"cluster/{target}.yaml", "--dry-run", "--", "python", "pipelines/quickstart.py", "RECIPE"]
             for target in ("ray", "kuberay", "slurm", "aws")
         ),
+        ["preflight", "--help"],
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )

@@ -98,8 +98,8 @@ def _backbone(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
     if recipe.initialise is not None and recipe.initialise.backbone.type == "pretrained":
         backbone = recipe.initialise.backbone
         yield "initialise.backbone", _place(backbone.name), backbone.revision
-    if recipe.teacher is not None and not recipe.teacher.startswith("models:/"):
-        yield "teacher", _place(recipe.teacher), None
+    if recipe.teacher is not None and not recipe.teacher.startswith("models:/"):  # never a hub name
+        yield "teacher", recipe.teacher if "://" in recipe.teacher else os.path.abspath(recipe.teacher), None
 
 
 def _place(name: str) -> str:

@@ -54,6 +54,21 @@ def check_ready(recipe: Recipe, out: str) -> list[Finding]:
     return [finding for finding in found if finding.state == NOTE]
 
 
+def check_reachable(out: str) -> None:
+    """Raise PreflightError when the storage of the output cannot be asked at all."""
+    try:
+        storage.exists(out)
+    except storage.UserError:
+        raise
+    except Exception as error:  # every storage has errors of its own: no package, no credentials, no host, no bucket
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise PreflightError(
+            f"{out} cannot be reached ({type(error).__name__}: {' '.join(lines)[:300]}). Install the package of its "
+            "kind of storage (s3fs, gcsfs, ...), give credentials and endpoint by the environment, or choose another "
+            "--out."
+        ) from error
+
+
 # -- this machine -----------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from nvembed.cluster_check import probe
 from nvembed.cluster_check.facts import Cluster, Node, autoscales
 from nvembed.cluster_check.judge import is_loopback, judge_cluster, places
 from nvembed.cluster_check.needs import Needs, Pool, needs_of
-from nvembed.cluster_check.ready import check_ready, examine
+from nvembed.cluster_check.ready import check_ready, check_reachable, examine
 from nvembed.findings import NOTE, OK, PROBLEM, Finding
 from nvembed.preflight import PreflightError
 from nvembed.recipe import load_recipe
@@ -216,6 +216,12 @@ def test_every_problem_of_this_machine_is_in_the_message(tmp_path: Path, monkeyp
     for words in ("no-such-a", "pip install no-such-a", "asks for 2 GPUs", "prepare.sources.0", "initialise.backbone",
                   "output", "choose another --out"):  # fmt: skip
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("out", ["no-such-storage://bucket/run", "gs://bucket/run"])
+def test_an_output_whose_storage_cannot_be_asked(out: str) -> None:
+    with pytest.raises(PreflightError, match="cannot be reached.*s3fs"):
+        check_reachable(out)
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
