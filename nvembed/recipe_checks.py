@@ -29,6 +29,7 @@ def check(found: Sections, document: Document) -> list[Problem]:
         *_mining(found),
         *_names(found),
         *_secrets(document.data, ()),
+        *_floors(found, document),
     ]
     for stage in ("stage_1", "stage_2", "student"):
         wrong += [*_stage(stage, found), *_widths((stage, "train", "objective", "matryoshka_dims"), found)]
@@ -111,6 +112,14 @@ def _weights(stage: str, found: Sections, document: Document) -> Found:
             yield path, f"no data set of this name.{nearest(name, names)} prepare.sources has: {', '.join(names)}."
         if not 0 < weight < float("inf"):
             yield path, f"{weight}: must be a number above 0; leave the data set out instead"
+
+
+def _floors(found: Sections, document: Document) -> Found:
+    names = [name for _, name in _source_names(document)]
+    for name in _attribute(found, ("register", "gate", "floors")) or {}:
+        if names and name not in names:
+            path: Path = ("register", "gate", "floors", name)
+            yield path, f"no data set of this name.{nearest(name, names)} prepare.sources has: {', '.join(names)}."
 
 
 def _stage(stage: str, found: Sections) -> Found:

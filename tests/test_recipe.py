@@ -110,6 +110,8 @@ def test_all_problems_are_told_at_once_with_their_lines(tiny: Path) -> None:
         ("initialise.backbone.num_key_value_heads=3", "num_key_value_heads: 3 does not divide num_heads = 4"),
         ("initialise.embedder.pooling.num_heads=7", "pooling.num_heads: 7 does not divide the width 64"),
         ("register.student_name=nvembed-tiny-teacher", "is the teacher's name too"),
+        ("register.gate.floors={cew: 0.1}", "register.gate.floors.cew: no data set of this name. .*'cwe'"),
+        ("register.gate.margn=0.1", "register.gate.margn: .*'?margin'?"),
         ("stage_1=null", "stage_1: missing; stage_2 goes on from it"),
         ("initialise=null", "initialise: missing; stage_1 trains the model"),
         ("name=a b", "name: 'a b': string should match pattern"),

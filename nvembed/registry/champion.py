@@ -26,8 +26,8 @@ from typing import Any
 from nvembed.registry.client import CHAMPION, HISTORY, LOCK, aliases, get_model, get_version
 from nvembed.registry.evidence import Verdict
 
-PATIENCE_SECONDS = 30.0
-HOLD_SECONDS = 10.0
+PATIENCE_SECONDS = 90.0
+HOLD_SECONDS = 60.0  # six calls; a registry that takes longer is not fit to be moved on
 POLL_SECONDS = 0.3
 HISTORY_ENTRIES = 20  # MLflow keeps 5,000 characters of a tag
 PROMOTE, ROLLBACK = "promote", "rollback"
@@ -54,14 +54,15 @@ def move_champion(client: Any, name: str, number: str, expected: str | None, act
         PromotionRefusedError: it was not at `expected` any more, or somebody else is moving it.
     """
     with lock(client, name) as held:
-        current = aliases(client, name).get(CHAMPION)
+        model = get_model(client, name)
+        current = None if CHAMPION not in model.aliases else str(model.aliases[CHAMPION])
         if current != expected:
             raise PromotionRefusedError(
                 f"champion of {name} was {_shown(expected)} when this was decided and is {_shown(current)} now: "
                 "somebody else was faster. Run the command again to decide against that one."
             )
         entry = {"version": number, "from": current, "action": action, "at": round(time.time()), "by": holder()}
-        entries = [*effective(read_history(client, name), current), entry][-HISTORY_ENTRIES:]
+        entries = [*effective(_history(model), current), entry][-HISTORY_ENTRIES:]
         client.set_registered_model_tag(name, HISTORY, json.dumps(entries))  # before the move: a killed one is seen
         held.check()
         client.set_registered_model_alias(name, CHAMPION, number)
@@ -110,7 +111,11 @@ def _shown(number: str | None) -> str:
 
 def read_history(client: Any, name: str) -> list[Entry]:
     """Moves of `champion`, oldest first."""
-    return list(json.loads(get_model(client, name).tags.get(HISTORY, "[]")))
+    return _history(get_model(client, name))
+
+
+def _history(model: Any) -> list[Entry]:
+    return list(json.loads(model.tags.get(HISTORY, "[]")))
 
 
 def effective(entries: Sequence[Entry], current: str | None) -> list[Entry]:

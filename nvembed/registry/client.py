@@ -73,17 +73,18 @@ def answering(uri: str) -> Iterator[None]:
         raise
 
 
-def _is_connection_error(error: BaseException) -> bool:
-    from requests import RequestException
-    from sqlalchemy.exc import OperationalError
+# What MLflow's client wraps, by name: these packages are MLflow's dependencies, not ours.
+_AWAY = {"requests": "RequestException", "sqlalchemy": "OperationalError", "urllib3": "HTTPError"}
 
-    said = str(error)
+
+def _is_connection_error(error: BaseException) -> bool:
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, ConnectionError | TimeoutError | RequestException | OperationalError):
+        kinds = {(kind.__module__.split(".")[0], kind.__name__) for kind in type(seen).__mro__}
+        if isinstance(seen, ConnectionError | TimeoutError) or kinds & set(_AWAY.items()):
             return True
         seen = seen.__cause__ or seen.__context__
-    return "Max retries exceeded" in said or "Connection refused" in said or "OperationalError" in said
+    return any(said in str(error) for said in ("Max retries exceeded", "OperationalError"))
 
 
 # -- looking up -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 from nvembed.registry.config import GateConfig
 
 Interval = Mapping[str, float]  # value, low, high
+NOT_COUNTED = "nobody counted near copies between what it learned from and what it was scored on: not of one `prepare`"
 CHECKS = ("evaluation", "comparison", "floor", "leak", "probes", "provenance")
 
 
@@ -170,7 +171,7 @@ def _floor(evidence: Evidence, config: GateConfig) -> Check:
 
 def _leak(evidence: Evidence, _: GateConfig) -> Check:
     if evidence.near_copies is None:
-        return Check("leak", False, "nobody counted near copies across the split: the chain has no `prepare`")
+        return Check("leak", False, NOT_COUNTED)
     leaking = {name: count for name, count in evidence.near_copies.items() if count}
     if leaking:
         listed = ", ".join(f"{name} {count}" for name, count in sorted(leaking.items()))

@@ -29,7 +29,7 @@ def why_not() -> str:
         return "no PostgreSQL server programs on this machine (initdb)"
     missing = [name for name in ("psycopg2", "flask_wtf") if importlib.util.find_spec(name) is None]
     if missing:
-        return f"not installed: {', '.join(missing)} (pip install 'nvembed[server-test]')"
+        return f"not installed: {', '.join(missing)} (pip install 'nvembed[test]')"
     if os.getuid() == 0 and _unprivileged() is None:
         return "PostgreSQL refuses to run as root and there is no other user"
     return ""

@@ -200,7 +200,7 @@ def test_a_mover_gives_up_when_the_registry_is_slow(models: Any, monkeypatch: py
     with pytest.raises(PromotionRefusedError, match="was left where it is"):
         move_champion(models.client, NAME, "2", "1")
     assert models.aliases() == {"champion": "1"}
-    monkeypatch.setattr(champion, "HOLD_SECONDS", 10.0)
+    monkeypatch.setattr(champion, "HOLD_SECONDS", 60.0)
     move_champion(models.client, NAME, "3", "1")
     stack = champions(champion.read_history(models.client, NAME), "3")
     assert stack == ["1", "3"], "a move that was announced and did not happen is no part of the history"
