@@ -177,7 +177,7 @@ def test_following_survives_a_lost_connection_and_says_nothing_twice(nvembed: Nv
     wire.up = True
     rest, more = process.communicate(timeout=120)
     wire.close()
-    counted = [line for line in (said + rest).splitlines() if line.startswith("count")]
+    counted = [line for line in (said + rest).splitlines() if line.startswith("count ")]
     assert counted == [f"count {number}" for number in range(20)], "no line is missing, none comes twice"
     assert process.returncode == 0 and "the job goes on, trying again" in notes and "succeeded, exit code 0" in more
 
