@@ -1,6 +1,7 @@
 """`nvembed submit` and `nvembed jobs` against a real Ray head on loopback with token authentication."""
 
 import contextlib
+import http.server
 import json
 import os
 import signal
@@ -194,6 +195,32 @@ def test_wrong_and_missing_tokens_and_a_cluster_that_is_not_there(nvembed: Nvemb
     assert "http://127.0.0.1:9 cannot be reached" in said
     nvembed.target.write_text(text)
     assert nvembed.states() == before, "nothing was sent"
+
+
+def test_a_cluster_that_answers_without_a_token_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is a stub that answers everybody, as a Ray head with RAY_AUTH_MODE=disabled does."""
+    from nvembed.jobs.config import RayTarget
+    from nvembed.jobs.ray_jobs import RayBackend
+    from nvembed.preflight import PreflightError
+
+    class Open(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = {"version": "4", "ray_version": "2.60.0", "ray_commit": "x"} if "version" in self.path else []
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "any-token")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Open) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(PreflightError, match="answers without a token: whoever reaches it may run anything"):
+            RayBackend(RayTarget(address=address)).states()
+        assert RayBackend(RayTarget(address=address, authentication="disabled")).states() == []
+        server.shutdown()
 
 
 def test_a_secret_that_the_cluster_lacks(nvembed: Nvembed) -> None:
