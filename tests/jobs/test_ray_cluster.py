@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
+CANARY = "canary-9d1c7e"  # a secret of the submitter that must stay with the submitter
 
 
 class Nvembed:
@@ -32,6 +34,7 @@ class Nvembed:
         self.checkout = checkout
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environment |= {"RAY_AUTH_TOKEN": head.token, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        self.environment |= {"HF_TOKEN": CANARY}
         self.environment |= {"RAY_ADDRESS": "http://127.0.0.1:1"}  # the target says where, not this
 
     def __call__(self, *arguments: str, code: int = 0, **environment: str) -> tuple[str, str]:
@@ -41,6 +44,7 @@ class Nvembed:
         )  # fmt: skip
         assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
         assert self.environment["RAY_AUTH_TOKEN"] not in done.stdout + done.stderr
+        assert CANARY not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout, done.stderr
 
@@ -109,7 +113,7 @@ def nvembed(head: Any, checkout: Path) -> Nvembed:
     return Nvembed(head, checkout)
 
 
-def test_a_job_runs_on_the_cluster_and_is_told_of(nvembed: Nvembed) -> None:
+def test_a_job_runs_on_the_cluster_and_is_told_of(nvembed: Nvembed, head: Any) -> None:
     (nvembed.checkout / "ignored.txt").write_text("stays here")
     said, notes = nvembed.submit("light")
     first = nvembed.states()[-1]
@@ -120,6 +124,9 @@ def test_a_job_runs_on_the_cluster_and_is_told_of(nvembed: Nvembed) -> None:
     about = first["metadata"]
     assert about["nvembed_recipe"] == "light" and len(about["nvembed_recipe_sha256"]) == 64 and about["user"]
     assert len(about["git_revision"]) == 40, "an untracked target file is no change"
+    request = urllib.request.Request(f"{head.address}/api/jobs/", headers={"Authorization": f"Bearer {head.token}"})
+    known = urllib.request.urlopen(request, timeout=30).read().decode()
+    assert first["id"] in known and CANARY not in known and head.token not in known, "what everybody there may see"
 
 
 def test_the_exit_code_is_the_storys_and_a_second_try_resumes(nvembed: Nvembed) -> None:

@@ -65,7 +65,8 @@ def slurm(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setenv("SLURM_STUB_NAMESPACE", " ".join(works[0]))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (checkout / "target.yaml").write_text(
-        f"type: slurm\ntemp_dir: {temporary}\nshared_dir: {tmp_path}/shared\nworking_dir: {checkout}\noutputs: {tmp_path}/out\n"
+        f"type: slurm\ntemp_dir: {temporary}\nshared_dir: {tmp_path}/shared\nworking_dir: {checkout}\n"
+        f"outputs: {tmp_path}/out\n"
         f"cpus_per_node: 3\nsetup: ['source {bin_dir}/activate']\nray_options:\n- --object-store-memory={100 * 2**20}\n"
         f"- --ray-client-server-port={_free_port()}\n- --dashboard-agent-listen-port={_free_port()}\n"
     )
