@@ -6,6 +6,7 @@ The address, the token and the certificate are checked before anything is sent. 
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import tempfile
@@ -168,6 +169,9 @@ class RayBackend:
             taken = any(name.lower() == "authorization" for name in headers)
             headers["X-Ray-Authorization" if taken else "Authorization"] = f"Bearer {read_token()}"
         from ray.job_submission import JobSubmissionClient
+
+        for name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every socket and package
 
         class Client(JobSubmissionClient):
             """Ray's client, whose requests would wait for ever."""

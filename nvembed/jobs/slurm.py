@@ -51,6 +51,7 @@ def render_script(target: SlurmTarget, job: Job) -> str:
         "HEAD": _head(target),
         "PORT": str(target.port) if target.port else FREE_PORT,
         "NODES": str(target.nodes),
+        "CPUS": str(target.cpus_per_node),
         "WAIT": str(target.cluster_wait_seconds),
         "START": " ".join(start),
         "COMMAND": argv,

@@ -51,7 +51,9 @@ on_term() {
 }
 trap on_term TERM
 
-srun --nodes=@NODES@ --ntasks=@NODES@ --ntasks-per-node=1 --export=ALL \
+everywhere="srun --nodes=@NODES@ --ntasks=@NODES@ --ntasks-per-node=1 --export=ALL"
+# srun does not take --cpus-per-task over from sbatch (since Slurm 22.05)
+$everywhere --cpus-per-task=@CPUS@ --cpu-bind=none \
   ray symmetric-run --address "$RAY_ADDRESS" --min-nodes @NODES@ \
   @START@ \
   -- bash "$job_dir/driver.sh" @COMMAND@ &
@@ -66,6 +68,7 @@ wait "$step" || true
 rm -f "$job_dir/auth_token" "$job_dir/driver.pid"
 code=$(cat "$job_dir/exit_code" 2>/dev/null || echo 4)  # symmetric-run ends with 0 where Ray did not start
 say "the story ended with exit code $code"
+if [ "$stopping" = 0 ]; then timeout 60 $everywhere rm -rf -- "$temp" || true; fi
 if [ "$stopping" = 1 ] && [ "$code" != 0 ]; then
   if [ "${SLURM_RESTART_COUNT:-0}" -lt @REQUEUES@ ]; then
     say "requeued; the next attempt goes on where this one stopped"

@@ -1,6 +1,7 @@
 """`nvembed submit` and `nvembed jobs` against a real Ray head on loopback with token authentication."""
 
 import contextlib
+import http.server
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
+CANARY = "canary-9d1c7e"  # a secret of the submitter that must stay with the submitter
 
 
 class Nvembed:
@@ -31,6 +34,7 @@ class Nvembed:
         self.checkout = checkout
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environment |= {"RAY_AUTH_TOKEN": head.token, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        self.environment |= {"HF_TOKEN": CANARY}
         self.environment |= {"RAY_ADDRESS": "http://127.0.0.1:1"}  # the target says where, not this
 
     def __call__(self, *arguments: str, code: int = 0, **environment: str) -> tuple[str, str]:
@@ -40,6 +44,7 @@ class Nvembed:
         )  # fmt: skip
         assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
         assert self.environment["RAY_AUTH_TOKEN"] not in done.stdout + done.stderr
+        assert CANARY not in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done.stdout, done.stderr
 
@@ -108,7 +113,7 @@ def nvembed(head: Any, checkout: Path) -> Nvembed:
     return Nvembed(head, checkout)
 
 
-def test_a_job_runs_on_the_cluster_and_is_told_of(nvembed: Nvembed) -> None:
+def test_a_job_runs_on_the_cluster_and_is_told_of(nvembed: Nvembed, head: Any) -> None:
     (nvembed.checkout / "ignored.txt").write_text("stays here")
     said, notes = nvembed.submit("light")
     first = nvembed.states()[-1]
@@ -119,6 +124,9 @@ def test_a_job_runs_on_the_cluster_and_is_told_of(nvembed: Nvembed) -> None:
     about = first["metadata"]
     assert about["nvembed_recipe"] == "light" and len(about["nvembed_recipe_sha256"]) == 64 and about["user"]
     assert len(about["git_revision"]) == 40, "an untracked target file is no change"
+    request = urllib.request.Request(f"{head.address}/api/jobs/", headers={"Authorization": f"Bearer {head.token}"})
+    known = urllib.request.urlopen(request, timeout=30).read().decode()
+    assert first["id"] in known and CANARY not in known and head.token not in known, "what everybody there may see"
 
 
 def test_the_exit_code_is_the_storys_and_a_second_try_resumes(nvembed: Nvembed) -> None:
@@ -177,7 +185,7 @@ def test_following_survives_a_lost_connection_and_says_nothing_twice(nvembed: Nv
     wire.up = True
     rest, more = process.communicate(timeout=120)
     wire.close()
-    counted = [line for line in (said + rest).splitlines() if line.startswith("count")]
+    counted = [line for line in (said + rest).splitlines() if line.startswith("count ")]
     assert counted == [f"count {number}" for number in range(20)], "no line is missing, none comes twice"
     assert process.returncode == 0 and "the job goes on, trying again" in notes and "succeeded, exit code 0" in more
 
@@ -194,6 +202,32 @@ def test_wrong_and_missing_tokens_and_a_cluster_that_is_not_there(nvembed: Nvemb
     assert "http://127.0.0.1:9 cannot be reached" in said
     nvembed.target.write_text(text)
     assert nvembed.states() == before, "nothing was sent"
+
+
+def test_a_cluster_that_answers_without_a_token_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is a stub that answers everybody, as a Ray head with RAY_AUTH_MODE=disabled does."""
+    from nvembed.jobs.config import RayTarget
+    from nvembed.jobs.ray_jobs import RayBackend
+    from nvembed.preflight import PreflightError
+
+    class Open(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = {"version": "4", "ray_version": "2.60.0", "ray_commit": "x"} if "version" in self.path else []
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "any-token")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Open) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(PreflightError, match="answers without a token: whoever reaches it may run anything"):
+            RayBackend(RayTarget(address=address)).states()
+        assert RayBackend(RayTarget(address=address, authentication="disabled")).states() == []
+        server.shutdown()
 
 
 def test_a_secret_that_the_cluster_lacks(nvembed: Nvembed) -> None:

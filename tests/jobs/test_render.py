@@ -217,6 +217,7 @@ def test_batch_scripts_are_bash_and_say_what_they_must(options: dict[str, Any]) 
     assert "--signal=B:TERM@120" in header and "--requeue" in header and "--ntasks-per-node=1" in header
     assert ("--exclusive" in header) is options.get("exclusive", True)
     assert f'ray symmetric-run --address "$RAY_ADDRESS" --min-nodes {target.nodes} ' in script
+    assert f"--cpus-per-task={target.cpus_per_node} --cpu-bind=none" in script
     assert ("--include-dashboard" in script) is (target.nodes == 1), "ray start refuses it on worker nodes"
     exported = next(line for line in header.splitlines() if "--export=" in line)
     assert ("HF_TOKEN" in exported) is ("secrets" in options) and "ALL" not in exported

@@ -4,10 +4,13 @@
 """
 
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -43,7 +46,7 @@ STUBS = {
 
 
 @pytest.fixture
-def slurm(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def slurm(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A "cluster": stubs on the PATH, a target file; the stubs' directory."""
     works = [prefix for prefix in NAMESPACES if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0]
     if not works:
@@ -53,6 +56,7 @@ def slurm(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     for name, text in STUBS.items():
         (stubs / name).write_text(f"#!/bin/bash\n{text}\n")
         (stubs / name).chmod(0o755)
+    temporary = Path("/tmp") / f"nvs-{secrets.token_hex(3)}"  # sockets: the path must be short
     bin_dir = Path(sys.executable).parent
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
@@ -61,11 +65,14 @@ def slurm(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.setenv("SLURM_STUB_NAMESPACE", " ".join(works[0]))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (checkout / "target.yaml").write_text(
-        f"type: slurm\nshared_dir: {tmp_path}/shared\nworking_dir: {checkout}\noutputs: {tmp_path}/out\n"
+        f"type: slurm\ntemp_dir: {temporary}\nshared_dir: {tmp_path}/shared\nworking_dir: {checkout}\n"
+        f"outputs: {tmp_path}/out\n"
         f"cpus_per_node: 3\nsetup: ['source {bin_dir}/activate']\nray_options:\n- --object-store-memory={100 * 2**20}\n"
         f"- --ray-client-server-port={_free_port()}\n- --dashboard-agent-listen-port={_free_port()}\n"
     )
-    return stubs
+    monkeypatch.setenv("NODE_TEMP", str(temporary))
+    yield stubs
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _free_port() -> int:
@@ -97,6 +104,7 @@ def test_a_job_runs_under_symmetric_run_and_its_token_is_nobodys(slurm: Path, tm
     left = sorted(path.name for path in (tmp_path / "shared/jobs/77").iterdir())
     assert left == ["driver.sh", "exit_code", "recipe.yaml"]
     assert not (slurm / "requeues").exists()
+    assert os.listdir(os.environ["NODE_TEMP"]) == [], "the node is left clean"
     code, said = run(submit("wrong"))
     assert code == 2 and "this story was told to fail" in said and "77: failed, exit code 2" in said
 

@@ -1,0 +1,76 @@
+"""What is asked of kubectl, by a stub that keeps what it is given; no Kubernetes runs here."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from nvembed.cli import app
+
+STUB = """#!/bin/sh
+here={here}
+echo "$@" >> $here/said
+case "$*" in
+  *"apply -f -"*) cat > $here/applied.yaml ;;
+  *"get rayjobs"*) cat $here/items.json ;;
+  *"get rayjob "*) cat $here/item.json ;;
+  *"logs job/"*) printf 'line 1\\nline 2\\n' ;;
+esac
+"""
+
+
+@pytest.fixture
+def kubectl(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    (stubs / "kubectl").write_text(STUB.format(here=stubs))
+    (stubs / "kubectl").chmod(0o755)
+    (stubs / "items.json").write_text('{"items": []}')
+    monkeypatch.setenv("PATH", f"{stubs}:/usr/bin:/bin")
+    (checkout / "t.yaml").write_text(
+        "type: kuberay\nimage: i\nnamespace: team\ncontext: prod\noutputs: /shared/runs\n"
+        "storage: {type: claim, claim: c, mount_path: /shared}\n"
+    )
+    return stubs
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+    return done.exit_code, done.stdout, done.stderr
+
+
+def item(folder: Path, **status: str) -> str:
+    """What the API server would answer for the job that was applied."""
+    ray_job = list(yaml.safe_load_all((folder / "applied.yaml").read_text()))[1] | {"status": status}
+    (folder / "item.json").write_text(json.dumps(ray_job))
+    (folder / "items.json").write_text(json.dumps({"items": [ray_job]}))
+    return str(ray_job["metadata"]["name"])
+
+
+def test_apply_list_follow_and_delete(kubectl: Path) -> None:
+    story = ("--", "python", "light.py")
+    code, said, notes = run("submit", "t.yaml", "--no-wait", *story)
+    assert code == 0 and said.strip().startswith("nvembed-light-"), notes
+    assert (kubectl / "said").read_text().splitlines()[-1] == "--context prod -n team apply -f -"
+    name = item(kubectl, jobStatus="RUNNING", jobDeploymentStatus="Running")
+    assert name == said.strip()
+    code, _, notes = run("submit", "t.yaml", *story)
+    assert code == 2 and f"this run is running as {name}" in notes
+    assert f"{name}  running" in run("jobs", "list", "t.yaml")[1]
+    item(kubectl, jobStatus="FAILED", jobDeploymentStatus="Failed", message="failed with exit code 2, last")
+    code, said, notes = run("jobs", "logs", "t.yaml", "--follow")
+    assert code == 2 and said == "line 1\nline 2\n" and "failed, exit code 2" in notes
+    code, said, _ = run("submit", "t.yaml", "--no-wait", *story)
+    assert said.strip() == name[:-1] + "2", "the next try has a name of its own"
+    item(kubectl, jobStatus="RUNNING", jobDeploymentStatus="Running")
+    code, said, _ = run("jobs", "stop", "t.yaml", "--json")
+    assert code == 0 and json.loads(said)["asked"]
+    assert f"delete rayjob/{name[:-1]}2 configmap/{name[:-1]}2" in (kubectl / "said").read_text()
+
+
+def test_kubectls_own_words_are_passed_on(kubectl: Path) -> None:
+    (kubectl / "kubectl").write_text("#!/bin/sh\necho 'error: no kind RayJob' >&2\nexit 1\n")
+    code, _, notes = run("jobs", "list", "t.yaml")
+    assert code == 3 and "error: no kind RayJob" in notes
