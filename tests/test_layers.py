@@ -277,7 +277,16 @@ assert not heavy, heavy
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["embed", "--help"], ["recipe", "validate", "RECIPE"], ["recipe", "show", "RECIPE"]],
+    [
+        ["--help"],
+        ["embed", "--help"],
+        ["search", "--help"],
+        ["recipe", "validate", "RECIPE"],
+        ["recipe", "show", "RECIPE"],
+        ["recipe", "schema"],
+        ["recipe", "diff", "RECIPE", "RECIPE"],
+        ["plan", "RECIPE"],
+    ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
 def test_light_commands_load_nothing_heavy(arguments: list[str]) -> None:

@@ -218,6 +218,43 @@ def test_a_failed_step_is_told_in_a_line_and_in_full_in_a_file(toy: Toy) -> None
     assert [step["status"] for step in toy.report["steps"]] == ["skipped", "resumed"]
 
 
+STRAY = """
+import logging, subprocess
+loud = logging.getLogger("DeepSpeed")
+loud.addHandler(logging.StreamHandler(sys.stdout))
+loud.propagate = False
+loud.warning("Setting accelerator to CPU")
+os.write(2, b"core_worker.cc:2465: a line in C++\\n")
+subprocess.run(["sh", "-c", "echo from a child; echo its error >&2"])
+sys.stderr.write("Loading extension module\\n")
+logging.getLogger("ray.x").error("a real error")
+logging.getLogger("nvembed.x").warning("a warning of ours")
+"""
+
+
+def test_stray_lines_go_to_the_log_and_real_errors_to_the_terminal(toy: Toy) -> None:
+    toy.do("first", "import os\n" + STRAY)
+    code, said = toy.run()
+    assert code == 0, said
+    [log] = (toy.out / "logs").glob("run-*.log")
+    told = log.read_text()
+    for stray in ("Setting accelerator", "core_worker.cc", "from a child", "its error", "Loading extension"):
+        assert stray in told and stray not in said, stray
+    assert "ray.x: a real error" in said and "warning: a warning of ours" in said
+    assert f"toy -> {toy.out} (log: logs/{log.name})" in said
+
+
+def test_a_quiet_run_shows_warnings_errors_and_the_last_line(toy: Toy) -> None:
+    toy.do("first", "import os\n" + STRAY)
+    code, said = toy.run("--quiet")
+    assert code == 0
+    first, second, last = said.splitlines()
+    assert first == "  error: ray.x: a real error" and second == "  warning: a warning of ours"
+    assert re.fullmatch(r"done in 0:\d\d, 1 run\(s\), \d\.\d GiB", last)
+    code, said = toy.run("-q", "--set", "stage_1.train.seed=99")
+    assert code == 2 and said.startswith("error: ")
+
+
 def test_a_users_mistake_found_by_a_step_is_exit_code_2(toy: Toy) -> None:
     toy.do("first", "raise storage.UserError('rows.jsonl:3: no text')")
     code, said = toy.run()
