@@ -1,7 +1,7 @@
 """The planned memory of a worker against real workers: real loop, real engine, random decoders of several sizes.
 
-What is compared is growth: the worker's resident size at its peak, over its size before the model was loaded (after a
-first tiny training, so that libraries are read in). Valid for decoders of 20-60 M parameters on CPUs, equally long texts.
+What is compared is growth: the resident size of a worker at its peak, over its size before the model was loaded (after
+a first tiny training, so that libraries are read in).
 """
 
 from __future__ import annotations
