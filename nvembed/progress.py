@@ -22,6 +22,7 @@ from nvembed.terminal import Console, redirected, used
 TICK_SECONDS = 1.0
 QUIET_SECONDS = 5.0  # how long nothing was said before a heartbeat; on a terminal it comes every tick
 METRICS = "metrics.jsonl"
+LOUD = "DeepSpeed"  # a logger that warns on standard output while its package is imported
 
 
 class _ConsoleHandler(logging.Handler):
@@ -61,10 +62,13 @@ def logged(console: Console, out: str) -> Iterator[str]:
     ours.setLevel(logging.INFO)
     logging.captureWarnings(True)
     hook, threading.excepthook = threading.excepthook, _log_dead_thread
+    loud = logging.getLogger(LOUD)
+    loud.addFilter(_through_root)
     try:
         with used(console), redirected(path):
             yield path
     finally:
+        loud.removeFilter(_through_root)
         threading.excepthook = hook
         logging.captureWarnings(False)
         root.handlers[:] = before[0]
@@ -72,6 +76,12 @@ def logged(console: Console, out: str) -> Iterator[str]:
         ours.setLevel(before[2])
         for handler in handlers:
             handler.close()
+
+
+def _through_root(record: logging.LogRecord) -> bool:
+    """Filter of a logger with a handler of its own from its import on: the root's handlers get its records."""
+    logging.getLogger().handle(record)
+    return False
 
 
 def _log_dead_thread(died: Any) -> None:

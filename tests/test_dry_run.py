@@ -92,7 +92,8 @@ def test_a_dry_run_touches_no_file_and_no_socket(tmp_path: Path) -> None:
     assert re.search(rf"train_student +run +{out}/train_student\n", said)
 
 
-def test_every_recipe_has_a_dry_run_without_a_trace(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_7b_recipe_has_a_dry_run_without_a_trace(tmp_path: Path) -> None:
     seen, said = dry_run(tmp_path, "nv_embed.py", str(ROOT / "pipelines/recipes/nv_embed_v1_7b.yaml"), "--json")
     assert seen == {"code": 0, "seen": [], "heavy": []}
     found = json.loads(said)

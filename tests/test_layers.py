@@ -293,6 +293,10 @@ assert not heavy, heavy
             for target in ("ray", "kuberay", "slurm", "aws")
         ),
         ["preflight", "--help"],
+        ["search", "--help"],
+        ["recipe", "schema"],
+        ["recipe", "diff", "RECIPE", "RECIPE"],
+        ["plan", "RECIPE"],
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )

@@ -86,7 +86,7 @@ class Toy:
     def run(self, *arguments: str) -> tuple[int, str]:
         """Exit code and everything that was said."""
         process = self.start(*arguments)
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=200)
         return process.returncode, said
 
     def reached(self, step: str, process: subprocess.Popen[str]) -> None:
@@ -112,6 +112,7 @@ def toy(tmp_path: Path) -> Toy:
 def test_a_road_is_walked_once_and_then_skipped(toy: Toy) -> None:
     code, said = toy.run()
     assert code == 0, said
+    assert re.search(rf"toy -> {toy.out} \(log: logs/run-[\d-]+\.log\)\n", said)
     assert re.search(r"first: starts\nfirst: done in \d+\.\d s, \d\.\d GiB\nsecond: starts\nsecond: done in", said)
     before = {path: path.stat().st_mtime_ns for path in toy.out.glob("*/manifest.json")}
     assert len(before) == 2
@@ -216,6 +217,35 @@ def test_a_failed_step_is_told_in_a_line_and_in_full_in_a_file(toy: Toy) -> None
     assert code == 0 and "second: goes on where it was stopped" in said
     assert json.loads((toy.out / "second/manifest.json").read_text())["rows"] == {"resumed": 1}
     assert [step["status"] for step in toy.report["steps"]] == ["skipped", "resumed"]
+
+
+STRAY = """
+import logging, subprocess
+loud = logging.getLogger("DeepSpeed")
+loud.addHandler(logging.StreamHandler(sys.stdout))
+loud.propagate = False
+loud.warning("Setting accelerator to CPU")
+os.write(2, b"core_worker.cc:2465: a line in C++\\n")
+subprocess.run(["sh", "-c", "echo from a child; echo its error >&2"])
+sys.stderr.write("Loading extension module\\n")
+logging.getLogger("ray.x").error("a real error")
+logging.getLogger("nvembed.x").warning("a warning of ours")
+"""
+
+
+def test_a_quiet_run_shows_real_errors_and_the_last_line_and_the_log_has_the_rest(toy: Toy) -> None:
+    toy.do("first", "import os\n" + STRAY)
+    code, said = toy.run("--quiet")
+    assert code == 0, said
+    first, second, last = said.splitlines()
+    assert first == "  error: ray.x: a real error" and second == "  warning: a warning of ours"
+    assert re.fullmatch(r"done in \d+:\d\d, 1 run\(s\), \d\.\d GiB", last)
+    [log] = (toy.out / "logs").glob("run-*.log")
+    told = log.read_text()
+    for stray in ("Setting accelerator", "core_worker.cc", "from a child", "its error", "Loading extension"):
+        assert stray in told, stray
+    code, said = toy.run("-q", "--set", "stage_1.train.seed=99")
+    assert code == 2 and said.startswith("error: ")
 
 
 def test_a_users_mistake_found_by_a_step_is_exit_code_2(toy: Toy) -> None:

@@ -133,7 +133,7 @@ def activation_bytes(stage: StageSizes, precision: str, kind: str = "cpu", lengt
     ends = 4.0 * 5 * shape.hidden + head_bytes(stage, precision)
     running = (TRANSIENT_LORA if isinstance(stage.train.adapter, LoraConfig) else TRANSIENT_FULL) * once * layer
     if stage.train.engine.gradient_checkpointing:
-        return FRAGMENTED * (tokens * (4.0 * shape.hidden * shape.layers + ends) + once * layer) + running
+        return FRAGMENTED * tokens * (4.0 * shape.hidden * shape.layers + ends) + 2.0 * tokens * layer
     return FRAGMENTED * tokens * (shape.layers * layer + ends) + running
 
 

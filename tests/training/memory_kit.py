@@ -38,6 +38,7 @@ class Case:
     group: int = 3
     length: int = 80
     steps: int = 2
+    shortest: int = 0  # texts of `shortest` to `length` tokens; 0: all have `length`
 
     @property
     def world(self) -> int:
@@ -125,7 +126,7 @@ def build_folder(case: Case, folder: Path) -> None:
 
 
 class EvenStream:
-    """Batches of texts that all have `length` tokens."""
+    """Batches of texts whose lengths are known: letters are tokens."""
 
     teacher_dim = None
 
@@ -140,7 +141,11 @@ class EvenStream:
         case = self._case
         count = case.batch * case.group
         for step in range(start, self.num_steps):
-            letters = np.random.default_rng(step).choice(list("abcdefghijklmnop"), (count, case.length))
+            rng = np.random.default_rng(step)
+            lengths = np.full(count, case.length, np.int32)
+            if case.shortest:
+                lengths = rng.integers(case.shortest, case.length + 1, count, dtype=np.int32)
+            letters = [rng.choice(list("abcdefghijklmnop"), length - 1) for length in lengths]  # and the end token
             ids = np.arange(count).reshape(case.batch, case.group) + 1 + step * 10_000
             ids[:, 0] = 0
             yield Batch(
@@ -148,7 +153,7 @@ class EvenStream:
                 example_ids=[f"{step}-{i}" for i in range(case.batch)],
                 texts=["".join(row) for row in letters],
                 instructions=[""] * count,
-                token_lengths=np.full(count, case.length, np.int32),
+                token_lengths=lengths,
                 present=np.ones((case.batch, case.group), bool),
                 document_ids=ids.astype(np.int64),
                 positive_ids=[row[1:2].copy() for row in ids.astype(np.int64)],
