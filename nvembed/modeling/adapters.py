@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from nvembed.modeling.config import AdapterConfig, LoraConfig
+from nvembed.modeling.config import AdapterConfig, FoldedLatentAttentionConfig, LoraConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.storage import UserError
 
@@ -21,10 +21,12 @@ def apply_adapter(embedder: Embedder, config: AdapterConfig) -> None:
     LoRA's A is drawn from torch's global random state: seed it first.
 
     Raises:
-        UserError: the backbone has none of a LoRA target module, or is adapted already.
+        UserError: the backbone has none of a LoRA target module, or is adapted already; a folded head.
     """
     if has_adapter(embedder):
         raise UserError("the embedder carries LoRA layers already; merge them first (merge_adapter).")
+    if isinstance(embedder.config.pooling, FoldedLatentAttentionConfig):
+        raise UserError("this model's latent attention was folded for inference. Train the model it was exported from.")
     backbone = embedder.embedding_model
     if isinstance(config, LoraConfig):
         _inject_lora(backbone, config)

@@ -26,9 +26,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nvembed.formats import check_format, stamp
 from nvembed.modeling import probes
 from nvembed.modeling.adapters import has_adapter
-from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, PoolingConfig
+from nvembed.modeling.config import HEADS, EmbedderConfig, PoolingConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.export import POOLING_FOLDER, library_versions, model_card, write_modules, write_prompts
 from nvembed.modeling.quiet import no_progress_bars
@@ -105,7 +106,7 @@ def _write(
     for path in folder.rglob("*.safetensors"):
         path.chmod(mode)
     description = {
-        "format_version": FORMAT_VERSION,
+        **stamp(FORMAT_VERSION),
         "embedder": config.model_dump(mode="json"),
         "dim": embedder.dim,
         "parameters": parameters,
@@ -141,11 +142,11 @@ def describe_folder(folder: Path | str) -> dict[str, Any]:
         raise UserError(f"{folder} is not an nvembed model folder (no {DESCRIPTION}). Check the path.")
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = description["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+        check_format(description, str(path), newest=FORMAT_VERSION)
+    except UserError:
+        raise
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}). Copy or build the folder again.") from error
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}; this nvembed reads {FORMAT_VERSION}.")
     return description
 
 
@@ -177,7 +178,7 @@ def load_embedder(
             "bidirectional": stored.bidirectional if bidirectional is None else bidirectional,
         }
     )
-    if isinstance(config.pooling, LatentAttentionConfig) and config.pooling != stored.pooling:
+    if isinstance(config.pooling, HEADS) and config.pooling != stored.pooling:
         raise UserError(
             f"{folder} has no latent attention like {config.pooling}: only mean and last_token can replace it."
         )
