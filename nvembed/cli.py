@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from nvembed.commands import doctor, embed, recipe
+from nvembed.commands import doctor, embed, export, recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -17,6 +17,8 @@ app = typer.Typer(
     help="Embedding models: use and check them.",
 )
 app.command("embed")(embed.embed_command)
+app.command("export")(export.export_command)
+app.command("import")(export.import_command)
 app.command("doctor")(doctor.doctor_command)
 app.add_typer(recipe.app, name="recipe")
 

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from nvembed import storage
 from nvembed.losses.objectives import build_objective
-from nvembed.modeling.adapters import apply_adapter, merge_adapter
+from nvembed.modeling.adapters import apply_adapter, keep_adapter, merge_adapter
 from nvembed.modeling.folder import describe_folder, load_embedder, save_embedder
 from nvembed.modeling.precision import Precision
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
@@ -65,7 +65,7 @@ def build_model(job: Job, teacher_dim: int | None, precision: Precision) -> Trai
 
 
 def export(job: Job, checkpoint: Checkpoint, teacher_dim: int | None) -> None:
-    """Write `model/` (LoRA merged, float32) and, if it has parameters, `objective.safetensors`.
+    """Write `model/` (float32, LoRA merged and kept beside) and, if it has parameters, `objective.safetensors`.
 
     Everything comes from the input model folder and the last checkpoint, so that a run killed here only repeats this.
     """
@@ -77,13 +77,15 @@ def export(job: Job, checkpoint: Checkpoint, teacher_dim: int | None) -> None:
     objective = {name: tensor.contiguous() for name, tensor in model.objective.state_dict().items()}
     if objective:
         storage.write_bytes(storage.join(job.work_uri, OBJECTIVE), save(objective))
-    merge_adapter(model.embedder)
     with local_folder(job.model_uri) as folder:
+        adapter = keep_adapter(model.embedder, folder, "/".join(job.model_uri.rstrip("/").split("/")[-2:]))
         prompts = describe_folder(folder)["prompts"] or {key: instruction_prefix(key) for key in CATALOGUE}
+    merge_adapter(model.embedder)
     target = storage.join(job.work_uri, MODEL)
     with tempfile.TemporaryDirectory(prefix="nvembed-model-") as temporary:
         local = storage.local_path(target) if storage.is_local(target) else Path(temporary, MODEL)
-        save_embedder(model.embedder, local, recipe=job.config.model_dump(mode="json"), prompts=prompts, card=None)
+        recipe = job.config.model_dump(mode="json")
+        save_embedder(model.embedder, local, recipe=recipe, prompts=prompts, adapter=adapter)
         if not storage.is_local(target):
             storage.remove(target)  # what a killed run left
             fs, path = storage.filesystem(target)

@@ -1,6 +1,8 @@
 """Tiny embedders, built in the test process: random decoders with a byte-level BPE learned from a few sentences."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,8 @@ from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, Rando
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.initialise import build_embedder
 from nvembed.text.config import TextConfig
+
+sys.path.insert(0, str(Path(__file__).parent))  # for nv_embed_kit
 
 SENTENCES = [
     "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: how do I sort a list",

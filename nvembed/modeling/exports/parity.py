@@ -6,7 +6,7 @@ Shapes: N texts, D width.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,16 +59,20 @@ def text_sets(folder: Path, given: Sequence[str] = ()) -> list[TextSet]:
     return [*sets, *([TextSet("given", tuple(given), ("",) * len(given))] if given else [])]
 
 
-def measure(original: Embedder, encode: Encode, sets: Sequence[TextSet]) -> dict[str, Parity]:
+def reference(original: Embedder, sets: Sequence[TextSet]) -> dict[str, np.ndarray]:
+    """The original's vectors of each set."""
+    return {texts.name: original.encode(texts.texts, texts.instructions) for texts in sets}
+
+
+def measure(expected: Mapping[str, np.ndarray], encode: Encode, sets: Sequence[TextSet]) -> dict[str, Parity]:
     """Parity of each set, in batches of `BATCH`, so that padding of several lengths takes part."""
     found = {}
     for texts in sets:
-        expected_ND = original.encode(texts.texts, texts.instructions)
         parts = [
             encode(texts.texts[start : start + BATCH], texts.instructions[start : start + BATCH])
             for start in range(0, len(texts.texts), BATCH)
         ]
-        found[texts.name] = compare(expected_ND, np.concatenate(parts))
+        found[texts.name] = compare(expected[texts.name], np.concatenate(parts))
     return found
 
 
