@@ -20,7 +20,6 @@ import torch
 import yaml
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig
 from nvembed.modeling.embedder import Embedder
@@ -95,8 +94,8 @@ def load_nv_embed(source: Path, config: Mapping[str, Any], max_length: int) -> E
     return embedder
 
 
-def _decoder(section: Mapping[str, Any], source: Path) -> nn.Module:
-    from transformers import CONFIG_MAPPING, MODEL_MAPPING
+def _decoder(section: Mapping[str, Any], source: Path) -> Any:
+    from transformers import CONFIG_MAPPING, AutoModel
 
     kind = str(section.get("model_type", "bidir_mistral"))
     family = kind.removeprefix("bidir_")
@@ -106,7 +105,7 @@ def _decoder(section: Mapping[str, Any], source: Path) -> nn.Module:
     try:
         decoder_config = CONFIG_MAPPING[family](**{**sizes, "sliding_window": None})
         with torch.random.fork_rng(devices=[]):
-            model: nn.Module = MODEL_MAPPING[type(decoder_config)](decoder_config)
+            model = AutoModel.from_config(decoder_config)
     except (TypeError, ValueError) as error:
         raise UserError(f"{source}: text_config cannot be built ({error}).") from error
     return model.float().eval()

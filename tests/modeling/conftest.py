@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from nvembed.modeling.backbones import random_decoder, train_byte_level_bpe
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, RandomBackbone
@@ -19,6 +20,14 @@ SENTENCES = [
     "the weakness that causes a heap overflow in the parser of images",
     "definition of a clinical finding that concerns the nervous system",
 ] * 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -40,11 +40,11 @@ def fold_head(head: LatentAttention) -> FoldedLatentAttention:
         folded = FoldedLatentAttention(
             hidden, num_latents=num_latents, num_heads=attend.fn.num_heads, mlp_ratio=int(inner) // hidden
         ).to(latents_RD.dtype)
-    blocks = folded.cross_attend_blocks
-    blocks[1].load_state_dict(feed_forward.state_dict())
-    blocks[0].norm.load_state_dict(attend.norm.state_dict())
-    mixer = blocks[0].fn
-    assert isinstance(mixer, FoldedCrossAttention)
+    outer, after = folded.cross_attend_blocks
+    assert isinstance(outer, PreNorm) and isinstance(outer.fn, FoldedCrossAttention)
+    after.load_state_dict(feed_forward.state_dict())
+    outer.norm.load_state_dict(attend.norm.state_dict())
+    mixer = outer.fn
     scores, mix = _products(attend, latents_RD)
     mixer.scores.weight.copy_(scores)
     mixer.mix.weight.copy_(mix)
