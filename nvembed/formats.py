@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from nvembed.types import UserError
+from pydantic import ValidationError
+
+from nvembed.types import Config, UserError
 
 WRITER = "nvembed_version"  # the key beside `format_version`
 
@@ -58,3 +60,14 @@ def check_format(record: Mapping[str, Any], where: str, *, newest: int, oldest: 
     if found < oldest:
         raise FormatError(f"{where} has format version {found}; {reads}. Build it again.")
     return found
+
+
+def with_defaults(record: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
+    """A record whose `config` has the keys that `kind` got since; an older output is not another one for lacking them.
+
+    What gives a key's default another meaning has to bump the logic version.
+    """
+    try:
+        return {**record, "config": kind.model_validate(record["config"]).model_dump(mode="json")}
+    except (KeyError, ValidationError):  # told by the comparison that follows
+        return record

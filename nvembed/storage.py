@@ -23,7 +23,7 @@ import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from nvembed.formats import check_format, stamp
+from nvembed.formats import check_format, stamp, with_defaults
 from nvembed.types import Artifact, Config, UserError
 
 logger = logging.getLogger(__name__)
@@ -278,7 +278,8 @@ class Step:
         identity = self._identity(config, inputs)
         for name in (MANIFEST, STARTED):
             if exists(join(uri, name)):
-                _refuse_other_identity(_read_record(join(uri, name)), identity, uri)
+                found = with_defaults(_read_record(join(uri, name)), type(config))
+                _refuse_other_identity(found, identity, uri)
         return load_artifact(uri) if exists(join(uri, MANIFEST)) else None
 
     def run(

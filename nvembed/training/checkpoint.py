@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from nvembed import storage
 from nvembed.distributed import WorkerContext, broadcast_object
-from nvembed.formats import check_format, stamp
+from nvembed.formats import check_format, stamp, with_defaults
 from nvembed.modeling.precision import Precision
 from nvembed.storage import ChangedRecipeError, CorruptArtifactError, UserError
 from nvembed.training.config import TrainConfig
@@ -194,7 +194,8 @@ class CheckpointStore:
             except CorruptArtifactError as problem:
                 logger.warning("checkpoint passed over: %s", problem)
                 continue
-            self._check(storage.read_json(storage.join(uri, STATE)), uri, here=here)
+            state = with_defaults(storage.read_json(storage.join(uri, STATE)), TrainConfig)
+            self._check(state, uri, here=here)
             return uri
         return None
 
