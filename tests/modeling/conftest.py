@@ -13,7 +13,8 @@ from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.initialise import build_embedder
 from nvembed.text.config import TextConfig
 
-sys.path.insert(0, str(Path(__file__).parent))  # for nv_embed_kit
+for folder in (Path(__file__).parent, Path(__file__).parents[1] / "training"):
+    sys.path.insert(0, str(folder))  # for nv_embed_kit and training_kit
 
 SENTENCES = [
     "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: how do I sort a list",

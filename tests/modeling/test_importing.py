@@ -2,19 +2,23 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from nv_embed_kit import NV_EMBED, transcription
 from safetensors.torch import save_file
 
-from nvembed.modeling.config import EmbedderConfig, NvembedBackbone
+from nvembed.modeling.config import EmbedderConfig, InitialiseConfig, NvembedBackbone
+from nvembed.modeling.exports.write import ExportJob, export_model
 from nvembed.modeling.folder import load_embedder
 from nvembed.modeling.importing import import_nv_embed
-from nvembed.modeling.initialise import continue_embedder
+from nvembed.modeling.initialise import INITIALISE, continue_embedder
 from nvembed.storage import UserError
 from nvembed.text.instructions import instruction_prefix
+from nvembed.types import Artifact
 
 D, LAYERS, HEADS, KV, INTER, VOCAB = 32, 2, 4, 2, 48, 400
 LATENTS, CROSS, WIDTH = 6, 2, 32
@@ -225,3 +229,33 @@ def test_going_on_from_it_keeps_the_head(checkpoint, tmp_path):
         continue_embedder(start, config.model_copy(update={"pooling": pooling}))
     with pytest.raises(UserError, match="must be a folder"):
         continue_embedder(NvembedBackbone(name="models:/x@champion"), config)
+
+
+def test_one_optimiser_step_from_an_imported_model(checkpoint, tmp_path):
+    """As a recipe does it: `initialise` with the imported folder, then the training loop on what that publishes."""
+    from training_kit import train_job
+
+    record = import_nv_embed(checkpoint, tmp_path / "model", max_length=64)
+    section = yaml.safe_load(record["recipe"])["initialise"]
+    datasets = {"cwe": {"instruction": "Instruct: Find\nQuery: ", "task": "retrieval"}}
+    prepare = Artifact(str(tmp_path / "prepare"), {"metrics": {"datasets": datasets}, "content_hash": "p"})
+    start = INITIALISE.run(InitialiseConfig(**section), {"prepare": prepare}, str(tmp_path / "initialise"))
+    assert np.array_equal(
+        load_embedder(start.path("model")).encode(TEXTS), load_embedder(tmp_path / "model").encode(TEXTS)
+    )
+
+    config = {
+        "adapter": {"type": "lora", "r": 2, "alpha": 4, "dropout": 0.0},
+        "engine": {"type": "torch", "zero_stage": 0},
+        "precision": "fp32",
+        "optimiser": {"learning_rate": 1e-2},
+    }
+    assert train_job(config, start.path("model"), tmp_path / "train", steps=1) == 0
+    trained = load_embedder(tmp_path / "train" / "model")
+    moved = np.abs(trained.encode(TEXTS) - begun.encode(TEXTS)).max()
+    assert 1e-6 < moved < 0.5 and trained.config == begun.config
+    # what LoRA learned is kept beside what it was merged into, and stands on the model of `initialise`
+    again = export_model(
+        ExportJob(tmp_path / "train" / "model", tmp_path / "a", "adapter", (), Path(start.path("model")))
+    )
+    assert again["base"]["name"] == "initialise/model" and again["parity"]["probes"]["max_difference"] <= 1e-5
