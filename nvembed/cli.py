@@ -10,7 +10,7 @@ import nvembed.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest
 
 import typer
 
-from nvembed.commands import doctor, embed, jobs, plan, preflight, recipe, registry, report, search, submit
+from nvembed.commands import doctor, embed, export, jobs, plan, preflight, recipe, registry, report, search, submit
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -20,6 +20,8 @@ app = typer.Typer(
 app.command("embed")(embed.embed_command)
 app.command("search")(search.search_command)
 app.command("plan")(plan.plan_command)
+app.command("export")(export.export_command)
+app.command("import")(export.import_command)
 app.command("doctor")(doctor.doctor_command)
 app.command("report")(report.report_command)
 app.command("preflight")(preflight.preflight_command)

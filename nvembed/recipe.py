@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field
@@ -18,6 +18,7 @@ from nvembed import storage
 from nvembed.data.config import DistillStreamConfig, PrepareConfig, StreamConfig
 from nvembed.distill.config import CompareConfig, TeachConfig
 from nvembed.evaluation.config import BaselineConfig, EvaluateConfig
+from nvembed.formats import own_version
 from nvembed.mining.config import MineConfig
 from nvembed.modeling.config import InitialiseConfig, TruncateConfig
 from nvembed.recipe_checks import check
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # a story's `needs` guarantees the sections it reads, so its 
 else:
     Given = T | None
 ABSENT: Any = None
+RECIPE_VERSION = 1
 
 
 class Stage(Config):
@@ -66,6 +68,7 @@ warnings.filterwarnings("ignore", message='Field name "register" in "Recipe" sha
 class Recipe(Config):
     """One run. Sections that no story of the run needs may be left out."""
 
+    version: Literal[1] = Field(1, description="Of this file's format; left out, it is 1.")
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Also names the default output, runs/<name>."
     )
@@ -114,6 +117,7 @@ def read_recipe(path: str, overrides: Sequence[str] = (), needs: Sequence[str] =
     document, problems = parse(read_yaml(path), path)
     if problems and not document.data:
         raise RecipeError(path, problems)
+    _refuse_newer(document, path)
     problems += override(document, overrides)
     found, wrong = validate(Recipe, document)
     problems += wrong
@@ -124,6 +128,17 @@ def read_recipe(path: str, overrides: Sequence[str] = (), needs: Sequence[str] =
     if problems:
         raise RecipeError(path, problems)
     return Recipe.model_validate(document.data), document
+
+
+def _refuse_newer(document: Document, path: str) -> None:
+    """A recipe of a later format is refused as a whole: what this nvembed does not know in it says nothing."""
+    found = document.data.get("version")
+    if isinstance(found, int) and found > RECIPE_VERSION:
+        said = (
+            f"{found}: this recipe is for a newer nvembed; {own_version()} reads version {RECIPE_VERSION}. "
+            "Run: pip install --upgrade nvembed"
+        )
+        raise RecipeError(path, [Problem(document.position(("version",)), ("version",), said)])
 
 
 def _order(problem: Problem) -> tuple[bool, int, int, str]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nvembed.modeling.config import LatentAttentionConfig, RandomBackbone
+from nvembed.modeling.config import FoldedLatentAttentionConfig, LatentAttentionConfig, RandomBackbone
 from nvembed.recipe_text import Document, Path, Problem, nearest
 from nvembed.secrets import why_refused
 from nvembed.shapes import known_shape
@@ -160,6 +160,8 @@ def _widths(path: Path, found: Sections) -> Found:
 
 def _backbone(found: Sections) -> Found:
     backbone, pooling = (_attribute(found, ("initialise", *path)) for path in (("backbone",), ("embedder", "pooling")))
+    if isinstance(pooling, FoldedLatentAttentionConfig):
+        yield ("initialise", "embedder", "pooling", "type"), "a folded head cannot be trained; use latent_attention"
     shape = known_shape(backbone) if backbone is not None else None
     if shape is None:
         return

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nvembed.hub_shapes import hub_shape
-from nvembed.modeling.config import BackboneConfig, FolderBackbone, GgufBackbone, PoolingConfig, RandomBackbone
+from nvembed.modeling.config import (
+    BackboneConfig,
+    FolderBackbone,
+    GgufBackbone,
+    NvembedBackbone,
+    PoolingConfig,
+    RandomBackbone,
+)
 
 
 @dataclass(frozen=True)
@@ -67,14 +74,15 @@ class Shape:
 
 def pooling_parameters(pooling: PoolingConfig, hidden: int) -> int:
     """Weights of the pooling head; latent attention after the key/shape table of NV-Embed's code."""
-    if pooling.type != "latent_attention":
+    if pooling.type not in ("latent_attention", "folded_latent_attention"):
         return 0
-    inner = pooling.num_heads * (pooling.head_dim or hidden // pooling.num_heads)
-    attention = hidden * inner + hidden * 2 * inner + inner * hidden
-    norms = 3 * 2 * hidden
     wide = pooling.mlp_ratio * hidden
     feed_forward = hidden * 2 * wide + 2 * wide + wide * hidden + hidden
-    return pooling.num_latents * hidden + attention + norms + feed_forward
+    if pooling.type == "folded_latent_attention":
+        return 2 * pooling.num_heads * pooling.num_latents * hidden + 2 * 2 * hidden + feed_forward
+    inner = pooling.num_heads * (pooling.head_dim or hidden // pooling.num_heads)
+    attention = hidden * inner + hidden * 2 * inner + inner * hidden
+    return pooling.num_latents * hidden + attention + 3 * 2 * hidden + feed_forward
 
 
 def known_shape(backbone: BackboneConfig) -> Shape | None:
@@ -98,8 +106,10 @@ def known_shape(backbone: BackboneConfig) -> Shape | None:
     return replace(available, layers=min(backbone.num_layers, available.layers_available))
 
 
-def _folder_shape(backbone: FolderBackbone) -> Shape | None:
+def _folder_shape(backbone: FolderBackbone | NvembedBackbone) -> Shape | None:
     found = _config_shape(Path(backbone.name) / "config.json")
+    if isinstance(backbone, NvembedBackbone):
+        return found
     for path in () if found else _cached_configs(backbone):
         found = found or _config_shape(path)
     known = hub_shape(backbone.name)

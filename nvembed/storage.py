@@ -23,7 +23,8 @@ import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from nvembed.types import Artifact, Config
+from nvembed.formats import check_format, stamp, with_defaults
+from nvembed.types import Artifact, Config, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,6 @@ STARTED = ".step.json"  # written when a step starts; lets a changed recipe be r
 WORKING = ("checkpoints", STARTED, ".tmp")  # never part of an artifact
 FORMAT_VERSION = 1
 _CHUNK = 1 << 20
-
-
-class UserError(ValueError):
-    """Something the user can mend: the message says what was wrong, where, and what to do. Exit code 2."""
 
 
 class CorruptArtifactError(UserError):
@@ -206,17 +203,17 @@ def load_artifact(uri: str, *, verify: bool = True) -> Artifact:
 
     Raises:
         CorruptArtifactError: no manifest, an unreadable one, or (with `verify`) files that do not match it.
+        FormatError: a format this nvembed does not read.
     """
     uri = absolute(uri)
     manifest_uri = join(uri, MANIFEST)
     if not exists(manifest_uri):
         raise CorruptArtifactError(f"{uri} has no {MANIFEST}: it is not a published artifact. Run its step first.")
     manifest = _read_record(manifest_uri)
-    files, version = manifest.get("files"), manifest.get("format_version")
+    check_format(manifest, manifest_uri, newest=FORMAT_VERSION)
+    files = manifest.get("files")
     if not isinstance(files, dict):
         raise CorruptArtifactError(f"{manifest_uri} lists no files. Move the directory away.")
-    if version != FORMAT_VERSION:
-        raise CorruptArtifactError(f"{manifest_uri} has format version {version}; this nvembed reads {FORMAT_VERSION}.")
     if verify:
         verify_files(uri, files)
     return Artifact(uri, manifest)
@@ -281,7 +278,8 @@ class Step:
         identity = self._identity(config, inputs)
         for name in (MANIFEST, STARTED):
             if exists(join(uri, name)):
-                _refuse_other_identity(_read_record(join(uri, name)), identity, uri)
+                found = with_defaults(_read_record(join(uri, name)), type(config))
+                _refuse_other_identity(found, identity, uri)
         return load_artifact(uri) if exists(join(uri, MANIFEST)) else None
 
     def run(
@@ -311,7 +309,7 @@ class Step:
         result = self.build(config, inputs, uri)
         files = describe_files(uri)
         manifest = {
-            "format_version": FORMAT_VERSION,
+            **stamp(FORMAT_VERSION),
             **identity,
             "fingerprint": self.fingerprint(config, inputs),
             "content_hash": hash_json({"fingerprint": self.fingerprint(config, inputs), "files": files}),

@@ -14,6 +14,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 
+class UserError(ValueError):
+    """Something the user can mend: the message says what was wrong, where, and what to do. Exit code 2."""
+
+
 class Config(BaseModel):
     """Base of every configuration section: unknown keys are errors, values never change."""
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
-    "types": 0, "distributed": 0, "storage": 0, "heap": 0, "lease": 0, "mlflow_store": 0, "terminal": 0,
+    "types": 0, "distributed": 0, "formats": 0, "storage": 0, "heap": 0, "lease": 0, "mlflow_store": 0, "terminal": 0,
     "secrets": 0, "fetch": 0,
     "text": 1, "losses": 1,
     "modeling": 2, "data": 2,
@@ -142,7 +142,7 @@ def test_fence_of_ray() -> None:
     assert faults == []
 
 
-@pytest.mark.parametrize("module", ["types", "distributed", "storage", "lease", "secrets", "fetch"])
+@pytest.mark.parametrize("module", ["types", "distributed", "formats", "storage", "lease", "secrets", "fetch"])
 def test_the_foundation_imports_nothing_heavy(module: str) -> None:
     tree = parsed(ROOT / "nvembed" / f"{module}.py")
     names = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvembed import storage
+from nvembed.formats import FormatError
 from nvembed.storage import ChangedRecipeError, CorruptArtifactError, Step, StepResult, UserError
 from nvembed.types import Artifact, Config
 
@@ -138,7 +139,7 @@ def test_a_resumable_step_too_refuses_a_directory_of_somebody_else(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncated", "changed", "missing", "manifest cut", "manifest empty", "manifest old"]
+    "damage", ["truncated", "changed", "missing", "manifest cut", "manifest empty", "manifest newer"]
 )
 def test_a_damaged_artifact_is_refused_by_name(root: str, damage: str) -> None:
     counter, uri = Counter(), storage.join(root, "count")
@@ -150,13 +151,14 @@ def test_a_damaged_artifact_is_refused_by_name(root: str, damage: str) -> None:
         "changed": (file, bytes([1] * 999 + [2])),
         "manifest cut": (manifest, text[: len(text) // 2]),
         "manifest empty": (manifest, b""),
-        "manifest old": (manifest, text.replace(b'"format_version": 1', b'"format_version": 99')),
+        "manifest newer": (manifest, text.replace(b'"format_version": 1', b'"format_version": 99')),
     }
     if damage == "missing":
         storage.remove(file)
     else:
         storage.write_bytes(*writes[damage])
-    with pytest.raises(CorruptArtifactError, match="manifest" if damage.startswith("manifest") else r"values\.bin"):
+    kind = FormatError if damage == "manifest newer" else CorruptArtifactError
+    with pytest.raises(kind, match="manifest" if damage.startswith("manifest") else r"values\.bin"):
         counter.step.run(Settings(), {}, uri)
     assert counter.builds == 1
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nvembed.fetch import local_model
-from nvembed.modeling.config import BackboneConfig, FolderBackbone, GgufBackbone, RandomBackbone
+from nvembed.modeling.config import BackboneConfig, FolderBackbone, GgufBackbone, NvembedBackbone, RandomBackbone
 from nvembed.modeling.quiet import no_progress_bars
 from nvembed.storage import UserError
 
@@ -36,6 +36,7 @@ def load_backbone(config: BackboneConfig, texts: Iterable[str], seed: int) -> tu
     Raises:
         UserError: a missing package, file or model, or more layers asked for than there are.
     """
+    assert not isinstance(config, NvembedBackbone), "a whole model folder is loaded by `initialise`"
     if isinstance(config, RandomBackbone):
         tokenizer = train_byte_level_bpe(texts, config.vocab_size)
         return random_decoder(config, tokenizer, seed), tokenizer

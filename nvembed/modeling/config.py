@@ -26,6 +26,17 @@ class GgufBackbone(Config):
     num_layers: int | None = Field(None, ge=1)
 
 
+class NvembedBackbone(Config):
+    """A finished model folder to go on from, its trained head included: imported, or made by an earlier run.
+
+    `initialise.embedder` must be the folder's own, but for `text.max_length`.
+    """
+
+    type: Literal["nvembed"] = "nvembed"
+    name: str = Field(min_length=1, description="Local model folder.")
+    num_layers: None = None  # a head is trained on all of them
+
+
 class RandomBackbone(Config):
     """A randomly initialised decoder with a BPE vocabulary learned from the prepared texts; for tests of the road."""
 
@@ -39,7 +50,9 @@ class RandomBackbone(Config):
     num_key_value_heads: int = 2
 
 
-BackboneConfig = Annotated[FolderBackbone | GgufBackbone | RandomBackbone, Field(discriminator="type")]
+BackboneConfig = Annotated[
+    FolderBackbone | GgufBackbone | NvembedBackbone | RandomBackbone, Field(discriminator="type")
+]
 
 
 class LatentAttentionConfig(Config):
@@ -56,6 +69,15 @@ class LatentAttentionConfig(Config):
     mlp_ratio: int = Field(4, ge=1)
 
 
+class FoldedLatentAttentionConfig(Config):
+    """A trained latent attention folded for inference (`nvembed export --as folded`); it cannot be trained."""
+
+    type: Literal["folded_latent_attention"] = "folded_latent_attention"
+    num_latents: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    mlp_ratio: int = Field(4, ge=1)
+
+
 class MeanConfig(Config):
     """Mean of the pooled tokens' states."""
 
@@ -68,7 +90,10 @@ class LastTokenConfig(Config):
     type: Literal["last_token"] = "last_token"
 
 
-PoolingConfig = Annotated[LatentAttentionConfig | MeanConfig | LastTokenConfig, Field(discriminator="type")]
+PoolingConfig = Annotated[
+    LatentAttentionConfig | FoldedLatentAttentionConfig | MeanConfig | LastTokenConfig, Field(discriminator="type")
+]
+HEADS = (LatentAttentionConfig, FoldedLatentAttentionConfig)  # poolings with weights of their own
 
 
 class EmbedderConfig(Config):

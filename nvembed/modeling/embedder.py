@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from nvembed.modeling.bidirectional import set_bidirectional
-from nvembed.modeling.config import EmbedderConfig, LastTokenConfig, LatentAttentionConfig
-from nvembed.modeling.latent_attention import LatentAttention
+from nvembed.modeling.config import HEADS, EmbedderConfig, FoldedLatentAttentionConfig, LastTokenConfig
+from nvembed.modeling.latent_attention import FoldedLatentAttention, LatentAttention
 from nvembed.modeling.pooling import last_token_pool, mean_pool, normalise
 from nvembed.modeling.precision import autocast, resolve_precision
 from nvembed.storage import UserError
@@ -49,12 +49,13 @@ class Embedder(nn.Module):
         self.dim = int(self.embedding_model.config.hidden_size)
         _check_length(self.embedding_model.config, config)
         set_bidirectional(self.embedding_model, config.bidirectional)
-        self.latent_attention_model: LatentAttention | None = None
-        if isinstance(config.pooling, LatentAttentionConfig):
+        self.latent_attention_model: LatentAttention | FoldedLatentAttention | None = None
+        if isinstance(config.pooling, HEADS):
+            folded = isinstance(config.pooling, FoldedLatentAttentionConfig)
+            make = FoldedLatentAttention if folded else LatentAttention
             try:
-                self.latent_attention_model = LatentAttention(
-                    self.dim, **config.pooling.model_dump(exclude={"type"})
-                ).to(next(embedding_model.parameters()).device)
+                head = make(self.dim, **config.pooling.model_dump(exclude={"type"}))
+                self.latent_attention_model = head.to(next(embedding_model.parameters()).device)
             except ValueError as error:
                 raise UserError(str(error)) from error
 

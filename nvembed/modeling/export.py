@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nvembed.modeling.config import EmbedderConfig, LastTokenConfig, LatentAttentionConfig, MeanConfig
+from nvembed.modeling.config import HEADS, EmbedderConfig, FoldedLatentAttentionConfig, LastTokenConfig, MeanConfig
 
 CODE = {
     "sentence_modules.py": "nvembed.modeling",
@@ -34,13 +34,13 @@ def needs_code(config: EmbedderConfig) -> bool:
     """Whether the pooling is beyond sentence-transformers' own modules."""
     if isinstance(config.pooling, MeanConfig):
         return config.text.mask_instruction
-    return isinstance(config.pooling, LatentAttentionConfig)
+    return isinstance(config.pooling, HEADS)
 
 
 def latent_attention_arguments(config: EmbedderConfig) -> dict[str, Any] | None:
-    """Keyword arguments of `LatentAttention` but the width; None for other poolings."""
+    """Keyword arguments of `LatentAttention` or its folded form but the width; None for other poolings."""
     pooling = config.pooling
-    return pooling.model_dump(exclude={"type"}) if isinstance(pooling, LatentAttentionConfig) else None
+    return pooling.model_dump(exclude={"type"}) if isinstance(pooling, HEADS) else None
 
 
 def write_modules(folder: Path, config: EmbedderConfig, dim: int) -> None:
@@ -55,6 +55,8 @@ def write_modules(folder: Path, config: EmbedderConfig, dim: int) -> None:
         masking = {"bidirectional": config.bidirectional, **config.text.model_dump()}
         _write_json(folder / "masking.json", masking)
         pooling = {"hidden_size": dim, "latent_attention": latent_attention_arguments(config)}
+        if isinstance(config.pooling, FoldedLatentAttentionConfig):
+            pooling["folded"] = True
         for name, package in CODE.items():
             (folder / name).write_text(standalone(resources.files(package).joinpath(name).read_text("utf-8")), "utf-8")
     _write_json(

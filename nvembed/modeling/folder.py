@@ -4,6 +4,7 @@
     1_Pooling/, 2_Normalize/, modules.json, ...         what sentence-transformers reads (`export.py`)
     nvembed.json                                        format version and `EmbedderConfig`; written last
     probes.json, probes.safetensors                     texts and their vectors, checked at load (`probes.py`)
+    adapter/                                            the LoRA layers merged into it, if it had any (`adapters.py`)
     recipe.yaml, README.md                              where it comes from
 
 Only `nvembed.json` makes a folder ours. It is built beside its place and renamed, so a killed save leaves nothing
@@ -26,10 +27,11 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nvembed.formats import check_format, stamp
 from nvembed.modeling import probes
-from nvembed.modeling.adapters import has_adapter
+from nvembed.modeling.adapters import ADAPTER_FOLDER, KeptAdapter, has_adapter
 from nvembed.modeling.card import model_card
-from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, PoolingConfig
+from nvembed.modeling.config import HEADS, EmbedderConfig, PoolingConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.export import POOLING_FOLDER, library_versions, write_modules, write_prompts
 from nvembed.modeling.quiet import no_progress_bars
@@ -50,6 +52,7 @@ def save_embedder(
     recipe: Mapping[str, Any] | None = None,
     prompts: Mapping[str, str] | None = None,
     card: str | None = None,
+    adapter: KeptAdapter | None = None,
 ) -> None:
     """Write a model folder; one of ours at the same place is replaced.
 
@@ -58,6 +61,7 @@ def save_embedder(
         recipe: resolved recipe, stored as `recipe.yaml`.
         prompts: name -> full instruction prefix, offered by sentence-transformers as `prompt_name`.
         card: notes on data and licences for the model card (Markdown).
+        adapter: what was merged into the weights, kept beside them in `adapter/`.
 
     Raises:
         UserError: the folder holds something that is not a model folder of ours.
@@ -72,6 +76,9 @@ def save_embedder(
     _remove(staging)
     staging.mkdir(parents=True)
     _write(embedder, staging, recipe, prompts, card)
+    if adapter is not None:
+        adapter.write(staging / ADAPTER_FOLDER)
+        _readable(staging)
     replaced = _aside(folder, "replaced")
     _remove(replaced)
     if folder.exists():
@@ -102,11 +109,9 @@ def _write(
         text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     probes.write_probes(embedder, folder)
-    mode = (folder / "README.md").stat().st_mode  # safetensors makes files that only their owner can read
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(mode)
+    _readable(folder)
     description = {
-        "format_version": FORMAT_VERSION,
+        **stamp(FORMAT_VERSION),
         "embedder": config.model_dump(mode="json"),
         "dim": embedder.dim,
         "parameters": parameters,
@@ -115,6 +120,12 @@ def _write(
     }
     text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
     (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+
+
+def _readable(folder: Path) -> None:
+    mode = (folder / "README.md").stat().st_mode  # safetensors makes files that only their owner can read
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
 
 
 def _aside(folder: Path, what: str) -> Path:
@@ -142,11 +153,11 @@ def describe_folder(folder: Path | str) -> dict[str, Any]:
         raise UserError(f"{folder} is not an nvembed model folder (no {DESCRIPTION}). Check the path.")
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = description["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+        check_format(description, str(path), newest=FORMAT_VERSION)
+    except UserError:
+        raise
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}). Copy or build the folder again.") from error
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}; this nvembed reads {FORMAT_VERSION}.")
     return description
 
 
@@ -178,7 +189,7 @@ def load_embedder(
             "bidirectional": stored.bidirectional if bidirectional is None else bidirectional,
         }
     )
-    if isinstance(config.pooling, LatentAttentionConfig) and config.pooling != stored.pooling:
+    if isinstance(config.pooling, HEADS) and config.pooling != stored.pooling:
         raise UserError(
             f"{folder} has no latent attention like {config.pooling}: only mean and last_token can replace it."
         )

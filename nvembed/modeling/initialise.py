@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,8 +16,10 @@ from nvembed.modeling.backbones import keep_first_layers, load_backbone
 from nvembed.modeling.bidirectional import attends_ahead
 from nvembed.modeling.config import (
     EmbedderConfig,
+    FoldedLatentAttentionConfig,
     InitialiseConfig,
     MeanConfig,
+    NvembedBackbone,
     RandomBackbone,
     TruncateConfig,
 )
@@ -35,6 +38,8 @@ def build_embedder(backbone: Any, tokenizer: Any, config: EmbedderConfig, seed: 
     Raises:
         UserError: the tokenizer lacks a special token, or the backbone does not obey the attention switch.
     """
+    if isinstance(config.pooling, FoldedLatentAttentionConfig):
+        raise UserError("embedder.pooling: folded_latent_attention is made from a trained model (nvembed export).")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         embedder = Embedder(backbone, Tokeniser(tokenizer, config.text), config).eval()
@@ -48,6 +53,31 @@ def build_embedder(backbone: Any, tokenizer: Any, config: EmbedderConfig, seed: 
             "follow: the installed transformers has no such switch for it. Llama, Mistral, Qwen2 and Qwen3 have it."
         )
     return embedder
+
+
+def continue_embedder(backbone: NvembedBackbone, config: EmbedderConfig) -> Embedder:
+    """The model of a finished folder, head included, to be trained on.
+
+    Raises:
+        UserError: no model folder there, or one whose embedder is another than the recipe's.
+    """
+    if backbone.name.startswith("models:/"):
+        raise UserError(f"initialise.backbone.name: {backbone.name!r} must be a folder; copy the model version to one.")
+    stored = EmbedderConfig.model_validate(describe_folder(backbone.name)["embedder"])
+    text = stored.text.model_copy(update={"max_length": config.text.max_length})
+    wanted = stored.model_copy(update={"text": text})
+    if changes := storage.differences(wanted.model_dump(mode="json"), config.model_dump(mode="json")):
+        listed = "\n  ".join(changes)
+        raise UserError(
+            f"initialise.embedder is not that of {backbone.name} (folder -> recipe):\n  {listed}\n"
+            f"Write the folder's own: {json.dumps(wanted.model_dump(mode='json'))}"
+        )
+    embedder = load_embedder(backbone.name)
+    if wanted == stored:
+        return embedder
+    longer = Embedder(embedder.embedding_model, Tokeniser(embedder.tokeniser.tokenizer, text), wanted).eval()
+    longer.latent_attention_model = embedder.latent_attention_model
+    return longer
 
 
 def truncate_embedder(embedder: Embedder, num_layers: int) -> Embedder:
@@ -96,6 +126,9 @@ def dataset_prompts(prepare: Artifact) -> dict[str, str]:
 def _initialise(config: Config, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     assert isinstance(config, InitialiseConfig)
     prepare = inputs["prepare"]
+    if isinstance(config.backbone, NvembedBackbone):
+        embedder = continue_embedder(config.backbone, config.embedder)
+        return _publish(embedder, work_uri, dataset_prompts(prepare), "Not trained here yet.")
     texts = training_texts(prepare) if isinstance(config.backbone, RandomBackbone) else iter(())
     backbone, tokenizer = load_backbone(config.backbone, texts, config.seed)
     embedder = build_embedder(backbone, tokenizer, config.embedder, config.seed)

@@ -4,6 +4,9 @@ Module structure and parameter names are those of the published model, so that s
 `latents`, `cross_attend_blocks.0.fn.{to_q,to_kv,to_out}.weight`, `cross_attend_blocks.0.{norm,norm_context}.*`,
 `cross_attend_blocks.1.norm.*`, `cross_attend_blocks.1.fn.net.{0,2}.*`.
 
+`FoldedLatentAttention` is the same function for inference: the latents are constant, so what only they decide is
+computed once (`exports/folding.py`).
+
 torch only: this file is copied into model folders (see `export.py`).
 Shapes: N texts, L tokens, D width, R latents, H heads, E width of a head.
 """
@@ -127,5 +130,55 @@ class LatentAttention(nn.Module):
         """[N, L, D] -> [N, L, D]."""
         attend, feed_forward = self.cross_attend_blocks
         states_NLD = attend(states_NLD, self.latents) + states_NLD
+        mixed_NLD: torch.Tensor = feed_forward(states_NLD) + states_NLD
+        return mixed_NLD
+
+
+class FoldedCrossAttention(nn.Module):
+    """`CrossAttention` over constant latents as two linear maps around a softmax per head.
+
+    With keys K_h and values V_h of the latents, head h is softmax(x Wq_h K_h^T / sqrt(E)) V_h Wo_h: the products left
+    and right of the softmax are `scores` [H*R, D] and `mix` [D, H*R].
+    """
+
+    def __init__(self, hidden_size: int, num_latents: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scores = nn.Linear(hidden_size, num_heads * num_latents, bias=False)
+        self.mix = nn.Linear(num_heads * num_latents, hidden_size, bias=False)
+
+    def forward(self, states_NLD: torch.Tensor) -> torch.Tensor:
+        """[N, L, D] -> [N, L, D]."""
+        shares_NLHR = self.scores(states_NLD).unflatten(-1, (self.num_heads, -1)).softmax(dim=-1)
+        mixed: torch.Tensor = self.mix(shares_NLHR.flatten(-2))
+        return mixed
+
+
+class FoldedLatentAttention(nn.Module):
+    """`LatentAttention` for inference, equal to it but for rounding.
+
+    Smaller when `num_latents` is less than about twice the width of a head: NV-Embed's attention goes from 539 M
+    numbers to 33.6 M (512 latents, heads of 4,096).
+
+    Args:
+        hidden_size: D of the backbone.
+        num_latents: R.
+        num_heads: H.
+        mlp_ratio: of the MLP, which stays as it is.
+    """
+
+    def __init__(self, hidden_size: int, *, num_latents: int, num_heads: int, mlp_ratio: int = 4) -> None:
+        super().__init__()
+        self.cross_attend_blocks = nn.ModuleList(
+            [
+                PreNorm(hidden_size, FoldedCrossAttention(hidden_size, num_latents, num_heads), context=False),
+                PreNorm(hidden_size, FeedForward(hidden_size, mlp_ratio), context=False),
+            ]
+        )
+
+    def forward(self, states_NLD: torch.Tensor) -> torch.Tensor:
+        """[N, L, D] -> [N, L, D]."""
+        attend, feed_forward = self.cross_attend_blocks
+        states_NLD = attend(states_NLD) + states_NLD
         mixed_NLD: torch.Tensor = feed_forward(states_NLD) + states_NLD
         return mixed_NLD

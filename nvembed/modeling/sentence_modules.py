@@ -16,7 +16,7 @@ from sentence_transformers.base.modules.module import Module
 from sentence_transformers.base.modules.transformer import Transformer
 
 from nvembed.modeling.bidirectional import attends_ahead
-from nvembed.modeling.latent_attention import LatentAttention
+from nvembed.modeling.latent_attention import FoldedLatentAttention, LatentAttention
 from nvembed.modeling.pooling import mean_pool
 from nvembed.text.encoding import Specials, encode_with_mask, pad_batch
 
@@ -97,13 +97,15 @@ class MaskingTransformer(Transformer):
 class MaskedPooling(Module):
     """Latent attention where the folder has it, then the float32 mean over the pooling mask."""
 
-    config_keys: list[str] = ["hidden_size", "latent_attention"]  # noqa: RUF012 (as its base class declares it)
+    config_keys: list[str] = ["hidden_size", "latent_attention", "folded"]  # noqa: RUF012 (as its base class declares it)
 
-    def __init__(self, hidden_size: int, latent_attention: dict[str, Any] | None) -> None:
+    def __init__(self, hidden_size: int, latent_attention: dict[str, Any] | None, folded: bool = False) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.latent_attention = latent_attention
-        self.latent_attention_model = LatentAttention(hidden_size, **latent_attention) if latent_attention else None
+        self.folded = folded
+        head = FoldedLatentAttention if folded else LatentAttention
+        self.latent_attention_model = head(hidden_size, **latent_attention) if latent_attention else None
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` [N, D], not yet of length 1."""

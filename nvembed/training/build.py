@@ -11,7 +11,7 @@ from safetensors.torch import save
 from nvembed import storage
 from nvembed.fetch import local_model, written_folder
 from nvembed.losses.objectives import build_objective
-from nvembed.modeling.adapters import apply_adapter, merge_adapter
+from nvembed.modeling.adapters import apply_adapter, keep_adapter, merge_adapter
 from nvembed.modeling.folder import describe_folder, load_embedder, save_embedder
 from nvembed.modeling.precision import Precision
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
@@ -62,8 +62,8 @@ def build_model(job: Job, teacher_dim: int | None, precision: Precision) -> Trai
 
 
 def export(job: Job, checkpoint: Checkpoint, teacher_dim: int | None) -> None:
-    """Write `model/` (LoRA merged, float32), `checkpoint.json` (whose checksums it comes from) and, if it has
-    parameters, `objective.safetensors`.
+    """Write `model/` (float32, LoRA merged and kept beside), `checkpoint.json` (whose checksums it comes from) and, if
+    it has parameters, `objective.safetensors`.
 
     Everything comes from the input model folder and the last checkpoint, so that a run killed here only repeats this.
     """
@@ -75,12 +75,14 @@ def export(job: Job, checkpoint: Checkpoint, teacher_dim: int | None) -> None:
     objective = {name: tensor.contiguous() for name, tensor in model.objective.state_dict().items()}
     if objective:
         storage.write_bytes(storage.join(job.work_uri, OBJECTIVE), save(objective))
+    start = local_model(job.model_uri)
+    adapter = keep_adapter(model.embedder, start, "/".join(job.model_uri.rstrip("/").split("/")[-2:]))
+    prompts = describe_folder(start)["prompts"] or {key: instruction_prefix(key) for key in CATALOGUE}
     merge_adapter(model.embedder)
-    prompts = describe_folder(local_model(job.model_uri))["prompts"]
-    prompts = prompts or {key: instruction_prefix(key) for key in CATALOGUE}
     target = storage.join(job.work_uri, MODEL)
+    recipe = job.config.model_dump(mode="json")
     with written_folder(target) as folder:
-        save_embedder(model.embedder, folder, recipe=job.config.model_dump(mode="json"), prompts=prompts, card=None)
+        save_embedder(model.embedder, folder, recipe=recipe, prompts=prompts, adapter=adapter)
     # the checkpoint itself goes when the step is published; this is its link in the hash chain
     files = storage.read_json(storage.join(checkpoint.uri, "manifest.json"))["files"]
     link = {"step": checkpoint.step, "files": {name: row for name, row in files.items() if name != "state.json"}}

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 
 from nvembed import storage
 from nvembed.distributed import WorkerContext, broadcast_object
+from nvembed.formats import check_format, stamp, with_defaults
 from nvembed.modeling.precision import Precision
 from nvembed.storage import ChangedRecipeError, CorruptArtifactError, UserError
 from nvembed.training.config import TrainConfig
@@ -68,7 +69,7 @@ class Identity:
     def state(self, step: int) -> dict[str, Any]:
         """The content of `state.json`."""
         return {
-            "format_version": FORMAT_VERSION,
+            **stamp(FORMAT_VERSION),
             "step": step,
             "config": self.config.model_dump(mode="json"),
             "inputs": dict(self.inputs),
@@ -193,7 +194,8 @@ class CheckpointStore:
             except CorruptArtifactError as problem:
                 logger.warning("checkpoint passed over: %s", problem)
                 continue
-            self._check(storage.read_json(storage.join(uri, STATE)), uri, here=here)
+            state = with_defaults(storage.read_json(storage.join(uri, STATE)), TrainConfig)
+            self._check(state, uri, here=here)
             return uri
         return None
 
@@ -286,9 +288,7 @@ def _write_file(tensors: dict[str, torch.Tensor], uri: str) -> None:
 
 def _publish(uri: str) -> None:
     """Write the manifest: from here on the checkpoint exists."""
-    storage.write_json(
-        storage.join(uri, MANIFEST), {"format_version": FORMAT_VERSION, "files": storage.describe_files(uri)}
-    )
+    storage.write_json(storage.join(uri, MANIFEST), {**stamp(FORMAT_VERSION), "files": storage.describe_files(uri)})
 
 
 def _verify(uri: str) -> None:
@@ -296,12 +296,15 @@ def _verify(uri: str) -> None:
 
     Raises:
         CorruptArtifactError: no manifest, or a file that does not match it.
+        UserError: a format this nvembed does not read: passing it over would lose the run's newest steps.
     """
     manifest_uri = storage.join(uri, MANIFEST)
     if not storage.exists(manifest_uri):
         raise CorruptArtifactError(f"{uri} has no {MANIFEST} (the run was stopped while it saved)")
     try:
-        files = storage.read_json(manifest_uri)["files"]
-    except (ValueError, KeyError) as error:
+        manifest = storage.read_json(manifest_uri)
+        files = manifest["files"]
+    except (ValueError, KeyError, TypeError) as error:
         raise CorruptArtifactError(f"{manifest_uri} cannot be read ({error})") from error
+    check_format(manifest, manifest_uri, newest=FORMAT_VERSION)
     storage.verify_files(uri, files)

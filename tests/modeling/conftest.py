@@ -1,8 +1,11 @@
 """Tiny embedders, built in the test process: random decoders with a byte-level BPE learned from a few sentences."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
 from nvembed.modeling.backbones import random_decoder, train_byte_level_bpe
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, RandomBackbone
@@ -10,11 +13,22 @@ from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.initialise import build_embedder
 from nvembed.text.config import TextConfig
 
+for folder in (Path(__file__).parent, Path(__file__).parents[1] / "training"):
+    sys.path.insert(0, str(folder))  # for nv_embed_kit and training_kit
+
 SENTENCES = [
     "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: how do I sort a list",
     "the weakness that causes a heap overflow in the parser of images",
     "definition of a clinical finding that concerns the nervous system",
 ] * 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

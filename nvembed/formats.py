@@ -1,0 +1,73 @@
+"""Versions of what is written to last: who wrote it, and may this nvembed read it (layer 0).
+
+Artifacts, checkpoints, model folders, recipes and exports each carry the number of their format and the nvembed that
+wrote them. A reader takes every format from the oldest it can convert to its own; a newer one is refused with the
+version to install. `tests/assets/formats/` keeps a sample of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pydantic import ValidationError
+
+from nvembed.types import Config, UserError
+
+WRITER = "nvembed_version"  # the key beside `format_version`
+
+
+class FormatError(UserError):
+    """A format that this nvembed does not read; the message says what to do."""
+
+
+def own_version() -> str:
+    """Version of this nvembed; "0" where it runs without being installed."""
+    try:
+        return version("nvembed")
+    except PackageNotFoundError:
+        return "0"
+
+
+def stamp(number: int) -> dict[str, Any]:
+    """The keys that say format and writer."""
+    return {"format_version": number, WRITER: own_version()}
+
+
+def check_format(record: Mapping[str, Any], where: str, *, newest: int, oldest: int = 1) -> int:
+    """The format of a record, when it can be read.
+
+    Args:
+        record: what carries `format_version`, and `nvembed_version` where its writer knew to leave it.
+        where: the file, for messages.
+        newest: the format this nvembed writes.
+        oldest: the oldest it reads.
+
+    Raises:
+        FormatError: no whole number, a newer format (with the nvembed to install), or one no longer read.
+    """
+    found = record.get("format_version")
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise FormatError(f"{where} has format version {found!r}, which no nvembed wrote. The file is damaged.")
+    span = f"{newest}" if oldest == newest else f"{oldest} to {newest}"
+    reads = f"nvembed {own_version()} reads {span}"
+    if found > newest:
+        writer = record.get(WRITER)
+        made = f"nvembed {writer}" if writer else "a newer nvembed"
+        upgrade = f"nvembed>={writer}" if writer else "--upgrade nvembed"
+        raise FormatError(f"{where} has format version {found}, made by {made}; {reads}. Run: pip install '{upgrade}'")
+    if found < oldest:
+        raise FormatError(f"{where} has format version {found}; {reads}. Build it again.")
+    return found
+
+
+def with_defaults(record: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
+    """A record whose `config` has the keys that `kind` got since; an older output is not another one for lacking them.
+
+    What gives a key's default another meaning has to bump the logic version.
+    """
+    try:
+        return {**record, "config": kind.model_validate(record["config"]).model_dump(mode="json")}
+    except (KeyError, ValidationError):  # told by the comparison that follows
+        return record
