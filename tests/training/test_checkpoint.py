@@ -178,6 +178,10 @@ def test_a_finished_run_only_repeats_its_export(tmp_path: Path) -> None:
     (tmp_path / "work" / "model" / "model.safetensors").unlink()
     assert train_job(CONFIG, model, tmp_path / "work", steps=2) is None
     assert (tmp_path / "work" / "model" / "model.safetensors").read_bytes() == before
+    link = storage.read_json(str(tmp_path / "work" / "checkpoint.json"))
+    (newest,) = (tmp_path / "work" / "checkpoints").glob(f"step-{link['step']:06d}")
+    expected = storage.read_json(str(newest / "manifest.json"))["files"]
+    assert link["step"] == 2 and link["files"] and link["files"].items() <= expected.items()
 
 
 class PoisonedStream(MemoryStream):
