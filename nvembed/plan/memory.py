@@ -1,9 +1,10 @@
 """Memory of one rank by part, in bytes.
 
-The parts are counted from what the code keeps; two factors are fitted to measurements of real workers on CPUs (see
-`tests/training/test_memory_plan.py`: growth of a worker over its size before the model was loaded). Valid for decoders
-of the llama family in float32 or under bf16 autocast, SDPA without materialised attention weights, texts of about equal
-length. On GPUs nothing was measured.
+The parts are counted from what the code keeps; a few factors are fitted to real workers on CPUs, as the growth of a
+worker over its size before the model was loaded (`tests/training/test_memory_plan.py`). Valid for the first steps of
+decoders of the llama family of 20-60 M parameters, float32 or bf16 autocast, SDPA. Not in it: a heap that fragments
+over many steps of texts of different lengths (the quickstart's run as a whole peaks at 8.6 GiB, where two workers are
+planned at 3.9 beside the driver and Ray). On GPUs nothing was measured.
 """
 
 from __future__ import annotations
