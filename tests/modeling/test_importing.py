@@ -240,9 +240,8 @@ def test_one_optimiser_step_from_an_imported_model(checkpoint, tmp_path):
     datasets = {"cwe": {"instruction": "Instruct: Find\nQuery: ", "task": "retrieval"}}
     prepare = Artifact(str(tmp_path / "prepare"), {"metrics": {"datasets": datasets}, "content_hash": "p"})
     start = INITIALISE.run(InitialiseConfig(**section), {"prepare": prepare}, str(tmp_path / "initialise"))
-    assert np.array_equal(
-        load_embedder(start.path("model")).encode(TEXTS), load_embedder(tmp_path / "model").encode(TEXTS)
-    )
+    begun = load_embedder(start.path("model"))
+    assert np.array_equal(begun.encode(TEXTS), load_embedder(tmp_path / "model").encode(TEXTS))
 
     config = {
         "adapter": {"type": "lora", "r": 2, "alpha": 4, "dropout": 0.0},
