@@ -271,7 +271,14 @@ assert not heavy, heavy
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["embed", "--help"], ["recipe", "validate", "RECIPE"], ["recipe", "show", "RECIPE"]],
+    [
+        ["--help"],
+        ["embed", "--help"],
+        ["export", "--help"],
+        ["import", "--help"],
+        ["recipe", "validate", "RECIPE"],
+        ["recipe", "show", "RECIPE"],
+    ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
 def test_light_commands_load_nothing_heavy(arguments: list[str]) -> None:
