@@ -297,6 +297,8 @@ assert not heavy, heavy
         ["recipe", "schema"],
         ["recipe", "diff", "RECIPE", "RECIPE"],
         ["plan", "RECIPE"],
+        ["export", "--help"],
+        ["import", "--help"],
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +41,8 @@ def export_command(
         folder = resolve_model(model, registry or (near_registry() if model.startswith("models:/") else None))
         job = ExportJob(Path(folder), Path(target), form, given, None if base is None else Path(base))
         try:
-            record = export_model(job)
+            with redirect_stdout(sys.stderr):  # DeepSpeed, which PEFT imports, logs to stdout; that is for the result
+                record = export_model(job)
         except ParityError as error:
             raise GatePreconditionError(f"{error}; nothing was written") from error
         show(record, _told(record, target), as_json)
@@ -59,7 +62,8 @@ def import_command(
     def action() -> int:
         from nvembed.modeling.importing import import_nv_embed
 
-        record = import_nv_embed(Path(source), Path(target), max_length=max_length)
+        with redirect_stdout(sys.stderr):
+            record = import_nv_embed(Path(source), Path(target), max_length=max_length)
         text = f"{target}: {record['parameters']:,} parameters, {record['dim']} dimensions, at most {max_length} tokens"
         show(record, f"{text}\nto train on, write in a recipe:\n{record['recipe']}", as_json)
         return ExitCode.DONE

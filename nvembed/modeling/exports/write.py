@@ -31,6 +31,7 @@ from nvembed.modeling.exports.folding import fold_embedder
 from nvembed.modeling.exports.onnx_graph import ONNX_FILE, onnx_encode, open_session, write_onnx
 from nvembed.modeling.exports.parity import Encode, Parity, ParityError, measure, reference, refuse_beyond, text_sets
 from nvembed.modeling.folder import describe_folder, load_embedder, save_embedder
+from nvembed.modeling.quiet import no_progress_bars
 from nvembed.storage import UserError
 
 __all__ = ["FORMS", "ExportJob", "ParityError", "export_model"]
@@ -185,7 +186,9 @@ def _backbone(job: ExportJob, source: _Source, folder: Path) -> Written:
 
     embedder = source.embedder
     write_backbone(embedder, folder, source.prompts)
-    again = Embedder(AutoModel.from_pretrained(folder, trust_remote_code=False), embedder.tokeniser, embedder.config)
+    with no_progress_bars():
+        backbone = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+    again = Embedder(backbone, embedder.tokeniser, embedder.config)
     again.latent_attention_model = embedder.latent_attention_model
     extra = {
         "architecture": type(embedder.embedding_model).__name__,
