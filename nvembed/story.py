@@ -33,7 +33,7 @@ from nvembed.progress import Console, logged
 from nvembed.recipe import Recipe, load_recipe, resolved_yaml
 from nvembed.records import RECORDS, Records
 from nvembed.road import PlannedRoad, Road
-from nvembed.secrets import mask, why_refused
+from nvembed.secrets import mask
 from nvembed.tracking import STATE, Tracker
 
 __all__ = ["ExitCode", "PlannedRoad", "Road", "tell"]
@@ -106,10 +106,9 @@ def _tell(
     console = Console()
     try:
         recipe = load_recipe(path, settings, needs)
-        out = storage.absolute(out or f"runs/{recipe.name}")
-        if why := why_refused(out):
-            raise storage.UserError(f"--out: {why}.")
+        out = out or f"runs/{recipe.name}"
         check_reachable(out)
+        out = storage.absolute(out)
         _refuse_other_output(recipe, out)
         if dry_run:
             road = PlannedRoad(recipe, out)

@@ -19,6 +19,7 @@ from nvembed.cluster_check.needs import Needs, needs_of
 from nvembed.findings import NOTE, OK, PROBLEM, Finding, as_text
 from nvembed.preflight import PreflightError, lacking_packages, pip_line
 from nvembed.recipe import Recipe
+from nvembed.secrets import why_refused
 
 SCRATCH = ".preflight"
 LOW_DISK, NO_DISK = 5 * 2**30, 2**29
@@ -55,7 +56,14 @@ def check_ready(recipe: Recipe, out: str) -> list[Finding]:
 
 
 def check_reachable(out: str) -> None:
-    """Raise PreflightError when the storage of the output cannot be asked at all."""
+    """Look at the output's address, as it was given.
+
+    Raises:
+        UserError: it carries a secret.
+        PreflightError: its storage cannot be asked at all.
+    """
+    if why := why_refused(out):
+        raise storage.UserError(f"--out: {why}.")
     try:
         storage.exists(out)
     except storage.UserError:
