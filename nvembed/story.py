@@ -23,7 +23,7 @@ import yaml
 from pydantic import ValidationError
 
 from nvembed import storage
-from nvembed.cluster_check.ready import check_ready, check_reachable
+from nvembed.cluster_check.ready import check_reachable, check_ready
 from nvembed.interrupt import Interrupts, end_processes
 from nvembed.lease import LEASE, Lease
 from nvembed.memory import MemoryMeter
