@@ -13,7 +13,7 @@ from nvembed.cluster_check import probe
 from nvembed.cluster_check.facts import Cluster, Node, autoscales
 from nvembed.cluster_check.judge import is_loopback, judge_cluster, places
 from nvembed.cluster_check.needs import Needs, Pool, needs_of
-from nvembed.cluster_check.ready import check_ready, check_reachable, examine
+from nvembed.cluster_check.ready import check_reachable, check_ready, examine
 from nvembed.findings import NOTE, OK, PROBLEM, Finding
 from nvembed.preflight import PreflightError
 from nvembed.recipe import load_recipe
@@ -220,7 +220,7 @@ def test_every_problem_of_this_machine_is_in_the_message(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("out", ["no-such-storage://bucket/run", "gs://bucket/run"])
 def test_an_output_whose_storage_cannot_be_asked(out: str) -> None:
-    with pytest.raises(PreflightError, match="cannot be reached.*s3fs"):
+    with pytest.raises(PreflightError, match=r"cannot be reached.*s3fs"):
         check_reachable(out)
 
 
