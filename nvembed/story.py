@@ -23,7 +23,7 @@ import yaml
 from pydantic import ValidationError
 
 from nvembed import storage
-from nvembed.cluster_check.ready import check_reachable, check_ready
+from nvembed.cluster_check.ready import check_reachable, check_ready, on_cluster
 from nvembed.interrupt import Interrupts, end_processes
 from nvembed.lease import LEASE, Lease
 from nvembed.memory import MemoryMeter
@@ -115,9 +115,16 @@ def _tell(
             story(road)
             print(describe(recipe, out, road.steps))
             return ExitCode.DONE
+        if not on_cluster():  # before anything is written; a cluster is joined under the lease
+            _check_ready(recipe, out, console)
     except (storage.UserError, ValidationError, PreflightError) as error:
         return report_error(error, console.line)
     return _run(story, recipe, out, console)
+
+
+def _check_ready(recipe: Recipe, out: str, console: Console) -> None:
+    for note in check_ready(recipe, out):
+        console.line(f"note: {note.check}: {note.said}{f'; {note.fix}' if note.fix else ''}")
 
 
 def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
@@ -136,9 +143,9 @@ def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
             with ExitStack() as stack:
                 stack.enter_context(lease)
                 stack.callback(shut_down_ray)
-                for note in check_ready(recipe, out):  # before the recipe is stored: its mending may be a change there
-                    console.line(f"note: {note.check}: {note.said}; {note.fix or 'nothing to do'}")
-                interrupts.arm()  # joining a cluster replaced the handlers
+                if on_cluster():  # before the recipe is stored: what mends a problem may be a change of it
+                    _check_ready(recipe, out, console)
+                    interrupts.arm()  # joining a cluster replaced the handlers
                 _claim(recipe, out)
                 stack.enter_context(logged(console, out))
                 stack.enter_context(meter)

@@ -42,6 +42,11 @@ def examine(recipe: Recipe, out: str) -> list[Finding]:
     return [*found, *(refused or _cluster(needs, out))]
 
 
+def on_cluster() -> bool:
+    """Whether the run joins a cluster, instead of starting a private one."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def check_ready(recipe: Recipe, out: str) -> list[Finding]:
     """The notes of `examine`.
 
@@ -82,9 +87,10 @@ def check_reachable(out: str) -> None:
 
 def _packages(recipe: Recipe) -> Iterator[Finding]:
     missing = lacking_packages(recipe)
-    for name, wants in missing.items():
-        yield Finding("packages", PROBLEM, f"{name} is not installed (for {', '.join(wants)})", pip_line({name: wants}))
-    if not missing:
+    if missing:
+        listed = ", ".join(f"{name} (for {', '.join(wants)})" for name, wants in missing.items())
+        yield Finding("packages", PROBLEM, f"{listed} not installed", pip_line(missing))
+    else:
         yield Finding("packages", OK, "what the recipe needs is installed here")
 
 
