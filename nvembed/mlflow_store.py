@@ -119,7 +119,8 @@ def probe(uri: str) -> None:
             connection.close()
     elif scheme in ("http", "https"):
         try:
-            urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=PROBE_SECONDS).close()
+            health = without_credentials(uri).rstrip("/") + "/health"  # urllib takes user:password for the host's name
+            urllib.request.urlopen(health, timeout=PROBE_SECONDS).close()
         except urllib.error.HTTPError as error:
             if error.code >= 500:
                 raise

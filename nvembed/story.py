@@ -24,7 +24,7 @@ import yaml
 from pydantic import ValidationError
 
 from nvembed import storage
-from nvembed.cluster_check.ready import check_reachable, check_ready
+from nvembed.cluster_check.ready import check_reachable, check_ready, on_cluster
 from nvembed.interrupt import Interrupts, end_processes
 from nvembed.lease import LEASE, Lease
 from nvembed.memory import MemoryMeter
@@ -33,7 +33,7 @@ from nvembed.progress import logged
 from nvembed.recipe import Recipe, load_recipe, read_recipe, resolved_yaml
 from nvembed.records import RECORDS, Records
 from nvembed.road import PendingError, PlannedRoad, Road
-from nvembed.secrets import mask, why_refused
+from nvembed.secrets import mask
 from nvembed.terminal import Console
 from nvembed.tracking import STATE, Tracker
 
@@ -113,11 +113,12 @@ def _tell(
 ) -> int:
     try:
         recipe = load_recipe(path, settings, needs)
-        out = storage.absolute(out or f"runs/{recipe.name}")
-        if why := why_refused(out):
-            raise storage.UserError(f"--out: {why}.")
+        out = out or f"runs/{recipe.name}"
         check_reachable(out)
+        out = storage.absolute(out)
         _refuse_other_output(recipe, out)
+        if not on_cluster():  # before anything is written; a cluster is joined under the lease
+            _check_ready(recipe, out, console)
     except (storage.UserError, ValidationError, PreflightError) as error:
         return report_error(error, console.alert)
     return _run(story, recipe, out, console)
@@ -150,6 +151,11 @@ def _look(
     return ExitCode.DONE
 
 
+def _check_ready(recipe: Recipe, out: str, console: Console) -> None:
+    for note in check_ready(recipe, out):
+        console.line(f"note: {note.check}: {note.said}{f'; {note.fix}' if note.fix else ''}")
+
+
 def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
     """Hold the output, walk the story, and leave everything tidy however it ends."""
     lease = Lease(out)
@@ -166,9 +172,9 @@ def _run(story: Story, recipe: Recipe, out: str, console: Console) -> int:
             with ExitStack() as stack:
                 stack.enter_context(lease)
                 stack.callback(shut_down_ray)
-                for note in check_ready(recipe, out):  # before the recipe is stored: its mending may be a change there
-                    console.line(f"note: {note.check}: {note.said}; {note.fix or 'nothing to do'}")
-                interrupts.arm()  # joining a cluster replaced the handlers
+                if on_cluster():  # before the recipe is stored: what mends a problem may be a change of it
+                    _check_ready(recipe, out, console)
+                    interrupts.arm()  # joining a cluster replaced the handlers
                 _claim(recipe, out)
                 log = stack.enter_context(logged(console, out))
                 stack.enter_context(meter)

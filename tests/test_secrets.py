@@ -1,13 +1,15 @@
 """Secrets: found by name, by value, in URLs; never in what is said or stored."""
 
+import http.server
 import logging
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvembed.mlflow_store import resolve_store
+from nvembed.mlflow_store import probe, resolve_store
 from nvembed.recipe import RecipeError, load_recipe
 from nvembed.secrets import (
     MASK,
@@ -107,3 +109,14 @@ def test_the_file_of_an_error_masks(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert report_error(RuntimeError("denied: canary/canary+canary"), said.append, str(tmp_path)) == 4
     (file,) = (tmp_path / "logs").iterdir()
     assert "canary" not in file.read_text() and f"denied: {MASK}" in file.read_text()
+
+
+def test_a_server_is_asked_without_the_password_of_its_address() -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        probe(f"http://me:canary-canary@127.0.0.1:{server.server_port}")  # 404 is an answer
+        with pytest.raises(OSError):
+            probe("http://me:canary-canary@127.0.0.1:1")
+    finally:
+        server.shutdown()

@@ -19,6 +19,7 @@ from nvembed.cluster_check.needs import Needs, needs_of
 from nvembed.findings import NOTE, OK, PROBLEM, Finding, as_text
 from nvembed.preflight import PreflightError, lacking_packages, pip_line
 from nvembed.recipe import Recipe
+from nvembed.secrets import why_refused
 
 SCRATCH = ".preflight"
 LOW_DISK, NO_DISK = 5 * 2**30, 2**29
@@ -41,6 +42,11 @@ def examine(recipe: Recipe, out: str) -> list[Finding]:
     return [*found, *(refused or _cluster(needs, out))]
 
 
+def on_cluster() -> bool:
+    """Whether the run joins a cluster, instead of starting a private one."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def check_ready(recipe: Recipe, out: str) -> list[Finding]:
     """The notes of `examine`.
 
@@ -55,7 +61,14 @@ def check_ready(recipe: Recipe, out: str) -> list[Finding]:
 
 
 def check_reachable(out: str) -> None:
-    """Raise PreflightError when the storage of the output cannot be asked at all."""
+    """Look at the output's address, as it was given.
+
+    Raises:
+        UserError: it carries a secret.
+        PreflightError: its storage cannot be asked at all.
+    """
+    if why := why_refused(out):
+        raise storage.UserError(f"--out: {why}.")
     try:
         storage.exists(out)
     except storage.UserError:
@@ -74,9 +87,10 @@ def check_reachable(out: str) -> None:
 
 def _packages(recipe: Recipe) -> Iterator[Finding]:
     missing = lacking_packages(recipe)
-    for name, wants in missing.items():
-        yield Finding("packages", PROBLEM, f"{name} is not installed (for {', '.join(wants)})", pip_line({name: wants}))
-    if not missing:
+    if missing:
+        listed = ", ".join(f"{name} (for {', '.join(wants)})" for name, wants in missing.items())
+        yield Finding("packages", PROBLEM, f"{listed} not installed", pip_line(missing))
+    else:
         yield Finding("packages", OK, "what the recipe needs is installed here")
 
 

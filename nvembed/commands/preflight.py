@@ -20,15 +20,17 @@ def preflight_command(
 
     def action() -> int:
         from nvembed import storage
-        from nvembed.cluster_check.ready import examine
+        from nvembed.cluster_check.ready import check_reachable, examine
         from nvembed.findings import PROBLEM, as_text
         from nvembed.findings import as_json as plain
         from nvembed.recipe import load_recipe
         from nvembed.story import shut_down_ray
 
         recipe = load_recipe(path, settings or [])
+        place = out or f"runs/{recipe.name}"
+        check_reachable(place)
         try:
-            findings = examine(recipe, storage.absolute(out or f"runs/{recipe.name}"))
+            findings = examine(recipe, storage.absolute(place))
         finally:
             shut_down_ray()
         show(plain(findings), as_text(findings), as_json)
