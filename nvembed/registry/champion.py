@@ -44,7 +44,7 @@ def holder() -> str:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name
         user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}:{os.getpid()}"
+    return f"{user}@{socket.gethostname()}:{os.getpid()}"[:100]  # twenty of them fit a tag
 
 
 def move_champion(client: Any, name: str, number: str, expected: str | None, action: str = PROMOTE) -> None:

@@ -86,6 +86,7 @@ def test_mistakes_are_told(kit: Any) -> None:
     assert run(kit, "list") == (0, "no model is registered\n")
 
 
+@pytest.mark.slow
 def test_the_gates_margin_may_be_given(kit: Any) -> None:
     kit.register("a", 0.5)
     kit.register("b", 0.48, auto_promote=False)

@@ -82,6 +82,7 @@ def test_the_same_content_is_the_same_version(kit: Any) -> None:
     assert kit.register("b", 0.4)["version"] == "2"
 
 
+@pytest.mark.slow
 def test_scores_of_a_version_follow_its_last_evaluation(kit: Any) -> None:
     prepared = kit.prepare()
     model = kit.model("a", prepare=prepared)
@@ -175,6 +176,7 @@ def test_step_registers_once_and_is_skipped(kit: Any) -> None:
     assert again.manifest_hash == made.manifest_hash
 
 
+@pytest.mark.slow
 def test_a_run_given_by_tracking_is_used(kit: Any) -> None:
     client = kit.client
     run = client.create_run(client.create_experiment("nvembed", Path(kit.out, "mlartifacts").as_uri()))
