@@ -16,10 +16,8 @@ import pytest
 
 from nvembed import storage
 
-pytest.importorskip(
-    "moto",
-    reason="moto is the S3 server of this test: pip install 'moto[server]' s3fs (in an environment of its own: pip takes very long to fit them to the rest)",
-)
+# not in the extra `test`: pip takes very long to fit its pins to the rest
+pytest.importorskip("moto", reason="the S3 server of this test: pip install 'moto[server]'")
 pytest.importorskip("s3fs", reason="s3:// needs s3fs: pip install 'nvembed[s3]'")
 
 ROOT = Path(__file__).resolve().parents[2]
