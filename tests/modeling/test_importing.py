@@ -10,7 +10,9 @@ import torch
 import yaml
 from nv_embed_kit import NV_EMBED, transcription
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from nvembed.cli import app
 from nvembed.modeling.config import EmbedderConfig, InitialiseConfig, NvembedBackbone
 from nvembed.modeling.exports.write import ExportJob, export_model
 from nvembed.modeling.folder import load_embedder
@@ -206,6 +208,15 @@ def test_what_does_not_fit_is_listed(checkpoint, weights, tmp_path):
     (checkpoint / "config.json").write_text(json.dumps({"model_type": "mistral"}))
     with pytest.raises(UserError, match=r"initialise\.backbone"):
         import_nv_embed(checkpoint, tmp_path / "model")
+
+
+def test_the_command(checkpoint, tmp_path):
+    done = CliRunner().invoke(app, ["import", str(checkpoint), str(tmp_path / "model"), "--max-length", "64"])
+    assert done.exit_code == 0, done.output
+    written = done.stdout.partition("write in a recipe:\n")[2]
+    assert yaml.safe_load(written)["initialise"]["backbone"] == {"type": "nvembed", "name": str(tmp_path / "model")}
+    again = CliRunner().invoke(app, ["import", str(checkpoint), str(tmp_path / "b"), "--max-length", "64", "--json"])
+    assert json.loads(again.stdout)["dim"] == D
 
 
 def test_an_index_cannot_point_outside(checkpoint, tmp_path):

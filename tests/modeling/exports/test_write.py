@@ -81,6 +81,7 @@ np.savez(out, states=states.numpy(), ids=found["input_ids"].numpy(), mask=found[
 """
 
 
+@pytest.mark.slow
 def test_backbone_in_a_fresh_process_with_transformers_alone(saved, tmp_path):
     embedder = saved(family="mistral", text={"max_length": 48})
     record = export_model(ExportJob(tmp_path / "model", tmp_path / "out", "backbone", TEXTS))
