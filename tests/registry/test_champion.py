@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,14 @@ except PromotionRefusedError as refused:
 """
 
 
-def race(uri: str, name: str, numbers: list[str], environment: dict[str, str] | None = None) -> list[str]:
-    """Movers of version 1 to `numbers`, in processes that start at once; what each said."""
+def race(
+    uri: str,
+    name: str,
+    numbers: list[str],
+    environment: dict[str, str] | None = None,
+    beside: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Movers of version 1 to `numbers`, in processes that start at once, and `beside` here; what each process said."""
     movers = [
         subprocess.Popen(
             [sys.executable, "-c", MOVER, uri, name, number, "1", "0"],
@@ -157,6 +164,7 @@ def race(uri: str, name: str, numbers: list[str], environment: dict[str, str] | 
         assert mover.stdin is not None
         mover.stdin.write("\n")
         mover.stdin.flush()
+    beside()
     said = []
     for mover in movers:
         out, err = mover.communicate(timeout=120)
@@ -166,7 +174,17 @@ def race(uri: str, name: str, numbers: list[str], environment: dict[str, str] | 
 
 
 def test_of_two_movers_at_once_one_wins_and_the_other_is_told(models: Any) -> None:
-    said = race(models.uri, NAME, ["2", "3"])
+    """Two processes: another one, and this."""
+    client, here = models.client, []
+
+    def move() -> None:
+        try:
+            move_champion(client, NAME, "3", "1")
+            here.append("won")
+        except PromotionRefusedError as refused:
+            here.append(f"told {refused}")
+
+    said = race(models.uri, NAME, ["2"], beside=move) + here
     assert sorted(line.split()[0] for line in said) == ["told", "won"], said
     winner = "2" if said[0] == "won" else "3"
     assert models.aliases() == {"champion": winner}
