@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nvembed import storage
-from nvembed.masking import mask_all
 from nvembed.modeling.precision import resolve_precision
 from nvembed.registry.step import REGISTRATION
 from nvembed.registry.versions import primary_metric
@@ -32,6 +31,7 @@ from nvembed.report.schema import (
 )
 from nvembed.report.sizes import model_sizes
 from nvembed.report.training_data import data_mixes, negatives_quality
+from nvembed.secrets import mask_all
 from nvembed.tracking import METRICS
 from nvembed.types import Artifact
 
