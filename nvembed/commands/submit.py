@@ -38,8 +38,8 @@ def submit_command(
     def action() -> int:
         from nvembed.jobs.backends import open_backend
         from nvembed.jobs.command import read_job
-        from nvembed.jobs.secrets import mask
         from nvembed.jobs.target import load_target
+        from nvembed.secrets import mask
 
         console = Console()
         try:

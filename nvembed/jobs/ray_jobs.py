@@ -32,9 +32,9 @@ from nvembed.jobs.command import Job
 from nvembed.jobs.config import RayTarget
 from nvembed.jobs.follow import follow_log
 from nvembed.jobs.plain_yaml import as_yaml
-from nvembed.jobs.secrets import MASK
 from nvembed.jobs.working_dir import WorkingDir, collect
 from nvembed.preflight import PreflightError
+from nvembed.secrets import MASK
 from nvembed.storage import UserError
 
 STATES = {"PENDING": PENDING, "RUNNING": RUNNING, "SUCCEEDED": SUCCEEDED, "FAILED": FAILED, "STOPPED": STOPPED}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pathspec import GitIgnoreSpec
 
-from nvembed.jobs.secrets import secret_values
+from nvembed.secrets import secret_values
 from nvembed.storage import UserError
 
 # never code: outputs and caches of ours, environments, and files whose names say that they hold secrets

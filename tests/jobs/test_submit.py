@@ -45,7 +45,7 @@ def test_a_dry_run_shows_the_job_and_touches_nothing(
     assert code == 2 and "seed_is_no_key" in said
     code, shown, said = run("submit", str(ROOT / "cluster" / name), "--dry-run", *story[:-2])
     assert code == 0, said
-    assert "light.py" in shown and "# resolved recipe\nname: light" in shown and "nvembed-light-" in shown
+    assert "light.py" in shown and "# resolved recipe\nversion: 1\nname: light" in shown and "nvembed-light-" in shown
     code, as_json, said = run("submit", str(ROOT / "cluster" / name), "--dry-run", "--json", *story[:-2])
     value = json.loads(as_json)
     assert code == 0 and value["recipe"]["name"] == "light" and value["job"] and value["id"] in shown
