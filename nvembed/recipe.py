@@ -25,6 +25,7 @@ from nvembed.recipe_checks import check
 from nvembed.recipe_text import Document, Position, Problem, override, parse
 from nvembed.recipe_validate import validate
 from nvembed.registry.config import RegisterConfig
+from nvembed.secrets import mask
 from nvembed.tracking import TrackingConfig
 from nvembed.training.config import TrainConfig
 from nvembed.types import Config
@@ -94,7 +95,7 @@ class RecipeError(storage.UserError):
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.problems = tuple(sorted(set(problems), key=_order))
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in self.problems)]))
+        super().__init__(mask("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in self.problems)])))
 
 
 def load_recipe(path: str, overrides: Sequence[str] = (), needs: Sequence[str] = ()) -> Recipe:

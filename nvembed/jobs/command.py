@@ -14,7 +14,7 @@ from typing import Any
 
 from nvembed import storage
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget
-from nvembed.jobs.leaks import leaks
+from nvembed.jobs.sendable import leaks
 from nvembed.jobs.target import Target, inside, is_loopback
 from nvembed.recipe import Recipe, load_recipe
 from nvembed.storage import UserError

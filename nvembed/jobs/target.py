@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget, SlurmTarget
-from nvembed.jobs.leaks import wrong_variables
+from nvembed.jobs.sendable import wrong_variables
 from nvembed.recipe import RecipeError, read_yaml
 from nvembed.recipe_text import Document, Path, Problem, nearest, parse
 from nvembed.recipe_validate import validate

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from nvembed.modeling.config import LatentAttentionConfig, LoraConfig
 from nvembed.plan.hardware import Hardware
 from nvembed.plan.sizes import StageSizes
+from nvembed.training.slices import slice_budget
 from nvembed.training.zero import MAX_BUCKET, deepspeed_config
 
 GIB = 2**30
@@ -24,7 +25,6 @@ FRAGMENTED = 1.25  # what the allocator holds over what lives, for blocks that c
 TRANSIENT_FULL, TRANSIENT_LORA = 1.0, 5.0
 BASE_BYTES = 25 * 2**20  # small things of every engine
 LIVE_PARAMETERS = 1_000_000_000  # ZeRO-3 keeps at most this many gathered (DeepSpeed's stage3_max_live_parameters)
-SLICES, MIN_SLICE = 16, 512  # of training/sharding.py, which imports torch; a test compares
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def stage_memory(
     own_gradients = zero == 3 or (zero == 2 and stage.chunks_per_rank(length) == 1)  # several backwards: whole, locally
     return Memory(
         process=CUDA_BYTES if kind == "gpu" else PROCESS_BYTES,
-        weights=weights + _bf16_copies(stage, precision, length),
+        weights=weights + _bf16_copies(stage, precision, kind, length),
         gradients=4.0 * (part if own_gradients else trained),
         optimiser=0.0 if offloaded else moments + masters,
         activations=activation_bytes(stage, precision, kind, length),
@@ -103,15 +103,15 @@ def _buffers(stage: StageSizes, zero: int, whole: int, trained: int) -> float:
     return {0: 1.0, 1: 3.0, 2: 2.5, 3: 2.5}[zero] * bucket + gathered
 
 
-def slice_tokens(stage: StageSizes, length: float | None = None) -> float:
-    """Tokens of one forward, see `training.sharding.slice_budget`."""
-    budget = stage.train.token_budget
-    zero3 = stage.train.engine.type == "deepspeed" and stage.train.engine.zero_stage == 3
-    size = budget if zero3 else min(budget, max(MIN_SLICE, budget // SLICES))
-    return min(size, stage.chunk_tokens(length))
+def slice_tokens(stage: StageSizes, length: float | None = None, kind: str = "cpu") -> float:
+    """Tokens of one forward."""
+    engine = stage.train.engine
+    zero = engine.zero_stage if engine.type == "deepspeed" else 0
+    device_type = "cuda" if kind == "gpu" else "cpu"
+    return min(slice_budget(stage.train.token_budget, zero, device_type), stage.chunk_tokens(length))
 
 
-def _bf16_copies(stage: StageSizes, precision: str, length: float | None) -> float:
+def _bf16_copies(stage: StageSizes, precision: str, kind: str, length: float | None) -> float:
     """Copies of matrices that autocast makes: one of a trained matrix, one for every slice of a frozen one."""
     if precision == "fp32":
         return 0.0
@@ -122,7 +122,7 @@ def _bf16_copies(stage: StageSizes, precision: str, length: float | None) -> flo
     if stage.train.engine.gradient_checkpointing:
         copies = 1.0 / shape.layers  # those of the layer that is computed again
     elif isinstance(stage.train.adapter, LoraConfig):
-        copies = -(-stage.chunk_tokens(length) // slice_tokens(stage, length))
+        copies = -(-stage.chunk_tokens(length) // slice_tokens(stage, length, kind))
     return 2.0 * (copies * matrices + stage.model.head + stage.lora)
 
 
@@ -130,7 +130,7 @@ def activation_bytes(stage: StageSizes, precision: str, kind: str = "cpu", lengt
     """Bytes that live for the backward of one chunk, and of the layer whose backward is running."""
     assert stage.model is not None
     shape, tokens = stage.model.shape, stage.chunk_tokens(length)
-    layer, once = layer_bytes(stage, precision, kind), slice_tokens(stage, length)
+    layer, once = layer_bytes(stage, precision, kind), slice_tokens(stage, length, kind)
     ends = 4.0 * 5 * shape.hidden + head_bytes(stage, precision)
     running = (TRANSIENT_LORA if isinstance(stage.train.adapter, LoraConfig) else TRANSIENT_FULL) * once * layer
     if stage.train.engine.gradient_checkpointing:

@@ -33,7 +33,8 @@ from nvembed.training.engine import Engine, build_engine
 from nvembed.training.errors import NonFiniteError
 from nvembed.training.metrics import MetricsLog, hash_ids, record_start
 from nvembed.training.schedule import learning_rate_factor
-from nvembed.training.sharding import Sharding, shard, slice_budget
+from nvembed.training.sharding import Sharding, shard
+from nvembed.training.slices import slice_budget
 from nvembed.types import Batch
 
 logger = logging.getLogger(__name__)

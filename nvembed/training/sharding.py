@@ -15,11 +15,6 @@ from nvembed.distributed import all_gather_with_grad
 from nvembed.text.batching import plan_chunks
 from nvembed.types import Batch
 
-# Of a full chunk. On the quickstart's texts: padding 38 % -> 8 % of the tokens, CPU time of a step nearly halved.
-SLICES = 16
-# Tokens; a smaller forward costs more than the padding it saves. On a GPU it is the launches that cost.
-MIN_SLICE = {"cpu": 512, "cuda": 8192}
-
 Chunk = list[np.ndarray]
 
 
@@ -103,9 +98,3 @@ def shard(batch: Batch, token_budget: int, rank: int, world_size: int, *, slice_
     ends = [*starts[1:], len(slices[0])]
     chunks = [[own[start:end] for start, end in zip(starts, ends, strict=True)] for own in slices]
     return Sharding(batch, rank, chunks)
-
-
-def slice_budget(token_budget: int, zero_stage: int, device_type: str) -> int:
-    """Tokens of a slice; under ZeRO 3, where every forward gathers the weights again, a chunk is one slice."""
-    least = MIN_SLICE.get(device_type, token_budget)
-    return token_budget if zero_stage == 3 else min(token_budget, max(least, token_budget // SLICES))

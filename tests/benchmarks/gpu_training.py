@@ -31,7 +31,8 @@ from nvembed.training.config import TrainConfig
 from nvembed.training.engine import build_engine
 from nvembed.training.loop import optimiser_step
 from nvembed.training.model import TrainedModel
-from nvembed.training.sharding import shard, slice_budget
+from nvembed.training.sharding import shard
+from nvembed.training.slices import slice_budget
 from nvembed.types import Batch
 
 WORDS = ["".join(pair) for pair in zip("abcdefghij" * 10, "klmnopqrst" * 10, strict=True)]

@@ -94,7 +94,11 @@ BAD: list[tuple[Any, list[str], str]] = [
     (KUBERAY, [*STORY, "--out", "/tmp/x"], "a path below /shared"),
     (SLURM, [*STORY, "--out", "x"], "with / at its beginning"),
     (CLOUD, [*STORY, "--out", "s3://b/x"], "write below /mnt/nvembed"),
-    (LOCAL, [*STORY, "--out", "/o", "--set", "tracking.uri=http://u:hunter2@h"], "holds a password inside a URL"),
+    (
+        LOCAL,
+        [*STORY, "--out", "/o", "--set", "tracking.uri=http://u:hunter2@h"],
+        "a URL with a password or token in it",
+    ),
 ]
 
 

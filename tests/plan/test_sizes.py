@@ -297,18 +297,6 @@ def test_longer_texts_never_take_less_memory(a: int, b: int, precision: str, zer
     assert less <= more
 
 
-def test_slices_are_those_of_the_training() -> None:
-    from nvembed.plan.memory import slice_tokens
-    from nvembed.training.sharding import slice_budget
-
-    shape = shapes.Shape(2, 2, 64, 128, 4, 2, 16, 300)
-    for budget in (100, 4096, 8192, 16384):
-        for zero in (2, 3):
-            train = TrainConfig(token_budget=budget, engine={"zero_stage": zero})  # type: ignore[arg-type]
-            sizes = stage(train, shape, batch=4000)
-            assert slice_tokens(sizes) == min(slice_budget(budget, zero), sizes.chunk_tokens())
-
-
 def test_counted_activations_are_what_autograd_keeps() -> None:
     import torch
 

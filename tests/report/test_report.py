@@ -92,7 +92,7 @@ def test_credentials_stay_out(tmp_path: Path, make_road: Callable[..., Any], mon
         "prepare": {"sources": [{"name": "c4nary-of-the-environment", "path": uri}]},
     }
     write_report(str(tmp_path), "tiny", recipe, [], {"prepare": road.artifacts["prepare"]}, 3.0, None)
-    assert raw(tmp_path)["resolved_recipe"]["tracking"]["uri"] == "postgresql://***@host:5432/db"
+    assert raw(tmp_path)["resolved_recipe"]["tracking"]["uri"] == "postgresql://me:****@host:5432/db"
     assert raw(tmp_path)["resolved_recipe"]["evaluate"] == RECIPE["evaluate"]
     for name in ("report.json", "report.html"):
         assert "c4n" not in (tmp_path / name).read_text()

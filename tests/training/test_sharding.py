@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_kit import make_batch, tiny_embedder
 
-from nvembed.training.sharding import MIN_SLICE, Sharding, shard, slice_budget
+from nvembed.training.sharding import Sharding, shard
+from nvembed.training.slices import MIN_SLICE, slice_budget
 from nvembed.types import Batch
 
 TEMPLATE = make_batch(tiny_embedder().tokeniser, 0)
@@ -39,7 +40,7 @@ def test_chunks_and_slices(lengths: list[int], budget: int, slices: int | None, 
             for part, size in zip(chunk, sizes, strict=True):
                 assert size <= min(budget, slices or budget) or len(part) == 1
     assert sum(sharding.counts) == len(seen)
-    other = shard(batch, budget, world - 1, world, slice_budget=slices)
+    other = shard(batch, budget, world - 1, world=slices)
     assert all(np.array_equal(a, b) for a, b in zip(_parts(sharding), _parts(other), strict=True))
 
 
