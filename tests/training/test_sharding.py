@@ -40,7 +40,7 @@ def test_chunks_and_slices(lengths: list[int], budget: int, slices: int | None, 
             for part, size in zip(chunk, sizes, strict=True):
                 assert size <= min(budget, slices or budget) or len(part) == 1
     assert sum(sharding.counts) == len(seen)
-    other = shard(batch, budget, world - 1, world=slices)
+    other = shard(batch, budget, world - 1, world, slice_budget=slices)
     assert all(np.array_equal(a, b) for a, b in zip(_parts(sharding), _parts(other), strict=True))
 
 
