@@ -27,7 +27,7 @@ class Node:
         id: Ray's id.
         resources: what Ray may place there.
         facts: what `Probe.look` found; empty where it did not answer.
-        skew: seconds its clock is ahead of the driver's, the uncertainty taken off; 0 within it.
+        skew: seconds its clock is ahead of the driver's, the uncertainty taken off; 0 within it; None: it did not say.
         unreachable: name of another node -> error.
         error: why it did not answer.
     """
@@ -36,7 +36,7 @@ class Node:
     id: str
     resources: Mapping[str, float]
     facts: Mapping[str, Any] = field(default_factory=dict)
-    skew: float = 0.0
+    skew: float | None = 0.0
     unreachable: Mapping[str, str] = field(default_factory=dict)
     error: str = ""
 
@@ -99,7 +99,7 @@ def gather(order: Mapping[str, Any], listed: Callable[[str], set[str]]) -> Clust
                 id=key,
                 resources=node["Resources"],
                 facts={} if failed else found,
-                skew=skews.get(key, 0.0),
+                skew=skews.get(key),
                 unreachable=unreachable.get(key, {}),
                 error=f"{type(found).__name__}: {_first_line(found)}" if failed else "",
             )
@@ -135,8 +135,8 @@ def _ask(ray: Any, asked: Mapping[str, Any], seconds: float = ANSWER_SECONDS) ->
     return answers
 
 
-def _skew(ray: Any, actor: Any) -> float:
-    """How far a node's clock is ahead, 0 within what the way there and back leaves open; best of three."""
+def _skew(ray: Any, actor: Any) -> float | None:
+    """How far a node's clock is ahead; 0 within what the round trip leaves open; best of three. None: no answer."""
     best = None
     for _ in range(3):
         before = time.time()
@@ -149,7 +149,7 @@ def _skew(ray: Any, actor: Any) -> float:
         ahead = there - (before + after) / 2
         value = 0.0 if abs(ahead) <= doubt else ahead - doubt if ahead > 0 else ahead + doubt
         best = value if best is None or abs(value) < abs(best) else best
-    return best or 0.0
+    return best
 
 
 def _mesh(ray: Any, actors: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, dict[str, str]]:

@@ -198,13 +198,17 @@ def _disk(nodes: list[Node]) -> Iterator[Finding]:
 
 
 def _clocks(nodes: list[Node]) -> Iterator[Finding]:
-    worst = max((abs(node.skew) for node in nodes), default=0.0)
+    known = [(node.name, node.skew) for node in nodes if node.skew is not None]
     for node in nodes:
-        if abs(node.skew) > SKEW_NOTE:
-            state = PROBLEM if abs(node.skew) > SKEW_PROBLEM else NOTE
-            said = f"{node.name} is {abs(node.skew):.1f} s {'ahead' if node.skew > 0 else 'behind'} of the driver"
+        if node.skew is None:
+            yield Finding("clock", NOTE, f"{node.name} did not say its time", "see that its clock is right")
+    for name, skew in known:
+        if abs(skew) > SKEW_NOTE:
+            state = PROBLEM if abs(skew) > SKEW_PROBLEM else NOTE
+            said = f"{name} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'} of the driver"
             yield Finding("clock", state, said, "run NTP on every node: leases and credentials go by the clock")
-    if nodes and worst <= SKEW_NOTE:
+    worst = max((abs(skew) for _, skew in known), default=0.0)
+    if known and worst <= SKEW_NOTE:
         yield Finding("clock", OK, f"within {max(worst, 0.1):.1f} s")
 
 

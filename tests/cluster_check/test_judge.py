@@ -109,6 +109,11 @@ def test_the_dashboard(address: str | None, answer: int | None, state: str) -> N
     assert [finding.state for finding in found if finding.check == "dashboard"] == [state]
 
 
+def test_a_clock_that_was_not_told_is_said() -> None:
+    (note,) = bad(cluster(node("a"), node("b", skew=None)))
+    assert (note.check, note.state) == ("clock", NOTE) and note.said.startswith("b ")
+
+
 def test_loopback() -> None:
     assert is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("localhost")
     assert not is_loopback("0.0.0.0") and not is_loopback("host.example")
