@@ -297,7 +297,7 @@ def logical_cpus(recipe: Recipe) -> int:
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """What would happen to a step: `skip`, `resume` or `run`."""
+    """What would happen to a step: `skip`, `resume`, `run`; `unknown` where the output cannot be reached."""
 
     name: str
     what: str
@@ -306,15 +306,23 @@ class PlannedStep:
 
 @dataclass
 class PlannedRoad:
-    """A road that looks and never touches; `steps` says what a run would do."""
+    """A road that looks and never touches; `steps` says what a run would do.
+
+    Attributes:
+        unreachable: why the output cannot be looked at from here; None when it can.
+    """
 
     recipe: Recipe
     out: str
+    unreachable: str | None = None
     steps: list[PlannedStep] = field(default_factory=list)
 
     def step(self, name: str, step: Step, config: Config, **inputs: Artifact) -> Artifact:
         """See `Road.step`; an artifact that is not there yet has an empty manifest."""
         uri = storage.join(self.out, name)
+        if self.unreachable:
+            self.steps.append(PlannedStep(name, "unknown", uri))
+            return Artifact(uri, {})
         known = all(artifact.manifest for artifact in inputs.values())
         artifact = step.find(config, inputs, uri) if known else None
         working = not step.cleared and storage.exists(storage.join(uri, storage.STARTED))

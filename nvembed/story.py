@@ -138,17 +138,29 @@ def _look(
 
     try:
         recipe, document = read_recipe(path, settings, needs)
-        out = storage.absolute(out or f"runs/{recipe.name}")
-        _refuse_other_output(recipe, out)
-        road = PlannedRoad(recipe, out)
+        out = out or f"runs/{recipe.name}"
+        unreachable = _why_unreachable(out)
+        out = storage.absolute(out)
+        if not unreachable:
+            _refuse_other_output(recipe, out)
+        road = PlannedRoad(recipe, out, unreachable)
         story(road)
     except (storage.UserError, ValidationError) as error:
         return report_error(error, console.alert)
     if as_json:
-        print(json.dumps(dry_run.as_json(recipe, document, out, road.steps), indent=2, ensure_ascii=False))
+        print(json.dumps(dry_run.as_json(recipe, document, road), indent=2, ensure_ascii=False))
     else:
-        print(dry_run.as_text(recipe, document, out, road.steps))
+        print(dry_run.as_text(recipe, document, road))
     return ExitCode.DONE
+
+
+def _why_unreachable(out: str) -> str | None:
+    """Why the output cannot be looked at from here, which ends a run but not a dry run."""
+    try:
+        check_reachable(out)
+    except PreflightError as error:
+        return str(error)
+    return None
 
 
 def _check_ready(recipe: Recipe, out: str, console: Console) -> None:

@@ -12,11 +12,11 @@ import typer
 
 from nvembed.commands.common import AsJson, ended, show
 from nvembed.commands.jobs import TargetPath, follow
-from nvembed.recipe import resolved_yaml
 from nvembed.storage import UserError
 from nvembed.story import ExitCode
 from nvembed.terminal import Console
 
+SEEN_HERE = "# (outputs as this machine sees them; the job looks again where it runs)"
 DETACH = "detaching from the job, which goes on"
 
 
@@ -26,7 +26,7 @@ def submit_command(
         list[str], typer.Argument(metavar="-- python STORY.py RECIPE ...", help="The story, as it would run here.")
     ],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the job as it would be submitted; touches nothing.")
+        bool, typer.Option("--dry-run", help="Print the story's dry run and the job as it would be submitted; touches nothing.")
     ] = False,
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Follow the log, end with the job's exit code.")
@@ -38,6 +38,7 @@ def submit_command(
     def action() -> int:
         from nvembed.jobs.backends import open_backend
         from nvembed.jobs.command import read_job
+        from nvembed.jobs.rehearse import rehearse
         from nvembed.jobs.target import load_target
         from nvembed.secrets import mask
 
@@ -50,12 +51,11 @@ def submit_command(
         except UserError as error:  # may quote what the user wrote, and that may be a secret
             raise UserError(mask(str(error))) from None
         if dry_run:
-            recipe = job.recipe.model_dump(mode="json")
-            value = {"id": f"{job.base}-1", "out": job.out, "recipe": recipe, "job": preview.value}
-            text = (
-                f"# resolved recipe\n{resolved_yaml(job.recipe)}\n# {target}: {job.base}-1 -> {job.out}\n{preview.text}"
-            )
-            show(json.loads(mask(json.dumps(value))), mask(text).rstrip(), as_json)
+            seen = rehearse(job, as_json=as_json)
+            story = json.loads(seen) if as_json else {}
+            value = {"id": f"{job.base}-1", **story, "out": job.out, "job": preview.value}
+            text = f"{seen.rstrip()}\n{SEEN_HERE}\n\n# {target}: {job.base}-1 -> {job.out}\n{preview.text}"
+            show(value, mask(text).rstrip(), as_json)
             return ExitCode.DONE
         job_id = backend.submit(job, console.line)
         if not wait:

@@ -49,14 +49,22 @@ class StdlibCodeSource(Source):
     type: Literal["stdlib_code"] = "stdlib_code"
 
 
-class BeirSource(Source):
+class OwnedSource(Source):
+    """A source whose texts are the user's, or somebody's the user knows."""
+
+    licence: str = Field(
+        "as given by its owner", description="Of the texts, SPDX where there is one; goes into card and registry."
+    )
+
+
+class BeirSource(OwnedSource):
     """A BEIR folder: corpus.jsonl, queries.jsonl, qrels/{train,dev,test}.tsv at any fsspec URI."""
 
     type: Literal["beir"] = "beir"
     uri: str
 
 
-class FilesSource(Source):
+class FilesSource(OwnedSource):
     """jsonl, csv or parquet rows: sentence-transformers columns (anchor/query, positive, negative[_n]) or FlagEmbedding
     (query, pos[], neg[]). Split by hash of the query, and of the positive, so that neither stands on both sides."""
 
@@ -65,7 +73,7 @@ class FilesSource(Source):
     test_share: float = Field(0.1, gt=0, lt=0.5)
 
 
-class HubSource(Source):
+class HubSource(OwnedSource):
     """A data set on the Hugging Face hub with sentence-transformers columns, read by `datasets`; no remote code."""
 
     type: Literal["hub"] = "hub"

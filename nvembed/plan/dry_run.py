@@ -19,7 +19,7 @@ from nvembed.secrets import mask, mask_all
 from nvembed.training.zero import deepspeed_config
 
 DEFAULT = "default"
-_WHAT = {"skip": "skipped", "resume": "resumed", "run": "run"}
+_WHAT = {"skip": "skipped", "resume": "resumed"}
 _COLUMN = 60  # where sources are written, if the value leaves room
 
 
@@ -32,6 +32,17 @@ class Step(Protocol):
     def what(self) -> str: ...
     @property
     def uri(self) -> str: ...
+
+
+class Walked(Protocol):
+    """A `PlannedRoad` that a story has walked."""
+
+    @property
+    def out(self) -> str: ...
+    @property
+    def unreachable(self) -> str | None: ...
+    @property
+    def steps(self) -> Sequence[Step]: ...
 
 
 def sources(recipe: Recipe, document: Document) -> dict[str, str]:
@@ -95,13 +106,14 @@ def stage_config(stage: StageSizes) -> dict[str, Any] | None:
     return deepspeed_config(stage.train.engine, stage.train.optimiser, trained=stage.trained, whole=stage.whole)
 
 
-def as_json(recipe: Recipe, document: Document, out: str, steps: Sequence[Step]) -> dict[str, Any]:
+def as_json(recipe: Recipe, document: Document, road: Walked) -> dict[str, Any]:
     """The dry run as plain values."""
     return {
         "recipe": mask_all(recipe.model_dump(mode="json")),
         "sources": sources(recipe, document),
-        "out": mask(out),
-        "steps": [{"name": step.name, "what": step.what, "uri": mask(step.uri)} for step in steps],
+        "out": mask(road.out),
+        "unreachable": mask_all(road.unreachable),
+        "steps": [{"name": step.name, "what": step.what, "uri": mask(step.uri)} for step in road.steps],
         "stages": {stage.name: _stage_json(stage) for stage in stage_sizes(recipe)},
     }
 
@@ -125,15 +137,17 @@ def _stage_json(stage: StageSizes) -> dict[str, Any]:
     }
 
 
-def as_text(recipe: Recipe, document: Document, out: str, steps: Sequence[Step]) -> str:
+def as_text(recipe: Recipe, document: Document, road: Walked) -> str:
     """The dry run for people."""
     lines = ["# resolved recipe, and where each value comes from", *recipe_lines(recipe, document)]
     lines += ["", "# derived: training (upper bounds: every text at max_length)"]
     for stage in stage_sizes(recipe):
         lines += _stage_lines(stage)
-    lines += ["", f"# steps, below {mask(out)}"]
-    width = max((len(step.name) for step in steps), default=0)
-    lines += [f"{step.name:<{width}}  {_WHAT[step.what]:<7} {mask(step.uri)}" for step in steps]
+    lines += ["", f"# steps, below {mask(road.out)}"]
+    if road.unreachable:
+        lines.append(f"# a run from here would end with exit code 3: {mask(road.unreachable)}")
+    width = max((len(step.name) for step in road.steps), default=0)
+    lines += [f"{step.name:<{width}}  {_WHAT.get(step.what, step.what):<7} {mask(step.uri)}" for step in road.steps]
     return "\n".join(lines)
 
 

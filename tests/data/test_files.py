@@ -176,7 +176,8 @@ def test_rows_that_cannot_be_divided(tmp_path: Path) -> None:
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30)), max_size=60))
 def test_no_query_and_no_positive_stands_on_two_sides(numbers: list[tuple[int, int, int]]) -> None:
     table = PairTable([PairRow(f"q{q}", ((f"p{p}", None),), ((f"p{n}", None),)) for q, p, n in numbers])
-    rows = pairs_to_rows(table, "mine", 0.3)
+    rows = pairs_to_rows(table, "mine", 0.3, "CC0-1.0")
+    assert rows.licence == "CC0-1.0"
     sides: dict[str, set[str]] = {}
     for split, examples in rows.examples.items():
         for row in examples:

@@ -1,6 +1,7 @@
 """`nvembed submit --dry-run`: everything is shown, nothing is touched, nothing is told to anybody."""
 
 import json
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,13 @@ def test_a_dry_run_shows_the_job_and_touches_nothing(
     assert code == 2 and "seed_is_no_key" in said
     code, shown, said = run("submit", str(ROOT / "cluster" / name), "--dry-run", *story[:-2])
     assert code == 0, said
-    assert "light.py" in shown and "# resolved recipe\nversion: 1\nname: light" in shown and "nvembed-light-" in shown
+    assert "light.py" in shown and "# resolved recipe, and where each value comes from" in shown
+    assert re.search(r"name: light +# light.yaml:\d", shown) and "nvembed-light-" in shown
+    assert "global batch: " in shown and "DeepSpeed: {" in shown and "# steps, below " in shown
     code, as_json, said = run("submit", str(ROOT / "cluster" / name), "--dry-run", "--json", *story[:-2])
     value = json.loads(as_json)
     assert code == 0 and value["recipe"]["name"] == "light" and value["job"] and value["id"] in shown
+    assert value["stages"]["stage_1"]["deepspeed"] and value["sources"]["seed"]
     assert "canary" not in shown + as_json + said
     assert snapshot(tmp_path) == before
 
@@ -61,6 +65,15 @@ def test_headers_come_by_reference_and_are_masked(checkout: Path, monkeypatch: p
     code, shown, said = run("submit", "t.yaml", "--dry-run", "--", "python", "light.py")
     assert code == 0 and "X-Proxy: '**** (from PROXY_AUTH)'" in shown, shown + said
     assert "Authorization: Bearer ****" in shown and "canary" not in shown
+
+
+def test_a_story_that_would_not_begin_is_told_before_the_job(checkout: Path) -> None:
+    (checkout / "t.yaml").write_text("type: ray\naddress: http://127.0.0.1:1\n")
+    out = checkout / "runs/mine"
+    out.mkdir(parents=True)
+    (out / "report.json").write_text("{}")
+    code, shown, said = run("submit", "t.yaml", "--dry-run", "--", "python", "light.py", "--out", str(out))
+    assert code == 2 and not shown and "light.py would end with 2" in said and "report.json that no run made" in said
 
 
 def test_mistakes_end_with_2_and_hold_no_secret(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def read_beir(config: BeirSource) -> SourceRows:
     return SourceRows(
         task=TaskType.RETRIEVAL,
         split_rule=SPLIT_RULE.format(dev=dev),
-        licence="as given by the owner of the folder",
+        licence=config.licence,
         documents=documents,
         examples=examples,
         documents_split=False,

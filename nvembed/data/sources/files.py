@@ -36,7 +36,7 @@ def read_files(config: FilesSource) -> SourceRows:
         UserError: a file is missing, of another kind, or its columns are of neither shape; a side stays empty.
     """
     table = read_pairs(row for uri in config.uris for file in _expand(uri) for row in read_file(file))
-    rows = pairs_to_rows(table, config.name, config.test_share)
+    rows = pairs_to_rows(table, config.name, config.test_share, config.licence)
     if rows.rejects.total < rows.rejects.rows:  # a file without one good row is refused for that, not for its sides
         require_every_split(rows, config.name, ADVICE)
     return rows

@@ -36,6 +36,7 @@ def read_hub(config: HubSource) -> SourceRows:
         yield first
         yield from records
 
-    result = pairs_to_rows(read_pairs(rows_of_records(rows(), place)), config.name, config.test_share)
+    table = read_pairs(rows_of_records(rows(), place))
+    result = pairs_to_rows(table, config.name, config.test_share, config.licence)
     require_every_split(result, config.name, "Raise test_share or take a larger split.")
     return result

@@ -111,7 +111,7 @@ def read_pairs(raw_rows: Iterable[RawRow]) -> PairTable:
     return table
 
 
-def pairs_to_rows(table: PairTable, dataset: str, test_share: float) -> SourceRows:
+def pairs_to_rows(table: PairTable, dataset: str, test_share: float, licence: str) -> SourceRows:
     """Documents by text, examples by query, sides by connected groups of rows.
 
     Rows with one query become one example with all its positives; document ids are hashes of their texts.
@@ -140,7 +140,7 @@ def pairs_to_rows(table: PairTable, dataset: str, test_share: float) -> SourceRo
     return SourceRows(
         task=TaskType.RETRIEVAL,
         split_rule=SPLIT_RULE.format(share=test_share),
-        licence="as given by the owner of the files",
+        licence=licence,
         documents=[Document(_document_id(text), "", text) for text in texts],
         examples=examples,
         documents_split=True,
