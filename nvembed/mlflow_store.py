@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import sqlite3
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -57,15 +58,18 @@ def resolve_store(uri: str | None, out: str) -> Store:
         UserError: `out` is not local and no tracking URI is given.
     """
     configured = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+    own = storage.local_path(out).absolute() / "mlflow.db" if storage.is_local(out) else None
     if configured is None:
-        if not storage.is_local(out):
+        if own is None:
             raise storage.UserError(
                 f"tracking.uri: MLflow's SQLite store needs a local output, this one is {out}. "
                 "Set tracking.uri (or MLFLOW_TRACKING_URI) to a server, or tracking.enabled=false."
             )
-        database = storage.local_path(out).absolute() / "mlflow.db"
+        database = own
     elif configured.startswith("sqlite:///"):
         database = Path(configured.removeprefix("sqlite:///")).absolute()
+        if database == own:  # named for another command of the same shell; the run is the same with and without
+            configured = None
     else:
         return Store(without_credentials(configured), configured, None)
     return Store(configured, f"sqlite:///{database}", (database.parent / "mlartifacts").as_uri())
@@ -123,6 +127,10 @@ def probe(uri: str) -> None:
             urllib.request.urlopen(health, timeout=PROBE_SECONDS).close()
         except urllib.error.HTTPError as error:
             if error.code >= 500:
+                raise
+        except urllib.error.URLError as error:
+            # somebody answers; which certificates to trust is for MLflow's client, which has settings of its own
+            if not isinstance(error.reason, ssl.SSLCertVerificationError):
                 raise
     elif scheme in _PORTS and parsed.hostname:
         socket.create_connection((parsed.hostname, parsed.port or _PORTS[scheme]), PROBE_SECONDS).close()

@@ -26,6 +26,7 @@ from nvembed.mlflow_store import resolve_store
 from nvembed.progress import Heartbeat, adopt_loggers
 from nvembed.recipe import Recipe
 from nvembed.records import Records
+from nvembed.registry.provenance import licences, trace
 from nvembed.registry.resolve import hash_folder, resolve_model
 from nvembed.registry.step import REGISTER, RegistryAwayError, registration_config
 from nvembed.storage import Step, StepResult
@@ -51,7 +52,17 @@ def _build_import(config: ImportConfig, inputs: Mapping[str, Artifact], work_uri
     folder = resolve_model(config.reference, config.registry)
     with written_folder(storage.join(work_uri, "model")) as target:
         shutil.copytree(folder, target)
-        return StepResult(rows={"files": sum(path.is_file() for path in target.rglob("*"))})
+        files = sum(path.is_file() for path in target.rglob("*"))
+        return StepResult(rows={"files": files}, metrics={"licences": _licences_of(folder)})
+
+
+def _licences_of(folder: str) -> list[dict[str, str]]:
+    """What a folder was made from, as the run that it still lies in says; empty for any other folder."""
+    step = storage.join(folder, "..")
+    if not storage.exists(storage.join(step, storage.MANIFEST)):
+        return []
+    made = storage.load_artifact(storage.absolute(step), verify=False)
+    return licences(trace(made, made))
 
 
 IMPORT_MODEL = Step("import_model", 1, _build_import)
@@ -123,11 +134,16 @@ class Road:
             return self._walk(name, REGISTER, config, {"model": model, "scores": scores})
 
         try:
-            return walk()
+            artifact = walk()
         except RegistryAwayError as error:
             self.pending[name] = walk
             self.console.line(f"{name}: waits, the road goes on: {error}")
             return None
+        place, chosen = artifact.manifest["metrics"].get("registry", store.configured), store.configured
+        if place != chosen:
+            own = "the output's own registry"
+            self.console.alert(f"{name}: stays registered in {place or own}, where it was done; not in {chosen or own}")
+        return artifact
 
     def _register_pending(self) -> None:
         for name, walk in list(self.pending.items()):

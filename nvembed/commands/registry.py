@@ -87,7 +87,7 @@ def promote_command(
     """Make a version champion, if it passes the gate. Exit code 5 when the gate refuses or somebody was faster."""
 
     def action() -> int:
-        from nvembed.registry.champion import promote_judged
+        from nvembed.registry.champion import PromotionRefusedError, promote_judged
         from nvembed.registry.client import CHAMPION, aliases
         from nvembed.registry.evidence import gate_config, judge
 
@@ -112,9 +112,12 @@ def promote_command(
                 "champion_before": verdict.champion,
                 "gate": verdict.plain(),
             }
-            if not verdict.passed and as_json:
-                show({**value, "promoted": False}, "", as_json)
-            promote_judged(client, verdict)
+            try:
+                promote_judged(client, verdict)
+            except PromotionRefusedError as refused:
+                if as_json:
+                    show({**value, "promoted": False, "reason": str(refused)}, "", as_json)
+                raise
         lines = [f"  {check.name}: {check.state}: {check.said}" for check in verdict.checks]
         was = "there was none" if verdict.champion is None else f"it was version {verdict.champion}"
         text = "\n".join([*lines, f"champion of {version.name} is version {number} now ({was})"])

@@ -3,7 +3,7 @@
     import mteb
     from nvembed.evaluation.mteb_adapter import MtebEncoder
 
-    encoder = MtebEncoder("runs/quickstart/stage_2/model", training_datasets={"MSMARCO"})
+    encoder = MtebEncoder("runs/quickstart/train_stage_2/model", training_datasets={"MSMARCO"})
     mteb.evaluate(encoder, mteb.get_tasks(["NFCorpus"]))
 
 Retrieval and reranking put the instruction on queries alone; all other tasks compare like with like, so every text

@@ -11,7 +11,7 @@ import yaml
 
 from nvembed.modeling.config import EmbedderConfig
 from nvembed.modeling.export import CODE, needs_code
-from nvembed.modeling.licences import UNKNOWN
+from nvembed.modeling.licences import HUB_LICENCES
 
 METRIC_NAMES = {
     "ndcg_at_10": "nDCG@10",
@@ -57,6 +57,7 @@ def model_card(
     prompts: Mapping[str, str],
     notes: str | None = None,
     facts: CardFacts | None = None,
+    licences: Sequence[Mapping[str, str]] = (),
 ) -> str:
     """README.md of a model folder.
 
@@ -64,12 +65,14 @@ def model_card(
         parameters: how many numbers the model has.
         notes: what the caller knows of the model, as Markdown.
         facts: evaluation, licences and origin; a folder has them once it was registered.
+        licences: rows as in `CardFacts`, where there are no facts yet.
     """
     code = ", trust_remote_code=True" if needs_code(config) else ""
     name = next((name for name, prompt in prompts.items() if prompt), None)
     call = f'model.encode(queries, prompt_name="{name}")' if name else "model.encode(queries)"
     direction = "bidirectional" if config.bidirectional else "causal"
-    front = yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True, width=120)
+    given = licences if facts is None else facts.licences
+    front = yaml.safe_dump(_front_matter(facts, given), sort_keys=False, allow_unicode=True, width=120)
     lines = [
         f"---\n{front}---",
         "",
@@ -98,26 +101,31 @@ def model_card(
     return "\n".join(lines) + (f"\n{notes.strip()}\n" if notes else "")
 
 
-def _front_matter(facts: CardFacts | None) -> dict[str, Any]:
+def _front_matter(facts: CardFacts | None, licences: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     front: dict[str, Any] = {
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
         "tags": ["sentence-transformers", "feature-extraction", "nvembed"],
     }
-    if facts is None:
-        return front
-    backbones = [row for row in facts.licences if row["kind"] == "backbone"]
-    known = {row["licence"] for row in backbones} - {UNKNOWN}
-    if len(known) == 1 and len(known) == len({row["licence"] for row in backbones}):
-        front["license"] = known.pop().lower()
-    else:
-        front |= {"license": "other", "license_name": "see-the-card"}
-    if backbones:
-        front["base_model"] = [row["name"] for row in backbones]
-    front["datasets"] = [row["name"] for row in facts.licences if row["kind"] == "data set"]
-    front["model-index"] = [{"name": facts.name, "results": [_result(facts, dataset) for dataset in facts.scores]}]
-    front["nvembed"] = {"licences": [dict(row) for row in facts.licences]}  # read when another model starts from this
+    if licences or facts is not None:
+        front |= _licence(licences)
+        front["nvembed"] = {"licences": [dict(row) for row in licences]}  # read when another model starts from this
+    if facts is not None:
+        front["datasets"] = [row["name"] for row in licences if row["kind"] == "data set"]
+        results = [_result(facts, dataset) for dataset in facts.scores]
+        front["model-index"] = [{"name": facts.name, "results": results}]
     return front
+
+
+def _licence(licences: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """The backbone's licence, under an id that hubs know."""
+    backbones = [row for row in licences if row["kind"] == "backbone"]
+    found = {row["licence"].lower() for row in backbones}
+    if len(found) == 1 and found <= HUB_LICENCES:
+        front: dict[str, Any] = {"license": found.pop()}
+    else:
+        front = {"license": "other", "license_name": "see-the-card"}
+    return {**front, "base_model": [row["name"] for row in backbones]} if backbones else front
 
 
 def _result(facts: CardFacts, dataset: str) -> dict[str, Any]:

@@ -57,8 +57,8 @@ def write_modules(folder: Path, config: EmbedderConfig, dim: int) -> None:
         pooling = {"hidden_size": dim, "latent_attention": latent_attention_arguments(config)}
         if isinstance(config.pooling, FoldedLatentAttentionConfig):
             pooling["folded"] = True
-        for name, package in CODE.items():
-            (folder / name).write_text(standalone(resources.files(package).joinpath(name).read_text("utf-8")), "utf-8")
+        for name, source in code_files().items():
+            (folder / name).write_text(source, "utf-8")
     _write_json(
         folder / "modules.json",
         [
@@ -85,6 +85,19 @@ def write_modules(folder: Path, config: EmbedderConfig, dim: int) -> None:
             "module_output_name": "token_embeddings",
         },
     )
+
+
+def code_files() -> dict[str, str]:
+    """Name -> source of the custom code that a folder carries."""
+    return {
+        name: standalone(resources.files(package).joinpath(name).read_text("utf-8")) for name, package in CODE.items()
+    }
+
+
+def carries_our_code(folder: Path) -> bool:
+    """Whether all Python in a folder is, to the byte, what this nvembed writes: then it may be run unread."""
+    ours = code_files()
+    return all(path.read_text("utf-8", "replace") == ours.get(path.name) for path in folder.rglob("*.py"))
 
 
 def standalone(source: str) -> str:

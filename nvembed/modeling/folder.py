@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from nvembed.modeling.card import model_card
 from nvembed.modeling.config import HEADS, EmbedderConfig, PoolingConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.export import POOLING_FOLDER, library_versions, write_modules, write_prompts
+from nvembed.modeling.origin import CARD
 from nvembed.modeling.quiet import no_progress_bars
 from nvembed.storage import UserError
 from nvembed.text.tokenise import Tokeniser
@@ -53,6 +54,7 @@ def save_embedder(
     prompts: Mapping[str, str] | None = None,
     card: str | None = None,
     adapter: KeptAdapter | None = None,
+    licences: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """Write a model folder; one of ours at the same place is replaced.
 
@@ -62,6 +64,7 @@ def save_embedder(
         prompts: name -> full instruction prefix, offered by sentence-transformers as `prompt_name`.
         card: notes on data and licences for the model card (Markdown).
         adapter: what was merged into the weights, kept beside them in `adapter/`.
+        licences: of what the model was made from, for the card: rows of `kind`, `name`, `licence`.
 
     Raises:
         UserError: the folder holds something that is not a model folder of ours.
@@ -75,7 +78,10 @@ def save_embedder(
     staging = _aside(folder, "saving")
     _remove(staging)
     staging.mkdir(parents=True)
-    _write(embedder, staging, recipe, prompts, card)
+    parameters = sum(parameter.numel() for parameter in embedder.parameters())
+    text = model_card(embedder.config, embedder.dim, parameters, prompts, card, licences=licences)
+    (staging / CARD).write_text(text, encoding="utf-8")
+    _write(embedder, staging, recipe, prompts)
     if adapter is not None:
         adapter.write(staging / ADAPTER_FOLDER)
         _readable(staging)
@@ -89,9 +95,7 @@ def save_embedder(
         staging.parent.rmdir()
 
 
-def _write(
-    embedder: Embedder, folder: Path, recipe: Mapping[str, Any] | None, prompts: dict[str, str], card: str | None
-) -> None:
+def _write(embedder: Embedder, folder: Path, recipe: Mapping[str, Any] | None, prompts: dict[str, str]) -> None:
     config = embedder.config
     with no_progress_bars():
         embedder.embedding_model.save_pretrained(folder)
@@ -103,8 +107,6 @@ def _write(
         }
         save_file(weights, folder / POOLING_FOLDER / WEIGHTS, metadata={"format": "pt"})
     write_prompts(folder, prompts)
-    parameters = sum(parameter.numel() for parameter in embedder.parameters())
-    (folder / "README.md").write_text(model_card(config, embedder.dim, parameters, prompts, card), encoding="utf-8")
     if recipe is not None:
         text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
@@ -114,7 +116,7 @@ def _write(
         **stamp(FORMAT_VERSION),
         "embedder": config.model_dump(mode="json"),
         "dim": embedder.dim,
-        "parameters": parameters,
+        "parameters": sum(parameter.numel() for parameter in embedder.parameters()),
         "prompts": prompts,
         "versions": library_versions(),
     }
@@ -123,7 +125,7 @@ def _write(
 
 
 def _readable(folder: Path) -> None:
-    mode = (folder / "README.md").stat().st_mode  # safetensors makes files that only their owner can read
+    mode = (folder / CARD).stat().st_mode  # safetensors makes files that only their owner can read
     for path in folder.rglob("*.safetensors"):
         path.chmod(mode)
 

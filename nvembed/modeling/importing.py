@@ -25,6 +25,8 @@ from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.folder import save_embedder
 from nvembed.modeling.initialise import build_embedder
+from nvembed.modeling.licences import UNKNOWN
+from nvembed.modeling.origin import card_facts
 from nvembed.storage import UserError
 from nvembed.text.config import TextConfig
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
@@ -66,7 +68,7 @@ def import_nv_embed(source: Path, target: Path, *, max_length: int = 4096) -> di
     card = (
         "Imported from a checkpoint in NV-Embed's layout. NV-Embed-v1 and v2 are licensed CC-BY-NC-4.0 by their maker."
     )
-    save_embedder(embedder, target, prompts=prompts, card=card)
+    save_embedder(embedder, target, prompts=prompts, card=card, licences=[_licence(source)])
     described = embedder.config.model_dump(mode="json")
     section = {"initialise": {"backbone": {"type": "nvembed", "name": str(target)}, "embedder": described}}
     return {
@@ -74,6 +76,17 @@ def import_nv_embed(source: Path, target: Path, *, max_length: int = 4096) -> di
         "dim": embedder.dim,
         "embedder": described,
         "recipe": yaml.safe_dump(section, sort_keys=False, allow_unicode=True),
+    }
+
+
+def _licence(source: Path) -> dict[str, str]:
+    """What the checkpoint's own card says; never guessed from the layout."""
+    said = card_facts(source)
+    name, licence = said.get("base_model"), said.get("license")
+    return {
+        "kind": "backbone",
+        "name": name if isinstance(name, str) else source.absolute().name,
+        "licence": licence if isinstance(licence, str) else UNKNOWN,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -25,6 +26,7 @@ from nvembed.modeling.config import (
 )
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.folder import describe_folder, load_embedder, save_embedder
+from nvembed.modeling.origin import started_from
 from nvembed.storage import Step, StepResult, UserError
 from nvembed.text.tokenise import Tokeniser
 from nvembed.types import Artifact, Config
@@ -128,7 +130,9 @@ def _initialise(config: Config, inputs: Mapping[str, Artifact], work_uri: str) -
     prepare = inputs["prepare"]
     if isinstance(config.backbone, NvembedBackbone):
         embedder = continue_embedder(config.backbone, config.embedder)
-        return _publish(embedder, work_uri, dataset_prompts(prepare), "Not trained here yet.")
+        made = _publish(embedder, work_uri, dataset_prompts(prepare), "Not trained here yet.")
+        made.metrics["started_from"] = started_from(Path(config.backbone.name))
+        return made
     texts = training_texts(prepare) if isinstance(config.backbone, RandomBackbone) else iter(())
     backbone, tokenizer = load_backbone(config.backbone, texts, config.seed)
     embedder = build_embedder(backbone, tokenizer, config.embedder, config.seed)

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from nvembed.modeling.origin import CARD, read_front_matter
 
 UNKNOWN = "unknown"
+# Ids that hubs take in a card's `license`; any other text would be refused there.
+HUB_LICENCES = {
+    *("apache-2.0", "mit", "isc", "bsd-2-clause", "bsd-3-clause", "mpl-2.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0"),
+    *("unlicense", "zlib", "cc0-1.0", "odc-by", "openrail", "gemma", "llama2", "llama3", "llama3.1", "llama3.2"),
+    *("cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-sa-4.0"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ def model_licence(config: dict[str, Any]) -> Licence | None:
         return KNOWN[name]
     if kind in ("gguf", "package"):
         return Licence(name, _of_package(name))
-    found = read_front_matter(Path(name, "README.md"))
+    found = read_front_matter(Path(name, CARD))
     base, licence = found.get("base_model"), found.get("license")
     shown = base if isinstance(base, str) else Path(name).name if Path(name).is_dir() else name
     return Licence(shown, licence if isinstance(licence, str) else UNKNOWN)
@@ -54,13 +60,3 @@ def _of_package(name: str) -> str:
         return UNKNOWN
     said = [metadata[key] for key in ("License-Expression", "License") if key in metadata]
     return next((str(text).splitlines()[0] for text in said if text), UNKNOWN)
-
-
-def read_front_matter(card: Path) -> dict[str, Any]:
-    """The YAML block that opens a model card; empty where there is no card, or none that can be read."""
-    try:
-        text = card.read_text(encoding="utf-8")
-        found = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else None
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}

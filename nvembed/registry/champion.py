@@ -63,6 +63,7 @@ def move_champion(client: Any, name: str, number: str, expected: str | None, act
             )
         entry = {"version": number, "from": current, "action": action, "at": round(time.time()), "by": holder()}
         entries = [*effective(_history(model), current), entry][-HISTORY_ENTRIES:]
+        held.check()  # an overtaken mover must not write over the history of the one that overtook it
         client.set_registered_model_tag(name, HISTORY, json.dumps(entries))  # before the move: a killed one is seen
         held.check()
         client.set_registered_model_alias(name, CHAMPION, number)

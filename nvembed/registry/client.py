@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from nvembed import storage
+from nvembed.formats import WRITER as WRITER_KEY
+from nvembed.formats import check_format
 from nvembed.mlflow_store import prepare_environment, probe
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 LOCK = ".nvembed-lock."  # a registered model whose name ends so is a lock, see `champion.py`
 
 FORMAT_VERSION = 2  # 1: the model folder alone; 2: an MLflow model around it, with scores, items and provenance
-FORMAT = "nvembed.format"
+FORMAT, WRITER = "nvembed.format", "nvembed.version"
 CONTENT = "nvembed.content_hash"
 SCORE = "nvembed.score"
 SCORES = "nvembed.scores"
@@ -85,6 +87,17 @@ def _is_connection_error(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return any(said in str(error) for said in ("Max retries exceeded", "OperationalError"))
+
+
+def version_format(version: Any) -> int:
+    """The format a version was registered in.
+
+    Raises:
+        FormatError: a newer one; the message names the nvembed to install.
+    """
+    found = str(version.tags.get(FORMAT, 1))
+    record = {"format_version": int(found) if found.isdigit() else found, WRITER_KEY: version.tags.get(WRITER)}
+    return check_format(record, f"version {version.version} of {version.name}", newest=FORMAT_VERSION)
 
 
 # -- looking up -----------------------------------------------------------------------------------------------------

@@ -34,14 +34,17 @@ class RegisterConfig(Config):
 
 
 class RegistrationConfig(Config):
-    """The `register` step of one model. What only says where things lie is no part of its fingerprint."""
+    """The `register` step of one model. What only says where things lie is no part of its fingerprint: a registry that
+    is gone for good does not make what was done another run."""
 
     model_name: str
     recipe_name: str
     auto_promote: bool = False
     gate: GateConfig = GateConfig()
-    registry: str | None = Field(None, description="The configured tracking URI; null: the output's own store.")
     experiment: str = "nvembed"
-    tracking_uri: str = Field(exclude=True)
+    registry: str | None = Field(
+        None, exclude=True, description="The configured tracking URI; null: the output's own store."
+    )
+    tracking_uri: str = Field("", exclude=True)  # a default, so that a published config can be read back
     artifact_root: str | None = Field(None, exclude=True)
     run_id: str | None = Field(None, exclude=True, description="The step's run; null makes one.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed import storage
+from nvembed.modeling.origin import CARD, folder_content
 from nvembed.registry import client as tags
 from nvembed.registry import provenance as chains
 from nvembed.registry.champion import champions, effective, read_history
@@ -114,7 +115,7 @@ def export_version(client: Any, uri: str, version: Any, target: Path) -> dict[st
     try:
         shutil.copytree(folder, partial)
         _newest_card(client, uri, version, partial)
-        if chains.folder_content(str(partial)) != chains.folder_content(folder):
+        if folder_content(str(partial)) != folder_content(folder):
             raise storage.CorruptArtifactError(f"{target}: the copy differs from {folder}; is the disk full?")
         os.rename(partial, target)
     except OSError as error:
@@ -138,4 +139,4 @@ def _newest_card(client: Any, uri: str, version: Any, folder: Path) -> None:
         return
     from mlflow.artifacts import download_artifacts
 
-    download_artifacts(artifact_uri=f"{source}/{chains.CARD}", dst_path=str(folder), tracking_uri=uri)
+    download_artifacts(artifact_uri=f"{source}/{CARD}", dst_path=str(folder), tracking_uri=uri)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,14 @@ def judge(
     settings = config or gate_config(version)
     current = tags.aliases(client, name).get(tags.CHAMPION)
     rival = None if current is None or current == number else tags.get_version(client, name, current)
-    checks = run_gate(_evidence(client, uri, version, rival, settings, probes), settings)
+    found = replace(_evidence(client, uri, version, rival, settings, probes), reigning=current == number)
+    checks = run_gate(found, settings)
     verdict = Verdict(name, number, None if rival is None else str(rival.version), checks)
     values = {f"{tags.GATE}{check.name}": f"{check.state}: {check.said}"[:_TAG_LIMIT] for check in checks}
     values[f"{tags.GATE}result"] = "passed" if verdict.passed else "refused"
     values[f"{tags.GATE}champion"] = verdict.champion or "none"
-    tags.set_tags(client, version, values)
+    if current != number:  # a champion keeps the record of what made it one
+        tags.set_tags(client, version, values)
     return verdict
 
 

@@ -59,6 +59,7 @@ class Evidence:
         unmeasured: models the candidate started from whose training data nobody here has seen.
         probes: "" when files, loading and probe vectors are right, else what is wrong; None: not run.
         chain: everything wrong with the hash chain.
+        reigning: the candidate is the champion itself.
     """
 
     evaluation: Mapping[str, str]
@@ -69,6 +70,7 @@ class Evidence:
     unmeasured: Sequence[str]
     probes: str | None
     chain: Sequence[str]
+    reigning: bool = False
 
 
 def run_gate(evidence: Evidence, config: GateConfig) -> list[Check]:
@@ -132,10 +134,14 @@ def _difference(delta: Interval) -> str:
     return f"{points(delta['value'])} points [{points(delta['low'])}, {points(delta['high'])}]"
 
 
+def _nobody(evidence: Evidence) -> str:
+    return "it is the champion itself" if evidence.reigning else "there is no champion"
+
+
 def _comparison(evidence: Evidence, config: GateConfig) -> Check:
     found = evidence.comparison
     if found is None:
-        return Check("comparison", None, "there is no champion")
+        return Check("comparison", None, _nobody(evidence))
     if found.mean is None:
         return Check("comparison", False, found.problem or "it cannot be compared with the champion")
     against = f"mean difference to champion {found.version} {_difference(found.mean)}"
@@ -165,7 +171,7 @@ def _floor(evidence: Evidence, config: GateConfig) -> Check:
     if problems:
         return Check("floor", False, "; ".join(problems))
     if found is None and not config.floors:
-        return Check("floor", None, "there is no champion, and no floors are given")
+        return Check("floor", None, f"{_nobody(evidence)}, and no floors are given")
     return Check("floor", True, "no data set below its floor")
 
 

@@ -2,7 +2,8 @@
 
 `provenance.json` of a version holds the nodes of the chain: of every step its identity, its inputs' hashes and its
 files' checksums. Each hash can be computed again from that alone, so a chain that was cut or changed is found without
-the artifacts. Where files lie is left out; texts never stand in a manifest.
+the artifacts. Where artifacts lie is left out; what a recipe names (a teacher's folder, the files of a source) is named
+here too. Texts never stand in a manifest.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from nvembed import storage
-from nvembed.modeling.licences import UNKNOWN, model_licence, read_front_matter
+from nvembed.formats import FormatError, check_format, stamp
+from nvembed.modeling.licences import UNKNOWN, model_licence
+from nvembed.modeling.origin import card_facts, content_hash
 from nvembed.types import Artifact
 
 FORMAT_VERSION = 1
-CARD = "README.md"  # says more of a model as more is known, and changes no vector: no part of its content
 MODEL_FOLDER = "model"
 _DATASET_KEYS = (
     "task", "licence", "synthetic", "split_rule", "train", "dev", "test", "documents", "documents_shared",
@@ -24,23 +26,6 @@ _DATASET_KEYS = (
 )  # fmt: skip
 _NEEDS = {"stream": ("prepare", "mine", "model"), "distill_stream": ("teach", "model"), "train": ("stream", "model")}
 Provenance = Mapping[str, Any]
-
-
-def content_hash(checksums: Mapping[str, str]) -> str:
-    """Hash of a model folder's file names and checksums, but the card: folders with equal content are one version."""
-    return storage.hash_json({name: found for name, found in checksums.items() if name != CARD})
-
-
-def folder_content(folder: str) -> str:
-    """`content_hash` of a folder's files.
-
-    Raises:
-        UserError: it is empty or missing.
-    """
-    files = storage.describe_files(folder)
-    if not files:
-        raise storage.UserError(f"{folder}: no model folder (it is empty or missing)")
-    return content_hash({name: entry["xxh3_128"] for name, entry in files.items()})
 
 
 def trace(model: Artifact, scores: Artifact) -> dict[str, Any]:
@@ -60,7 +45,7 @@ def trace(model: Artifact, scores: Artifact) -> dict[str, Any]:
     visit(model)
     visit(scores)
     return {
-        "format_version": FORMAT_VERSION,
+        **stamp(FORMAT_VERSION),
         "model": model.manifest_hash,
         "scores": scores.manifest_hash,
         "nodes": nodes,
@@ -87,10 +72,23 @@ def _node(artifact: Artifact) -> dict[str, Any]:
     if manifest["kind"] == "prepare":
         found = manifest["metrics"].get("datasets", {})
         node["datasets"] = {name: {key: row[key] for key in _DATASET_KEYS if key in row} for name, row in found.items()}
-    if manifest["kind"] == "import_model" and storage.is_local(artifact.uri):
-        front = read_front_matter(Path(storage.local_path(artifact.path(MODEL_FOLDER)), CARD))
-        node["card"] = {key: front[key] for key in ("license", "base_model", "nvembed") if key in front}
+    if manifest["kind"] == "import_model":
+        given = manifest["metrics"].get("licences")  # of a folder that a run of ours had made
+        if storage.is_local(artifact.uri):
+            node["card"] = card_facts(Path(storage.local_path(artifact.path(MODEL_FOLDER))))
+        if given:
+            node["card"] = {"nvembed": {"licences": given}, **node.get("card", {})}
+    if "started_from" in manifest["metrics"]:
+        node |= manifest["metrics"]["started_from"]
     return node
+
+
+def _elsewhere(node: Mapping[str, Any]) -> str | None:
+    """The model made elsewhere that a step starts from: its folder or its name in the registry."""
+    if node["kind"] == "import_model":
+        return str(node["config"]["reference"])
+    backbone = node["config"].get("backbone") or {}
+    return str(backbone["name"]) if backbone.get("type") == "nvembed" else None
 
 
 # -- checking -------------------------------------------------------------------------------------------------------
@@ -100,9 +98,10 @@ def chain_problems(provenance: Provenance | None, content: str | None) -> list[s
     """Everything wrong with a chain; empty when it leads whole from the data to the folder with this content."""
     if provenance is None:
         return ["the version has no provenance.json: register it again with this nvembed"]
-    if provenance.get("format_version") != FORMAT_VERSION:
-        found = provenance.get("format_version")
-        return [f"provenance.json has format version {found}; this nvembed reads {FORMAT_VERSION}"]
+    try:
+        check_format(provenance, "provenance.json", newest=FORMAT_VERSION)
+    except FormatError as error:
+        return [str(error)]
     nodes: Mapping[str, Mapping[str, Any]] = provenance["nodes"]
     problems = [
         f"{node['step']}: its hash is not that of its contents"
@@ -180,7 +179,7 @@ def training_datasets(provenance: Provenance) -> dict[str, dict[str, Any]]:
 def imported(provenance: Provenance) -> list[str]:
     """References of models made elsewhere that the model started from."""
     nodes = (provenance["nodes"][found] for found in reachable(provenance, provenance["model"]))
-    return [str(node["config"]["reference"]) for node in nodes if node["kind"] == "import_model"]
+    return [found for node in nodes if (found := _elsewhere(node)) is not None]
 
 
 def licences(provenance: Provenance) -> list[dict[str, str]]:
@@ -192,9 +191,12 @@ def licences(provenance: Provenance) -> list[dict[str, str]]:
     for found in reachable(provenance, provenance["model"]):
         node = provenance["nodes"][found]
         config = node["config"]
-        if node["kind"] == "import_model":
-            rows += _of_card(node.get("card", {}), str(config["reference"]))
+        reference = _elsewhere(node)
+        if reference is not None:
+            rows += _of_card(node.get("card", {}), reference)
         for kind, section in (("backbone", "backbone"), ("mining model", "miner")):
+            if section == "backbone" and reference is not None:
+                continue
             licence = model_licence(config[section]) if config.get(section) else None
             if licence is not None:
                 rows.append({"kind": kind, "name": licence.name, "licence": licence.licence})

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nvembed import storage
+from nvembed.modeling.origin import folder_content
 from nvembed.registry import client as tags
 from nvembed.registry.client import answering, find_version, open_registry
-from nvembed.registry.provenance import folder_content
 from nvembed.registry.versions import folder_source, is_here
 
 
@@ -77,7 +77,7 @@ def _default_cache() -> Path:
 
 def _checked(folder: str, version: Any, reference: str) -> str:
     expected = version.tags.get(tags.CONTENT)
-    measure = folder_content if version.tags.get(tags.FORMAT) == str(tags.FORMAT_VERSION) else hash_folder
+    measure = folder_content if tags.version_format(version) > 1 else hash_folder
     if expected is not None and measure(folder) != expected:
         raise storage.CorruptArtifactError(f"{reference}: the files at {folder} are not those that were registered")
     return folder

@@ -104,7 +104,8 @@ def _build(config: RegistrationConfig, inputs: Mapping[str, Artifact], work_uri:
     )
     registration = register_model(config, submission)
     storage.write_json(storage.join(work_uri, REGISTRATION), registration)
-    return storage.StepResult(metrics={"score": registration["score"], "promoted": registration["promoted"]})
+    done = {"score": registration["score"], "promoted": registration["promoted"], "registry": config.registry}
+    return storage.StepResult(metrics=done)
 
 
 REGISTER = storage.Step("register", 2, _build)

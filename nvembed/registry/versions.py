@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from nvembed import storage
+from nvembed.formats import own_version
+from nvembed.modeling.origin import CARD, folder_content
 from nvembed.registry import client as tags
 from nvembed.registry import provenance as chains
 from nvembed.registry.config import RegistrationConfig
@@ -76,7 +78,7 @@ def add_version(client: Any, config: RegistrationConfig, submission: Submission)
 
     What it says follows the last evaluation. The alias `candidate` is moved to it.
     """
-    content = chains.folder_content(submission.folder)
+    content = folder_content(submission.folder)
     values = _tags(config, submission, content)
     found = [
         version
@@ -101,6 +103,7 @@ def _tags(config: RegistrationConfig, submission: Submission, content: str) -> d
         tags.EVALUATED: submission.tags.get("evaluation_manifest_hash", storage.hash_json(scores)),
         "nvembed.recipe": config.recipe_name,
         tags.FORMAT: str(tags.FORMAT_VERSION),
+        tags.WRITER: own_version(),
         tags.CONTENT: content,
         tags.EVALUATION: json.dumps(scores["evaluation_hash"], sort_keys=True),
         tags.SCORES: json.dumps(scores["scores"], sort_keys=False),
@@ -140,7 +143,7 @@ def _log_records(client: Any, run_id: str, place: str, config: RegistrationConfi
         (records / SCORES).write_text(text, encoding="utf-8")
         (records / ITEMS).write_bytes(submission.items)
         storage.write_json(str(records / PROVENANCE), submission.provenance)
-        card = Path(temporary, FOLDER, chains.CARD)
+        card = Path(temporary, FOLDER, CARD)
         card.parent.mkdir()
         card.write_text(full_card(submission, config.model_name), encoding="utf-8")
         client.log_artifacts(run_id, temporary, place)
@@ -204,7 +207,7 @@ def source_of(client: Any, version: Any) -> str:
 
 def folder_source(client: Any, version: Any) -> str:
     """URI of a version's model folder."""
-    inside = f"/{FOLDER}" if version.tags.get(tags.FORMAT) == str(tags.FORMAT_VERSION) else ""
+    inside = f"/{FOLDER}" if tags.version_format(version) > 1 else ""
     return source_of(client, version) + inside
 
 
@@ -213,9 +216,9 @@ def version_records(client: Any, uri: str, version: Any) -> Iterator[Path]:
     """The directory with a version's scores, items and chain, fetched for the time of the block if need be.
 
     Raises:
-        UserError: the version has none: it was registered by an older nvembed.
+        UserError: the version has none: it was registered by an older nvembed; or this one is too old for it.
     """
-    if version.tags.get(tags.FORMAT) != str(tags.FORMAT_VERSION):
+    if tags.version_format(version) == 1:
         raise storage.UserError(
             f"version {version.version} of {version.name} was registered by an older nvembed, without items and chain. "
             "Run its recipe again into another --out, or promote another version over it by hand in MLflow."

@@ -52,7 +52,7 @@ def test_a_dry_run_shows_the_job_and_touches_nothing(
     code, as_json, said = run("submit", str(ROOT / "cluster" / name), "--dry-run", "--json", *story[:-2])
     value = json.loads(as_json)
     assert code == 0 and value["recipe"]["name"] == "light" and value["job"] and value["id"] in shown
-    assert value["stages"]["stage_1"]["deepspeed"] and value["sources"]["seed"]
+    assert value["stages"]["stage_1"]["deepspeed"] and value["sources"]["name"]
     assert "canary" not in shown + as_json + said
     assert snapshot(tmp_path) == before
 

@@ -11,6 +11,7 @@ from nvembed import storage
 from nvembed.modeling.card import CardFacts, model_card
 from nvembed.modeling.config import EmbedderConfig
 from nvembed.modeling.licences import model_licence
+from nvembed.modeling.origin import folder_content
 from nvembed.registry import provenance as chains
 from nvembed.storage import load_artifact
 
@@ -19,7 +20,7 @@ from nvembed.storage import load_artifact
 def traced(kit: Any) -> tuple[dict[str, Any], str]:
     model = kit.model("a")
     found = chains.trace(model, kit.scores(model, 0.5))
-    return found, chains.folder_content(str(storage.local_path(model.path("model"))))
+    return found, folder_content(str(storage.local_path(model.path("model"))))
 
 
 def test_the_chain_leads_from_the_data_to_the_folder(traced: Any) -> None:
@@ -70,7 +71,8 @@ def test_a_changed_chain_is_found(traced: Any, what: str, said: str) -> None:
 
 def test_no_chain_and_another_format_are_said() -> None:
     assert "no provenance.json" in chains.chain_problems(None, None)[0]
-    assert "format version 9" in chains.chain_problems({"format_version": 9}, None)[0]
+    newer = {"format_version": 9, "nvembed_version": "9.1"}
+    assert "pip install 'nvembed>=9.1'" in chains.chain_problems(newer, None)[0]
 
 
 def test_a_moved_output_still_has_its_chain(kit: Any, tmp_path: Path) -> None:

@@ -77,7 +77,11 @@ def test_the_card_carries_evaluation_licences_and_chain(kit: Any) -> None:
 
 def test_the_same_content_is_the_same_version(kit: Any) -> None:
     first, second = kit.register("a", 0.5), kit.register("a", 0.5)
-    assert first == {**second, "reason": first["reason"]}
+    assert first == {**second, "reason": first["reason"], "gate": first["gate"]}
+    said = {check["name"]: check["said"] for check in second["gate"]["checks"]}
+    assert said["comparison"] == "it is the champion itself"
+    tags = kit.versions()[0].tags  # the record of what made it champion stays
+    assert tags["gate.comparison"] == "skipped: there is no champion"
     assert len(kit.versions()) == 1
     assert kit.register("b", 0.4)["version"] == "2"
 

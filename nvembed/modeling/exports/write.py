@@ -30,6 +30,7 @@ from nvembed.modeling.exports.backbone_folder import write_backbone
 from nvembed.modeling.exports.folding import fold_embedder
 from nvembed.modeling.exports.onnx_graph import ONNX_FILE, onnx_encode, open_session, write_onnx
 from nvembed.modeling.exports.parity import Encode, Parity, ParityError, measure, reference, refuse_beyond, text_sets
+from nvembed.modeling.exports.stock import folder_encoder
 from nvembed.modeling.folder import describe_folder, load_embedder, save_embedder
 from nvembed.modeling.quiet import no_progress_bars
 from nvembed.storage import UserError
@@ -140,7 +141,8 @@ def _whole(job: ExportJob, source: _Source, folder: Path) -> Written:
         left_out = shutil.ignore_patterns(ADAPTER_FOLDER, RECORD)
         shutil.copytree(source.folder, folder, dirs_exist_ok=True, ignore=left_out)
     code = needs_code(source.embedder.config)
-    return load_embedder(folder).encode, {"needs_trust_remote_code": code}
+    encode, library = folder_encoder(folder, code=code)
+    return encode, {"needs_trust_remote_code": code, "measured_with": library}
 
 
 def _onnx(job: ExportJob, source: _Source, folder: Path) -> Written:
@@ -178,7 +180,8 @@ def _folded(job: ExportJob, source: _Source, folder: Path) -> Written:
         name: sum(parameter.numel() for _, parameter in embedder.head_parameters())
         for name, embedder in (("before", source.embedder), ("after", folded))
     }
-    return load_embedder(folder).encode, {"head_parameters": heads}
+    encode, library = folder_encoder(folder, code=True)
+    return encode, {"head_parameters": heads, "measured_with": library}
 
 
 def _backbone(job: ExportJob, source: _Source, folder: Path) -> Written:
