@@ -58,21 +58,26 @@ def resolve_store(uri: str | None, out: str) -> Store:
         UserError: `out` is not local and no tracking URI is given.
     """
     configured = uri or os.environ.get("MLFLOW_TRACKING_URI") or None
-    own = storage.local_path(out).absolute() / "mlflow.db" if storage.is_local(out) else None
     if configured is None:
-        if own is None:
+        if not storage.is_local(out):
             raise storage.UserError(
                 f"tracking.uri: MLflow's SQLite store needs a local output, this one is {out}. "
                 "Set tracking.uri (or MLFLOW_TRACKING_URI) to a server, or tracking.enabled=false."
             )
-        database = own
+        database = _own_database(out)
     elif configured.startswith("sqlite:///"):
         database = Path(configured.removeprefix("sqlite:///")).absolute()
-        if database == own:  # named for another command of the same shell; the run is the same with and without
+        if storage.is_local(out) and database == _own_database(
+            out
+        ):  # named for another command of the same shell; the run is the same with and without
             configured = None
     else:
         return Store(without_credentials(configured), configured, None)
     return Store(configured, f"sqlite:///{database}", (database.parent / "mlartifacts").as_uri())
+
+
+def _own_database(out: str) -> Path:
+    return storage.local_path(out).absolute() / "mlflow.db"
 
 
 def flatten(value: Any, path: str = "") -> dict[str, str]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pydantic import Field
 
@@ -58,10 +59,10 @@ def _build_import(config: ImportConfig, inputs: Mapping[str, Artifact], work_uri
 
 def _licences_of(folder: str) -> list[dict[str, str]]:
     """What a folder was made from, as the run that it still lies in says; empty for any other folder."""
-    step = storage.join(folder, "..")
-    if not storage.exists(storage.join(step, storage.MANIFEST)):
+    try:
+        made = storage.load_artifact(str(Path(folder).parent), verify=False)
+    except storage.UserError:  # nothing beside it, or another program's manifest: its own card says what is known
         return []
-    made = storage.load_artifact(storage.absolute(step), verify=False)
     return licences(trace(made, made))
 
 
@@ -349,6 +350,9 @@ class PlannedRoad:
         """See `Road.register`."""
         recipe = self.recipe
         if not recipe.register.enabled:
+            return None
+        if self.unreachable:  # which registry depends on what kind of storage it is
+            self.steps.append(PlannedStep(name, "unknown", storage.join(self.out, name)))
             return None
         store = resolve_store(recipe.tracking.uri, self.out)
         config = registration_config(

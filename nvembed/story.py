@@ -140,8 +140,8 @@ def _look(
         recipe, document = read_recipe(path, settings, needs)
         out = out or f"runs/{recipe.name}"
         unreachable = _why_unreachable(out)
-        out = storage.absolute(out)
         if not unreachable:
+            out = storage.absolute(out)
             _refuse_other_output(recipe, out)
         road = PlannedRoad(recipe, out, unreachable)
         story(road)

@@ -115,6 +115,13 @@ def test_json(tmp_path: Path) -> None:
     assert found["steps"][0] == {"name": "prepare", "what": "run", "uri": f"{tmp_path}/here/runs/tiny/prepare"}
 
 
+def test_an_output_out_of_reach_leaves_the_steps_unknown(tmp_path: Path) -> None:
+    _, said = dry_run(tmp_path, "quickstart.py", str(TINY), "--out", "nosuch://bucket/run")
+    assert "# a run from here would end with exit code 3: nosuch://bucket/run cannot be reached" in said
+    steps = said.split("# steps, below nosuch://bucket/run\n")[1].splitlines()[1:]
+    assert {line.split()[1] for line in steps if not line.startswith("report ")} == {"unknown"} and len(steps) > 15
+
+
 def test_a_secret_in_a_recipe_is_refused_without_being_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_API_KEY", "canary-of-the-environment")
     settings = [

@@ -349,6 +349,8 @@ def test_store_of_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert own.configured is None
     assert own.uri == f"sqlite:///{tmp_path}/mlflow.db"
     assert own.artifact_root == (tmp_path / "mlartifacts").as_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", own.uri)  # as a user sets it to look at the run, then runs it again
+    assert resolve_store(None, str(tmp_path)) == own
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
     assert resolve_store(None, "s3://bucket/out").uri == "http://tracking:5000"
     assert resolve_store("http://other", str(tmp_path)).uri == "http://other"

@@ -51,10 +51,10 @@ def submit_command(
             job = read_job(place, command)
             backend = open_backend(place)
             preview = backend.preview(job)
+            seen = rehearse(job, as_json=as_json) if dry_run else ""
         except UserError as error:  # may quote what the user wrote, and that may be a secret
             raise UserError(mask(str(error))) from None
         if dry_run:
-            seen = rehearse(job, as_json=as_json)
             story = json.loads(seen) if as_json else {}
             value = {"id": f"{job.base}-1", **story, "out": job.out, "job": preview.value}
             text = f"{seen.rstrip()}\n{SEEN_HERE}\n\n# {target}: {job.base}-1 -> {job.out}\n{preview.text}"

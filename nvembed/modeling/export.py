@@ -94,10 +94,18 @@ def code_files() -> dict[str, str]:
     }
 
 
-def carries_our_code(folder: Path) -> bool:
-    """Whether all Python in a folder is, to the byte, what this nvembed writes: then it may be run unread."""
+def runs_only_our_code(folder: Path) -> bool:
+    """Whether trusting a folder's code runs nothing but what this nvembed writes.
+
+    All Python in it is ours to the byte, its modules are ours or sentence-transformers', and no configuration names
+    code that lies elsewhere (`auto_map`).
+    """
     ours = code_files()
-    return all(path.read_text("utf-8", "replace") == ours.get(path.name) for path in folder.rglob("*.py"))
+    python = all(path.read_text("utf-8", "replace") == ours.get(path.name) for path in folder.rglob("*.py"))
+    modules = json.loads((folder / "modules.json").read_text("utf-8"))
+    known = (*(f"{name.removesuffix('.py')}." for name in ours), "sentence_transformers.")
+    elsewhere = any('"auto_map"' in path.read_text("utf-8", "replace") for path in folder.rglob("*config*.json"))
+    return python and all(str(module["type"]).startswith(known) for module in modules) and not elsewhere
 
 
 def standalone(source: str) -> str:

@@ -18,6 +18,7 @@ from nvembed.modeling.exports.write import ExportJob, export_model
 from nvembed.modeling.folder import load_embedder
 from nvembed.modeling.importing import import_nv_embed
 from nvembed.modeling.initialise import INITIALISE, continue_embedder
+from nvembed.registry.provenance import imported, licences, trace
 from nvembed.storage import UserError
 from nvembed.text.instructions import instruction_prefix
 from nvembed.types import Artifact
@@ -246,11 +247,17 @@ def test_one_optimiser_step_from_an_imported_model(checkpoint, tmp_path):
     """As a recipe does it: `initialise` with the imported folder, then the training loop on what that publishes."""
     from training_kit import train_job
 
+    (checkpoint / "README.md").write_text("---\nlicense: cc-by-nc-4.0\nbase_model: x/y\n---\n# a model\n")
     record = import_nv_embed(checkpoint, tmp_path / "model", max_length=64)
     section = yaml.safe_load(record["recipe"])["initialise"]
     datasets = {"cwe": {"instruction": "Instruct: Find\nQuery: ", "task": "retrieval"}}
     prepare = Artifact(str(tmp_path / "prepare"), {"metrics": {"datasets": datasets}, "content_hash": "p"})
     start = INITIALISE.run(InitialiseConfig(**section), {"prepare": prepare}, str(tmp_path / "initialise"))
+    card = start.manifest["metrics"]["started_from"]["card"]
+    assert card["license"] == "cc-by-nc-4.0" and card["base_model"] == ["x/y"]
+    found = trace(start, start)
+    assert licences(found) == [{"kind": "backbone", "name": "x/y", "licence": "cc-by-nc-4.0"}]
+    assert imported(found) == [str(tmp_path / "model")]
     begun = load_embedder(start.path("model"))
     assert np.array_equal(begun.encode(TEXTS), load_embedder(tmp_path / "model").encode(TEXTS))
 

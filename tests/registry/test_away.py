@@ -110,3 +110,19 @@ def test_what_waited_is_registered_once_when_the_registry_is_back(
     assert toy.statuses()["register_teacher"] == "done"
     before = (toy.out / "register_teacher" / "manifest.json").stat().st_mtime_ns
     assert toy.run()[0] == 0 and (toy.out / "register_teacher" / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_registry_that_is_gone_for_good_is_replaced_by_another(tmp_path: Path, folders: dict[str, Path]) -> None:
+    toy, recipe = Toy(tmp_path, folders["stock"]), tmp_path / "recipes" / "toy.yaml"
+    assert toy.run()[0] == 4
+    text, second = recipe.read_text(), f"sqlite:///{tmp_path}/second.db"
+    recipe.write_text(text.replace(toy.uri, second))
+    code, said = toy.run()
+    assert code == 0, said
+    assert aliases(open_registry(second), NAME) == {"candidate": "1"}
+    recipe.write_text(text.replace(toy.uri, f"sqlite:///{tmp_path}/third.db"))
+    code, said = toy.run()
+    assert code == 0 and "register_teacher: skipped, unchanged" in said
+    assert f"register_teacher: stays registered in {second}, where it was done" in said
+    assert not (tmp_path / "third.db").exists()

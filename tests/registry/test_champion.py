@@ -213,6 +213,23 @@ def test_a_slow_mover_that_was_overtaken_does_not_move(models: Any) -> None:
     assert list(list_locks(models.client, NAME)) == [1], "only its own is taken away"
 
 
+def test_an_overtaken_mover_leaves_the_history_alone(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = champion.read_history(models.client, NAME)
+
+    def overtaken(client: Any, name: str) -> Any:
+        found = get_model(client, name)
+        if list_locks(client, name):
+            client.create_registered_model(f"{name}.nvembed-lock.1", tags={"token": "other"})
+        return found
+
+    get_model = champion.get_model
+    monkeypatch.setattr(champion, "get_model", overtaken)
+    with pytest.raises(PromotionRefusedError, match="so slow that somebody else moves"):
+        move_champion(models.client, NAME, "2", "1")
+    monkeypatch.setattr(champion, "get_model", get_model)
+    assert champion.read_history(models.client, NAME) == before and models.aliases() == {"champion": "1"}
+
+
 def test_a_mover_gives_up_when_the_registry_is_slow(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(champion, "HOLD_SECONDS", -1.0)
     with pytest.raises(PromotionRefusedError, match="was left where it is"):

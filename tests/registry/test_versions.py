@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from nvembed import storage
+from nvembed.formats import FormatError
 from nvembed.registry import step as register_step
 from nvembed.registry.client import RegistryAwayError, open_registry
 from nvembed.registry.resolve import resolve_model
@@ -222,6 +223,14 @@ def test_files_that_are_elsewhere_are_downloaded_once(kit: Any, files: Files, mo
         assert [path.name for path in cache.iterdir()] == [Path(first).name]
         shutil.rmtree(Path(kit.out, "mlartifacts"))
         assert resolve_model(f"models:/{NAME}@candidate", kit.uri, cache) == first
+
+
+def test_a_newer_format_names_the_nvembed_to_install(kit: Any) -> None:
+    kit.register("a", 0.5)
+    for tag, value in (("nvembed.format", "9"), ("nvembed.version", "9.1")):
+        kit.client.set_model_version_tag(NAME, "1", tag, value)
+    with pytest.raises(FormatError, match=r"version 1 of .* format version 9, made by nvembed 9\.1; .*nvembed>=9\.1"):
+        resolve_model(f"models:/{NAME}/1", kit.uri)
 
 
 def test_damaged_files_are_refused(kit: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nvembed.modeling.export import carries_our_code
+from nvembed.modeling.export import runs_only_our_code
 from nvembed.modeling.exports.parity import Encode
 from nvembed.modeling.folder import load_embedder
 from nvembed.modeling.quiet import no_progress_bars
@@ -19,7 +19,7 @@ def folder_encoder(folder: Path, *, code: bool) -> tuple[Encode, str]:
     Code of a folder is only run where it is our own; a folder with other code, such as an older nvembed's, is run by
     nvembed, which runs none.
     """
-    if code and not carries_our_code(folder):
+    if code and not runs_only_our_code(folder):
         return load_embedder(folder).encode, "nvembed"
     from sentence_transformers import SentenceTransformer
 
