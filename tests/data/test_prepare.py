@@ -107,6 +107,7 @@ def test_documents_that_only_held_out_queries_ask_for_stand_on_their_side(prepar
     assert all(split is None for key, split in corpus.items() if key not in held_out)
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bytes(prepared: Artifact, tmp_path: Path) -> None:
     """Another process hashes strings differently (PYTHONHASHSEED), so no order may come from a set."""
     script = (

@@ -80,6 +80,7 @@ def assert_as_if_nothing_happened(folder: Path, config: dict[str, Any], *allowed
     assert (stage / "manifest.json").exists() and not (stage / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_kill_of_a_worker_mid_run(tmp_path: Path) -> None:
     config = settings()
@@ -116,6 +117,7 @@ def test_workers_that_outlive_their_driver_for_a_moment_do_no_harm(tmp_path: Pat
     assert_as_if_nothing_happened(tmp_path, config, 2, 4, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ctrl_c_stops_within_seconds_and_leaves_nothing_running(tmp_path: Path) -> None:
     tiny_stream(tmp_path / "stream", 400)
