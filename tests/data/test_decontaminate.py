@@ -6,14 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvembed.data.config import NearCopyConfig
-from nvembed.data.decontaminate import (
-    NearCopyIndex,
-    count_left,
-    drop_near_copies,
-    jaccard,
-    shared_documents,
-    shingles,
-)
+from nvembed.data.decontaminate import count_left, drop_near_copies, shared_documents
+from nvembed.data.minhash import jaccard, shingles
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.tables import Document
 from nvembed.types import ScoredId, TaskType, TrainingExample
@@ -102,11 +96,3 @@ def test_jaccard_of_shingles(a: str, b: str, words: int) -> None:
     assert first and 0 <= jaccard(first, second) <= 1
     assert jaccard(first, second) == jaccard(second, first)
     assert (jaccard(first, second) == 1) == (first == second)
-
-
-@given(st.lists(st.text(max_size=40), min_size=1, max_size=20))
-def test_an_index_finds_what_it_holds(texts: list[str]) -> None:
-    index = NearCopyIndex(CONFIG)
-    index.add(texts)
-    assert all(index.near_copies(texts))
-    assert not any(index.near_copies(["zebra crossing the empty road at night " * 2]))

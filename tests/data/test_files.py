@@ -16,7 +16,7 @@ from nvembed.data.sources.base import SourceRows
 from nvembed.data.sources.beir import read_beir
 from nvembed.data.sources.files import read_file, read_files
 from nvembed.data.sources.hub import read_hub
-from nvembed.data.sources.rows import PairRow, PairTable, pairs_to_rows, read_pairs
+from nvembed.data.sources.rows import PairRow, PairTable, Passage, pairs_to_rows, read_pairs
 from nvembed.data.tables import Document
 from nvembed.storage import UserError
 from nvembed.types import ScoredId, TaskType, TrainingExample
@@ -175,7 +175,7 @@ def test_rows_that_cannot_be_divided(tmp_path: Path) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30)), max_size=60))
 def test_no_query_and_no_positive_stands_on_two_sides(numbers: list[tuple[int, int, int]]) -> None:
-    table = PairTable([PairRow(f"q{q}", ((f"p{p}", None),), ((f"p{n}", None),)) for q, p, n in numbers])
+    table = PairTable([PairRow(f"q{q}", (Passage(f"p{p}"),), (Passage(f"p{n}"),)) for q, p, n in numbers])
     rows = pairs_to_rows(table, "mine", 0.3, "CC0-1.0")
     assert rows.licence == "CC0-1.0"
     sides: dict[str, set[str]] = {}

@@ -1,4 +1,4 @@
-"""A BEIR folder: `corpus.jsonl`, `queries.jsonl`, `qrels/{train,dev,test}.tsv`, at any fsspec URI."""
+"""A BEIR folder at any fsspec URI: `corpus.jsonl`, `queries.jsonl` (or compressed), `qrels/<split>.tsv` with grades."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import fsspec
 from nvembed import storage
 from nvembed.data.config import BeirSource
 from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, is_unicode, split_by_hash
-from nvembed.data.sources.files import json_lines
+from nvembed.data.sources.files import COMPRESSIONS, json_lines, open_bytes
 from nvembed.data.tables import SPLITS, Document
 from nvembed.storage import UserError
 from nvembed.types import ScoredId, TaskType, TrainingExample
@@ -29,18 +29,10 @@ def read_beir(config: BeirSource) -> SourceRows:
         UserError: a file is missing, or no held-out query has a document.
     """
     rejects = RejectLog()
-    documents = [
-        Document(key, title, text) for key, title, text in _texts(storage.join(config.uri, "corpus.jsonl"), rejects)
-    ]
-    queries = {key: text for key, _, text in _texts(storage.join(config.uri, "queries.jsonl"), rejects)}
+    documents = [Document(key, title, text) for key, title, text in _texts(config.uri, "corpus.jsonl", rejects)]
+    queries = {key: text for key, _, text in _texts(config.uri, "queries.jsonl", rejects)}
     known = {document.id for document in documents}
-    judged: dict[str, dict[str, dict[str, float]]] = {}
-    for split in SPLITS:
-        uri = storage.join(config.uri, "qrels", f"{split}.tsv")
-        if storage.exists(uri):
-            judged[split] = _judgements(uri, queries, known, rejects)
-        elif split == "test":
-            raise UserError(f"{uri}: no such file; a BEIR folder needs qrels/test.tsv.")
+    judged = _judged(config, queries, known, rejects)
     examples = empty_splits()
     taken: set[str] = set()
     for split in reversed(SPLITS):
@@ -53,7 +45,7 @@ def read_beir(config: BeirSource) -> SourceRows:
                 side = split_by_hash(key, salt="beir", test_share=0.0, dev_share=DEV_SHARE)
             examples[side].append(_example(config.name, key, queries[key], judgements))
     if not examples["test"] and rejects.total < rejects.rows:
-        raise UserError(f"{config.uri}: qrels/test.tsv gives no query a document.")
+        raise UserError(f"{config.uri}: the test qrels give no query a document.")
     dev = "" if "dev" in judged else f" ({DEV_SHARE:.0%} of the training queries, by hash, as dev)"
     return SourceRows(
         task=TaskType.RETRIEVAL,
@@ -78,12 +70,36 @@ def _example(dataset: str, key: str, query: str, judgements: dict[str, float]) -
     )
 
 
-def _texts(uri: str, rejects: RejectLog) -> Iterator[tuple[str, str, str]]:
+def _judged(
+    config: BeirSource, queries: dict[str, str], documents: set[str], rejects: RejectLog
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Judgements by side; files that one side joins add up, later ones deciding where they disagree."""
+    wanted: dict[str, tuple[str, ...]] = (
+        {split: (split,) for split in SPLITS} if config.qrels is None else {str(k): v for k, v in config.qrels.items()}
+    )
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for split, names in wanted.items():
+        for name in names:
+            uri = storage.join(config.uri, "qrels", f"{name}.tsv")
+            if storage.exists(uri):
+                judged = found.setdefault(split, {})
+                for key, scores in _judgements(uri, queries, documents, rejects).items():
+                    judged.setdefault(key, {}).update(scores)
+            elif split == "test" or config.qrels is not None:
+                raise UserError(f"{uri}: no such file; a BEIR folder needs qrels/test.tsv, or say which with `qrels`.")
+    if "test" not in found:
+        raise UserError(f"{config.uri}: `qrels` names no file for test.")
+    return found
+
+
+def _texts(folder: str, name: str, rejects: RejectLog) -> Iterator[tuple[str, str, str]]:
     """(id, title, text) of a jsonl file's good rows; an id that comes twice is malformed the second time."""
-    if not storage.exists(uri):
-        raise UserError(f"{uri}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/test.tsv.")
-    name, seen = uri.rsplit("/", 1)[-1], set()
-    with fsspec.open(uri, "rb") as file:
+    uris = [storage.join(folder, name + ending) for ending in ("", *COMPRESSIONS)]
+    uri = next((uri for uri in uris if storage.exists(uri)), None)
+    if uri is None:
+        raise UserError(f"{uris[0]}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/test.tsv.")
+    seen = set()
+    with open_bytes(uri) as file:
         for row in json_lines(file, name):
             rejects.rows += 1
             columns: dict[str, Any] = dict(row.columns or {})
@@ -118,6 +134,8 @@ def _judgements(
             if (number == 1 and fields[0] == "query-id") or not line.strip():
                 continue
             rejects.rows += 1
+            if len(fields) == 4 and fields[1] in ("0", "Q0"):  # TREC's own form
+                fields = [fields[0], *fields[2:]]
             if len(fields) != 3:
                 rejects.add(name, number, "not three fields")
             elif fields[0] not in queries:
