@@ -63,7 +63,7 @@ def _keys(job: _Job, shard: int) -> None:
         rows = asked[start : start + _BATCH_TEXTS]
         hashed = hasher.words(table.column("text").take(pa.array(rows)).to_pylist())
         first = runs(hashed, job.words)
-        for place in np.flatnonzero(np.diff(hashed.starts) >= job.words):
+        for place in np.flatnonzero(np.diff(hashed.starts) >= job.words).tolist():
             columns["key"].append(first.flat[first.starts[place]])
             columns["query"].append(shard * job.texts.shard_rows + int(rows[place]))
             columns["side"].append(int(table.column("side")[int(rows[place])].as_py()))

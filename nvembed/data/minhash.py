@@ -95,7 +95,7 @@ def runs(words: Ragged, length: int) -> Ragged:
         place = np.arange(len(flat)) - np.repeat(starts[:-1], counts) + np.repeat(words.starts[:-1], counts)
         chosen = np.repeat(long, counts)
         flat[chosen] = rolled[place[chosen]]
-    for row in np.flatnonzero(~long):
+    for row in np.flatnonzero(~long).tolist():
         flat[starts[row]] = _folded(words.row(row))
     return Ragged(flat, starts)
 

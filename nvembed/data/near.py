@@ -157,7 +157,9 @@ def _sketch(job: _Job, shard: int) -> None:
         found = runs(words, job.config.shingle_words)
         hashed.append(pa.ListArray.from_arrays(found.starts.astype(np.int32), found.flat))
         digests.append(
-            np.array([xxhash.xxh3_64_intdigest(words.row(row)) for row in range(len(words.starts) - 1)], np.uint64)
+            np.array(
+                [xxhash.xxh3_64_intdigest(words.row(row).tobytes()) for row in range(len(words.starts) - 1)], np.uint64
+            )
         )
         keys.append(band_keys(signatures(found, job.config.num_perm, job.seed), *shape))
     digest_N, key_NB = np.concatenate(digests), np.concatenate(keys)

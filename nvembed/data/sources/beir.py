@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 
@@ -81,6 +81,8 @@ def _judged(
     for split, names in wanted.items():
         for name in names:
             uri = storage.join(config.uri, "qrels", f"{name}.tsv")
+            if not storage.exists(uri) and storage.exists(as_json := uri.removesuffix(".tsv") + ".jsonl"):
+                uri = as_json
             if storage.exists(uri):
                 judged = found.setdefault(split, {})
                 for key, scores in _judgements(uri, queries, documents, rejects).items():
@@ -129,13 +131,8 @@ def _judgements(
     found: dict[str, dict[str, float]] = defaultdict(dict)
     name = "qrels/" + uri.rsplit("/", 1)[-1]
     with fsspec.open(uri, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            fields = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
-            if (number == 1 and fields[0] == "query-id") or not line.strip():
-                continue
+        for number, fields in _json_fields(file, name) if uri.endswith(".jsonl") else _fields(file):
             rejects.rows += 1
-            if len(fields) == 4 and fields[1] in ("0", "Q0"):  # TREC's own form
-                fields = [fields[0], *fields[2:]]
             if len(fields) != 3:
                 rejects.add(name, number, "not three fields")
             elif fields[0] not in queries:
@@ -147,3 +144,19 @@ def _judgements(
             else:
                 found[fields[0]][fields[1]] = float(fields[2])
     return dict(found)
+
+
+def _fields(file: IO[bytes]) -> Iterator[tuple[int, list[str]]]:
+    """Lines of query, document, score (BEIR) or query, 0, document, score (TREC), the header left out."""
+    for number, line in enumerate(file, start=1):
+        fields = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+        if (number == 1 and fields[0] == "query-id") or not line.strip():
+            continue
+        yield number, [fields[0], *fields[2:]] if len(fields) == 4 and fields[1] in ("0", "Q0") else fields
+
+
+def _json_fields(file: IO[bytes], name: str) -> Iterator[tuple[int, list[str]]]:
+    """The same of jsonl rows, as folders on the hub have them."""
+    for row in json_lines(file, name):
+        columns = row.columns or {}
+        yield row.line, [str(columns[key]) for key in ("query-id", "corpus-id", "score") if key in columns]
