@@ -134,10 +134,8 @@ def write_rows(rows: Iterable[Row], uri: str) -> None:
         UserError: a list in csv or tsv, a folder that is not local.
     """
     base = next((uri.removesuffix(end) for end in (".gz", ".zst", ".xz", ".bz2") if uri.endswith(end)), uri)
-    fs, path = storage.filesystem(uri)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     if base.endswith(".parquet"):
-        with fsspec.open(uri, "wb") as file:
+        with _create(base) as file:
             _write_parquet(rows, file)
     elif base.endswith((".csv", ".tsv")):
         with _create(uri) as file:
@@ -156,13 +154,24 @@ def write_rows(rows: Iterable[Row], uri: str) -> None:
 
 @contextmanager
 def _create(uri: str) -> Iterator[IO[bytes]]:
-    """A new file, compressed by its ending; a local one appears whole or not at all."""
-    if uri.endswith(".zst"):
-        with fsspec.open(uri, "wb") as file, pa.CompressedOutputStream(pa.PythonFile(file, "w"), "zstd") as stream:
-            yield cast(IO[bytes], stream)
-        return
-    with fsspec.open(uri, "wb", compression="infer") as file:
-        yield file
+    """A new file, compressed by its ending, that appears whole or not at all."""
+    fs, path = storage.filesystem(uri)
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    file = fs.open(path, "wb", autocommit=False)
+    try:
+        if uri.endswith(".zst"):
+            with pa.CompressedOutputStream(pa.PythonFile(file, "w"), "zstd") as stream:
+                yield cast(IO[bytes], stream)
+        elif (kind := fsspec.utils.infer_compression(uri)) is not None:
+            with fsspec.compression.compr[kind](file, mode="wb") as stream:
+                yield stream
+        else:
+            yield file
+        file.close()
+    except BaseException:
+        file.discard()
+        raise
+    file.commit()
 
 
 def _write_delimited(rows: Iterable[Row], file: IO[bytes], delimiter: str) -> None:
@@ -183,7 +192,12 @@ def _write_parquet(rows: Iterable[Row], file: IO[bytes]) -> None:
     writer, rest = None, iter(rows)
     while block := list(itertools.islice(rest, _BLOCK_ROWS)):
         table = pa.Table.from_pylist([dict(row) for row in block], schema=None if writer is None else writer.schema)
-        writer = writer or pq.ParquetWriter(file, table.schema)
+        if writer is None:
+            fields = [
+                pa.field(field.name, pa.string()) if pa.types.is_null(field.type) else field for field in table.schema
+            ]
+            table = table.cast(pa.schema(fields))  # a column that only later blocks fill
+            writer = pq.ParquetWriter(file, table.schema)
         writer.write_table(table)
     if writer is not None:
         writer.close()

@@ -158,6 +158,7 @@ def json_lines(file: IO[bytes], name: str) -> Iterator[RawRow]:
 
 def _csv_rows(file: IO[bytes], name: str, check: CheckColumns, delimiter: str) -> Iterator[RawRow]:
     """Rows of a csv or tsv file with a header; broken bytes become surrogates, which `parse_row` refuses."""
+    csv.field_size_limit(2**31 - 1)  # of the process; the default refuses texts over 128 kB
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.DictReader(text, strict=True, delimiter=delimiter)
     check(reader.fieldnames or (), name)
