@@ -12,7 +12,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
 import fsspec
@@ -170,6 +170,8 @@ def _create(uri: str) -> Iterator[IO[bytes]]:
         file.close()
     except BaseException:
         file.discard()
+        with suppress(AttributeError):
+            file.closed = True  # or the destructor of a remote file flushes what was discarded
         raise
     file.commit()
 

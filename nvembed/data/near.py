@@ -257,8 +257,7 @@ def _verify(job: _Job, shard: int) -> None:
     sets: dict[int, np.ndarray] = {}
     for part in parts:
         assert own is not None
-        fs, path = storage.filesystem(part)
-        with fs.open(path, "rb") as file:
+        with storage.open_reader(part) as file:
             for batch in pq.ParquetFile(file).iter_batches(_BATCH_TEXTS):
                 first = _ragged(batch.column("hashes"))
                 numbers = zip(batch.column("first").to_pylist(), batch.column("second").to_pylist(), strict=True)

@@ -23,6 +23,7 @@ from nvembed import storage
 from nvembed.data.order import document_key, sample, text_key
 from nvembed.data.spread import run_tasks
 from nvembed.data.tables import document_text, read_rows, read_table
+from nvembed.retry import retried
 from nvembed.storage import UserError
 from nvembed.text.config import TextConfig
 
@@ -127,6 +128,7 @@ def lay_out_shards(job: Job, num_shards: int) -> None:
     run_tasks(functools.partial(lay_out_shard, job), num_shards, "shards of the stream")
 
 
+@retried
 def lay_out_shard(job: Job, shard: int) -> None:
     """Join, count tokens, write: one shard, one row group per step."""
     plan = read_table(plan_uri(job.work_uri, shard))

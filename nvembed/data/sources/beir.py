@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import IO, Any
 
-import fsspec
-
 from nvembed import storage
 from nvembed.data.config import BeirSource
 from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, is_unicode, split_by_hash
@@ -130,7 +128,7 @@ def _judgements(
     """Scores by query and document of a qrels file."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
     name = "qrels/" + uri.rsplit("/", 1)[-1]
-    with fsspec.open(uri, "rb") as file:
+    with storage.open_reader(uri) as file:
         for number, fields in _json_fields(file, name) if uri.endswith(".jsonl") else _fields(file):
             rejects.rows += 1
             if len(fields) != 3:

@@ -31,6 +31,7 @@ from nvembed.data.sources.rows import (
     require_every_split,
     rows_of_records,
 )
+from nvembed.retry import retried
 from nvembed.storage import UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -83,6 +84,7 @@ def rows_of_task(raw_rows: Iterable[RawRow], config: RowSource) -> SourceRows:
     return rows
 
 
+@retried
 def _expand(uri: str) -> list[str]:
     """URIs of the files a pattern or a folder names."""
     fs, path = storage.filesystem(uri)
@@ -110,13 +112,15 @@ def _kind(name: str) -> str | None:
 @contextmanager
 def open_bytes(uri: str) -> Iterator[IO[bytes]]:
     """A file, uncompressed by its ending."""
-    if not uri.endswith(".zst"):
-        with fsspec.open(uri, "rb", compression="infer") as file:
+    with storage.open_reader(uri) as file:
+        if uri.endswith(".zst"):  # fsspec needs one more package for it, which Arrow brings along
+            with pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd") as stream:
+                yield cast(IO[bytes], io.BufferedReader(stream, 1 << 20))
+        elif (kind := fsspec.utils.infer_compression(uri)) is not None:
+            with fsspec.compression.compr[kind](file, mode="rb") as stream:
+                yield stream
+        else:
             yield file
-        return
-    # fsspec needs one more package for zstd, which Arrow brings along
-    with fsspec.open(uri, "rb") as file, pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd") as stream:
-        yield cast(IO[bytes], io.BufferedReader(stream, 1 << 20))
 
 
 def read_file(uri: str, check: CheckColumns = check_columns) -> Iterator[RawRow]:
@@ -130,7 +134,7 @@ def read_file(uri: str, check: CheckColumns = check_columns) -> Iterator[RawRow]
         listed = f"{', '.join(FORMATS)}, each but parquet also with {', '.join(COMPRESSIONS)}"
         raise UserError(f"{uri}: unknown kind of file. Known endings: {listed}.")
     if kind == ".parquet":
-        with fsspec.open(uri, "rb") as file:
+        with storage.open_reader(uri) as file:
             yield from _parquet_rows(file, name, check)
         return
     with open_bytes(uri) as file:
