@@ -176,7 +176,7 @@ def _whole(uri: str) -> Iterator[IO[bytes]]:
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     local = storage.is_local(uri)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    file = open(temporary, "wb") if local else fs.open(path, "wb", autocommit=False)  # noqa: SIM115
+    file: Any = open(temporary, "wb") if local else fs.open(path, "wb", autocommit=False)  # noqa: SIM115
     try:
         yield file
         file.close()
