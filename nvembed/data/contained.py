@@ -44,8 +44,8 @@ def contained_pairs(texts: TextShards, words: int, *, sides: Sides) -> np.ndarra
     if not len(texts.side):
         return np.zeros((0, 2), np.int64)
     job = _Job(texts, words, sides)
-    run_tasks(functools.partial(_keys, job), texts.shards, "shards of queries")
-    run_tasks(functools.partial(_look, job), texts.shards, "shards of texts that may hold a query")
+    run_tasks(functools.partial(_keys, job), texts.shards, texts.uri, "shards of queries")
+    run_tasks(functools.partial(_look, job), texts.shards, texts.uri, "shards of texts that may hold a query")
     found = pa.concat_tables([read_table(part_uri(texts.uri, "contained", shard)) for shard in range(texts.shards)])
     for folder in ("queries", "contained"):
         storage.remove(storage.join(texts.uri, folder))

@@ -103,7 +103,7 @@ def near_pairs(texts: TextShards, config: NearCopyConfig, *, sides: Sides, seed:
         return NearPairs(np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
     job = _Job(texts.uri, texts.shards, texts.shard_rows, config, sides, seed)
     for task in (_sketch, _pair, _fetch, _verify):
-        run_tasks(functools.partial(task, job), texts.shards, f"shards of near copies ({task.__name__[1:]})")
+        run_tasks(functools.partial(task, job), texts.shards, job.uri, f"shards of near copies ({task.__name__[1:]})")
     hashed = [read_table(part_uri(job.uri, "hashes", shard), ["digest"]) for shard in range(job.shards)]
     found = [read_table(part_uri(job.uri, "found", shard)) for shard in range(job.shards)]
     pairs = np.stack([pa.concat_tables(found).column(name).to_numpy() for name in _PAIRS.names], axis=1)

@@ -9,18 +9,22 @@ from collections.abc import Callable
 
 import numpy as np
 
+from nvembed import storage
+
 logger = logging.getLogger(__name__)
 
 
-def run_tasks(work: Callable[[int], None], count: int, what: str) -> None:
+def run_tasks(work: Callable[[int], None], count: int, uri: str, what: str) -> None:
     """Call `work` with 0 .. count - 1.
 
     Args:
         work: picklable; what it does depends on its number and on files alone, so it may run anywhere, and twice.
+        uri: where the files lie; those in this process' memory are nobody else's.
         what: named in the log, in the plural.
     """
     ray = sys.modules.get("ray")  # not imported means not connected
-    if count <= 1 or ray is None or not ray.is_initialized():
+    here = storage.filesystem(uri)[0].protocol == "memory"
+    if count <= 1 or here or ray is None or not ray.is_initialized():
         for number in range(count):
             work(number)
         return

@@ -125,7 +125,7 @@ def shard_uri(work_uri: str, shard: int) -> str:
 
 def lay_out_shards(job: Job, num_shards: int) -> None:
     """Write every shard whose plan was written; order and bytes do not depend on who does it."""
-    run_tasks(functools.partial(lay_out_shard, job), num_shards, "shards of the stream")
+    run_tasks(functools.partial(lay_out_shard, job), num_shards, job.work_uri, "shards of the stream")
 
 
 @retried

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,13 @@ from nvembed.data.near import Text, near_pairs, write_texts
 
 CONFIG = NearCopyConfig()
 TEXT = st.text(st.sampled_from("ab .é日\U0001f916"), max_size=30)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests may have started Ray, which takes longer than these small tasks."""
+    if "ray_session" not in request.fixturenames:
+        monkeypatch.setattr("nvembed.data.spread.sys", SimpleNamespace(modules={}))
 
 
 def some_texts(count: int, seed: int) -> list[str]:
@@ -166,6 +174,7 @@ def test_contained_queries_are_all_found(
         assert len(found) == len(np.unique(found, axis=0))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ray_data_finds_the_same(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
