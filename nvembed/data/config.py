@@ -145,11 +145,11 @@ class DecontaminateConfig(Config):
     """Evaluation sets whose texts must not be trained on; compared are training queries and their positives with their
     held-out queries and those queries' positives.
 
-    A leak is a near copy (as `near_copies` says), or a held-out query inside a training text, or the reverse.
+    A leak is a near copy (as `near_copies` says), or a held-out query inside a training text, or the reverse (as
+    `contained_words` says).
     """
 
     against: tuple[SourceConfig, ...] = Field(min_length=1, description="Only their held-out sides are read.")
-    contained_words: int = Field(8, ge=1, description="Shorter queries are not looked for inside other texts.")
     on_leak: Literal["fail", "drop"] = Field("fail", description="drop: leave leaking training examples out.")
     allow: tuple[str, ...] = Field((), description="Training sets whose leaks are counted and kept.")
 
@@ -160,6 +160,12 @@ class PrepareConfig(Config):
     sources: tuple[SourceConfig, ...]
     seed: int = 0
     near_copies: NearCopyConfig = NearCopyConfig()
+    contained_words: int | None = Field(
+        8,
+        ge=1,
+        description="A query of so many words or more that stands whole in a text of another side is as bad as a near "
+        "copy; null: not looked for.",
+    )
     deduplicate: DeduplicateConfig | None = None
     decontaminate: DecontaminateConfig | None = None
     max_reject_share: float = Field(0.05, ge=0, le=1, description="More malformed rows than this fail the step.")

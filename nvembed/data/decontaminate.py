@@ -27,6 +27,7 @@ from nvembed.storage import UserError
 from nvembed.types import TaskType, TrainingExample
 
 TRAIN, DEV, TEST, EVALUATION = 0, 1, 2, 3
+_ASCENDING = ((TRAIN, DEV), (TRAIN, TEST), (DEV, TEST))
 _SIDES = {"train": TRAIN, "dev": DEV, "test": TEST}
 
 
@@ -68,12 +69,18 @@ class _Owned:
 
 
 def drop_near_copies(
-    datasets: dict[str, SourceRows], config: NearCopyConfig, work_uri: str | None = None
+    datasets: dict[str, SourceRows],
+    config: NearCopyConfig,
+    work_uri: str | None = None,
+    contained_words: int | None = None,
 ) -> dict[str, int]:
     """Drop, in place, dev examples that nearly copy test ones and train examples that nearly copy any held-out one.
 
     Compared are queries and, where a data set keeps its documents apart too, positives; across all data sets at once.
     Where documents stand apart, given negatives of train examples that are held-out positives go too.
+
+    Args:
+        contained_words: a query of at least so many words that stands whole in a text of the other side counts too.
 
     Returns:
         Examples dropped, by data set.
@@ -81,12 +88,17 @@ def drop_near_copies(
     owned = _Owned()
     with _working_folder(work_uri) as uri:
         shards = write_texts(owned.texts(datasets, ("test", "dev", "train")), uri)
-        found = near_pairs(shards, config, sides=((TRAIN, DEV), (TRAIN, TEST), (DEV, TEST)))
-    copied = _copied(found, shards.side, lambda lower, higher: (lower == DEV) & (higher == TEST))
+        found = near_pairs(shards, config, sides=_ASCENDING)
+        contained = np.zeros((0, 2), np.int64)
+        if contained_words is not None:
+            contained = contained_pairs(shards, contained_words, sides=(*_ASCENDING, *((b, a) for a, b in _ASCENDING)))
+    side_N = shards.side
+    contained = np.where((side_N[contained[:, 0]] < side_N[contained[:, 1]])[:, None], contained, contained[:, ::-1])
+    copied = _copied(found, contained, side_N, lambda lower, higher: (lower == DEV) & (higher == TEST))
     gone = {owned.owners[number] for number in np.flatnonzero(copied)}
     # what a dev example copied only matters to training while the example stays
     stays = np.array([owner not in gone for owner in owned.owners], bool)
-    copied = _copied(found, shards.side, lambda lower, higher: lower == TRAIN, stays)
+    copied = _copied(found, contained, side_N, lambda lower, higher: lower == TRAIN, stays)
     gone |= {owned.owners[number] for number in np.flatnonzero(copied)}
     dropped = Counter(name for name, _, _ in gone)
     for name, rows in datasets.items():
@@ -100,6 +112,7 @@ def drop_near_copies(
 
 def _copied(
     found: NearPairs,
+    contained: np.ndarray,
     side_N: np.ndarray,
     chosen: Callable[[np.ndarray, np.ndarray], np.ndarray],
     stays_N: np.ndarray | None = None,
@@ -107,18 +120,18 @@ def _copied(
     """bool [N]: texts that copy one of a higher side, of the pairs of sides that are chosen.
 
     Args:
+        contained: int64 [K, 2], further pairs, of any texts.
         stays_N: whether a text still counts as one to be copied.
     """
-    flags = np.zeros(len(side_N), bool)
-    if not len(found.pairs):
-        return flags
+    stays_N = np.ones(len(side_N), bool) if stays_N is None else stays_N
+    alive, near = np.zeros(len(side_N), bool), np.zeros(len(side_N), bool)
+    alive[found.first_same[stays_N]] = True
     pairs = found.pairs[chosen(side_N[found.pairs[:, 0]], side_N[found.pairs[:, 1]])]
-    if stays_N is not None:
-        alive = np.zeros(len(side_N), bool)
-        alive[found.first_same[stays_N]] = True
-        pairs = pairs[alive[pairs[:, 1]]]
-    flags[pairs[:, 0]] = True
-    return flags[found.first_same]
+    near[pairs[alive[pairs[:, 1]], 0]] = True
+    flags = near[found.first_same]
+    pairs = contained[chosen(side_N[contained[:, 0]], side_N[contained[:, 1]])]
+    flags[pairs[stays_N[pairs[:, 1]], 0]] = True
+    return flags
 
 
 def count_left(datasets: dict[str, SourceRows], config: NearCopyConfig, work_uri: str | None = None) -> dict[str, int]:
@@ -128,7 +141,7 @@ def count_left(datasets: dict[str, SourceRows], config: NearCopyConfig, work_uri
     with _working_folder(work_uri) as uri:
         shards = write_texts(owned.texts(datasets, ("test", "dev", "train")), uri)
         found = near_pairs(shards, config, sides=((TRAIN, DEV), (TRAIN, TEST)), seed=2)
-    copied = _copied(found, shards.side, lambda lower, higher: lower == TRAIN)
+    copied = _copied(found, np.zeros((0, 2), np.int64), shards.side, lambda lower, higher: lower == TRAIN)
     left = Counter(name for name, _, _ in {owned.owners[number] for number in np.flatnonzero(copied)})
     return {name: left[name] for name in datasets}
 
@@ -209,7 +222,7 @@ def find_leaks(
     datasets: Mapping[str, SourceRows],
     evaluation: Mapping[str, SourceRows],
     near: NearCopyConfig,
-    contained_words: int,
+    contained_words: int | None,
     work_uri: str | None = None,
 ) -> Leaks:
     """Compare training queries and positives with held-out queries and their positives of the evaluation sets."""
@@ -220,7 +233,9 @@ def find_leaks(
         )
         shards = write_texts(given, uri)
         copies = near_pairs(shards, near, sides=((TRAIN, EVALUATION),))
-        contained = contained_pairs(shards, contained_words, sides=((TRAIN, EVALUATION), (EVALUATION, TRAIN)))
+        contained = np.zeros((0, 2), np.int64)
+        if contained_words is not None:
+            contained = contained_pairs(shards, contained_words, sides=((TRAIN, EVALUATION), (EVALUATION, TRAIN)))
     leaks = Leaks()
     _count(leaks, leaks.near, _expanded(copies), owned)
     swapped = shards.side[contained[:, 0]] == EVALUATION

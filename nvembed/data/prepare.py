@@ -56,7 +56,7 @@ def _build(config: PrepareConfig, inputs: Mapping[str, Artifact], work_uri: str)
     for source in config.sources:
         datasets[source.name] = _read(source, config, work_uri)
     duplicates = {name: _deduplicate(rows, config, work_uri) for name, rows in datasets.items()}
-    dropped = decontaminate.drop_near_copies(datasets, config.near_copies, work_uri)
+    dropped = decontaminate.drop_near_copies(datasets, config.near_copies, work_uri, config.contained_words)
     leaks = _settle_leaks(datasets, config, work_uri)
     for source in config.sources:
         rows = datasets[source.name]
@@ -85,7 +85,7 @@ def _build(config: PrepareConfig, inputs: Mapping[str, Artifact], work_uri: str)
     )
 
 
-PREPARE = Step("prepare", 2, _build)
+PREPARE = Step("prepare", 3, _build)
 
 
 def _check_names(config: PrepareConfig) -> None:
@@ -143,7 +143,7 @@ def _settle_leaks(datasets: dict[str, SourceRows], config: PrepareConfig, work_u
         logger.info(
             "evaluation set %s: %d held-out examples", source.name, sum(len(rows.examples[s]) for s in HELD_OUT)
         )
-    leaks = decontaminate.find_leaks(datasets, evaluation, config.near_copies, asked.contained_words, work_uri)
+    leaks = decontaminate.find_leaks(datasets, evaluation, config.near_copies, config.contained_words, work_uri)
     dropped = decontaminate.settle_leaks(datasets, leaks, asked)
     found = {name: {"leaks": leaks.of(name), "leaks_dropped": dropped[name]} for name in datasets}
     for name, row in found.items():

@@ -96,3 +96,31 @@ def test_jaccard_of_shingles(a: str, b: str, words: int) -> None:
     assert first and 0 <= jaccard(first, second) <= 1
     assert jaccard(first, second) == jaccard(second, first)
     assert (jaccard(first, second) == 1) == (first == second)
+
+
+def test_queries_inside_other_texts_leave_too() -> None:
+    """A test query inside a train document, a train query inside a test document; too short ones stay."""
+    data = rows(documents_split=True)
+    clean = drop_near_copies({"set": rows(documents_split=True)}, CONFIG)["set"]
+    holds, held = " ".join(sentence(30).split()[:9]), sentence(1035).split()
+    data.examples["test"].append(example("inner", holds, "test39"))
+    data.documents.append(Document("around", "", f"before {sentence(30).upper()} after"))
+    data.examples["train"] += [
+        example("outer", "some other words of a query that nobody has", "around"),
+        example("within", " ".join(held[10:19]), "train50"),
+        example("short", " ".join(held[10:17]), "train51"),
+    ]
+    assert drop_near_copies({"set": data}, CONFIG, contained_words=8) == {"set": clean + 2}
+    left = {row.id for row in data.examples["train"]}
+    assert "short" in left and not {"outer", "within"} & left
+
+
+def test_a_dev_example_that_leaves_takes_nothing_with_it() -> None:
+    """Dev copies test and leaves; a train example that copied only the dev example stays."""
+    data = rows(documents_split=False)
+    copied = " ".join(sentence(888).split()[:30])
+    data.examples["dev"] = [example("d", f"{copied} {sentence(3)}", "train2")]
+    data.examples["test"] = [example("t", sentence(3), "test3")]
+    data.examples["train"] = [example("copy", copied, "train1")]
+    assert drop_near_copies({"set": data}, CONFIG, contained_words=8) == {"set": 1}
+    assert data.examples["dev"] == [] and [row.id for row in data.examples["train"]] == ["copy"]
