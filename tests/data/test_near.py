@@ -114,7 +114,7 @@ def test_pairs_are_those_of_datasketch_confirmed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sides", [((0, 0),), ((0, 1), (0, 2), (1, 2))])
-@pytest.mark.parametrize("shard_rows", [7, 64, 1000])
+@pytest.mark.parametrize("shard_rows", [30, 64, 1000])
 def test_any_number_of_shards_finds_what_all_against_all_finds(
     tmp_path: Path, shard_rows: int, sides: tuple[tuple[int, int], ...]
 ) -> None:
