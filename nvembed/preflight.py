@@ -23,6 +23,13 @@ class PreflightError(RuntimeError):
     """This machine lacks something the recipe needs. Exit code 3."""
 
 
+def all_sources(recipe: Recipe) -> Iterator[tuple[str, SourceConfig]]:
+    """Every source that `prepare` reads, with its section: the data sets, then evaluation sets they must not share."""
+    against = recipe.prepare.decontaminate.against if recipe.prepare.decontaminate is not None else ()
+    for name, sources in (("sources", recipe.prepare.sources), ("decontaminate.against", against)):
+        yield from ((f"prepare.{name}.{index}", source) for index, source in enumerate(sources))
+
+
 def needed_packages(recipe: Recipe) -> dict[str, list[str]]:
     """Distributions beyond nvembed's own dependencies, each with the recipe's sections that want it."""
     found: dict[str, list[str]] = {}
@@ -32,8 +39,8 @@ def needed_packages(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def _wanted(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    for index, source in enumerate(recipe.prepare.sources):
-        yield from ((package, f"prepare.sources.{index}") for package in _source(source))
+    for section, source in all_sources(recipe):
+        yield from ((package, section) for package in _source(source))
     if recipe.initialise is not None:
         yield from ((package, "initialise.backbone") for package in _backbone(recipe.initialise.backbone))
     if recipe.stage_1 is not None:

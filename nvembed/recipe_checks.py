@@ -24,6 +24,7 @@ def check(found: Sections, document: Document) -> list[Problem]:
     wrong = [
         *_datasets(document),
         *_instructions(document),
+        *_leaks(found, document),
         *_backbone(found),
         *_student(found),
         *_mining(found),
@@ -101,6 +102,14 @@ def _instructions(document: Document) -> Found:
         yield ("prepare", "sources", index, "instruction"), message
 
 
+def _leaks(found: Sections, document: Document) -> Found:
+    names = [name for _, name in _source_names(document)]
+    for index, name in enumerate(_attribute(found, ("prepare", "decontaminate", "allow")) or ()):
+        if names and name not in names:
+            path: Path = ("prepare", "decontaminate", "allow", index)
+            yield path, f"no data set of this name.{nearest(name, names)} prepare.sources has: {', '.join(names)}."
+
+
 def _weights(stage: str, found: Sections, document: Document) -> Found:
     weights = _attribute(found, (stage, "stream", "weights"))
     names = [name for _, name in _source_names(document)]
@@ -112,6 +121,9 @@ def _weights(stage: str, found: Sections, document: Document) -> Found:
             yield path, f"no data set of this name.{nearest(name, names)} prepare.sources has: {', '.join(names)}."
         if not 0 < weight < float("inf"):
             yield path, f"{weight}: must be a number above 0; leave the data set out instead"
+    for name in _attribute(found, (stage, "stream", "caps")) or {}:
+        if name not in weights:
+            yield (stage, "stream", "caps", name), f"not among {stage}.stream.weights.{nearest(name, list(weights))}"
 
 
 def _floors(found: Sections, document: Document) -> Found:

@@ -8,10 +8,10 @@ refused with the difference; what has no manifest is never read as a result.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
-import subprocess
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -23,7 +23,8 @@ import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from nvembed.formats import check_format, stamp, with_defaults
+from nvembed.formats import check_format, git_revision, stamp, with_defaults
+from nvembed.retry import RetriedFile, retried
 from nvembed.types import Artifact, Config, UserError
 
 logger = logging.getLogger(__name__)
@@ -78,18 +79,21 @@ def join(uri: str, *parts: str) -> str:
     return "/".join((uri.rstrip("/"), *parts))
 
 
+@retried
 def exists(uri: str) -> bool:
     """Whether something is at the URI."""
     fs, path = filesystem(uri)
     return bool(fs.exists(path))
 
 
+@retried
 def make_directory(uri: str) -> None:
     """Create a directory and its parents."""
     fs, path = filesystem(uri)
     fs.makedirs(path, exist_ok=True)
 
 
+@retried
 def remove(uri: str) -> None:
     """Delete a file or a tree that this run made; nothing happens if it is not there."""
     fs, path = filesystem(uri)
@@ -97,6 +101,7 @@ def remove(uri: str) -> None:
         fs.rm(path, recursive=True)
 
 
+@retried
 def list_directory(uri: str) -> list[str]:
     """Names directly under a URI, sorted; empty if it does not exist."""
     fs, path = filesystem(uri)
@@ -106,6 +111,7 @@ def list_directory(uri: str) -> list[str]:
     return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
 
 
+@retried
 def read_bytes(uri: str) -> bytes:
     """Contents of a file."""
     fs, path = filesystem(uri)
@@ -114,6 +120,15 @@ def read_bytes(uri: str) -> bytes:
     return data
 
 
+@retried
+def open_reader(uri: str) -> io.BufferedReader:
+    """A file to read, seekable; from a remote store a read that fails for a while is repeated."""
+    fs, path = filesystem(uri)
+    file = fs.open(path, "rb")
+    return io.BufferedReader(file if isinstance(fs, LocalFileSystem) else RetriedFile(file), _CHUNK)
+
+
+@retried
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file atomically: readers see the old contents or the new, never a part (local: temp file + rename)."""
     fs, path = filesystem(uri)
@@ -144,6 +159,7 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
+@retried
 def checksum(uri: str) -> str:
     """xxh3-128 of a file's bytes, as hex: finds corruption; it is not a defence against an attacker."""
     digest = xxhash.xxh3_128()
@@ -159,6 +175,7 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()).hexdigest()
 
 
+@retried
 def describe_files(uri: str) -> dict[str, dict[str, Any]]:
     """`{relative path: {size, xxh3_128}}` of everything under a directory but working files and the manifest."""
     fs, root = filesystem(uri)
@@ -174,6 +191,7 @@ def describe_files(uri: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+@retried
 def verify_files(uri: str, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Check sizes and checksums of a directory's files.
 
@@ -375,21 +393,3 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def _shown(value: Any) -> str:
     return "(none)" if value is _ABSENT else json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)
-
-
-def git_revision(folder: Path | None = None) -> str | None:
-    """Revision of a checkout (by default the one this package runs from), `-dirty` added when it has changes.
-
-    None outside a checkout. Writes nothing: `git describe --dirty` would refresh git's index.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", *arguments]
-        place = folder or Path(__file__).parent
-        return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        revision = git("rev-parse", "HEAD")
-        return f"{revision}-dirty" if git("status", "--porcelain", "--untracked-files=no") else revision
-    except (OSError, subprocess.SubprocessError):
-        return None

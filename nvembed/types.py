@@ -37,6 +37,11 @@ class TaskType(enum.StrEnum):
         """True where query and document are the same kind of text, so both carry the instruction (NV-Embed 4.2)."""
         return self is not TaskType.RETRIEVAL
 
+    @property
+    def labelled(self) -> bool:
+        """True where examples are texts with a class: classification and clustering."""
+        return self in (TaskType.CLASSIFICATION, TaskType.CLUSTERING)
+
 
 @dataclass(frozen=True)
 class ScoredId:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvembed.plan.sizes import stage_sizes
+from nvembed.preflight import needed_packages
 from nvembed.recipe import Recipe, RecipeError, load_recipe, resolved_yaml
 from nvembed.recipe_text import dotted, override, parse
 from nvembed.storage import UserError
@@ -61,7 +62,7 @@ def test_all_problems_are_told_at_once_with_their_lines(tiny: Path) -> None:
     }
     said = problems(tiny)
     for line, text in [
-        (lines["seed"], "prepare.sed: unknown key. Did you mean 'seed'? Allowed here: max_reject_share, near_copies,"),
+        (lines["seed"], "prepare.sed: unknown key. Did you mean 'seed'? Allowed here: "),
         (lines["type"], "prepare.sources.1.type: 'hpo_retrival': allowed: cwe, hpo_retrieval,"),
         (
             lines["literal"],
@@ -237,3 +238,19 @@ def test_an_override_writes_exactly_one_value(path: list[str], value: int) -> No
     assert document.get(tuple(path)) == value
     assert str(document.position(tuple(path))) == f"--set {dotted(tuple(path))}={value}"
     assert document.data["z"] == 3
+
+
+def test_caps_and_allowed_leaks_name_data_sets(tiny: Path) -> None:
+    source = "{type: beir, name: benchmark, instruction: web_search, uri: nowhere}"
+    said = problems(
+        tiny, "stage_1.stream.caps={cwee: 5}", f"prepare.decontaminate={{against: [{source}], allow: [hpoo]}}"
+    )
+    assert any("stage_1.stream.caps.cwee: not among stage_1.stream.weights. Did you mean 'cwe'?" in one for one in said)
+    assert any("prepare.decontaminate.allow.0: no data set of this name. Did you mean 'hpo'?" in one for one in said)
+    assert len(said) == 2
+
+
+def test_evaluation_sets_are_looked_for_before_the_run(tiny: Path) -> None:
+    source = "{type: cwe, name: benchmark, instruction: cwe}"
+    recipe = load_recipe(str(tiny), [f"prepare.decontaminate={{against: [{source}]}}", "prepare.sources.0.type=cwe"])
+    assert "prepare.decontaminate.against.0" in needed_packages(recipe)["cwe2"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from nvembed.data.config import BeirSource, FilesSource
-from nvembed.preflight import needed_packages
+from nvembed.preflight import all_sources, needed_packages
 from nvembed.recipe import Recipe
 from nvembed.retrieval.config import EncodeConfig, MinerConfig
 from nvembed.training.config import TrainConfig
@@ -108,8 +108,8 @@ def _place(name: str) -> str:
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    for index, source in enumerate(recipe.prepare.sources):
+    for section, source in all_sources(recipe):
         if isinstance(source, BeirSource):
-            yield f"prepare.sources.{index}", source.uri
+            yield section, source.uri
         elif isinstance(source, FilesSource):
-            yield from ((f"prepare.sources.{index}", uri) for uri in source.uris)
+            yield from ((section, uri) for uri in source.uris)

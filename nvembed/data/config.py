@@ -1,8 +1,8 @@
 """Configuration of sources, splits, and the training stream."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nvembed.types import Config
 
@@ -58,30 +58,58 @@ class OwnedSource(Source):
 
 
 class BeirSource(OwnedSource):
-    """A BEIR folder: corpus.jsonl, queries.jsonl, qrels/{train,dev,test}.tsv at any fsspec URI."""
+    """A BEIR folder at any fsspec URI: corpus.jsonl, queries.jsonl (also .gz, .zst), qrels/<split>.tsv with grades."""
 
     type: Literal["beir"] = "beir"
     uri: str
+    qrels: dict[Literal["train", "dev", "test"], tuple[str, ...]] | None = Field(
+        None, description="Side -> files under qrels/, without .tsv; null: train, dev, test as far as they are there."
+    )
 
 
-class FilesSource(OwnedSource):
-    """jsonl, csv or parquet rows: sentence-transformers columns (anchor/query, positive, negative[_n]) or FlagEmbedding
-    (query, pos[], neg[]). Split by hash of the query, and of the positive, so that neither stands on both sides."""
+class RowSource(OwnedSource):
+    """Rows with columns: what they mean is `task`, their shape is told by the columns' names.
+
+    retrieval: sentence-transformers (anchor/query, positive, negative[_n]), FlagEmbedding (query, pos[], neg[]) or
+    Tevatron (query, positive_passages[], negative_passages[]). classification, clustering: text, label (label_text).
+    sts: sentence1, sentence2, score.
+    """
+
+    task: Literal["retrieval", "classification", "clustering", "sts"] = "retrieval"
+    columns: dict[str, str] = Field({}, description="Our column -> theirs, where theirs has another name.")
+    positives_from: Literal["examples", "labels"] = Field(
+        "examples",
+        description="Classes and clusters: another text of the class (NV-Embed v2 4.3), or the label's own text (v1).",
+    )
+    label_texts: dict[str, str] = Field({}, description="Label -> text that is embedded for it; others stand for it.")
+    score_range: tuple[float, float] = Field((0.0, 1.0), description="sts: scores that mean 0 and 1 in the source.")
+    test_share: float = Field(0.1, gt=0, lt=0.5)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.task in ("retrieval", "sts") and (self.positives_from == "labels" or self.label_texts):
+            raise ValueError(f"positives_from and label_texts are for classes and clusters, not for task {self.task}")
+        if not self.score_range[0] < self.score_range[1]:
+            raise ValueError(f"score_range {list(self.score_range)}: give the lowest score first, then the highest")
+        return self
+
+
+class FilesSource(RowSource):
+    """jsonl, csv, tsv (also .gz, .zst, ...), parquet files, or folders of them, at any fsspec URI. Split by hash of the
+    texts: rows that share a query or a positive stand on one side."""
 
     type: Literal["files"] = "files"
     uris: tuple[str, ...]
-    test_share: float = Field(0.1, gt=0, lt=0.5)
 
 
-class HubSource(OwnedSource):
-    """A data set on the Hugging Face hub with sentence-transformers columns, read by `datasets`; no remote code."""
+class HubSource(RowSource):
+    """A data set on the Hugging Face hub, or a folder written by `save_to_disk` at any fsspec URI; no remote code."""
 
     type: Literal["hub"] = "hub"
     path: str
     config_name: str | None = None
     split: str = "train"
     revision: str | None = None
-    test_share: float = Field(0.1, gt=0, lt=0.5)
 
 
 SourceConfig = Annotated[
@@ -105,13 +133,43 @@ class NearCopyConfig(Config):
     shingle_words: int = Field(3, ge=1)
 
 
+class DeduplicateConfig(NearCopyConfig):
+    """Near duplicates inside each data set: of a group of documents the first by id stays and takes over what the
+    others answered; of a group of training queries the first stays."""
+
+    queries: bool = True
+    documents: bool = True
+
+
+class DecontaminateConfig(Config):
+    """Evaluation sets whose texts must not be trained on; compared are training queries and their positives with their
+    held-out queries and those queries' positives.
+
+    A leak is a near copy (as `near_copies` says), or a held-out query inside a training text, or the reverse (as
+    `contained_words` says).
+    """
+
+    against: tuple[SourceConfig, ...] = Field(min_length=1, description="Only their held-out sides are read.")
+    on_leak: Literal["fail", "drop"] = Field("fail", description="drop: leave leaking training examples out.")
+    allow: tuple[str, ...] = Field((), description="Training sets whose leaks are counted and kept.")
+
+
 class PrepareConfig(Config):
     """The `prepare` step."""
 
     sources: tuple[SourceConfig, ...]
     seed: int = 0
     near_copies: NearCopyConfig = NearCopyConfig()
+    contained_words: int | None = Field(
+        8,
+        ge=1,
+        description="A query of so many words or more that stands whole in a text of another side is as bad as a near "
+        "copy; null: not looked for.",
+    )
+    deduplicate: DeduplicateConfig | None = None
+    decontaminate: DecontaminateConfig | None = None
     max_reject_share: float = Field(0.05, ge=0, le=1, description="More malformed rows than this fail the step.")
+    long_characters: int = Field(2048, ge=1, description="Longer texts count as long; about 512 English tokens.")
 
 
 class StreamConfig(Config):
@@ -119,9 +177,14 @@ class StreamConfig(Config):
 
     Each example's (optimiser step, slot) is a pure function of the input manifests, the weights and the seed.
     `batching`: "homogeneous" takes each global batch from one data set, "blended" mixes all (NV-Embed stage 2).
+
+    The share of a data set is weight x n ** size_exponent, n its usable examples after its cap: 0 takes the weights as
+    they are, 1 makes every example equally frequent, between them small sets are raised (temperature sampling).
     """
 
     weights: dict[str, float] = Field(min_length=1, description="data set -> share of the examples")
+    caps: dict[str, int] = Field({}, description="data set -> examples of it that are used at most, by seeded hash")
+    size_exponent: float = Field(0.0, ge=0, le=1)
     steps: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
     num_negatives: int = Field(1, ge=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 
 from nvembed.data.sources.base import SourceRows, stable_hash
@@ -13,7 +14,7 @@ from nvembed.types import ScoredId, TaskType, TrainingExample
 def unique_texts(rows: SourceRows) -> None:
     """Make texts unique, in place: equal documents become one, and so do equal queries of one split.
 
-    A query that stands in several splits stays in the most held-out one only (test, then dev). For classification,
+    A query that stands in several splits stays in the most held-out one only (test, then dev). For classes,
     where the text is the item, equal texts with different labels keep the first by id.
     """
     canonical: dict[tuple[str, str], str] = {}
@@ -25,15 +26,26 @@ def unique_texts(rows: SourceRows) -> None:
     for split in reversed(SPLITS):
         merged: dict[object, TrainingExample] = {}
         for example in sorted(rows.examples[split], key=lambda row: row.id):
-            if rows.task is TaskType.CLASSIFICATION and renamed[example.id] != example.id:
+            if rows.task.labelled and renamed[example.id] != example.id:
                 continue
             moved = _renamed(example, renamed)
             key = _key(moved)
-            if key in taken or not (moved.positives or rows.task is TaskType.CLASSIFICATION):
+            if key in taken or not (moved.positives or rows.task.labelled):
                 continue
             merged[key] = _merge(merged[key], moved) if key in merged else moved
         taken |= merged.keys()
         rows.examples[split] = list(merged.values())
+
+
+def merge_documents(rows: SourceRows, renamed: Mapping[str, str]) -> None:
+    """Leave out documents that another one stands for, in place; examples then name that one.
+
+    Args:
+        renamed: for every document the id that stands for it, which stands for itself.
+    """
+    rows.documents = [row for row in rows.documents if renamed[row.id] == row.id]
+    for split in SPLITS:
+        rows.examples[split] = [_renamed(example, renamed) for example in rows.examples[split]]
 
 
 def _rank(split: str | None) -> int:
@@ -45,7 +57,7 @@ def _key(example: TrainingExample) -> object:
     return (example.query, example.positives[0].id) if example.task is TaskType.STS else example.query
 
 
-def _renamed(example: TrainingExample, renamed: dict[str, str]) -> TrainingExample:
+def _renamed(example: TrainingExample, renamed: Mapping[str, str]) -> TrainingExample:
     positives = {renamed[item.id]: item.score for item in reversed(example.positives)}
     negatives = {renamed[item.id]: item.score for item in reversed(example.negatives)}
     return replace(

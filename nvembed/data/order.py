@@ -7,7 +7,7 @@ Nothing here knows the number of steps or of ranks: a longer stream begins with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,6 +106,15 @@ class Sequencer:
 
     def _place(self, example: int) -> int:
         return draw(len(self._positives[example]), int(self._keys[example]), self._seed, self._epoch)
+
+
+def mixture(weights: Mapping[str, float], sizes: Mapping[str, int], exponent: float) -> dict[str, float]:
+    """Share of each data set, not yet divided by their sum: weight x size ** exponent.
+
+    Exponent 0 takes the weights as they are, 1 makes every example equally frequent under equal weights; between
+    them small sets are drawn more often than their size, large ones less (temperature sampling, T = 1 / exponent).
+    """
+    return {name: weight * float(max(sizes[name], 1)) ** exponent for name, weight in weights.items()}
 
 
 def interleave(shares: Sequence[float]) -> Iterator[int]:

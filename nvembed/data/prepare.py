@@ -2,8 +2,9 @@
 
     <prepare>/<dataset>/corpus.parquet  examples-{train,dev,test}.parquet  [rejects.jsonl]
 
-Order: read all sources; make texts unique; cap the held-out sides; drop near copies of them from training; cap
-training; fit the corpus under its cap. Every choice is by hash of ids and the seed, so it depends on nothing else.
+Order: read all sources; make texts unique; cap the held-out sides; drop duplicates inside a set (where asked); drop
+near copies of the held-out sides from training; settle leaks of evaluation sets (where given); cap training; fit the
+corpus under its cap. Every choice is by hash of ids and the seed, so it depends on nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from nvembed import storage
 from nvembed.data import decontaminate
 from nvembed.data.config import PrepareConfig, SourceConfig
@@ -27,7 +30,7 @@ from nvembed.data.sources.files import read_files
 from nvembed.data.sources.hpo import read_hpo_classes, read_hpo_retrieval, read_hpo_similarity
 from nvembed.data.sources.hub import read_hub
 from nvembed.data.sources.stdlib_code import read_stdlib_code
-from nvembed.data.tables import HELD_OUT, SPLITS, corpus_table, examples_table, write_table
+from nvembed.data.tables import HELD_OUT, SPLITS, corpus_table, document_text, examples_table, write_table
 from nvembed.storage import Step, StepResult, UserError
 from nvembed.text.instructions import instruction_prefix
 from nvembed.types import Artifact, TaskType
@@ -52,13 +55,15 @@ def _build(config: PrepareConfig, inputs: Mapping[str, Artifact], work_uri: str)
     datasets: dict[str, SourceRows] = {}
     for source in config.sources:
         datasets[source.name] = _read(source, config, work_uri)
-    dropped = decontaminate.drop_near_copies(datasets, config.near_copies)
+    duplicates = {name: _deduplicate(rows, config, work_uri) for name, rows in datasets.items()}
+    dropped = decontaminate.drop_near_copies(datasets, config.near_copies, work_uri, config.contained_words)
+    leaks = _settle_leaks(datasets, config, work_uri)
     for source in config.sources:
         rows = datasets[source.name]
         rows.examples["train"] = cap_examples(rows.examples["train"], source.max_train, config.seed)
         fit_corpus(rows, source.max_documents, config.seed)
         _check_sides(source, rows)
-    left = decontaminate.count_left(datasets, config.near_copies)
+    left = decontaminate.count_left(datasets, config.near_copies, work_uri)
     metrics: dict[str, dict[str, Any]] = {}
     for source in config.sources:
         name, rows = source.name, datasets[source.name]
@@ -66,8 +71,11 @@ def _build(config: PrepareConfig, inputs: Mapping[str, Artifact], work_uri: str)
         _write(rows, storage.join(work_uri, name))
         metrics[name] = {
             **_describe(rows, prefixes[name]),
+            "characters": _characters(rows, config.long_characters),
+            "duplicates_dropped": duplicates[name],
             "near_copies_dropped": dropped[name],
             "near_copies_left": left[name],
+            **leaks[name],
             "evaluation_hash": _evaluation_hash(storage.join(work_uri, name)),
         }
         logger.info(_line(name, metrics[name]))
@@ -77,10 +85,13 @@ def _build(config: PrepareConfig, inputs: Mapping[str, Artifact], work_uri: str)
     )
 
 
-PREPARE = Step("prepare", 2, _build)
+PREPARE = Step("prepare", 3, _build)
 
 
 def _check_names(config: PrepareConfig) -> None:
+    against = [] if config.decontaminate is None else [source.name for source in config.decontaminate.against]
+    if len(set(against)) < len(against):
+        raise UserError("prepare.decontaminate.against: names must differ.")
     names = [source.name for source in config.sources]
     twice = sorted({name for name in names if names.count(name) > 1})
     odd = [name for name in names if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name)]
@@ -110,6 +121,51 @@ def _read(source: SourceConfig, config: PrepareConfig, work_uri: str) -> SourceR
         rows.examples[split] = cap_examples(rows.examples[split], source.max_test, config.seed)
     logger.info("%s: read in %.1f s", source.name, time.perf_counter() - started)
     return rows
+
+
+def _deduplicate(rows: SourceRows, config: PrepareConfig, work_uri: str) -> dict[str, int]:
+    if config.deduplicate is None:
+        return {"documents": 0, "queries": 0}
+    return decontaminate.deduplicate(rows, config.deduplicate, work_uri)
+
+
+def _settle_leaks(datasets: dict[str, SourceRows], config: PrepareConfig, work_uri: str) -> dict[str, dict[str, Any]]:
+    """What the evaluation sets have in common with training; dropped or refused, as the recipe says."""
+    asked = config.decontaminate
+    if asked is None:
+        return {name: {} for name in datasets}
+    evaluation = {}
+    for source in asked.against:
+        rows = SOURCES[source.type](source)
+        rows.rejects.check(source.name, config.max_reject_share)
+        unique_texts(rows)
+        evaluation[source.name] = rows
+        logger.info(
+            "evaluation set %s: %d held-out examples", source.name, sum(len(rows.examples[s]) for s in HELD_OUT)
+        )
+    leaks = decontaminate.find_leaks(datasets, evaluation, config.near_copies, config.contained_words, work_uri)
+    dropped = decontaminate.settle_leaks(datasets, leaks, asked)
+    found = {name: {"leaks": leaks.of(name), "leaks_dropped": dropped[name]} for name in datasets}
+    for name, row in found.items():
+        if row["leaks"]:
+            logger.warning("%s: leaks of evaluation sets: %s; %d dropped", name, row["leaks"], dropped[name])
+    return found
+
+
+def _characters(rows: SourceRows, long: int) -> dict[str, dict[str, float]]:
+    """Lengths of queries and documents; `long_share` is the share of texts longer than `long` characters."""
+    queries = [len(example.query) for split in SPLITS for example in rows.examples[split]]
+    documents = [len(document_text(row.title, row.text)) for row in rows.documents]
+    found = {}
+    for role, lengths in (("queries", queries), ("documents", documents)):
+        length_N = np.array(lengths or [0])
+        found[role] = {
+            "mean": round(float(length_N.mean()), 1),
+            "p99": float(np.quantile(length_N, 0.99, method="lower")),
+            "max": float(length_N.max()),
+            "long_share": round(float((length_N > long).mean()), 6),
+        }
+    return found
 
 
 def _check_sides(source: SourceConfig, rows: SourceRows) -> None:
@@ -150,6 +206,7 @@ def _describe(rows: SourceRows, prefix: str) -> dict[str, Any]:
         "instruction": prefix,
         "split_rule": rows.split_rule,
         "synthetic": rows.synthetic,
+        "positives_from": rows.positives_from,
         "licence": rows.licence,
         **{split: len(rows.examples[split]) for split in SPLITS},
         "documents": len(rows.documents),

@@ -20,16 +20,16 @@ import pyarrow.compute as pc
 
 from nvembed import storage
 from nvembed.data.config import DistillStreamConfig, StreamConfig
-from nvembed.data.order import Population, document_key, slots, text_key
+from nvembed.data.order import Population, document_key, mixture, permutation, slots, text_key
 from nvembed.data.stream_layout import (
     DISTILL_PLAN_SCHEMA,
     PLAN_SCHEMA,
     ContrastiveJob,
     DatasetFiles,
     DistillJob,
-    Job,
     lay_out_shards,
     plan_uri,
+    truncated_shares,
 )
 from nvembed.data.stream_reader import StreamReader
 from nvembed.data.tables import dataset_info, read_schema, read_table, write_table
@@ -50,10 +50,12 @@ def _build_stream(config: StreamConfig, inputs: Mapping[str, Artifact], work_uri
     info = _checked_datasets(config, inputs["prepare"])
     files = {name: _files(name, info[name], inputs) for name in config.weights}
     candidates = {name: _read_candidates(files[name].mined_uri) for name in config.weights}
+    candidates = {name: _capped(name, rows, config) for name, rows in candidates.items()}
     populations = [_population(name, candidates[name]) for name in config.weights]
+    asked = mixture(config.weights, {item.name: len(item.keys) for item in populations}, config.size_exponent)
     batches = slots(
         populations,
-        list(config.weights.values()),
+        list(asked.values()),
         batch_size=config.global_batch_size,
         batching=config.batching,
         seed=config.seed,
@@ -73,13 +75,25 @@ def _build_stream(config: StreamConfig, inputs: Mapping[str, Artifact], work_uri
     steps_per_shard = max(1, ROWS_PER_SHARD // config.global_batch_size)
     num_shards = _write_plan(plan(), PLAN_SCHEMA, steps_per_shard, work_uri)
     job = ContrastiveJob(work_uri, inputs["model"].path("model"), config.num_negatives, config.seed, files)
-    _lay_out(job, num_shards)
+    lay_out_shards(job, num_shards)
+    cut = truncated_shares(work_uri, num_shards)
+    storage.remove(storage.join(work_uri, ".tmp"))
     used = {
-        item.name: {"usable": len(item.keys), "rows": taken[item.name], "epochs": taken[item.name] / len(item.keys)}
+        item.name: {
+            "usable": len(item.keys),
+            "rows": taken[item.name],
+            "epochs": taken[item.name] / len(item.keys),
+            "asked": asked[item.name] / sum(asked.values()),
+            "realised": taken[item.name] / taken.total(),
+            **cut.get(item.name, {}),
+        }
         for item in populations
     }
     for name, row in used.items():
-        logger.info("%s: %d usable examples, %d rows, %.2f epochs", name, row["usable"], row["rows"], row["epochs"])
+        logger.info(
+            "%s: %d usable examples, %d rows, %.2f epochs; share asked %.4f, realised %.4f",
+            name, row["usable"], row["rows"], row["epochs"], row["asked"], row["realised"],
+        )  # fmt: skip
     return _result(config, steps_per_shard, group_size=2 + config.num_negatives, teacher_dim=None, datasets=used)
 
 
@@ -97,6 +111,11 @@ def _checked_datasets(config: StreamConfig, prepare: Artifact) -> dict[str, dict
             problems.append(f"weights.{name}: no such data set, there are {', '.join(info)}{hint}")
         if not weight > 0 or weight == float("inf"):
             problems.append(f"weights.{name}: {weight} is not a positive number; leave the data set out instead")
+    for name, cap in config.caps.items():
+        if name not in config.weights:
+            problems.append(f"caps.{name}: no data set of the weights, which are {', '.join(config.weights)}")
+        elif cap < 1:
+            problems.append(f"caps.{name}: {cap} is not a number of examples; leave the data set out instead")
     if problems:
         raise UserError("stream: " + "; ".join(problems))
     return info
@@ -108,7 +127,7 @@ def _files(name: str, info: Mapping[str, Any], inputs: Mapping[str, Artifact]) -
         raise UserError(f"data set {name} was not mined: {mined} is missing. Run the mine step on it first.")
     return DatasetFiles(
         task=info["task"],
-        symmetric=TaskType(info["task"]).symmetric,
+        symmetric=TaskType(info["task"]).symmetric and info.get("positives_from") != "labels",  # a label is no query
         instruction=info["instruction"],
         corpus_uri=inputs["prepare"].path(name, "corpus.parquet"),
         examples_uri=inputs["prepare"].path(name, "examples-train.parquet"),
@@ -122,6 +141,15 @@ def _read_candidates(mined_uri: str) -> list[tuple[str, list[str]]]:
     usable = table.filter(pc.greater(pc.list_value_length(table.column("positives")), 0))
     positives = ([item["id"] for item in row] for row in usable.column("positives").to_pylist())
     return list(zip(usable.column("example_id").to_pylist(), positives, strict=True))
+
+
+def _capped(name: str, candidates: list[tuple[str, list[str]]], config: StreamConfig) -> list[tuple[str, list[str]]]:
+    """The examples that a cap leaves: chosen by seeded hash, in their own order."""
+    cap = config.caps.get(name)
+    if cap is None or len(candidates) <= cap:
+        return candidates
+    keys = np.array([text_key(name, example) for example, _ in candidates], np.int64)
+    return [candidates[place] for place in np.sort(permutation(keys, text_key("cap", config.seed, name), 0)[:cap])]
 
 
 def _population(name: str, candidates: Sequence[tuple[str, list[str]]]) -> Population:
@@ -151,7 +179,8 @@ def _build_distill_stream(config: DistillStreamConfig, inputs: Mapping[str, Arti
     plan = ([places[slot.example] for slot in batch] for batch in itertools.islice(batches, config.steps))
     steps_per_shard = max(1, ROWS_PER_SHARD // config.global_batch_size)
     num_shards = _write_plan(plan, DISTILL_PLAN_SCHEMA, steps_per_shard, work_uri)
-    _lay_out(DistillJob(work_uri, inputs["model"].path("model"), dim), num_shards)
+    lay_out_shards(DistillJob(work_uri, inputs["model"].path("model"), dim), num_shards)
+    storage.remove(storage.join(work_uri, ".tmp"))
     rows = config.steps * config.global_batch_size
     used = {"teacher vectors": {"usable": len(keys), "rows": rows, "epochs": rows / len(keys)}}
     logger.info("%d teacher vectors, %d rows, %.2f epochs", len(keys), rows, rows / len(keys))
@@ -180,11 +209,6 @@ def _write_plan(
         )
         shard += 1
     return shard
-
-
-def _lay_out(job: Job, num_shards: int) -> None:
-    lay_out_shards(job, num_shards)
-    storage.remove(storage.join(job.work_uri, ".tmp"))
 
 
 def _result(

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,14 +21,14 @@ import pyarrow.parquet as pq
 
 from nvembed import storage
 from nvembed.data.order import document_key, sample, text_key
+from nvembed.data.spread import run_tasks
 from nvembed.data.tables import document_text, read_rows, read_table
+from nvembed.retry import retried
 from nvembed.storage import UserError
 from nvembed.text.config import TextConfig
 
 if TYPE_CHECKING:
     from nvembed.text.tokenise import Tokeniser
-
-logger = logging.getLogger(__name__)
 
 PLAN_SCHEMA = pa.schema(
     [
@@ -60,6 +58,9 @@ STREAM_SCHEMA = pa.schema(
         ("token_lengths", pa.list_(pa.int32())),
     ]
 )
+
+
+Cut = dict[str, dict[str, list[int]]]
 
 
 def distill_schema(dim: int) -> pa.Schema:
@@ -124,30 +125,18 @@ def shard_uri(work_uri: str, shard: int) -> str:
 
 def lay_out_shards(job: Job, num_shards: int) -> None:
     """Write every shard whose plan was written; order and bytes do not depend on who does it."""
-    ray = sys.modules.get("ray")  # not imported means not connected
-    if num_shards == 1 or ray is None or not ray.is_initialized():
-        for shard in range(num_shards):
-            lay_out_shard(job, shard)
-        return
-    logger.info("laying out %d shards with Ray Data", num_shards)
-    import ray.data
-
-    shards = ray.data.range(num_shards, override_num_blocks=num_shards)
-    work = functools.partial(_lay_out_batch, job=job)
-    done = shards.map_batches(work, batch_size=None, num_cpus=1).take_all()
-    assert sorted(row["id"] for row in done) == list(range(num_shards)), "Ray Data lost a shard"
+    run_tasks(functools.partial(lay_out_shard, job), num_shards, job.work_uri, "shards of the stream")
 
 
-def _lay_out_batch(batch: dict[str, np.ndarray], job: Job) -> dict[str, np.ndarray]:
-    for shard in batch["id"].tolist():
-        lay_out_shard(job, shard)
-    return batch
-
-
+@retried
 def lay_out_shard(job: Job, shard: int) -> None:
     """Join, count tokens, write: one shard, one row group per step."""
     plan = read_table(plan_uri(job.work_uri, shard))
-    table = _contrastive_rows(plan, job) if isinstance(job, ContrastiveJob) else _distill_rows(plan, job)
+    if isinstance(job, ContrastiveJob):
+        table, cut = _contrastive_rows(plan, job)
+        storage.write_json(_cut_uri(job.work_uri, shard), cut)
+    else:
+        table = _distill_rows(plan, job)
     steps = table.column("step").to_numpy()
     cuts = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
     fs, path = storage.filesystem(shard_uri(job.work_uri, shard))
@@ -169,8 +158,8 @@ class _Joined:
     known_positives: frozenset[str]
 
 
-def _contrastive_rows(plan: pa.Table, job: ContrastiveJob) -> pa.Table:
-    """Rows of `STREAM_SCHEMA` for a plan."""
+def _contrastive_rows(plan: pa.Table, job: ContrastiveJob) -> tuple[pa.Table, Cut]:
+    """Rows of `STREAM_SCHEMA` for a plan, and the texts that are longer than the model takes."""
     rows = plan.to_pylist()
     joined: dict[int, _Joined] = {}
     texts: dict[tuple[str, str], str] = {}
@@ -192,10 +181,11 @@ def _contrastive_rows(plan: pa.Table, job: ContrastiveJob) -> pa.Table:
             columns[field].append(value)
         for field in ("step", "slot", "example_id", "dataset"):
             columns[field].append(row[field])
-    columns["token_lengths"] = _group_lengths(
-        columns["texts"], columns["instruction"], columns["symmetric"], load_tokeniser(job.model_uri)
-    )
-    return pa.table(columns, schema=STREAM_SCHEMA)
+    tokeniser = load_tokeniser(job.model_uri)
+    whole = _group_lengths(columns["texts"], columns["instruction"], columns["symmetric"], tokeniser)
+    longest = tokeniser.config.max_length
+    columns["token_lengths"] = [[min(length, longest) for length in group] for group in whole]
+    return pa.table(columns, schema=STREAM_SCHEMA), _count_cut(columns["dataset"], whole, longest)
 
 
 def _join_examples(rows: Sequence[Mapping[str, Any]], files: DatasetFiles, job: ContrastiveJob) -> list[_Joined]:
@@ -241,15 +231,44 @@ def _group_lengths(
     symmetric: Iterable[bool],
     tokeniser: Tokeniser,
 ) -> list[list[int]]:
-    """Tokens of every text with its instruction; each distinct input is counted once; 0 where a text is absent."""
+    """Tokens of every text with its instruction, uncut; each distinct input is counted once; 0 for an absent text."""
     inputs = [
         [None if text is None else (prefix if place == 0 or both else "", text) for place, text in enumerate(group)]
         for group, prefix, both in zip(texts, instructions, symmetric, strict=True)
     ]
     distinct = list(dict.fromkeys(item for group in inputs for item in group if item is not None))
-    counted = tokeniser.lengths([text for _, text in distinct], [prefix for prefix, _ in distinct]).tolist()
+    texts_given, prefixes = [text for _, text in distinct], [prefix for prefix, _ in distinct]
+    counted = tokeniser.lengths(texts_given, prefixes, cut=False).tolist()
     lengths = dict(zip(distinct, counted, strict=True))
     return [[0 if item is None else lengths[item] for item in group] for group in inputs]
+
+
+def _count_cut(datasets: Sequence[str], lengths: Sequence[Sequence[int]], longest: int) -> Cut:
+    """[texts, texts longer than `longest`] of queries and of documents, by data set; each use counts."""
+    found: Cut = {}
+    for name, (query, *documents) in zip(datasets, lengths, strict=True):
+        roles = found.setdefault(name, {"queries": [0, 0], "documents": [0, 0]})
+        for role, group in (("queries", [query]), ("documents", [length for length in documents if length])):
+            roles[role][0] += len(group)
+            roles[role][1] += sum(length > longest for length in group)
+    return found
+
+
+def _cut_uri(work_uri: str, shard: int) -> str:
+    return storage.join(work_uri, ".tmp", "cut", f"part-{shard:05d}.json")
+
+
+def truncated_shares(work_uri: str, num_shards: int) -> dict[str, dict[str, float]]:
+    """By data set: which share of the stream's queries and documents is cut at `max_length`."""
+    total: dict[tuple[str, str], np.ndarray] = {}
+    for shard in range(num_shards):
+        for name, roles in storage.read_json(_cut_uri(work_uri, shard)).items():
+            for role, counts in roles.items():
+                total[name, role] = total.get((name, role), np.zeros(2, np.int64)) + np.array(counts)
+    shares: dict[str, dict[str, float]] = {}
+    for (name, role), (texts, cut) in total.items():
+        shares.setdefault(name, {})[f"{role}_truncated"] = round(float(cut / max(texts, 1)), 6)
+    return shares
 
 
 # -- (text, instruction, teacher vector) ------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nvembed import storage
+from nvembed.retry import retried
 from nvembed.storage import CorruptArtifactError
 from nvembed.types import Artifact, Batch
 
@@ -114,6 +115,7 @@ class StreamReader:
             self._open[1].close()
             self._open = None
 
+    @retried
     def _check_sizes(self) -> None:
         problems = []
         last = (self.num_steps - 1) // self._steps_per_shard
@@ -140,8 +142,7 @@ class StreamReader:
             if storage.checksum(uri) != self._files[name]["xxh3_128"]:
                 raise self._corrupt(f"{name}: checksum differs")
             self._verified.add(name)
-        fs, path = storage.filesystem(uri)
-        file = fs.open(path, "rb")
+        file = storage.open_reader(uri)
         self._open = (name, file, pq.ParquetFile(file))
         return self._open[2]
 

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nvembed import storage
+from nvembed.retry import retried
 from nvembed.types import Artifact, ScoredId, TaskType, TrainingExample
 
 SPLITS = ("train", "dev", "test")
@@ -64,6 +65,7 @@ def document_text(title: str, text: str) -> str:
     return f"{title} {text}".strip() if title else text
 
 
+@retried
 def write_table(table: pa.Table, uri: str, *, row_group_rows: int = 16384) -> None:
     """Write one parquet file at any URI."""
     fs, path = storage.filesystem(uri)
@@ -72,6 +74,7 @@ def write_table(table: pa.Table, uri: str, *, row_group_rows: int = 16384) -> No
         pq.write_table(table, file, row_group_size=row_group_rows)
 
 
+@retried
 def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read one parquet file at any URI.
 
@@ -86,6 +89,7 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         raise storage.CorruptArtifactError(f"{uri} cannot be read ({error}). Build its artifact again.") from error
 
 
+@retried
 def read_schema(uri: str) -> pa.Schema:
     """Columns of a parquet file; only its footer is read."""
     fs, path = storage.filesystem(uri)
@@ -93,6 +97,7 @@ def read_schema(uri: str) -> pa.Schema:
         return pq.read_schema(file)
 
 
+@retried
 def read_rows(uri: str, key: str, wanted: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
     """Rows of a parquet file whose `key` is among `wanted`, in file order; memory is one batch plus the result."""
     values = pa.array(sorted(set(wanted)), pa.string())

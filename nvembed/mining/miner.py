@@ -188,7 +188,8 @@ class MineWorker:
 
     def _classes(self, task: dict[str, Any], audit: Audit) -> list[dict[str, Any]]:
         config = self._config
-        table = pa.concat_tables(iter_parquet(task["examples"], ["id", "query", "label"]))
+        columns = ["id", "query", "label", "positives", "negatives"]
+        table = pa.concat_tables(iter_parquet(task["examples"], columns))
         ids, labels = table.column("id").to_pylist(), table.column("label").to_pylist()
         if None in labels:
             raise storage.UserError(
@@ -198,8 +199,24 @@ class MineWorker:
         hash_N = [text_hash(text) for text in table.column("query").to_pylist()]
         texts = ClassExamples.build(ids, labels, hash_N)
         rows = []
+        given = table.select(["positives", "negatives"]).slice(task["start"], task["rows"]).to_pylist()
         for index in range(task["start"], task["start"] + task["rows"]):
             generator = example_generator(config.seed, task["dataset"], ids[index])
+            own = given[index - task["start"]]
+            if own["positives"]:  # labels as documents: the data set itself says which
+                drawn_order = generator.permutation(len(own["negatives"]))[: config.num_negatives]
+                negatives = [own["negatives"][place] for place in sorted(drawn_order.tolist())]
+                audit.add_example(len(negatives), config.num_negatives)
+                known = sorted({ids[index], *(item["id"] for item in own["positives"])})
+                rows.append(
+                    {
+                        "example_id": ids[index],
+                        "positives": own["positives"],
+                        "negatives": negatives,
+                        "known_positives": known,
+                    }
+                )
+                continue
             drawn = example_based(generator, texts, ids[index], labels[index], hash_N[index], config.num_negatives)
             if drawn is None:
                 audit.counts["alone_in_its_class"] += 1

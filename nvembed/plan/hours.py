@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvembed.data.config import HpoClassesSource, HpoSimilaritySource, SourceConfig
+from nvembed.data.config import HpoClassesSource, HpoSimilaritySource, RowSource, SourceConfig
 from nvembed.hub_shapes import hub_shape
 from nvembed.plan.hardware import Hardware
 from nvembed.plan.sizes import Model, StageSizes
@@ -66,9 +66,10 @@ def count_texts(recipe: Recipe) -> Texts:
 
 
 def _kind(source: SourceConfig) -> str:
-    if isinstance(source, HpoClassesSource):
+    task = source.task if isinstance(source, RowSource) else "retrieval"
+    if isinstance(source, HpoClassesSource) or task in ("classification", "clustering"):
         return "classes"
-    return "similarity" if isinstance(source, HpoSimilaritySource) else "retrieval"
+    return "similarity" if isinstance(source, HpoSimilaritySource) or task == "sts" else "retrieval"
 
 
 def _plus(first: int | None, second: int | None) -> int | None:

@@ -38,7 +38,7 @@ def _weighted(
         name: Mixed(
             task=tasks.get(name),
             weight=weight,
-            asked=weight / total,
+            asked=found[name].get("asked", weight / total),  # manifests of earlier versions knew weights only
             rows=found[name]["rows"],
             realised=found[name]["rows"] / rows if rows else 0.0,
             usable=found[name]["usable"],

@@ -31,6 +31,42 @@ CATALOGUE: dict[str, str] = {
     "topic": "Identify the topic or theme of the given text",
     "sentiment": "Classify the sentiment expressed in the given text",
     "intent": "Given a user utterance, find the user intent",
+    # training sets of NV-Embed v1 and v2; classes and clusters in the words of E5-Mistral's table 15
+    "query_documents": "Given a query, retrieve documents",
+    "question_relevant_documents": "Given a question, retrieve relevant documents that best answer the question",
+    "scientific_claim_evidence": "Given a scientific claim, retrieve documents that support or refute the claim",
+    "amazon_counterfactual": (
+        "Classify a given Amazon customer review text as either counterfactual or not-counterfactual"
+    ),
+    "amazon_polarity": "Classify Amazon reviews into positive or negative sentiment",
+    "amazon_rating": "Classify the given Amazon review into its appropriate rating category",
+    "banking_intent": "Given a online banking query, find the corresponding intents",
+    "twitter_emotion": (
+        "Classify the emotion expressed in the given Twitter message into one of the six emotions: anger, fear, joy, "
+        "love, sadness, and surprise"
+    ),
+    "movie_sentiment": "Classify the sentiment expressed in the given movie review text from the IMDB dataset",
+    "utterance_intent": "Given a user utterance as query, find the user intents",
+    "utterance_scenario": "Given a user utterance as query, find the user scenarios",
+    "task_domain": "Classify the intent domain of the given utterance in task-oriented conversation",
+    "task_intent": "Classify the intent of the given utterance in task-oriented conversation",
+    "toxic_comment": "Classify the given comments as either toxic or not toxic",
+    "tweet_sentiment": "Classify the sentiment of a given tweet as either positive, negative, or neutral",
+    "arxiv_abstract_category": (
+        "Identify the main and secondary category of Arxiv papers based on the titles and abstracts"
+    ),
+    "arxiv_title_category": "Identify the main and secondary category of Arxiv papers based on the titles",
+    "biorxiv_abstract_category": "Identify the main category of Biorxiv papers based on the titles and abstracts",
+    "biorxiv_title_category": "Identify the main category of Biorxiv papers based on the titles",
+    "medrxiv_abstract_category": "Identify the main category of Medrxiv papers based on the titles and abstracts",
+    "medrxiv_title_category": "Identify the main category of Medrxiv papers based on the titles",
+    "reddit_title_topic": "Identify the topic or theme of Reddit posts based on the titles",
+    "reddit_post_topic": "Identify the topic or theme of Reddit posts based on the titles and posts",
+    "stackexchange_title_topic": "Identify the topic or theme of StackExchange posts based on the titles",
+    "stackexchange_paragraph_topic": (
+        "Identify the topic or theme of StackExchange posts based on the given paragraphs"
+    ),
+    "news_topic": "Identify the topic or theme of the given news articles",
 }
 
 

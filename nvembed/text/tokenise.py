@@ -68,10 +68,11 @@ class Tokeniser:
             self.config.mask_instruction,
         )
 
-    def lengths(self, texts: Sequence[str], instructions: Sequence[str]) -> np.ndarray:
-        """int32 [N]: tokens of each input, BOS/EOS included, as `encode` would cut it."""
+    def lengths(self, texts: Sequence[str], instructions: Sequence[str], *, cut: bool = True) -> np.ndarray:
+        """int32 [N]: tokens of each input, BOS/EOS included, as `encode` would cut it (or whole)."""
         joined = [instruction + text for instruction, text in zip(instructions, texts, strict=True)]
-        counted = count_tokens(self.tokenizer.backend_tokenizer, joined, self.config.max_length, self.specials)
+        longest = self.config.max_length if cut else int(np.iinfo(np.int32).max)
+        counted = count_tokens(self.tokenizer.backend_tokenizer, joined, longest, self.specials)
         return np.array(counted, dtype=np.int32)
 
     def collate(self, batch: Sequence[Tokens], device: torch.device | str | None = None) -> dict[str, torch.Tensor]:

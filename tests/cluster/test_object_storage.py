@@ -16,8 +16,8 @@ import pytest
 
 from nvembed import storage
 
-# not in the extra `test`: pip takes very long to fit its pins to the rest
-pytest.importorskip("moto", reason="the S3 server of this test: pip install 'moto[server]'")
+# an extra of its own: in the extra `test` pip takes very long to fit its pins to the rest
+pytest.importorskip("moto", reason="the S3 server of this test: pip install 'nvembed[s3test]'")
 pytest.importorskip("s3fs", reason="s3:// needs s3fs: pip install 'nvembed[s3]'")
 
 ROOT = Path(__file__).resolve().parents[2]

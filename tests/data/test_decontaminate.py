@@ -6,14 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvembed.data.config import NearCopyConfig
-from nvembed.data.decontaminate import (
-    NearCopyIndex,
-    count_left,
-    drop_near_copies,
-    jaccard,
-    shared_documents,
-    shingles,
-)
+from nvembed.data.decontaminate import count_left, drop_near_copies, shared_documents
+from nvembed.data.minhash import jaccard, shingles
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.tables import Document
 from nvembed.types import ScoredId, TaskType, TrainingExample
@@ -104,9 +98,29 @@ def test_jaccard_of_shingles(a: str, b: str, words: int) -> None:
     assert (jaccard(first, second) == 1) == (first == second)
 
 
-@given(st.lists(st.text(max_size=40), min_size=1, max_size=20))
-def test_an_index_finds_what_it_holds(texts: list[str]) -> None:
-    index = NearCopyIndex(CONFIG)
-    index.add(texts)
-    assert all(index.near_copies(texts))
-    assert not any(index.near_copies(["zebra crossing the empty road at night " * 2]))
+def test_queries_inside_other_texts_leave_too() -> None:
+    """A test query inside a train document, a train query inside a test document; too short ones stay."""
+    data = rows(documents_split=True)
+    clean = drop_near_copies({"set": rows(documents_split=True)}, CONFIG)["set"]
+    holds, held = " ".join(sentence(30).split()[:9]), sentence(1035).split()
+    data.examples["test"].append(example("inner", holds, "test39"))
+    data.documents.append(Document("around", "", f"before {sentence(30).upper()} after"))
+    data.examples["train"] += [
+        example("outer", "some other words of a query that nobody has", "around"),
+        example("within", " ".join(held[10:19]), "train50"),
+        example("short", " ".join(held[10:17]), "train51"),
+    ]
+    assert drop_near_copies({"set": data}, CONFIG, contained_words=8) == {"set": clean + 2}
+    left = {row.id for row in data.examples["train"]}
+    assert "short" in left and not {"outer", "within"} & left
+
+
+def test_a_dev_example_that_leaves_takes_nothing_with_it() -> None:
+    """Dev copies test and leaves; a train example that copied only the dev example stays."""
+    data = rows(documents_split=False)
+    copied = " ".join(sentence(888).split()[:30])
+    data.examples["dev"] = [example("d", f"{copied} {sentence(3)}", "train2")]
+    data.examples["test"] = [example("t", sentence(3), "test3")]
+    data.examples["train"] = [example("copy", copied, "train1")]
+    assert drop_near_copies({"set": data}, CONFIG, contained_words=8) == {"set": 1}
+    assert data.examples["dev"] == [] and [row.id for row in data.examples["train"]] == ["copy"]

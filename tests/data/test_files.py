@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,12 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvembed.data.config import BeirSource, FilesSource, HubSource
-from nvembed.data.export import write_beir, write_flag_embedding, write_sentence_transformers
+from nvembed.data.export import (
+    write_beir,
+    write_flag_embedding,
+    write_rows,
+    write_sentence_transformers,
+    write_tevatron,
+)
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.sources.beir import read_beir
 from nvembed.data.sources.files import read_file, read_files
 from nvembed.data.sources.hub import read_hub
-from nvembed.data.sources.rows import PairRow, PairTable, pairs_to_rows, read_pairs
+from nvembed.data.sources.rows import PairRow, PairTable, Passage, pairs_to_rows, read_pairs
 from nvembed.data.tables import Document
 from nvembed.storage import UserError
 from nvembed.types import ScoredId, TaskType, TrainingExample
@@ -55,16 +62,44 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "parquet", "flag.jsonl", "glob"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "jsonl",
+        "jsonl.gz",
+        "jsonl.zst",
+        "csv",
+        "tsv",
+        "tsv.zst",
+        "parquet",
+        "flag.jsonl",
+        "tevatron.jsonl",
+        "glob",
+        "folder",
+    ],
+)
 def test_every_format_says_the_same(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"rows.{kind}"
     if kind == "jsonl":
         write_lines(path, ROWS)
     elif kind == "jsonl.gz":
         path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
-    elif kind == "csv":
-        cells = [",".join(f'"{value}"' for value in row.values()) for row in ROWS]
-        path.write_text("\n".join([",".join(ROWS[0]), *cells]) + "\n")
+    elif kind == "jsonl.zst":
+        half = [("".join(json.dumps(row) + "\n" for row in rows)).encode() for rows in (ROWS[:50], ROWS[50:])]
+        path.write_bytes(b"".join(pa.Codec("zstd").compress(part).to_pybytes() for part in half))  # two frames
+    elif kind in ("csv", "tsv", "tsv.zst"):
+        comma = "," if kind == "csv" else "\t"
+        cells = [comma.join(f'"{value}"' for value in row.values()) for row in ROWS]
+        data = ("\n".join([comma.join(ROWS[0]), *cells]) + "\n").encode()
+        path.write_bytes(pa.Codec("zstd").compress(data).to_pybytes() if kind.endswith("zst") else data)
+    elif kind == "tevatron.jsonl":
+        rows = []
+        for number, row in enumerate(ROWS):
+            negatives = [{"docid": f"{number}-{name}", "title": "", "text": row[name]} for name in list(row)[2:]]
+            positives = [{"docid": str(number), "title": "", "text": row["positive"]}]
+            rows.append({"query_id": str(number), "query": row["anchor"], "positive_passages": positives})
+            rows[-1]["negative_passages"] = negatives
+        write_lines(path, rows)
     elif kind == "parquet":
         pq.write_table(pa.Table.from_pylist(ROWS), path)
     elif kind == "flag.jsonl":
@@ -73,14 +108,67 @@ def test_every_format_says_the_same(tmp_path: Path, kind: str) -> None:
             for row in ROWS
         ]
         write_lines(path, flag)
-    else:
+    else:  # glob, folder
         write_lines(tmp_path / "a1.jsonl", ROWS[:50])
         write_lines(tmp_path / "a2.jsonl", ROWS[50:])
         path = tmp_path / "a*.jsonl"
+    if kind == "folder":
+        (tmp_path / "README.txt").write_text("not data")
+        path = tmp_path
     rows = read_files(files_source(path))
     assert content(rows) == EXPECTED
     assert all(rows.examples.values())
     assert rows.rejects.total == 0 and rows.rejects.rows == len(ROWS)
+
+
+ODD = [
+    "e\u0301 and \u00e9: never composed", "non-breaking\u00a0space, \u200bzero width", "  spaces   kept  ",
+    "tabs\tand\nlines\r\nkept", "日本語と中文の混在 한국어", "العربية עברית", "Türkçe İstanbul ıI", "\ufeffBOM",
+    "𝔘𝔫𝔦 🤖‍👩", "x" * 300_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "csv", "tsv", "parquet"])
+def test_texts_are_never_changed(tmp_path: Path, ending: str) -> None:
+    """Code point by code point, in every format, through reading, preparing and writing back."""
+    queries = [f"{text} {number}" for number in range(12) for text in ODD]
+    rows = [{"anchor": query, "positive": "answer: " + query} for query in queries]
+    first = read_files(files_source(write_lines(tmp_path / "rows.jsonl", rows)))
+    everything = [row for examples in first.examples.values() for row in examples]
+    assert {row.query for row in everything} == set(queries)
+    write_sentence_transformers(first.documents, everything, str(tmp_path / f"back.{ending}"))
+    again = read_files(files_source(tmp_path / f"back.{ending}"))
+    assert content(again) == content(first)
+    assert again.rejects.total == 0
+
+
+def test_columns_of_another_name(tmp_path: Path) -> None:
+    rows = [{"question": row["anchor"], "context": row["positive"], "positive": "no text of ours"} for row in ROWS]
+    source = files_source(
+        write_lines(tmp_path / "rows.jsonl", rows), columns={"query": "question", "positive": "context"}
+    )
+    assert content(read_files(source)) == {(query, positive, frozenset()) for query, positive, _ in EXPECTED}
+
+
+def test_tevatron_round_trip_keeps_titles(tmp_path: Path) -> None:
+    rows = [
+        {
+            "query_id": str(i), "query": f"q{i}",
+            "positive_passages": [{"docid": "a", "title": f"Title {i}", "text": "the same text"}],
+            "negative_passages": [{"docid": "b", "title": "", "text": f"n{i}"}, {"text": "the same text"}],
+        }
+        for i in range(99)
+    ]  # fmt: skip
+    first = read_files(files_source(write_lines(tmp_path / "rows.jsonl", rows)))
+    titles = {(row.title, row.text) for row in first.documents}
+    assert ("Title 7", "the same text") in titles and ("", "the same text") in titles
+    everything = [row for examples in first.examples.values() for row in examples]
+    write_tevatron(first.documents, everything, str(tmp_path / "back.jsonl"))
+    again = read_files(files_source(tmp_path / "back.jsonl"))
+    assert again.examples == first.examples and again.documents == first.documents
+    bad = [{"query": "q", "positive_passages": [3]}, {"query": "q", "positive_passages": "p"}, {"query": "q"}]
+    table = read_pairs(read_file(str(write_lines(tmp_path / "bad.jsonl", bad))))
+    assert table.rejects.total == 3
 
 
 def test_files_on_another_filesystem(tmp_path: Path) -> None:
@@ -175,7 +263,7 @@ def test_rows_that_cannot_be_divided(tmp_path: Path) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30)), max_size=60))
 def test_no_query_and_no_positive_stands_on_two_sides(numbers: list[tuple[int, int, int]]) -> None:
-    table = PairTable([PairRow(f"q{q}", ((f"p{p}", None),), ((f"p{n}", None),)) for q, p, n in numbers])
+    table = PairTable([PairRow(f"q{q}", (Passage(f"p{p}"),), (Passage(f"p{n}"),)) for q, p, n in numbers])
     rows = pairs_to_rows(table, "mine", 0.3, "CC0-1.0")
     assert rows.licence == "CC0-1.0"
     sides: dict[str, set[str]] = {}
@@ -226,6 +314,29 @@ def test_beir_without_dev_and_train(tmp_path: Path) -> None:
         read_beir(source)
 
 
+def test_beir_splits_grades_and_shapes(tmp_path: Path) -> None:
+    """Several files join one side; TREC's four fields and jsonl count too; grades are kept."""
+    documents, examples = beir_rows()
+    write_beir(documents, examples, str(tmp_path))
+    (tmp_path / "qrels" / "hard.tsv").write_text("q20\t0\td3\t3\nq21\t0\td4\t0\n")
+    (tmp_path / "qrels" / "more.jsonl").write_text('{"query-id": "q22", "corpus-id": "d9", "score": 2}\n')
+    plain = (tmp_path / "corpus.jsonl").read_bytes()
+    (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(plain))
+    (tmp_path / "corpus.jsonl").unlink()
+    source = BeirSource(
+        name="mine", instruction="web_search", uri=str(tmp_path),
+        qrels={"train": ("train",), "dev": ("dev",), "test": ("hard", "more")},
+    )  # fmt: skip
+    rows = read_beir(source)
+    assert rows.documents == documents and rows.examples["dev"] == examples["dev"]
+    assert {row.id: row.positives for row in rows.examples["test"]} == {
+        "q20": (ScoredId("d3", 3.0),), "q22": (ScoredId("d9", 2.0),),
+    }  # fmt: skip
+    assert {row.id for row in examples["train"]} - {row.id for row in rows.examples["train"]} == {"q20", "q22"}
+    with pytest.raises(UserError, match=r"qrels/none\.tsv: no such file"):
+        read_beir(source.model_copy(update={"qrels": {"test": ("none",)}}))
+
+
 def test_beir_rejects(tmp_path: Path) -> None:
     documents, examples = beir_rows()
     write_beir(documents, examples, str(tmp_path))
@@ -270,6 +381,19 @@ def test_several_positives_and_scores_round_trip(tmp_path: Path) -> None:
     assert {row.id: row for row in again.examples["train"]} == {row.id: row for row in first.examples["train"]}
     write_sentence_transformers(first.documents, everything, str(tmp_path / "st.jsonl"))
     assert content(read_files(files_source(tmp_path / "st.jsonl"))) == content(first)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"anchor": "a", "positive": "b"}
+        raise RuntimeError("half-way")
+
+    for name in ("a.jsonl", "a.csv.gz", "a.jsonl.zst", "a.parquet"):
+        with pytest.raises(RuntimeError, match="half-way"):
+            write_rows(rows(), str(tmp_path / name))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="a list has no place in csv"):
+        write_rows([{"query": "q", "pos": ["a"]}], str(tmp_path / "a.csv"))
 
 
 def test_only_retrieval_is_written_back(tmp_path: Path) -> None:

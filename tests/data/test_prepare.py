@@ -21,7 +21,7 @@ from nvembed.data.config import (
     PrepareConfig,
     StdlibCodeSource,
 )
-from nvembed.data.decontaminate import jaccard, shingles
+from nvembed.data.minhash import jaccard, shingles
 from nvembed.data.prepare import PREPARE
 from nvembed.data.tables import SPLITS, dataset_info, document_text, read_corpus, read_examples
 from nvembed.storage import UserError

@@ -199,7 +199,43 @@ def test_sts_pairs_without_a_positive_are_not_used(inputs: dict[str, Artifact], 
     artifact = lay_out(inputs, tmp_path / "stream", weights={"pairs": 1}, steps=20)
     used = {row["example_id"] for row in rows_of(artifact)}
     assert used == {f"e{i}" for i in range(COUNT) if i % 6}
-    assert artifact.manifest["metrics"]["datasets"]["pairs"] == {"usable": 50, "rows": 160, "epochs": 3.2}
+    found = artifact.manifest["metrics"]["datasets"]["pairs"]
+    assert {key: found[key] for key in ("usable", "rows", "epochs")} == {"usable": 50, "rows": 160, "epochs": 3.2}
+    assert found["asked"] == found["realised"] == 1
+
+
+def test_caps_and_sizes_decide_the_shares(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    """Usable: facts 60, capped to 15; pairs 50. With exponent 0.5 facts get sqrt(15) : sqrt(50)."""
+    options: dict[str, Any] = {"weights": {"facts": 2, "pairs": 1}, "caps": {"facts": 15}, "steps": 40}
+    artifact = lay_out(inputs, tmp_path / "stream", size_exponent=0.5, **options)
+    found = artifact.manifest["metrics"]["datasets"]
+    wanted = 2 * 15**0.5 / (2 * 15**0.5 + 50**0.5)
+    assert found["facts"]["usable"] == 15 and found["pairs"]["usable"] == 50
+    assert found["facts"]["asked"] == pytest.approx(wanted)
+    assert found["facts"]["realised"] == pytest.approx(wanted, abs=1 / 320)
+    rows = rows_of(artifact)
+    assert len({row["example_id"] for row in rows if row["dataset"] == "facts"}) == 15
+    assert sum(row["dataset"] == "facts" for row in rows) == found["facts"]["rows"]
+    plain = lay_out(inputs, tmp_path / "plain", **options)
+    assert plain.manifest["metrics"]["datasets"]["facts"]["asked"] == pytest.approx(2 / 3)
+
+
+def test_the_truncated_share_is_that_of_the_stream(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    artifact = lay_out(inputs, tmp_path / "stream", weights={"facts": 1}, steps=6)
+    uncut = cut = 0
+    for row in rows_of(artifact):
+        for text in row["texts"][1:]:
+            if text is not None:
+                uncut += 1
+                cut += len(text.replace(":", " : ").split()) + 1 > MAX_LENGTH
+    found = artifact.manifest["metrics"]["datasets"]["facts"]
+    assert found["documents_truncated"] == pytest.approx(cut / uncut, abs=1e-6) and cut > 0
+    assert found["queries_truncated"] == 0
+
+
+def test_caps_are_checked(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"caps.kinds: no data set of the weights.*caps.facts: 0 is not a number"):
+        lay_out(inputs, tmp_path / "stream", weights={"facts": 1}, caps={"kinds": 3, "facts": 0})
 
 
 @pytest.mark.parametrize("batching", ["homogeneous", "blended"])
@@ -426,7 +462,7 @@ def test_ray_data_lays_out_the_same_bytes(
         made = (lay_out(inputs, folder / "stream"), DISTILL_STREAM.run(options, wanted, str(folder / "distill")))
         return [artifact.manifest["files"] for artifact in made]
 
-    with caplog.at_level("INFO", "nvembed.data.stream_layout"):
+    with caplog.at_level("INFO", "nvembed.data.spread"):
         with monkeypatch.context() as disconnected:
             disconnected.setattr(ray, "is_initialized", lambda: False)
             alone = both(tmp_path / "alone")

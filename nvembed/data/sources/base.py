@@ -62,6 +62,7 @@ class SourceRows:
         documents_split: True where the documents of held-out examples stand on their side too; False for a corpus
             that all splits share, as in most retrieval tasks.
         synthetic: True where labels were computed rather than given by people.
+        positives_from: of classes and clusters: "examples" (mining draws them) or "labels" (the label's text).
         examples: rows by split, in no particular order; `prepare` orders and caps them.
     """
 
@@ -72,6 +73,7 @@ class SourceRows:
     examples: dict[str, list[TrainingExample]]
     documents_split: bool
     synthetic: bool = False
+    positives_from: str = "examples"
     rejects: RejectLog = field(default_factory=RejectLog)
 
 

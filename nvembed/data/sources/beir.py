@@ -1,17 +1,15 @@
-"""A BEIR folder: `corpus.jsonl`, `queries.jsonl`, `qrels/{train,dev,test}.tsv`, at any fsspec URI."""
+"""A BEIR folder at any fsspec URI: `corpus.jsonl`, `queries.jsonl` (or compressed), `qrels/<split>.tsv` with grades."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
-
-import fsspec
+from typing import IO, Any
 
 from nvembed import storage
 from nvembed.data.config import BeirSource
 from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, is_unicode, split_by_hash
-from nvembed.data.sources.files import json_lines
+from nvembed.data.sources.files import COMPRESSIONS, json_lines, open_bytes
 from nvembed.data.tables import SPLITS, Document
 from nvembed.storage import UserError
 from nvembed.types import ScoredId, TaskType, TrainingExample
@@ -29,18 +27,10 @@ def read_beir(config: BeirSource) -> SourceRows:
         UserError: a file is missing, or no held-out query has a document.
     """
     rejects = RejectLog()
-    documents = [
-        Document(key, title, text) for key, title, text in _texts(storage.join(config.uri, "corpus.jsonl"), rejects)
-    ]
-    queries = {key: text for key, _, text in _texts(storage.join(config.uri, "queries.jsonl"), rejects)}
+    documents = [Document(key, title, text) for key, title, text in _texts(config.uri, "corpus.jsonl", rejects)]
+    queries = {key: text for key, _, text in _texts(config.uri, "queries.jsonl", rejects)}
     known = {document.id for document in documents}
-    judged: dict[str, dict[str, dict[str, float]]] = {}
-    for split in SPLITS:
-        uri = storage.join(config.uri, "qrels", f"{split}.tsv")
-        if storage.exists(uri):
-            judged[split] = _judgements(uri, queries, known, rejects)
-        elif split == "test":
-            raise UserError(f"{uri}: no such file; a BEIR folder needs qrels/test.tsv.")
+    judged = _judged(config, queries, known, rejects)
     examples = empty_splits()
     taken: set[str] = set()
     for split in reversed(SPLITS):
@@ -53,7 +43,7 @@ def read_beir(config: BeirSource) -> SourceRows:
                 side = split_by_hash(key, salt="beir", test_share=0.0, dev_share=DEV_SHARE)
             examples[side].append(_example(config.name, key, queries[key], judgements))
     if not examples["test"] and rejects.total < rejects.rows:
-        raise UserError(f"{config.uri}: qrels/test.tsv gives no query a document.")
+        raise UserError(f"{config.uri}: the test qrels give no query a document.")
     dev = "" if "dev" in judged else f" ({DEV_SHARE:.0%} of the training queries, by hash, as dev)"
     return SourceRows(
         task=TaskType.RETRIEVAL,
@@ -78,12 +68,38 @@ def _example(dataset: str, key: str, query: str, judgements: dict[str, float]) -
     )
 
 
-def _texts(uri: str, rejects: RejectLog) -> Iterator[tuple[str, str, str]]:
+def _judged(
+    config: BeirSource, queries: dict[str, str], documents: set[str], rejects: RejectLog
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Judgements by side; files that one side joins add up, later ones deciding where they disagree."""
+    wanted: dict[str, tuple[str, ...]] = (
+        {split: (split,) for split in SPLITS} if config.qrels is None else {str(k): v for k, v in config.qrels.items()}
+    )
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for split, names in wanted.items():
+        for name in names:
+            uri = storage.join(config.uri, "qrels", f"{name}.tsv")
+            if not storage.exists(uri) and storage.exists(as_json := uri.removesuffix(".tsv") + ".jsonl"):
+                uri = as_json
+            if storage.exists(uri):
+                judged = found.setdefault(split, {})
+                for key, scores in _judgements(uri, queries, documents, rejects).items():
+                    judged.setdefault(key, {}).update(scores)
+            elif split == "test" or config.qrels is not None:
+                raise UserError(f"{uri}: no such file; a BEIR folder needs qrels/test.tsv, or say which with `qrels`.")
+    if "test" not in found:
+        raise UserError(f"{config.uri}: `qrels` names no file for test.")
+    return found
+
+
+def _texts(folder: str, name: str, rejects: RejectLog) -> Iterator[tuple[str, str, str]]:
     """(id, title, text) of a jsonl file's good rows; an id that comes twice is malformed the second time."""
-    if not storage.exists(uri):
-        raise UserError(f"{uri}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/test.tsv.")
-    name, seen = uri.rsplit("/", 1)[-1], set()
-    with fsspec.open(uri, "rb") as file:
+    uris = [storage.join(folder, name + ending) for ending in ("", *COMPRESSIONS)]
+    uri = next((uri for uri in uris if storage.exists(uri)), None)
+    if uri is None:
+        raise UserError(f"{uris[0]}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/test.tsv.")
+    seen = set()
+    with open_bytes(uri) as file:
         for row in json_lines(file, name):
             rejects.rows += 1
             columns: dict[str, Any] = dict(row.columns or {})
@@ -112,11 +128,8 @@ def _judgements(
     """Scores by query and document of a qrels file."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
     name = "qrels/" + uri.rsplit("/", 1)[-1]
-    with fsspec.open(uri, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            fields = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
-            if (number == 1 and fields[0] == "query-id") or not line.strip():
-                continue
+    with storage.open_reader(uri) as file:
+        for number, fields in _json_fields(file, name) if uri.endswith(".jsonl") else _fields(file):
             rejects.rows += 1
             if len(fields) != 3:
                 rejects.add(name, number, "not three fields")
@@ -129,3 +142,19 @@ def _judgements(
             else:
                 found[fields[0]][fields[1]] = float(fields[2])
     return dict(found)
+
+
+def _fields(file: IO[bytes]) -> Iterator[tuple[int, list[str]]]:
+    """Lines of query, document, score (BEIR) or query, 0, document, score (TREC), the header left out."""
+    for number, line in enumerate(file, start=1):
+        fields = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+        if (number == 1 and fields[0] == "query-id") or not line.strip():
+            continue
+        yield number, [fields[0], *fields[2:]] if len(fields) == 4 and fields[1] in ("0", "Q0") else fields
+
+
+def _json_fields(file: IO[bytes], name: str) -> Iterator[tuple[int, list[str]]]:
+    """The same of jsonl rows, as folders on the hub have them."""
+    for row in json_lines(file, name):
+        columns = row.columns or {}
+        yield row.line, [str(columns[key]) for key in ("query-id", "corpus-id", "score") if key in columns]

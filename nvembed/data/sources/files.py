@@ -1,51 +1,99 @@
-"""jsonl, csv and parquet files of (query, positives, negatives) rows at any fsspec URI."""
+"""jsonl, csv, tsv and parquet files of rows at any fsspec URI, compressed ones by their ending; folders of them."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterator
-from typing import IO
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import IO, cast
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nvembed import storage
-from nvembed.data.config import FilesSource
+from nvembed.data.config import FilesSource, RowSource
 from nvembed.data.sources.base import SourceRows
+from nvembed.data.sources.labelled import (
+    check_graded_columns,
+    check_labelled_columns,
+    graded_to_rows,
+    labelled_to_rows,
+)
 from nvembed.data.sources.rows import (
     RawRow,
     check_columns,
     pairs_to_rows,
     read_pairs,
+    renamed_columns,
     require_every_split,
     rows_of_records,
 )
+from nvembed.retry import retried
 from nvembed.storage import UserError
 
-FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 ADVICE = "Give more rows or raise test_share; rows that share a query or a positive cannot be divided."
+CheckColumns = Callable[[Iterable[str], str], None]
 
 
 def read_files(config: FilesSource) -> SourceRows:
-    """Read every file (`*` in a URI lists many).
+    """Read every file (`*` in a URI lists many, a folder all its files of a known kind).
 
     Raises:
-        UserError: a file is missing, of another kind, or its columns are of neither shape; a side stays empty.
+        UserError: a file is missing, of another kind, or its columns are of no known shape; a side stays empty.
     """
-    table = read_pairs(row for uri in config.uris for file in _expand(uri) for row in read_file(file))
-    rows = pairs_to_rows(table, config.name, config.test_share, config.licence)
-    if rows.rejects.total < rows.rejects.rows:  # a file without one good row is refused for that, not for its sides
-        require_every_split(rows, config.name, ADVICE)
+    check = column_check(config)
+    return rows_of_task((row for uri in config.uris for file in _expand(uri) for row in read_file(file, check)), config)
+
+
+def column_check(config: RowSource) -> CheckColumns:
+    """What refuses the wrong columns of a source; columns that the source maps count by our names."""
+    check = {"retrieval": check_columns, "sts": check_graded_columns}.get(config.task, check_labelled_columns)
+    ours = {theirs: name for name, theirs in config.columns.items()}
+
+    def checked(names: Iterable[str], place: str) -> None:
+        found = list(names)
+        if missing := [theirs for theirs in ours if theirs not in found]:
+            raise UserError(
+                f"{place} has the columns {', '.join(found) or '(none)'}; `columns` maps {', '.join(missing)}, which "
+                "is not there."
+            )
+        check([ours.get(name, name) for name in found], place)
+
+    return checked
+
+
+def rows_of_task(raw_rows: Iterable[RawRow], config: RowSource) -> SourceRows:
+    """Rows turned into the examples of the source's task.
+
+    Raises:
+        UserError: a side stays empty.
+    """
+    raw_rows = renamed_columns(raw_rows, config.columns)
+    if config.task == "retrieval":
+        rows = pairs_to_rows(read_pairs(raw_rows), config.name, config.test_share, config.licence)
+    elif config.task == "sts":
+        rows = graded_to_rows(raw_rows, config)
+    else:
+        rows = labelled_to_rows(raw_rows, config)
+    require_every_split(rows, config.name, ADVICE)
     return rows
 
 
+@retried
 def _expand(uri: str) -> list[str]:
-    """URIs of the files a pattern names."""
+    """URIs of the files a pattern or a folder names."""
     fs, path = storage.filesystem(uri)
     if not any(character in path for character in "*?["):
+        if fs.isdir(path):
+            names = sorted(str(name) for name in fs.find(path) if _kind(str(name)) is not None)
+            if not names:
+                raise UserError(f"{uri}: the folder holds no file of a known kind ({', '.join(FORMATS)}).")
+            return [fs.unstrip_protocol(name) for name in names]
         if not fs.exists(path):
             raise UserError(f"{uri}: no such file. Give the uris of a files source as paths or fsspec URIs.")
         return [uri]
@@ -55,25 +103,45 @@ def _expand(uri: str) -> list[str]:
     return [fs.unstrip_protocol(name) for name in found]
 
 
-def read_file(uri: str) -> Iterator[RawRow]:
-    """Rows of one file, in order, one at a time; `.gz` and the like are opened by their ending.
+def _kind(name: str) -> str | None:
+    """The ending that tells the format, a compression's ending aside."""
+    base = next((name.removesuffix(ending) for ending in COMPRESSIONS if name.endswith(ending)), name)
+    return next((ending for ending in FORMATS if base.endswith(ending)), None)
+
+
+@contextmanager
+def open_bytes(uri: str) -> Iterator[IO[bytes]]:
+    """A file, uncompressed by its ending."""
+    with storage.open_reader(uri) as file:
+        if uri.endswith(".zst"):  # fsspec needs one more package for it, which Arrow brings along
+            with pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd") as stream:
+                yield cast(IO[bytes], io.BufferedReader(stream, 1 << 20))
+        elif (kind := fsspec.utils.infer_compression(uri)) is not None:
+            with fsspec.compression.compr[kind](file, mode="rb") as stream:
+                yield stream
+        else:
+            yield file
+
+
+def read_file(uri: str, check: CheckColumns = check_columns) -> Iterator[RawRow]:
+    """Rows of one file, in order, one at a time.
 
     Raises:
-        UserError: unknown kind of file, or (csv, parquet) columns of neither shape.
+        UserError: unknown kind of file, or (csv, tsv, parquet) columns that `check` refuses.
     """
-    name = uri.rsplit("/", 1)[-1]
-    base = uri.removesuffix(".gz").removesuffix(".xz").removesuffix(".bz2")
-    if base.endswith((".jsonl", ".json")):
-        with fsspec.open(uri, "rb", compression="infer") as file:
+    name, kind = uri.rsplit("/", 1)[-1], _kind(uri)
+    if kind is None:
+        listed = f"{', '.join(FORMATS)}, each but parquet also with {', '.join(COMPRESSIONS)}"
+        raise UserError(f"{uri}: unknown kind of file. Known endings: {listed}.")
+    if kind == ".parquet":
+        with storage.open_reader(uri) as file:
+            yield from _parquet_rows(file, name, check)
+        return
+    with open_bytes(uri) as file:
+        if kind in (".jsonl", ".json"):
             yield from json_lines(file, name)
-    elif base.endswith(".csv"):
-        with fsspec.open(uri, "rb", compression="infer") as file:
-            yield from _csv_rows(file, name)
-    elif base.endswith(".parquet"):
-        with fsspec.open(uri, "rb") as file:
-            yield from _parquet_rows(file, name)
-    else:
-        raise UserError(f"{uri}: unknown kind of file. Known endings: {', '.join(FORMATS)} (jsonl and csv also .gz).")
+        else:
+            yield from _csv_rows(file, name, check, "\t" if kind == ".tsv" else ",")
 
 
 def json_lines(file: IO[bytes], name: str) -> Iterator[RawRow]:
@@ -92,11 +160,12 @@ def json_lines(file: IO[bytes], name: str) -> Iterator[RawRow]:
             yield RawRow(name, number, None if problem else value, problem)
 
 
-def _csv_rows(file: IO[bytes], name: str) -> Iterator[RawRow]:
-    """Rows of a csv file with a header; broken bytes become surrogates, which `parse_row` refuses."""
+def _csv_rows(file: IO[bytes], name: str, check: CheckColumns, delimiter: str) -> Iterator[RawRow]:
+    """Rows of a csv or tsv file with a header; broken bytes become surrogates, which `parse_row` refuses."""
+    csv.field_size_limit(2**31 - 1)  # of the process; the default refuses texts over 128 kB
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.DictReader(text, strict=True)
-    check_columns(reader.fieldnames or (), name)
+    reader = csv.DictReader(text, strict=True, delimiter=delimiter)
+    check(reader.fieldnames or (), name)
     while True:
         try:
             row = next(reader)
@@ -111,10 +180,10 @@ def _csv_rows(file: IO[bytes], name: str) -> Iterator[RawRow]:
             yield RawRow(name, reader.line_num, row)
 
 
-def _parquet_rows(file: IO[bytes], name: str) -> Iterator[RawRow]:
+def _parquet_rows(file: IO[bytes], name: str, check: CheckColumns) -> Iterator[RawRow]:
     try:
         parquet = pq.ParquetFile(file)
     except pa.ArrowInvalid as error:
         raise UserError(f"{name} is not a parquet file, or cut short ({error}).") from error
-    check_columns(parquet.schema_arrow.names, name)
+    check(parquet.schema_arrow.names, name)
     yield from rows_of_records((row for batch in parquet.iter_batches(8192) for row in batch.to_pylist()), name)

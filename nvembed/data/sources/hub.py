@@ -1,26 +1,29 @@
-"""A data set on the Hugging Face hub (or a local folder `datasets` can load); code inside it is never run."""
+"""A data set on the Hugging Face hub, or a folder that `datasets` saved; code inside it is never run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from nvembed import storage
 from nvembed.data.config import HubSource
 from nvembed.data.sources.base import SourceRows
-from nvembed.data.sources.rows import check_columns, pairs_to_rows, read_pairs, require_every_split, rows_of_records
+from nvembed.data.sources.files import column_check, rows_of_task
+from nvembed.data.sources.rows import rows_of_records
 from nvembed.storage import UserError
+
+SAVED = ("dataset_dict.json", "dataset_info.json")  # what `save_to_disk` writes
 
 
 def read_hub(config: HubSource) -> SourceRows:
-    """Stream one split of the data set and read its rows.
+    """Read one split: streamed from the hub, memory-mapped from a saved folder. Class numbers become their names.
 
     Raises:
-        UserError: it cannot be loaded, or its columns are of neither shape.
+        UserError: it cannot be loaded, its columns are of no known shape, or a side stays empty.
     """
-    import datasets
-
     place = f"hub:{config.path}"
     try:
-        loaded = datasets.load_dataset(
-            config.path, config.config_name, split=config.split, revision=config.revision, streaming=True
-        )
+        loaded = _load(config)
         records = iter(loaded)
         first = next(records, None)
     except Exception as error:  # `datasets` raises many unrelated kinds: not found, offline, bad split, bad config
@@ -30,13 +33,47 @@ def read_hub(config: HubSource) -> SourceRows:
         ) from error
     if first is None:
         raise UserError(f"{place}: split {config.split} has no rows.")
-    check_columns(first, place)
+    column_check(config)(first, place)
+    names = _class_names(loaded)
 
-    def rows():  # type: ignore[no-untyped-def]
-        yield first
-        yield from records
+    def rows() -> Iterator[Mapping[str, Any]]:
+        yield _named(first, names)
+        for record in records:
+            yield _named(record, names)
 
-    table = read_pairs(rows_of_records(rows(), place))
-    result = pairs_to_rows(table, config.name, config.test_share, config.licence)
-    require_every_split(result, config.name, "Raise test_share or take a larger split.")
-    return result
+    return rows_of_task(rows_of_records(rows(), place), config)
+
+
+def _load(config: HubSource) -> Iterable[dict[str, Any]]:
+    import datasets
+
+    if any(storage.exists(storage.join(config.path, name)) for name in SAVED if _is_place(config.path)):
+        saved = datasets.load_from_disk(config.path)
+        found = saved[config.split] if isinstance(saved, datasets.DatasetDict) else saved
+        assert isinstance(found, datasets.Dataset)
+        return found
+    streamed: Iterable[dict[str, Any]] = datasets.load_dataset(
+        config.path, config.config_name, split=config.split, revision=config.revision, streaming=True
+    )
+    return streamed
+
+
+def _is_place(path: str) -> bool:
+    """False for what can only be a name on the hub, so that no remote store is asked for it."""
+    return "://" in path or storage.exists(path)
+
+
+def _class_names(loaded: Any) -> dict[str, list[str]]:
+    """Names of the classes of every column of class numbers."""
+    features = getattr(loaded, "features", None) or {}
+    return {key: list(kind.names) for key, kind in features.items() if hasattr(kind, "names")}
+
+
+def _named(record: Mapping[str, Any], names: Mapping[str, list[str]]) -> Mapping[str, Any]:
+    if not names:
+        return record
+    told = {}
+    for key, kinds in names.items():
+        number = record.get(key)  # -1 stands for "not told" in data sets with hidden labels
+        told[key] = kinds[number] if isinstance(number, int) and number >= 0 else None
+    return {**record, **told}

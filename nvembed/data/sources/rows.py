@@ -1,15 +1,16 @@
 """Rows of (query, positives, negatives) as people store them: reading, checking, and sides for a whole set of them.
 
-Two shapes are understood, by column names: sentence-transformers (`anchor` or `query`, `positive`, `negative`,
-`negative_1`...) and FlagEmbedding (`query`, `pos` and `neg` lists, optional `pos_scores`, `neg_scores`).
+Three shapes are understood, by column names: sentence-transformers (`anchor` or `query`, `positive`, `negative`,
+`negative_1`...), FlagEmbedding (`query`, `pos` and `neg` lists, optional `pos_scores`, `neg_scores`) and Tevatron
+(`query`, `positive_passages` and `negative_passages`: lists of `title`, `text`). Texts are taken as they are.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, is_unicode, split_by_hash, stable_hash
 from nvembed.data.tables import SPLITS, Document
@@ -17,6 +18,7 @@ from nvembed.storage import UserError
 from nvembed.types import ScoredId, TaskType, TrainingExample
 
 QUERY_COLUMNS = ("anchor", "query")
+POSITIVE_COLUMNS = ("positive", "pos", "positive_passages")
 _NEGATIVE = re.compile(r"negative(_\d+)?$")
 SPLIT_RULE = (
     "by hash of the query and of its positives: rows that share a query or a positive text form one group, and a "
@@ -24,17 +26,33 @@ SPLIT_RULE = (
 )
 
 
+Row = TypeVar("Row")
+
+
 class MalformedRowError(Exception):
     """Why one row cannot be used; the reason never quotes the row's text."""
 
 
+class Passage(NamedTuple):
+    """One document of a row, and its score where the source gave one."""
+
+    text: str
+    score: float | None = None
+    title: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What makes it the same document as another."""
+        return self.title, self.text
+
+
 @dataclass(frozen=True)
 class PairRow:
-    """One good row: texts, and scores where the source gave them."""
+    """One good row."""
 
     query: str
-    positives: tuple[tuple[str, float | None], ...]
-    negatives: tuple[tuple[str, float | None], ...]
+    positives: tuple[Passage, ...]
+    negatives: tuple[Passage, ...]
 
 
 @dataclass(frozen=True)
@@ -56,22 +74,23 @@ class PairTable:
 
 
 def check_columns(names: Iterable[str], place: str) -> None:
-    """Refuse a file whose columns are of neither shape.
+    """Refuse a file whose columns are of no known shape.
 
     Raises:
         UserError: naming the columns there are.
     """
     found = list(names)
     has_query = any(name in found for name in QUERY_COLUMNS)
-    if not has_query or not ("positive" in found or "pos" in found):
+    if not has_query or not any(name in found for name in POSITIVE_COLUMNS):
         raise UserError(
             f"{place} has the columns {', '.join(found) or '(none)'}. Needed: `anchor` or `query`, and `positive` "
-            "(with `negative`, `negative_1`...: sentence-transformers) or `pos` (with `neg`: FlagEmbedding)."
+            "(with `negative`, `negative_1`...: sentence-transformers), `pos` (with `neg`: FlagEmbedding) or "
+            "`positive_passages` (Tevatron). Where they have other names, map them with `columns`."
         )
 
 
 def parse_row(columns: Mapping[str, Any]) -> PairRow:
-    """Check one row of either shape.
+    """Check one row of any shape.
 
     Raises:
         MalformedRowError: query or positive missing, empty, not text, or not readable as UTF-8.
@@ -79,35 +98,43 @@ def parse_row(columns: Mapping[str, Any]) -> PairRow:
     name = next((name for name in QUERY_COLUMNS if columns.get(name) is not None), None)
     if name is None:
         raise MalformedRowError("query missing")
-    query = _text(columns[name], "query")
+    query = check_text(columns[name], "query")
     if columns.get("pos") is not None:
         positives = _scored(columns["pos"], columns.get("pos_scores"), "positive")
         negatives = _scored(columns.get("neg") or [], columns.get("neg_scores"), "negative")
+    elif columns.get("positive_passages") is not None:
+        positives = _passages(columns["positive_passages"], "positive")
+        negatives = _passages(columns.get("negative_passages") or [], "negative")
     elif columns.get("positive") is not None:
-        positives = ((_text(columns["positive"], "positive"), None),)
+        positives = (Passage(check_text(columns["positive"], "positive")),)
         keys = sorted((key for key in columns if _NEGATIVE.match(key)), key=lambda key: (len(key), key))
         given = [columns[key] for key in keys if columns[key] not in (None, "")]
-        negatives = tuple((_text(value, "negative"), None) for value in given)
+        negatives = tuple(Passage(check_text(value, "negative")) for value in given)
     else:
         raise MalformedRowError("positive missing")
     if not positives:
         raise MalformedRowError("positive missing")
-    own = {text for text, _ in positives}
-    return PairRow(query, positives, tuple(item for item in negatives if item[0] not in own))
+    own = {item.key for item in positives}
+    return PairRow(query, positives, tuple(item for item in negatives if item.key not in own))
+
+
+def good_rows(raw_rows: Iterable[RawRow], parse: Callable[[Mapping[str, Any]], Row], log: RejectLog) -> Iterator[Row]:
+    """Parse every row; bad ones are counted and logged by place."""
+    for raw in raw_rows:
+        log.rows += 1
+        if raw.columns is None:
+            log.add(raw.file, raw.line, raw.problem)
+            continue
+        try:
+            yield parse(raw.columns)
+        except MalformedRowError as error:
+            log.add(raw.file, raw.line, str(error))
 
 
 def read_pairs(raw_rows: Iterable[RawRow]) -> PairTable:
-    """Check every row; bad ones are counted and logged by place."""
+    """Check every row of queries and documents."""
     table = PairTable()
-    for raw in raw_rows:
-        table.rejects.rows += 1
-        if raw.columns is None:
-            table.rejects.add(raw.file, raw.line, raw.problem)
-            continue
-        try:
-            table.rows.append(parse_row(raw.columns))
-        except MalformedRowError as error:
-            table.rejects.add(raw.file, raw.line, str(error))
+    table.rows.extend(good_rows(raw_rows, parse_row, table.rejects))
     return table
 
 
@@ -116,13 +143,15 @@ def pairs_to_rows(table: PairTable, dataset: str, test_share: float, licence: st
 
     Rows with one query become one example with all its positives; document ids are hashes of their texts.
     """
-    merged: dict[str, tuple[dict[str, float | None], dict[str, float | None]]] = {}
+    merged: dict[str, tuple[dict[tuple[str, str], Passage], dict[tuple[str, str], Passage]]] = {}
     for row in table.rows:
-        positives, negatives = merged.setdefault(row.query, ({}, {}))
-        positives.update((text, score) for text, score in row.positives if text not in positives)
-        negatives.update((text, score) for text, score in row.negatives if text not in negatives)
-    sides = _sides({query: tuple(positives) for query, (positives, _) in merged.items()}, test_share)
-    texts = sorted({text for groups in merged.values() for group in groups for text in group})
+        for known, items in zip(merged.setdefault(row.query, ({}, {})), (row.positives, row.negatives), strict=True):
+            for item in items:
+                known.setdefault(item.key, item)
+    ids = {key: document_id(*key) for groups in merged.values() for group in groups for key in group}
+    sides = linked_sides(
+        {query: tuple(ids[key] for key in positives) for query, (positives, _) in merged.items()}, test_share
+    )
     examples = empty_splits()
     for query, (positives, negatives) in merged.items():
         examples[sides[query]].append(
@@ -131,9 +160,9 @@ def pairs_to_rows(table: PairTable, dataset: str, test_share: float, licence: st
                 dataset=dataset,
                 task=TaskType.RETRIEVAL,
                 query=query,
-                positives=tuple(ScoredId(_document_id(text), score) for text, score in positives.items()),
+                positives=tuple(ScoredId(ids[key], item.score) for key, item in positives.items()),
                 negatives=tuple(
-                    ScoredId(_document_id(text), score) for text, score in negatives.items() if text not in positives
+                    ScoredId(ids[key], item.score) for key, item in negatives.items() if key not in positives
                 ),
             )
         )
@@ -141,7 +170,7 @@ def pairs_to_rows(table: PairTable, dataset: str, test_share: float, licence: st
         task=TaskType.RETRIEVAL,
         split_rule=SPLIT_RULE.format(share=test_share),
         licence=licence,
-        documents=[Document(_document_id(text), "", text) for text in texts],
+        documents=[Document(ids[key], *key) for key in sorted(ids, key=lambda key: key[::-1])],
         examples=examples,
         documents_split=True,
         rejects=table.rejects,
@@ -149,23 +178,24 @@ def pairs_to_rows(table: PairTable, dataset: str, test_share: float, licence: st
 
 
 def require_every_split(rows: SourceRows, dataset: str, advice: str) -> None:
-    """Refuse a data set with an empty side.
+    """Refuse a data set with an empty side; one without a good row is left to be refused for that.
 
     Raises:
         UserError: with the counts and `advice`.
     """
     counts = {split: len(rows.examples[split]) for split in SPLITS}
-    if not all(counts.values()):
+    if rows.rejects.total < rows.rejects.rows and not all(counts.values()):
         listed = ", ".join(f"{split} {count}" for split, count in counts.items())
         raise UserError(f"data set {dataset}: a side is empty ({listed} examples). {advice}")
 
 
-def _document_id(text: str) -> str:
-    return f"d-{stable_hash(text):016x}"
+def document_id(title: str, text: str) -> str:
+    """Id of a document by its content."""
+    return f"d-{stable_hash(title, text) if title else stable_hash(text):016x}"
 
 
-def _sides(positives_of: Mapping[str, tuple[str, ...]], test_share: float) -> dict[str, str]:
-    """Side of each query: groups linked by shared texts (union-find), each by the hash of its smallest text."""
+def linked_sides(linked: Mapping[str, Sequence[str]], test_share: float) -> dict[str, str]:
+    """Side of each key: groups linked by what keys share (union-find), each by the hash of its smallest member."""
     parent: dict[str, str] = {}
 
     def find(text: str) -> str:
@@ -175,17 +205,19 @@ def _sides(positives_of: Mapping[str, tuple[str, ...]], test_share: float) -> di
             text = parent[text]
         return text
 
-    for query, positives in positives_of.items():
-        for text in positives:
-            low, high = sorted((find(query), find(text)))
+    for key, others in linked.items():
+        for other in others:
+            low, high = sorted((find(key), find(other)))
             parent[high] = low
-    return {
-        query: split_by_hash(find(query), salt="files", test_share=test_share, dev_share=test_share)
-        for query in positives_of
-    }
+    return {key: split_by_hash(find(key), salt="files", test_share=test_share, dev_share=test_share) for key in linked}
 
 
-def _text(value: Any, role: str) -> str:
+def check_text(value: Any, role: str) -> str:
+    """The value, where it is text with something in it.
+
+    Raises:
+        MalformedRowError: it is not.
+    """
     if not isinstance(value, str):
         raise MalformedRowError(f"{role} is not text")
     if not is_unicode(value):
@@ -195,20 +227,46 @@ def _text(value: Any, role: str) -> str:
     return value
 
 
-def _scored(values: Any, scores: Any, role: str) -> tuple[tuple[str, float | None], ...]:
+def _scored(values: Any, scores: Any, role: str) -> tuple[Passage, ...]:
     if not isinstance(values, list):
         raise MalformedRowError(f"{role}s are not a list")
-    texts = [_text(value, role) for value in values]
+    texts = [check_text(value, role) for value in values]
     if scores is None:
-        return tuple((text, None) for text in texts)
+        return tuple(Passage(text) for text in texts)
     if not isinstance(scores, list) or len(scores) != len(texts):
         raise MalformedRowError(f"{role} scores do not match the {role}s")
     if not all(isinstance(score, int | float) and not isinstance(score, bool) for score in scores):
         raise MalformedRowError(f"{role} score is not a number")
-    return tuple((text, float(score)) for text, score in zip(texts, scores, strict=True))
+    return tuple(Passage(text, float(score)) for text, score in zip(texts, scores, strict=True))
+
+
+def _passages(values: Any, role: str) -> tuple[Passage, ...]:
+    """Tevatron's lists; their docids are not kept, as nothing says that they name one text only."""
+    if not isinstance(values, list):
+        raise MalformedRowError(f"{role} passages are not a list")
+    found = []
+    for value in values:
+        if not isinstance(value, Mapping):
+            raise MalformedRowError(f"{role} passage is not an object")
+        title = value.get("title") or ""
+        if not isinstance(title, str) or not is_unicode(title):
+            raise MalformedRowError(f"{role} title is not text")
+        found.append(Passage(check_text(value.get("text"), role), title=title))
+    return tuple(found)
 
 
 def rows_of_records(records: Iterable[Mapping[str, Any]], place: str) -> Iterator[RawRow]:
     """Records that are already columns (parquet, hub), numbered from 1."""
     for number, record in enumerate(records, start=1):
         yield RawRow(place, number, record)
+
+
+def renamed_columns(raw_rows: Iterable[RawRow], columns: Mapping[str, str]) -> Iterator[RawRow]:
+    """Rows with the source's own columns under our names; `columns` is ours -> theirs."""
+    ours = {theirs: name for name, theirs in columns.items()}
+    for raw in raw_rows:
+        if raw.columns is None or not ours:
+            yield raw
+            continue
+        renamed = {key: value for key, value in raw.columns.items() if key not in columns}
+        yield replace(raw, columns=renamed | {name: raw.columns.get(key) for key, name in ours.items()})

@@ -1,0 +1,72 @@
+"""Classes whose labels are the documents: mining passes on what the data set says, and the stream lays it out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nvembed import storage
+from nvembed.data.config import FilesSource, PrepareConfig
+from nvembed.data.prepare import PREPARE
+from nvembed.data.stream import _files
+from nvembed.data.tables import dataset_info, read_corpus
+from nvembed.mining.config import MineConfig
+from nvembed.mining.miner import MinePaths, MineWorker
+from nvembed.retrieval.shards import read_table
+from nvembed.types import Artifact
+
+LABELS = [f"label {number}" for number in range(6)]
+
+
+def prepared(tmp_path: Path, positives_from: Any) -> Artifact:
+    rows = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"text": f"text of number {i}", "label": LABELS[i % 6]}) for i in range(200)]
+    rows.write_text("\n".join(lines))
+    source = FilesSource(
+        name="mine", instruction="intent", uris=(str(rows),), task="classification", positives_from=positives_from
+    )
+    return PREPARE.run(PrepareConfig(sources=(source,)), {}, str(tmp_path / "prepare"))
+
+
+def mined(prepare: Artifact, tmp_path: Path) -> list[dict[str, Any]]:
+    paths = MinePaths.under(str(tmp_path / "mine"))
+    uri = prepare.path("mine", "examples-train.parquet")
+    task = {"way": "classes", "dataset": "mine", "part": "part-0", "examples": uri, "start": 0}
+    task["rows"] = dataset_info(prepare)["mine"]["train"]
+    MineWorker(MineConfig(num_negatives=3), paths).work(task)
+    found: list[dict[str, Any]] = read_table(storage.join(paths.select, "mine", "part-0.parquet")).to_pylist()
+    return found
+
+
+def test_labels_are_positives_and_negatives(tmp_path: Path) -> None:
+    prepare = prepared(tmp_path, "labels")
+    corpus = {row["id"]: row for row in read_corpus(prepare, "mine").to_pylist()}
+    rows = mined(prepare, tmp_path)
+    assert len(rows) == dataset_info(prepare)["mine"]["train"] > 100
+    seen = set()
+    for row in rows:
+        label = corpus[row["example_id"]]["label"]
+        assert [corpus[item["id"]]["text"] for item in row["positives"]] == [label]
+        others = [corpus[item["id"]]["text"] for item in row["negatives"]]
+        assert len(set(others)) == 3 and set(others) <= set(LABELS) - {label}
+        assert set(row["known_positives"]) == {row["example_id"], row["positives"][0]["id"]}
+        seen |= set(others)
+    assert seen == set(LABELS)
+    assert mined(prepare, tmp_path / "again") == rows
+
+
+def test_a_label_carries_no_instruction_and_an_example_does(tmp_path: Path) -> None:
+    for way, symmetric in (("labels", False), ("examples", True)):
+        (tmp_path / way).mkdir()
+        prepare = prepared(tmp_path / way, way)
+        mine = Artifact(str(tmp_path / way / "mine"), {})
+        storage.write_bytes(mine.path("mine", "mined.parquet"), b"")
+        files = _files("mine", dataset_info(prepare)["mine"], {"prepare": prepare, "mine": mine})
+        assert files.symmetric == symmetric
+
+
+def test_examples_are_drawn_where_the_set_gives_none(tmp_path: Path) -> None:
+    prepare = prepared(tmp_path, "examples")
+    label = {row["id"]: row["label"] for row in read_corpus(prepare, "mine").to_pylist()}
+    for row in mined(prepare, tmp_path):
+        assert label[row["positives"][0]["id"]] == label[row["example_id"]]
+        assert all(label[item["id"]] != label[row["example_id"]] for item in row["negatives"])
