@@ -340,9 +340,9 @@ def _hits(approx_QN: torch.Tensor, cut_Q: np.ndarray) -> Iterator[tuple[np.ndarr
     """(rows, columns, values) of what reaches the cut or more, rows ascending; cuts are rounded down."""
     if approx_QN.device.type != "cpu":
         cut_Q1 = torch.from_numpy(_float32_below(cut_Q))[:, None].to(approx_QN.device)
-        rows_P, columns_P = (approx_QN.float() >= cut_Q1).nonzero(as_tuple=True)
-        values_P = approx_QN[rows_P, columns_P].float()
-        yield rows_P.cpu().numpy(), columns_P.cpu().numpy().astype(np.int32), values_P.cpu().numpy()
+        at_rows, at_columns = (approx_QN.float() >= cut_Q1).nonzero(as_tuple=True)
+        found = approx_QN[at_rows, at_columns].float()
+        yield at_rows.cpu().numpy(), at_columns.cpu().numpy().astype(np.int32), found.cpu().numpy()
         return
     floor_Q = _float32_below(cut_Q)
     if approx_QN.dtype == torch.bfloat16:
