@@ -118,3 +118,21 @@ class MineConfig(Config):
     reuse: str | None = Field(None, description="An earlier mine step's output: select again from what it searched.")
     audit_samples: int = Field(0, ge=0, description="Texts shown in the audit; private by default.")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "MineConfig":
+        needed = {
+            "topk_shifted": lambda rule: rule.shift + self.num_negatives,
+            "rank_window": lambda rule: rule.last,
+            "sampled_topk": lambda rule: rule.top,
+        }.get(self.rule.type, lambda rule: 0)(self.rule)
+        if needed > self.depth:
+            raise ValueError(f"rule {self.rule.type} asks for {needed} ranks; only depth = {self.depth} are searched")
+        if self.max_positive_rank is not None and self.max_positive_rank > self.depth:
+            raise ValueError(f"max_positive_rank = {self.max_positive_rank} lies below depth = {self.depth}")
+        drawn = self.rule.type in ("random", "sampled_topk")
+        if drawn and self.max_per_document is not None:
+            raise ValueError(f"max_per_document needs candidates in order of preference; {self.rule.type} draws them")
+        if self.reuse is not None and (self.rule.type == "random" or self.more_miners or self.judge):
+            raise ValueError("reuse selects again from one miner's search: no random rule, more_miners or judge")
+        return self

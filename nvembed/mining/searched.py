@@ -56,28 +56,30 @@ class Ranking:
     gap_floor: float
     whole: bool
 
-    def check(self, limits: Limits, ceiling: float, decided: int, who: str) -> None:
-        """Refuse a selection that looked into the dark.
+    def check(self, limits: Limits, ceiling: float, enough: bool, decided: int, who: str) -> None:
+        """Refuse a selection that depends on what was not searched.
 
         Args:
+            ceiling: the rule's, of this query.
+            enough: whether as many were kept as were wanted.
             decided: candidates the selection examined.
             who: the query, for the message.
 
         Raises:
-            NeedsSearchError: what would have to be searched.
+            NeedsSearchError: naming what would have to be searched.
         """
         last = math.inf if limits.last is None else limits.last
         if self.gap is not None:
             first, end = self.gap
-            passed = decided == len(self.ids) or self.ranks[decided - 1 if decided else 0] > first
+            passed = not enough or (decided > 0 and self.ranks[decided - 1] > first)
             if passed and ceiling > self.gap_floor and limits.first <= end and first <= last:
                 raise NeedsSearchError(
                     f"{who}: the rule asks about ranks {first} to {end} (scores from {self.gap_floor:.4f} up), which "
-                    f"were not searched; search with depth {end} or more, or a ceiling of {ceiling:.4f}"
+                    f"were not searched. Search to depth {end}, or with a rule whose ceiling is {ceiling:.4f} or more."
                 )
         end = self.ranks[-1] if len(self.ranks) else 0
-        if decided == len(self.ids) and not self.whole and end < last:
-            raise NeedsSearchError(f"{who}: the rule asks about ranks behind {end}, which were not searched")
+        if not enough and not self.whole and end < last:
+            raise NeedsSearchError(f"{who}: the rule asks about ranks behind {end}, which were not searched.")
 
 
 def ranking(row: dict[str, object], depth: int) -> Ranking:

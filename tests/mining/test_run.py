@@ -104,6 +104,7 @@ def test_mine_step(tmp_path, ray_session):
     assert set(artifact.manifest["files"]) == {
         "audit.json",
         *(f"{dataset}/mined.parquet" for dataset in ("links", "classes", "pairs")),
+        *(f"{dataset}/searched.parquet" for dataset in ("links", "pairs")),
     }
     audit = json.loads((tmp_path / "mine" / "audit.json").read_text())
     _check_links(artifact, audit)
@@ -218,7 +219,7 @@ def test_kill_9_while_mining_then_the_same_artifact(tmp_path):
 
     clean, killed = tmp_path / "clean", tmp_path / "killed"
     assert start(clean).wait(timeout=280) == 0
-    for stage in ("vectors", "select"):  # once while encoding, once while selecting
+    for stage in ("vectors", "search", "select"):  # once while encoding, once while selecting
         process = start(killed)
         deadline = time.monotonic() + 200
         while not list((killed / "checkpoints" / stage).rglob("*.parquet")):
@@ -232,4 +233,4 @@ def test_kill_9_while_mining_then_the_same_artifact(tmp_path):
     assert manifests[0]["content_hash"] == manifests[1]["content_hash"]
     assert manifests[1]["metrics"]["encode_reused_rows"] > 0
     files = [{p.relative_to(out): p.read_bytes() for p in Path(out).rglob("*.parquet")} for out in (clean, killed)]
-    assert files[0] == files[1] and len(files[0]) == 3
+    assert files[0] == files[1] and len(files[0]) == 5
