@@ -23,7 +23,7 @@ from nvembed.mining.searched import PART_SCHEMA, merged, part_table
 from nvembed.retrieval.bm25 import Bm25Index
 from nvembed.retrieval.config import ExactIndex
 from nvembed.retrieval.search import Found, pair_scores, search_shards
-from nvembed.retrieval.search_faiss import search_faiss
+from nvembed.retrieval.search_faiss import search_with_faiss
 from nvembed.retrieval.shards import iter_vectors, list_shards, read_table, table_matrix, write_table
 
 
@@ -191,7 +191,7 @@ class Searcher:
         parts = list(shards)
         ids_N = np.array([key for keys, _ in parts for key in keys], dtype=object)
         matrix_ND = np.concatenate([part for _, part in parts])
-        return search_faiss(
+        return search_with_faiss(
             search.index,
             query_QD,
             ids_N,

@@ -55,7 +55,7 @@ def build_index(config: FaissFlat | FaissIvf | FaissHnsw, document_ND: np.ndarra
     return index
 
 
-def search_faiss(
+def search_with_faiss(
     config: FaissFlat | FaissIvf | FaissHnsw,
     query_QD: np.ndarray,
     ids_N: np.ndarray,
