@@ -170,6 +170,8 @@ class Chooser:
         return [(known.ids[place], float(known.scores[place])) for place in kept]
 
     def _drawn(self, index: int, known: Ranking, pool: list[int], rule: SampledTopK) -> list[int]:
+        if not pool:
+            return []
         config, dataset = self._config, self._task["dataset"]
         query = f"{config.seed}\0{dataset}\0{self._queries[index]['key']}"
         keys = np.array([[xxhash.xxh3_64_intdigest(known.ids[place].encode()) for place in pool]], dtype=np.uint64)

@@ -40,6 +40,9 @@ _KEYS = {
 }
 
 
+_RULES: TypeAdapter[RuleConfig] = TypeAdapter(RuleConfig)
+
+
 def read_rule(rule: Mapping[str, Any]) -> RuleConfig:
     """The rule a mapping describes: the recipe's keys, or the longer names of `mine_vectors`.
 
@@ -49,9 +52,8 @@ def read_rule(rule: Mapping[str, Any]) -> RuleConfig:
     kind = str(rule.get("type", ""))
     kind = _TYPES.get(kind, kind)
     keys = {_KEYS.get((kind, key), key): value for key, value in rule.items()}
-    adapter: TypeAdapter[RuleConfig] = TypeAdapter(RuleConfig)
     try:
-        return adapter.validate_python({**keys, "type": kind})
+        return _RULES.validate_python({**keys, "type": kind})
     except ValidationError as error:
         said = "; ".join(".".join(map(str, item["loc"])) + f": {item['msg']}" for item in error.errors())
         raise UserError(f"rule {dict(rule)!r}: {said}") from error
