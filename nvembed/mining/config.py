@@ -119,6 +119,16 @@ class MineConfig(Config):
     audit_samples: int = Field(0, ge=0, description="Texts shown in the audit; private by default.")
     seed: int = 0
 
+    def embedders(self) -> tuple[tuple[str, MinerConfig], ...]:
+        """Every model that the step opens, by its place in the section."""
+        found: list[tuple[str, MinerConfig]] = [("miner", self.miner)]
+        for number, miner in enumerate(self.more_miners):
+            if not isinstance(miner, Bm25Miner):
+                found.append((f"more_miners.{number}", miner))
+        if self.judge is not None:
+            found.append(("judge.model", self.judge.model))
+        return tuple(found)
+
     @model_validator(mode="after")
     def _reachable(self) -> "MineConfig":
         needed = {

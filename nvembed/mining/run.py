@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 from nvembed import storage
 from nvembed.data.tables import dataset_info
 from nvembed.mining.audit import Audit, near_copies, samples, short_summary
-from nvembed.mining.config import Bm25Miner, MineConfig, RandomNegatives
+from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.finish import check_reuse, index_recall, merge_parts
 from nvembed.mining.layout import Laid, lay_out
 from nvembed.mining.miner import MineWorker
 from nvembed.mining.searching import MinePaths, Searcher
-from nvembed.retrieval.config import ExactIndex, MinerConfig
+from nvembed.retrieval.config import ExactIndex
 from nvembed.retrieval.encode import EncodeReport, encode_texts
 from nvembed.retrieval.encoders import check_model
 from nvembed.retrieval.pool import ProgressLog, run_pool
@@ -99,26 +99,22 @@ def _check(config: MineConfig, prepare: Artifact, searched: bool) -> None:
         check_reuse(config, prepare)
         return
     check_faiss(config.search.index)
-    for model in _embedders(config).values():
+    for _, model in config.embedders():
         check_model(model)
 
 
-def _embedders(config: MineConfig) -> dict[int | str, MinerConfig]:
-    """Every embedder of the step by its lane."""
-    found: dict[int | str, MinerConfig] = {0: config.miner}
-    for lane, miner in enumerate(config.more_miners, start=1):
-        if not isinstance(miner, Bm25Miner):
-            found[lane] = miner
-    if config.judge is not None:
-        found["judge"] = config.judge.model
-    return found
+def _lane(place: str) -> int | str:
+    """The lane of a model by its place in the recipe's section."""
+    if place.startswith("more_miners."):
+        return 1 + int(place.rsplit(".", 1)[1])
+    return 0 if place == "miner" else "judge"
 
 
 def _encode(config: MineConfig, paths: MinePaths) -> EncodeReport:
     """Vectors of all texts by every embedder, one after another; the report sums up."""
     whole = EncodeReport()
-    for lane, model in _embedders(config).items():
-        report = encode_texts(paths.texts, model, paths.lane_vectors(lane), config.encode)
+    for place, model in config.embedders():
+        report = encode_texts(paths.texts, model, paths.lane_vectors(_lane(place)), config.encode)
         whole.rows += report.rows
         whole.reused_rows += report.reused_rows
         whole.cpu_seconds += report.cpu_seconds
