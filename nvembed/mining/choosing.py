@@ -97,10 +97,13 @@ class Chooser:
                     raise
                 short.append(index)
         chosen |= self._deeper(short, rankings[0])
-        for lane in range(1, len(self._lanes)):
+        if len(self._lanes) > 1:
             for index in block:
-                other = self._choose(lane, index, rankings[lane][index], checks, lenient=True)
-                chosen[index] = self._merged([chosen[index], other])
+                others = [
+                    self._choose(lane, index, rankings[lane][index], checks, lenient=True)
+                    for lane in range(1, len(self._lanes))
+                ]
+                chosen[index] = self._merged([chosen[index], *others])
         return [Choice(chosen[index], plain[index]) for index in block]
 
     def _deeper(self, short: list[int], known: Mapping[int, Ranking]) -> dict[int, list[tuple[str, float]]]:
@@ -112,7 +115,7 @@ class Chooser:
         if short:
             query_QD = self._searcher.query_vectors(self._task, 0)
         while short:
-            depth *= 4
+            depth = min(4 * depth, self._task["corpus"] + 1)  # one more than there are: then nothing is missing
             ceiling_q = self._limits[0].ceiling_Q[short]
             rows = self._searcher.deeper(self._task, query_QD[short], ceiling_q, depth).to_pylist()
             found = {

@@ -165,9 +165,10 @@ def _tasks(
             if group["way"] != "search":
                 tasks.append(group)
                 continue
-            segments = _document_segments(storage.join(paths.texts, dataset, "documents"), config)
+            segments, corpus = _document_segments(storage.join(paths.texts, dataset, "documents"), config)
             for segment, names in enumerate(segments):
-                tasks.append({**group, "segment": segment, "segments": len(segments), "documents": names})
+                part = {"segment": segment, "segments": len(segments), "documents": names, "corpus": corpus}
+                tasks.append({**group, **part})
     return tasks
 
 
@@ -195,10 +196,10 @@ def _query_groups(root: str, config: MineConfig, searched: bool) -> list[dict[st
     return groups
 
 
-def _document_segments(root: str, config: MineConfig) -> list[list[str]]:
-    """Shards of the corpus by task: at most `document_rows` documents each."""
+def _document_segments(root: str, config: MineConfig) -> tuple[list[list[str]], int]:
+    """Shards of the corpus by task, at most `document_rows` documents each, and how many documents there are."""
     segments: list[list[str]] = []
-    rows = 0
+    rows = total = 0
     for name in list_shards(root):
         count = _row_count(storage.join(root, name))
         if not segments or rows + count > config.search.document_rows:
@@ -206,7 +207,8 @@ def _document_segments(root: str, config: MineConfig) -> list[list[str]]:
             rows = 0
         segments[-1].append(name)
         rows += count
-    return segments
+        total += count
+    return segments, total
 
 
 def _select(config: MineConfig, paths: MinePaths, tasks: list[dict[str, Any]]) -> tuple[dict[str, int], int]:

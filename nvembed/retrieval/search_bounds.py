@@ -58,12 +58,12 @@ def halved(matrix_ND: np.ndarray) -> tuple[torch.Tensor, Sizes]:
     for rows in _in_cache(matrix_ND):
         # numpy's copy: torch promises nothing about read-only memory, which maps of files are
         full = torch.from_numpy(rows if rows.flags.writeable else rows.copy())
-        part = slice(start, start + len(full))
+        part = slice(start, start + len(rows))
         half_ND[part] = full
         # fp32 sums of squares of D <= 2^17 numbers are right to 1 %
         torch.linalg.vector_norm(full, dim=1, out=norm_N[part])
         torch.linalg.vector_norm(full - half_ND[part], dim=1, out=residual_N[part])
-        start += len(full)
+        start += len(rows)
     return half_ND, Sizes(norm_N.double().numpy() * _SLACK, residual_N.double().numpy() * _SLACK)
 
 

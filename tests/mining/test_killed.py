@@ -106,12 +106,9 @@ def start(root, out, phase="", moment="", left=1):
 
 
 def files(out):
-    """Every file of an artifact but the manifest, whose timings differ."""
-    return {
-        path.relative_to(out): path.read_bytes()
-        for path in out.rglob("*")
-        if path.is_file() and path.name != "manifest.json"
-    }
+    """Every file of an artifact: not its manifest, whose timings differ, nor half a file that a kill left behind."""
+    paths = [path for path in out.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    return {path.relative_to(out): path.read_bytes() for path in paths if path.suffix != ".tmp"}
 
 
 def test_killed_while_writing_what_was_searched(world):

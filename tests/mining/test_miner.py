@@ -73,7 +73,7 @@ def mine(tmp_path, world, config, way="search", shard_rows=17):
     segments = [names[part::3] for part in range(min(3, len(names)))] if way == "search" else [names]
     for number, documents in enumerate(segments):
         found = MineWorker(config, paths).work(
-            {**task, "segment": number, "segments": len(segments), "documents": documents}
+            {**task, "segment": number, "segments": len(segments), "documents": documents, "corpus": DOCUMENTS}
         )
     assert found["rows"] == QUERIES
     part = join(paths.select, "set", "part-00000")

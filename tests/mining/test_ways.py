@@ -183,8 +183,8 @@ def test_several_miners_take_turns(tmp_path, prepared):
     for key, row in merged.items():
         ids = [item["id"] for item in row["negatives"]]
         assert len(set(ids)) == 3 and not set(ids) & set(row["known_positives"])
-        assert ids[0] == negatives(first)[key][0]
-        assert negatives(alone)[key][0] in ids
+        assert ids[0] == negatives(first)[key][0]  # one of each; BM25's may be what the first chose
+        assert negatives(alone)[key][0] in ids[1:] or negatives(alone)[key][0] == ids[0]
     assert negatives(merged) != negatives(first)
 
 
