@@ -61,7 +61,7 @@ def candidates(draw):
 
 
 @given(candidates(), RULES, st.integers(1, 8))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_a_rule_keeps_the_first_candidates_it_allows(problem, rule, count):
     scores, excluded, lowest = problem
     ranks = np.broadcast_to(np.arange(1, scores.shape[1] + 1), scores.shape)
@@ -88,7 +88,7 @@ def test_ceilings_in_numbers_and_as_selection_has_them():
 
 
 @given(candidates(), st.integers(1, 6), st.integers(1, 8), st.sampled_from([None, 0.1, 1.0]), st.integers(0, 9))
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_a_draw_takes_the_largest_noisy_weights_of_the_pool(problem, count, top, temperature, seed):
     scores, excluded, lowest = problem
     rule = SampledTopK(top=top, temperature=temperature)
@@ -156,7 +156,7 @@ def one_at_a_time(lists, scores, count, cap, order, random):
 
 
 @given(preferences())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_the_cap_is_deferred_acceptance_in_any_order(problem):
     lists, scores, count, cap, random = problem
     order = np.arange(len(lists))

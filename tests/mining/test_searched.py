@@ -58,7 +58,7 @@ def select(known, rule, positive, count):
     st.integers(1, 12),
     st.integers(1, 8),
 )
-@settings(max_examples=400)
+@settings(max_examples=250)
 def test_another_rule_gets_the_truth_or_a_refusal(values, searched, rule, positive, depth, count):
     scores = sorted(values, reverse=True)
     whole = ranking(stored(scores, TopK(), positive, 99), 99)

@@ -56,7 +56,7 @@ def naive(query, matrix, positives, count, allows, near=None):
 
 @pytest.mark.parametrize(("rule", "allows"), RULES)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 12))
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_every_rule_equals_walking_down_a_full_sort(rule, allows, seed, count):
     query, matrix, positives = problem(seed)
     mined = mine_vectors(query, matrix, positives, count, rule)

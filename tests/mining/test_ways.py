@@ -66,6 +66,7 @@ def in_process(monkeypatch):
     monkeypatch.setattr(run, "run_pool", pool)
     monkeypatch.setattr(run, ENCODE, encode)
     monkeypatch.setattr(run, "check_model", lambda model: None)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # hundreds of small files; nothing crashes here
 
 
 def prepare(uri):
@@ -116,11 +117,8 @@ def test_selecting_again_equals_mining_anew(tmp_path, prepared):
     for number, rule in enumerate(
         (
             {"type": "topk_perc_pos", "share": 0.9},
-            {"type": "topk_abs", "max_score": 0.8},
             {"type": "topk_margin_pos", "margin": 0.1},
-            {"type": "topk"},
             {"type": "topk_shifted", "shift": 4},
-            {"type": "rank_window", "first": 2, "last": 9},
             {"type": "sampled_topk", "top": 4, "temperature": 0.1},
         )
     ):

@@ -50,7 +50,7 @@ def vectors(draw):
 
 
 @given(vectors(), st.integers(1, 20), st.sampled_from([3, 16, 8192]), st.booleans())
-@settings(max_examples=120)
+@settings(max_examples=70)
 def test_one_pass_finds_both_lists_and_the_exact_count(problem, k, tile, tight):
     query, documents, generator = problem
     scores = oracle(query, documents)
@@ -84,7 +84,7 @@ def test_one_pass_finds_both_lists_and_the_exact_count(problem, k, tile, tight):
 
 
 @given(vectors())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_no_product_is_further_off_than_its_bound(problem):
     query, documents, _ = problem
     exact = oracle(query, documents)
