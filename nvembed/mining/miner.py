@@ -77,7 +77,7 @@ class MineWorker:
         queries = searcher.query_rows(task)
         if task["segment"] is not None:
             searcher.search_segment(task, queries)
-        if not all(searcher.done(task, segment) for segment in range(task["segments"])):
+        if searcher.left(task):
             return 0
         self._select(task, queries, [self._searched(task, queries, lane) for lane in range(searcher.lanes)])
         return len(queries)

@@ -239,13 +239,17 @@ def _waiting(config: MineConfig, paths: MinePaths, tasks: list[dict[str, Any]]) 
     """Tasks whose result is not there: parts of the corpus not searched yet, or a selection after the last of them."""
     searcher = Searcher(config, paths)
     waiting: list[dict[str, Any]] = []
+    selected: dict[str, set[str]] = {}
     for _, group in itertools.groupby(tasks, key=lambda task: (task["dataset"], task["part"])):
         parts = list(group)
-        if storage.exists(storage.join(paths.select, parts[0]["dataset"], f"{parts[0]['part']}.parquet")):
+        dataset = parts[0]["dataset"]
+        if dataset not in selected:
+            selected[dataset] = set(storage.list_directory(storage.join(paths.select, dataset)))
+        if f"{parts[0]['part']}.parquet" in selected[dataset]:
             continue
         if parts[0]["way"] == "search":
-            left = [task for task in parts if not searcher.done(task, task["segment"])]
-            parts = left or [{**parts[0], "segment": None}]
+            left = set(searcher.left(parts[0]))
+            parts = [task for task in parts if task["segment"] in left] or [{**parts[0], "segment": None}]
         waiting += parts
     return waiting
 

@@ -64,9 +64,14 @@ class Searcher:
     def _segment_file(self, task: dict[str, Any], lane: int, segment: int) -> str:
         return self._file(task, lane, f"part-{segment:05d}")
 
-    def done(self, task: dict[str, Any], segment: int) -> bool:
-        """Whether a part of the corpus was searched for the task's group."""
-        return all(storage.exists(self._segment_file(task, lane, segment)) for lane in range(self.lanes))
+    def left(self, task: dict[str, Any]) -> list[int]:
+        """Parts of the corpus that were not searched yet for the task's group; one listing of its directory."""
+        there = set(storage.list_directory(storage.join(self.paths.search, task["dataset"], task["part"])))
+        wanted = {
+            segment: {self._segment_file(task, lane, segment).rsplit("/", 1)[-1] for lane in range(self.lanes)}
+            for segment in range(task["segments"])
+        }
+        return [segment for segment, names in wanted.items() if not names <= there]
 
     def query_rows(self, task: dict[str, Any]) -> list[dict[str, Any]]:
         """The group's queries with what is known about them."""
