@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from nvembed.retrieval.search import search_shards
 from nvembed.retrieval.shards import iter_vectors, list_shards, read_table, table_matrix
 from nvembed.types import Artifact, UserError
 
+_GROUP_ROWS = 8192
 _SAME = ("miner", "sts_positive")  # what an earlier step must have in common to be selected from again
 
 
@@ -46,15 +47,30 @@ def merge_parts(
     return total
 
 
-def _write(uri: str, tables: Any, schema: pa.Schema = MINED_SCHEMA) -> int:
+def _write(uri: str, tables: Iterable[pa.Table], schema: pa.Schema = MINED_SCHEMA) -> int:
     fs, path = storage.filesystem(uri)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     rows = 0
     with fs.open(path, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for table in tables:
-            writer.write_table(table)
+        for table in _even(tables):
+            writer.write_table(table, row_group_size=_GROUP_ROWS)
             rows += table.num_rows
     return rows
+
+
+def _even(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Row groups of one size, wherever the parts end: the file's bytes then depend on its rows alone."""
+    waiting: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        waiting.append(table)
+        count += table.num_rows
+        while count >= _GROUP_ROWS:
+            whole = pa.concat_tables(waiting)
+            yield whole.slice(0, _GROUP_ROWS).combine_chunks()
+            waiting, count = [whole.slice(_GROUP_ROWS)], count - _GROUP_ROWS
+    if count:
+        yield pa.concat_tables(waiting).combine_chunks()
 
 
 def _cap(rows: list[dict[str, Any]], config: MineConfig, audit: Audit) -> None:
