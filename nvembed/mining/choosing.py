@@ -26,7 +26,6 @@ from nvembed.retrieval.config import ExactIndex
 from nvembed.retrieval.shards import list_shards, read_table
 
 _AT_ONCE = 512  # queries whose candidates' texts or second vectors are in memory together
-Refuse = Callable[[str], Reason | None]
 
 
 @dataclass(frozen=True)

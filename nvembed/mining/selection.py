@@ -44,12 +44,6 @@ def text_hash(text: str) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def ceiling(positive_scores: Sequence[float], share: float) -> float:
-    """What a negative's score must stay below: `p - (1 - share) * |p|`, p the lowest positive's score."""
-    lowest = min(positive_scores)
-    return lowest - (1.0 - share) * abs(lowest)
-
-
 def select_negatives(
     candidate_ids: Sequence[str],
     scores: Sequence[float],
@@ -69,7 +63,7 @@ def select_negatives(
         candidate_ids: C ids, best score first.
         scores: C scores.
         hashes: C text hashes.
-        below: `ceiling` of the query's positives; +inf keeps every score (random rule).
+        below: the rule's ceiling for the query's positives; +inf keeps every score (random rule).
         never_ids: known positives of the query's text.
         never_hashes: hashes of the positives' texts and of the query itself.
         ranks: first and last rank allowed.
