@@ -1,9 +1,10 @@
 """The `mine` step: negatives for every training example of every data set of a `prepare` artifact.
 
-Retrieval and sts sets: all texts of all sets are encoded in one actor pool, then each group of queries is searched
-exactly against its whole corpus and the rule selects (`mining/selection.py`). Classes and clusters get example-based
-pairs. Only train examples are read. Writes `<dataset>/mined.parquet` and `audit.json`. A killed run continues: text,
-vector and selection shards under `checkpoints/` are written atomically and kept while they match.
+Retrieval and sts sets: all texts of all sets are encoded in one actor pool; then groups of queries are searched against
+parts of their corpus, each part a task (`searching.py`), and the rule selects from what all parts hold (`choosing.py`).
+Classes and clusters get example-based pairs. Only train examples are read. Writes `<dataset>/mined.parquet`,
+`<dataset>/searched.parquet` (what another rule can be applied to, see `reuse`) and `audit.json`. A killed run continues:
+text, vector, search and selection files under `checkpoints/` are written atomically and kept while they match.
 """
 
 from __future__ import annotations
