@@ -3,7 +3,7 @@
 Retrieval and sts sets: all texts of all sets are encoded in one actor pool; then groups of queries are searched against
 parts of their corpus, each part a task (`searching.py`), and the rule selects from what all parts hold (`choosing.py`).
 Classes and clusters get example-based pairs. Only train examples are read. Writes `<dataset>/mined.parquet`,
-`<dataset>/searched.parquet` (what another rule can be applied to, see `reuse`) and `audit.json`. A killed run continues:
+`<dataset>/searched.parquet` (what another rule can be applied to, see `reuse`) and `audit.json`. A killed run goes on:
 text, vector, search and selection files under `checkpoints/` are written atomically and kept while they match.
 """
 
