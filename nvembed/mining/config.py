@@ -2,10 +2,37 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nvembed.retrieval.config import EncodeConfig, MinerConfig, PackageModel, SearchConfig
 from nvembed.types import Config
+
+
+class TopK(Config):
+    """The best-scored documents, known positives excluded: what every other rule is compared with."""
+
+    type: Literal["topk"] = "topk"
+
+
+class TopKShifted(Config):
+    """NV-Retriever's TopK shifted by N: the first `shift` ranks are passed over (ranks count positives too)."""
+
+    type: Literal["topk_shifted"] = "topk_shifted"
+    shift: int = Field(10, ge=0)
+
+
+class TopKAbs(Config):
+    """NV-Retriever's TopK-Abs: keep candidates with s < `max_score`."""
+
+    type: Literal["topk_abs"] = "topk_abs"
+    max_score: float = 0.7
+
+
+class TopKMarginPos(Config):
+    """NV-Retriever's TopK-MarginPos: keep candidates with s < p - `margin`, p the lowest positive's score."""
+
+    type: Literal["topk_margin_pos"] = "topk_margin_pos"
+    margin: float = Field(0.05, ge=0)
 
 
 class TopKPercPos(Config):
@@ -15,26 +42,107 @@ class TopKPercPos(Config):
     share: float = Field(0.95, gt=0, le=1)
 
 
+class RankWindow(Config):
+    """Candidates of the ranks `first` to `last` (1-based, positives count), best first; e.g. 30 to 100."""
+
+    type: Literal["rank_window"] = "rank_window"
+    first: int = Field(30, ge=1)
+    last: int = Field(100, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "RankWindow":
+        if self.last < self.first:
+            raise ValueError(f"last = {self.last} comes before first = {self.first}")
+        return self
+
+
+CeilingRule = Annotated[TopKAbs | TopKMarginPos | TopKPercPos, Field(discriminator="type")]
+
+
+class SampledTopK(Config):
+    """A draw without replacement from the best `top` candidates under a ceiling, seeded by query and document.
+
+    `temperature` weighs them by softmax(score / temperature); without it every one is as likely as the next.
+    """
+
+    type: Literal["sampled_topk"] = "sampled_topk"
+    top: int = Field(10, ge=1)
+    temperature: float | None = Field(None, gt=0)
+    ceiling: CeilingRule = TopKPercPos()
+
+
 class RandomNegatives(Config):
     """Uniform draw from the corpus, known positives excluded; the control in the mined-against-random measurement."""
 
     type: Literal["random"] = "random"
 
 
-RuleConfig = Annotated[TopKPercPos | RandomNegatives, Field(discriminator="type")]
+SearchedRule = TopK | TopKShifted | TopKAbs | TopKMarginPos | TopKPercPos | RankWindow | SampledTopK
+RuleConfig = Annotated[SearchedRule | RandomNegatives, Field(discriminator="type")]
+
+
+class Judge(Config):
+    """A second embedder with a say: a candidate it scores above the ceiling on its own scale is refused."""
+
+    model: MinerConfig
+    ceiling: CeilingRule = TopKPercPos()
+
+
+class Bm25Miner(Config):
+    """Candidates by shared words (characters in pairs for Chinese and Japanese); see `retrieval/bm25.py`."""
+
+    type: Literal["bm25"] = "bm25"
 
 
 class MineConfig(Config):
     """The `mine` step."""
 
     miner: MinerConfig = PackageModel()
+    more_miners: tuple[Annotated[MinerConfig | Bm25Miner, Field(discriminator="type")], ...] = Field(
+        (), description="Their candidates are merged with the first miner's, rank by rank."
+    )
     rule: RuleConfig = TopKPercPos()
     num_negatives: int = Field(8, ge=1, description="Kept per example.")
     depth: int = Field(50, ge=1, description="Candidates searched per query.")
+    max_per_document: int | None = Field(None, ge=1, description="Queries a document may be a negative of.")
+    near_duplicate: float | None = Field(
+        None, gt=0, le=1, description="Refuse texts that share this much (Jaccard, word triples) with a positive."
+    )
+    max_positive_rank: int | None = Field(None, ge=1, description="Drop examples whose positive ranks below this.")
+    judge: Judge | None = None
     sts_positive: float = Field(
         0.8, ge=0, le=1, description="sts pairs at or above this are positives, both directions."
     )
     encode: EncodeConfig = EncodeConfig()
     search: SearchConfig = SearchConfig()
+    reuse: str | None = Field(None, description="An earlier mine step's output: select again from what it searched.")
     audit_samples: int = Field(0, ge=0, description="Texts shown in the audit; private by default.")
     seed: int = 0
+
+    def embedders(self) -> tuple[tuple[str, MinerConfig], ...]:
+        """Every model that the step opens, by its place in the section."""
+        found: list[tuple[str, MinerConfig]] = [("miner", self.miner)]
+        for number, miner in enumerate(self.more_miners):
+            if not isinstance(miner, Bm25Miner):
+                found.append((f"more_miners.{number}", miner))
+        if self.judge is not None:
+            found.append(("judge.model", self.judge.model))
+        return tuple(found)
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "MineConfig":
+        needed = {
+            "topk_shifted": lambda rule: rule.shift + self.num_negatives,
+            "rank_window": lambda rule: rule.last,
+            "sampled_topk": lambda rule: rule.top,
+        }.get(self.rule.type, lambda rule: 0)(self.rule)
+        if needed > self.depth:
+            raise ValueError(f"rule {self.rule.type} asks for {needed} ranks; only depth = {self.depth} are searched")
+        if self.max_positive_rank is not None and self.max_positive_rank > self.depth:
+            raise ValueError(f"max_positive_rank = {self.max_positive_rank} lies below depth = {self.depth}")
+        drawn = self.rule.type in ("random", "sampled_topk")
+        if drawn and self.max_per_document is not None:
+            raise ValueError(f"max_per_document needs candidates in order of preference; {self.rule.type} draws them")
+        if self.reuse is not None and (self.rule.type == "random" or self.more_miners or self.judge):
+            raise ValueError("reuse selects again from one miner's search: no random rule, more_miners or judge")
+        return self

@@ -1,34 +1,34 @@
-"""The workers inside the mining actors: queries of one data set against all its documents, shard by shard.
+"""The workers inside the mining actors: they search, and select from what was found.
 
-Each task writes `<select>/<dataset>/part-*.parquet` and the part's audit; a part that is there is complete.
+Each group of queries ends as `<select>/<dataset>/part-*.parquet` (`part-*.searched` and the part's audit as
+`part-*.json` beside it); a part that is there is complete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
 from nvembed import storage
 from nvembed.data.tables import SCORED_IDS
 from nvembed.mining.audit import Audit
-from nvembed.mining.config import MineConfig, TopKPercPos
+from nvembed.mining.choosing import Chooser, read_hashes
+from nvembed.mining.config import MineConfig
+from nvembed.mining.searched import SEARCHED_SCHEMA
+from nvembed.mining.searching import MinePaths, Searcher
 from nvembed.mining.selection import (
     ClassExamples,
-    Selection,
-    ceiling,
     example_based,
     example_generator,
     random_negatives,
-    select_negatives,
     text_hash,
 )
-from nvembed.retrieval.search import pair_scores, search_exact
-from nvembed.retrieval.shards import iter_parquet, iter_vectors, list_shards, read_table, table_matrix, write_table
+from nvembed.retrieval.shards import iter_parquet, list_shards, read_table, write_table
+
+__all__ = ["MINED_SCHEMA", "MinePaths", "MineWorker"]
 
 MINED_SCHEMA = pa.schema(
     [
@@ -40,122 +40,117 @@ MINED_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class MinePaths:
-    """Working directories of one `mine` step."""
-
-    texts: str
-    vectors: str
-    select: str
-
-    @classmethod
-    def under(cls, work_uri: str) -> MinePaths:
-        """The layout below a step's `checkpoints/`."""
-        root = storage.join(work_uri, "checkpoints")
-        return cls(*(storage.join(root, name) for name in ("texts", "vectors", "select")))
-
-
 class MineWorker:
-    """One actor; `task["way"]` says which kind of work: "search", "random" or "classes"."""
+    """One actor; `task["way"]` says which kind of work: "search", "reuse", "random" or "classes"."""
 
     def __init__(self, config: MineConfig, paths: MinePaths) -> None:
         torch.set_num_threads(config.encode.threads_per_actor)
         self._config, self._paths = config, paths
+        self._searcher = Searcher(config, paths)
 
     def work(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Select for one group of queries; see `retrieval.pool.Worker`."""
-        audit = Audit()
-        ways = {"search": self._search, "random": self._random, "classes": self._classes}
-        rows = ways[task["way"]](task, audit)
-        part = storage.join(self._paths.select, task["dataset"], task["part"])
-        storage.write_json(f"{part}.json", audit.dump())
-        write_table(pa.Table.from_pylist(rows, schema=MINED_SCHEMA), f"{part}.parquet")
-        return {"dataset": task["dataset"], "rows": task["rows"]}
+        """Search or select for one group of queries; see `retrieval.pool.Worker`."""
+        before, rows = self._searcher.again, task["rows"]
+        if task["way"] == "search":
+            rows = self._search(task)
+        elif task["way"] == "reuse":
+            queries = self._searcher.query_rows(task)
+            self._select(task, queries, [self._reused(task, queries)])
+        else:
+            audit = Audit()
+            mined = self._random(task, audit) if task["way"] == "random" else self._classes(task, audit)
+            self._write(task, mined, audit)
+        return {"dataset": task["dataset"], "rows": rows, "again": self._searcher.again - before}
+
+    def _part(self, task: dict[str, Any]) -> str:
+        return storage.join(self._paths.select, task["dataset"], task["part"])
+
+    def _write(self, task: dict[str, Any], rows: list[dict[str, Any]], audit: Audit) -> None:
+        storage.write_json(f"{self._part(task)}.json", audit.dump())
+        write_table(pa.Table.from_pylist(rows, schema=MINED_SCHEMA), f"{self._part(task)}.parquet")
 
     # -- mined negatives ----------------------------------------------------------------------------------------------
 
-    def _search(self, task: dict[str, Any], audit: Audit) -> list[dict[str, Any]]:
-        dataset, config = task["dataset"], self._config
-        assert isinstance(config.rule, TopKPercPos)
-        queries = self._query_rows(task)
-        query_QD = np.concatenate(
-            [
-                table_matrix(read_table(storage.join(self._paths.vectors, dataset, "queries", name)))
-                for name in task["shards"]
-            ]
-        )
-        tap = VectorTap({key for row in queries for key in row["positives"]})
-        ids, scores = search_exact(
-            query_QD, tap.watch(self._document_vectors(dataset)), config.depth, config.search.block_documents
-        )
-        positive_scores = tap.scores(queries, query_QD)
-        below_Q = np.array([ceiling(list(found.values()), config.rule.share) for found in positive_scores])
-        hashes = self._hashes(dataset, [ids, [row["never"] for row in queries]])
-        selections = [
-            _select(row, ids[index], scores[index], hashes, below_Q[index], config.num_negatives)
-            for index, row in enumerate(queries)
-        ]
-        for index, selection in enumerate(selections):
-            audit.add_selection(selection, list(scores[index]))
-            _audit_positives(audit, queries[index], ids[index], positive_scores[index], config.depth)
-        found_ids, found_scores = list(ids), list(scores)
-        self._deepen(dataset, queries, query_QD, below_Q, (found_ids, found_scores, selections), hashes, audit)
-        rows = []
-        for index, row in enumerate(queries):
-            negatives: list[dict[str, Any]] = [
-                {"id": found_ids[index][place], "score": float(found_scores[index][place])}
-                for place in selections[index].kept
-            ]
-            audit.add_scores("negatives", (item["score"] for item in negatives))
-            own = [{"id": key, "score": positive_scores[index][key]} for key in row["positives"][: row["own"]]]
-            rows.append(self._row(row, own, negatives, audit))
+    def _search(self, task: dict[str, Any]) -> int:
+        """Search one part of the corpus; select when that was the last. Returns the queries selected for."""
+        searcher = self._searcher
+        queries = searcher.query_rows(task)
+        if task["segment"] is not None:
+            searcher.search_segment(task, queries)
+        if searcher.left(task):
+            return 0
+        self._select(task, queries, [self._searched(task, queries, lane) for lane in range(searcher.lanes)])
+        return len(queries)
+
+    def _searched(self, task: dict[str, Any], queries: list[dict[str, Any]], lane: int) -> list[dict[str, Any]]:
+        """Rows of `SEARCHED_SCHEMA` by one miner."""
+        positives = self._searcher.positives(task, queries, lane)
+        ceiling_Q = self._searcher.ceiling(positives)
+        rows: list[dict[str, Any]] = self._searcher.searched(task, lane).to_pylist()
+        for row, query, found, ceiling in zip(rows, queries, positives, ceiling_Q, strict=True):
+            row["example_id"], row["ceiling"] = query["key"], float(ceiling)
+            row["positives"] = [{"id": key, "score": score} for key, score in found.items()]
         return rows
 
-    def _deepen(
-        self,
-        dataset: str,
-        queries: list[dict[str, Any]],
-        query_QD: np.ndarray,
-        below_Q: np.ndarray,
-        found: tuple[list[list[str]], list[np.ndarray], list[Selection]],
-        hashes: dict[str, int],
-        audit: Audit,
-    ) -> None:
-        """Search again, only below the ceiling, for queries whose first `depth` candidates gave too few negatives.
+    def _reused(self, task: dict[str, Any], queries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows that an earlier mine step searched for the same examples.
 
-        NV-Retriever filters first and takes the top of what is left; where the positive itself ranks deep, everything
-        above it is too close and the plain top `depth` would leave the example without a negative.
+        Raises:
+            UserError: that step knew other examples, or other positives.
         """
-        config = self._config
-        short = [index for index, selection in enumerate(found[2]) if len(selection.kept) < config.num_negatives]
-        audit.counts["deepened"] += len(short)
-        if not short:
-            return
-        ids, scores = search_exact(
-            query_QD[short],
-            self._document_vectors(dataset),
-            config.depth + max(len(queries[index]["never"]) for index in short),
-            config.search.block_documents,
-            below_Q=below_Q[short],
-        )
-        hashes.update(self._hashes(dataset, [ids]))
-        for place, index in enumerate(short):
-            found[0][index], found[1][index] = ids[place], scores[place]
-            found[2][index] = _select(
-                queries[index], ids[place], scores[place], hashes, below_Q[index], config.num_negatives
+        table = read_table(storage.join(task["reuse"], task["dataset"], "searched.parquet"))
+        rows: list[dict[str, Any]] = table.slice(task["start"], task["rows"]).to_pylist()
+        known = [(row["example_id"], {item["id"] for item in row["positives"]}) for row in rows]
+        now = [(query["key"], set(query["positives"])) for query in queries]
+        if known != now:
+            raise storage.UserError(
+                f"{task['reuse']} did not search for the examples of {task['dataset']!r} with the positives they have "
+                "now. Mine again without `reuse`."
             )
+        return rows
+
+    def _select(
+        self, task: dict[str, Any], queries: list[dict[str, Any]], lanes: Sequence[list[dict[str, Any]]]
+    ) -> None:
+        """Apply the rule to what the miners found, and write the part."""
+        config, audit, searched = self._config, Audit(), lanes[0]
+        wanted = {key for query in queries for key in query["never"]}
+        wanted |= {item["id"] for rows in lanes for row in rows for name in ("plain", "under") for item in row[name]}
+        hashes = read_hashes(self._searcher, task["dataset"], wanted)
+        chooser = Chooser(self._searcher, task, queries, lanes, hashes, deepen=task["way"] == "search")
+        rows = []
+        for query, row, choice in zip(queries, searched, chooser.run(), strict=True):
+            audit.add_selection(choice.plain, [item["score"] for item in row["plain"]])
+            audit.counts["deepened"] += len(choice.plain.kept) < config.num_negatives
+            scores = {item["id"]: item["score"] for item in row["positives"]}
+            own = query["positives"][: query["own"]]
+            best = audit.add_positives([scores[key] for key in own], own, row, config.depth)
+            audit.add_rules(row, min(scores.values()))
+            if config.max_positive_rank is not None and not (best is not None and best <= config.max_positive_rank):
+                audit.counts["inconsistent"] += 1
+                continue
+            kept = choice.kept if config.max_per_document is not None else choice.kept[: config.num_negatives]
+            mined = [{"id": key, "score": score} for key, score in kept]
+            rows.append(self._row(query, [{"id": key, "score": scores[key]} for key in own], mined, audit))
+        write_table(pa.Table.from_pylist(list(searched), schema=SEARCHED_SCHEMA), f"{self._part(task)}.searched")
+        self._write(task, rows, audit)
 
     def _row(
         self, row: dict[str, Any], positives: list[dict[str, Any]], mined: list[dict[str, Any]], audit: Audit
     ) -> dict[str, Any]:
-        """A mined row: negatives that the data set itself gives come first (score null), mined ones fill up."""
-        count = self._config.num_negatives
+        """A mined row: negatives that the data set itself gives come first (score null), mined ones fill up.
+
+        With a cap on documents all candidates stay in for now; the cap decides when all groups are there.
+        """
+        config = self._config
         never = set(row["never"])
-        given = [key for key in dict.fromkeys(row["given"]) if key not in never][:count]
+        given = [key for key in dict.fromkeys(row["given"]) if key not in never][: config.num_negatives]
         audit.counts["given"] += len(given)
         mined = [item for item in mined if item["id"] not in given]
-        negatives = ([{"id": key, "score": None} for key in given] + mined)[:count]
-        audit.add_example(len(negatives), count)
+        negatives = [{"id": key, "score": None} for key in given] + mined
+        if config.max_per_document is None:
+            negatives = negatives[: config.num_negatives]
+            audit.add_example(negatives, config.num_negatives)
         return {
             "example_id": row["key"],
             "positives": positives,
@@ -171,7 +166,7 @@ class MineWorker:
         ids, hash_N = [key for key, _ in pairs], [digest for _, digest in pairs]
         by_id = dict(pairs)
         rows = []
-        for row in self._query_rows(task):
+        for row in self._searcher.query_rows(task):
             kept = random_negatives(
                 example_generator(config.seed, task["dataset"], row["key"]),
                 ids,
@@ -222,92 +217,20 @@ class MineWorker:
                 audit.counts["alone_in_its_class"] += 1
                 continue
             positive, negatives = drawn
-            audit.add_example(len(negatives), config.num_negatives)
+            items = [{"id": key, "score": None} for key in negatives]
+            audit.add_example(items, config.num_negatives)
             rows.append(
                 {
                     "example_id": ids[index],
                     "positives": [{"id": positive, "score": None}],
-                    "negatives": [{"id": key, "score": None} for key in negatives],
+                    "negatives": items,
                     "known_positives": sorted({ids[index], positive}),
                 }
             )
         return rows
-
-    # -- reading ------------------------------------------------------------------------------------------------------
-
-    def _query_rows(self, task: dict[str, Any]) -> list[dict[str, Any]]:
-        root = storage.join(self._paths.texts, task["dataset"], "queries")
-        columns = ["key", "hash", "positives", "own", "never", "given"]
-        return [row for name in task["shards"] for row in read_table(storage.join(root, name), columns).to_pylist()]
-
-    def _document_vectors(self, dataset: str) -> Iterator[tuple[list[str], np.ndarray]]:
-        return iter_vectors(storage.join(self._paths.vectors, dataset, "documents"))
 
     def _document_hashes(self, dataset: str) -> Iterator[tuple[str, int]]:
         root = storage.join(self._paths.texts, dataset, "documents")
         for name in list_shards(root):
             table = read_table(storage.join(root, name), ["key", "hash"])
             yield from zip(table.column("key").to_pylist(), table.column("hash").to_pylist(), strict=True)
-
-    def _hashes(self, dataset: str, lists: list[Sequence[Sequence[str]]]) -> dict[str, int]:
-        """Text hashes of the named documents only: one pass over two columns instead of a map of the corpus."""
-        wanted = {key for group in lists for keys in group for key in keys}
-        return {key: digest for key, digest in self._document_hashes(dataset) if key in wanted}
-
-
-class VectorTap:
-    """Copies the vectors of some documents out of a stream of shards that a search reads."""
-
-    def __init__(self, wanted: set[str]) -> None:
-        self._wanted = wanted
-        self._vectors: dict[str, np.ndarray] = {}
-
-    def watch(self, shards: Iterable[tuple[list[str], np.ndarray]]) -> Iterator[tuple[list[str], np.ndarray]]:
-        """The same stream."""
-        for ids, matrix_ND in shards:
-            for position, key in enumerate(ids):
-                if key in self._wanted:
-                    self._vectors[key] = matrix_ND[position].copy()
-            yield ids, matrix_ND
-
-    def scores(self, queries: list[dict[str, Any]], query_QD: np.ndarray) -> list[dict[str, float]]:
-        """Exact score of each query's positives, by id.
-
-        Raises:
-            UserError: a positive is not in the corpus.
-        """
-        pairs = [(index, key) for index, row in enumerate(queries) for key in row["positives"]]
-        for index, key in pairs:
-            if key not in self._vectors:
-                raise storage.UserError(
-                    f"example {queries[index]['key']!r} names {key!r} as its positive, which is not in the corpus "
-                    "of its data set. Prepare the data set again."
-                )
-        values = pair_scores(
-            query_QD[[index for index, _ in pairs]], np.stack([self._vectors[key] for _, key in pairs])
-        )
-        found: list[dict[str, float]] = [{} for _ in queries]
-        for (index, key), value in zip(pairs, values, strict=True):
-            found[index][key] = float(value)
-        return found
-
-
-def _select(
-    row: dict[str, Any], ids: list[str], scores: np.ndarray, hashes: dict[str, int], below: float, count: int
-) -> Selection:
-    return select_negatives(
-        ids,
-        [float(score) for score in scores[: len(ids)]],
-        [hashes[key] for key in ids],
-        below=below,
-        never_ids=set(row["never"]),
-        never_hashes={row["hash"], *(hashes[key] for key in row["never"] if key in hashes)},
-        count=count,
-    )
-
-
-def _audit_positives(audit: Audit, row: dict[str, Any], ids: list[str], scores: dict[str, float], depth: int) -> None:
-    place = {key: index + 1 for index, key in enumerate(ids)}
-    for key in row["positives"][: row["own"]]:
-        audit.add_rank(place.get(key), depth)
-    audit.add_scores("positives", (scores[key] for key in row["positives"][: row["own"]]))

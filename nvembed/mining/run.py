@@ -1,13 +1,15 @@
 """The `mine` step: negatives for every training example of every data set of a `prepare` artifact.
 
-Retrieval and sts sets: all texts of all sets are encoded in one actor pool, then each group of queries is searched
-exactly against its whole corpus and the rule selects (`mining/selection.py`). Classes and clusters get example-based
-pairs. Only train examples are read. Writes `<dataset>/mined.parquet` and `audit.json`. A killed run continues: text,
-vector and selection shards under `checkpoints/` are written atomically and kept while they match.
+Retrieval and sts sets: all texts of all sets are encoded in one actor pool; then groups of queries are searched against
+parts of their corpus, each part a task (`searching.py`), and the rule selects from what all parts hold (`choosing.py`).
+Classes and clusters get example-based pairs. Only train examples are read. Writes `<dataset>/mined.parquet`,
+`<dataset>/searched.parquet` (what another rule can be applied to, see `reuse`) and `audit.json`. A killed run goes on:
+text, vector, search and selection files under `checkpoints/` are written atomically and kept while they match.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -16,28 +18,40 @@ import pyarrow.parquet as pq
 
 from nvembed import storage
 from nvembed.data.tables import dataset_info
-from nvembed.mining.audit import Audit, samples, short_summary
+from nvembed.mining.audit import Audit, near_copies, samples, short_summary
 from nvembed.mining.config import MineConfig, RandomNegatives
+from nvembed.mining.finish import check_reuse, index_recall, merge_parts
 from nvembed.mining.layout import Laid, lay_out
-from nvembed.mining.miner import MINED_SCHEMA, MinePaths, MineWorker
+from nvembed.mining.miner import MineWorker
+from nvembed.mining.searching import MinePaths, Searcher
+from nvembed.retrieval.config import ExactIndex
 from nvembed.retrieval.encode import EncodeReport, encode_texts
 from nvembed.retrieval.encoders import check_model
 from nvembed.retrieval.pool import ProgressLog, run_pool
-from nvembed.retrieval.shards import list_shards, read_table
+from nvembed.retrieval.search_faiss import check_faiss
+from nvembed.retrieval.shards import iter_parquet, list_shards
 from nvembed.storage import Step, StepResult
 from nvembed.types import Artifact, TaskType
 
 logger = logging.getLogger(__name__)
 
-GROUP_ROWS = 8192  # queries that share one pass over the documents
+_AUDITED_TEXTS = 200  # examples whose texts are compared for the audit
+_WAYS = {
+    "topk": "mined, best-scored",
+    "topk_shifted": "mined, ranks passed over",
+    "topk_abs": "mined, below a fixed score",
+    "topk_margin_pos": "mined, positive-aware",
+    "topk_perc_pos": "mined, positive-aware",
+    "rank_window": "mined, a window of ranks",
+    "sampled_topk": "mined, drawn from the best",
+}
 
 
 def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     prepare = inputs["prepare"]
     paths = MinePaths.under(work_uri)
     searched = not isinstance(config.rule, RandomNegatives)
-    if searched:
-        check_model(config.miner)
+    _check(config, prepare, searched)
     info = dataset_info(prepare)
     laid: dict[str, Laid] = {}
     for dataset in info:
@@ -45,15 +59,79 @@ def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) ->
             continue
         laid[dataset] = lay_out(prepare, dataset, info[dataset], config, storage.join(paths.texts, dataset))
         logger.info("mine: %s: %d queries, %d documents", dataset, laid[dataset].queries, laid[dataset].documents)
-    report = encode_texts(paths.texts, config.miner, paths.vectors, config.encode) if searched else EncodeReport()
+    report = _encode(config, paths) if searched and config.reuse is None else EncodeReport()
     tasks = _tasks(prepare, info, config, paths, searched)
-    select_workers = _select(config, paths, tasks)
+    select_workers, again = _select(config, paths, tasks)
     summaries = {}
     rows = {}
     for dataset in info:
-        parts = [task["part"] for task in tasks if task["dataset"] == dataset]
-        rows[dataset] = _merge(paths, dataset, parts, work_uri)
-        summaries[dataset] = _summary(config, paths, dataset, info[dataset], parts, laid.get(dataset))
+        parts = list(dict.fromkeys(task["part"] for task in tasks if task["dataset"] == dataset))
+        audit = Audit()
+        for part in parts:
+            audit.merge(storage.read_json(storage.join(paths.select, dataset, f"{part}.json")))
+        rows[dataset] = merge_parts(config, paths, dataset, parts, work_uri, audit)
+        summaries[dataset] = _summary(config, audit, info[dataset], laid.get(dataset))
+        shown = _first_rows(work_uri, dataset, _AUDITED_TEXTS)
+        summaries[dataset]["near_copies"] = near_copies(prepare, dataset, shown)
+        if searched and dataset in laid and not isinstance(config.search.index, ExactIndex):
+            summaries[dataset]["index_recall"] = index_recall(config, paths, dataset, work_uri)
+    _write_audit(config, prepare, info, summaries, work_uri, searched)
+    metrics = {
+        "datasets": {dataset: short_summary(summary) for dataset, summary in summaries.items()},
+        # Which process did what differs from run to run; hence here and not in a file of the artifact.
+        "encode_workers": report.workers,
+        "encode_rows": report.rows,
+        "encode_reused_rows": report.reused_rows,
+        "encode_cpu_seconds": report.cpu_seconds,
+        "select_workers": select_workers,
+        "searched_again_in_fp32": again,
+    }
+    return StepResult(rows=rows, metrics=metrics)
+
+
+MINE = Step("mine", 1, _build, cleared=False)
+
+
+def _check(config: MineConfig, prepare: Artifact, searched: bool) -> None:
+    """What can be refused before anything is laid out."""
+    if not searched:
+        return
+    if config.reuse is not None:
+        check_reuse(config, prepare)
+        return
+    check_faiss(config.search.index)
+    for _, model in config.embedders():
+        check_model(model)
+
+
+def _lane(place: str) -> int | str:
+    """The lane of a model by its place in the recipe's section."""
+    if place.startswith("more_miners."):
+        return 1 + int(place.rsplit(".", 1)[1])
+    return 0 if place == "miner" else "judge"
+
+
+def _encode(config: MineConfig, paths: MinePaths) -> EncodeReport:
+    """Vectors of all texts by every embedder, one after another; the report sums up."""
+    whole = EncodeReport()
+    for place, model in config.embedders():
+        report = encode_texts(paths.texts, model, paths.lane_vectors(_lane(place)), config.encode)
+        whole.rows += report.rows
+        whole.reused_rows += report.reused_rows
+        whole.cpu_seconds += report.cpu_seconds
+        for worker, rows in report.workers.items():
+            whole.workers[worker] = whole.workers.get(worker, 0) + rows
+    return whole
+
+
+def _write_audit(
+    config: MineConfig,
+    prepare: Artifact,
+    info: Mapping[str, Any],
+    summaries: Mapping[str, Any],
+    work_uri: str,
+    searched: bool,
+) -> None:
     audit = {
         "miner": config.miner.model_dump(mode="json") if searched else None,
         "rule": config.rule.model_dump(mode="json"),
@@ -66,19 +144,6 @@ def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) ->
             dataset: samples(prepare, dataset, _first_rows(work_uri, dataset, config.audit_samples)) for dataset in info
         }
     storage.write_json(storage.join(work_uri, "audit.json"), audit)
-    metrics = {
-        "datasets": {dataset: short_summary(summary) for dataset, summary in summaries.items()},
-        # Which process did what differs from run to run; hence here and not in a file of the artifact.
-        "encode_workers": report.workers,
-        "encode_rows": report.rows,
-        "encode_reused_rows": report.reused_rows,
-        "encode_cpu_seconds": report.cpu_seconds,
-        "select_workers": select_workers,
-    }
-    return StepResult(rows=rows, metrics=metrics)
-
-
-MINE = Step("mine", 1, _build, cleared=False)
 
 
 def _example_based(info: Mapping[str, Any]) -> bool:
@@ -88,74 +153,109 @@ def _example_based(info: Mapping[str, Any]) -> bool:
 def _tasks(
     prepare: Artifact, info: Mapping[str, Any], config: MineConfig, paths: MinePaths, searched: bool
 ) -> list[dict[str, Any]]:
-    """Groups of queries. Results do not depend on the grouping (search is exact, draws are seeded per example)."""
+    """Parts of the work. Results do not depend on the division (search is exact, draws are seeded per example)."""
     tasks: list[dict[str, Any]] = []
     for dataset in info:
         if _example_based(info[dataset]):
             examples = prepare.path(dataset, "examples-train.parquet")
-            total = _row_count(examples)
-            groups: list[dict[str, Any]] = [
-                {"way": "classes", "examples": examples, "start": start, "rows": min(GROUP_ROWS, total - start)}
-                for start in range(0, total, GROUP_ROWS)
-            ]
+            groups = _class_groups(examples, config)
         else:
-            root = storage.join(paths.texts, dataset, "queries")
-            names = list_shards(root)
-            counts = [_row_count(storage.join(root, name)) for name in names]
-            limit = min(GROUP_ROWS, max(-(-sum(counts) // config.encode.actors), 1))
-            way = "search" if searched else "random"
-            groups = []
-            for name, count in zip(names, counts, strict=True):
-                if not groups or groups[-1]["rows"] + count > limit:
-                    groups.append({"way": way, "shards": [], "rows": 0})
-                groups[-1]["shards"].append(name)
-                groups[-1]["rows"] += count
+            groups = _query_groups(storage.join(paths.texts, dataset, "queries"), config, searched)
         for number, group in enumerate(groups):
-            tasks.append({**group, "dataset": dataset, "part": f"part-{number:05d}"})
+            group |= {"dataset": dataset, "part": f"part-{number:05d}"}
+            if group["way"] != "search":
+                tasks.append(group)
+                continue
+            segments, corpus = _document_segments(storage.join(paths.texts, dataset, "documents"), config)
+            for segment, names in enumerate(segments):
+                part = {"segment": segment, "segments": len(segments), "documents": names, "corpus": corpus}
+                tasks.append({**group, **part})
     return tasks
 
 
-def _select(config: MineConfig, paths: MinePaths, tasks: list[dict[str, Any]]) -> dict[str, int]:
-    """Run the selection tasks that an earlier run has not completed; rows by worker."""
-    waiting = [
-        task
-        for task in tasks
-        if not storage.exists(storage.join(paths.select, task["dataset"], f"{task['part']}.parquet"))
+def _class_groups(examples: str, config: MineConfig) -> list[dict[str, Any]]:
+    total, rows = _row_count(examples), config.search.query_rows
+    return [
+        {"way": "classes", "examples": examples, "start": start, "rows": min(rows, total - start)}
+        for start in range(0, total, rows)
     ]
-    progress = ProgressLog("select", sum(task["rows"] for task in waiting), "queries")
+
+
+def _query_groups(root: str, config: MineConfig, searched: bool) -> list[dict[str, Any]]:
+    names = list_shards(root)
+    counts = [_row_count(storage.join(root, name)) for name in names]
+    limit = min(config.search.query_rows, max(-(-sum(counts) // config.encode.actors), 1))
+    way = "random" if not searched else "search" if config.reuse is None else "reuse"
+    groups: list[dict[str, Any]] = []
+    start = 0
+    for name, count in zip(names, counts, strict=True):
+        if not groups or groups[-1]["rows"] + count > limit:
+            groups.append({"way": way, "shards": [], "rows": 0, "start": start, "reuse": config.reuse})
+        groups[-1]["shards"].append(name)
+        groups[-1]["rows"] += count
+        start += count
+    return groups
+
+
+def _document_segments(root: str, config: MineConfig) -> tuple[list[list[str]], int]:
+    """Shards of the corpus by task, at most `document_rows` documents each, and how many documents there are."""
+    segments: list[list[str]] = []
+    rows = total = 0
+    for name in list_shards(root):
+        count = _row_count(storage.join(root, name))
+        if not segments or rows + count > config.search.document_rows:
+            segments.append([])
+            rows = 0
+        segments[-1].append(name)
+        rows += count
+        total += count
+    return segments, total
+
+
+def _select(config: MineConfig, paths: MinePaths, tasks: list[dict[str, Any]]) -> tuple[dict[str, int], int]:
+    """Run the tasks that an earlier run has not completed; rows by worker, and queries searched again in fp32."""
+    waiting = _waiting(config, paths, tasks)
+    total = {(task["dataset"], task["part"]): task["rows"] for task in waiting}
+    progress = ProgressLog("select", sum(total.values()), "queries")
     workers: dict[str, int] = {}
+    again = 0
     pool = run_pool(
         MineWorker,
         {"config": config, "paths": paths},
         waiting,
         actors=config.encode.actors,
         cpus=config.encode.cpus_per_actor,
+        gpus=config.encode.gpus_per_actor if config.search.device != "cpu" else 0.0,
     )
     for result in pool:
         workers[result["worker"]] = workers.get(result["worker"], 0) + result["rows"]
+        again += result["again"]
         progress.add(result["rows"])
-    return dict(sorted(workers.items()))
+    left = _waiting(config, paths, waiting)
+    assert not left, f"{len(left)} groups were searched and not selected"
+    return dict(sorted(workers.items())), again
 
 
-def _merge(paths: MinePaths, dataset: str, parts: list[str], work_uri: str) -> int:
-    """Write `<dataset>/mined.parquet` from the parts in order, one part in memory at a time."""
-    fs, path = storage.filesystem(storage.join(work_uri, dataset, "mined.parquet"))
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    rows = 0
-    with fs.open(path, "wb") as file, pq.ParquetWriter(file, MINED_SCHEMA, compression="zstd") as writer:
-        for part in parts:
-            table = read_table(storage.join(paths.select, dataset, f"{part}.parquet"))
-            writer.write_table(table.cast(MINED_SCHEMA))
-            rows += table.num_rows
-    return rows
+def _waiting(config: MineConfig, paths: MinePaths, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tasks whose result is not there: parts of the corpus not searched yet, or a selection after the last of them."""
+    searcher = Searcher(config, paths)
+    waiting: list[dict[str, Any]] = []
+    selected: dict[str, set[str]] = {}
+    for _, group in itertools.groupby(tasks, key=lambda task: (task["dataset"], task["part"])):
+        parts = list(group)
+        dataset = parts[0]["dataset"]
+        if dataset not in selected:
+            selected[dataset] = set(storage.list_directory(storage.join(paths.select, dataset)))
+        if f"{parts[0]['part']}.parquet" in selected[dataset]:
+            continue
+        if parts[0]["way"] == "search":
+            left = set(searcher.left(parts[0]))
+            parts = [task for task in parts if task["segment"] in left] or [{**parts[0], "segment": None}]
+        waiting += parts
+    return waiting
 
 
-def _summary(
-    config: MineConfig, paths: MinePaths, dataset: str, info: Mapping[str, Any], parts: list[str], laid: Laid | None
-) -> dict[str, Any]:
-    audit = Audit()
-    for part in parts:
-        audit.merge(storage.read_json(storage.join(paths.select, dataset, f"{part}.json")))
+def _summary(config: MineConfig, audit: Audit, info: Mapping[str, Any], laid: Laid | None) -> dict[str, Any]:
     if laid is None:
         alone = audit.counts["alone_in_its_class"]
         dropped: Mapping[str, int] = {"alone_in_its_class": alone} if alone else {}
@@ -163,15 +263,15 @@ def _summary(
         way = "example-based: positive of the same class, negatives of other classes, drawn at random"
     else:
         dropped, examples = laid.dropped, laid.examples
-        way = "random" if isinstance(config.rule, RandomNegatives) else "mined, positive-aware"
+        if audit.counts["inconsistent"]:
+            dropped = {**dropped, "positive_ranks_too_low": audit.counts["inconsistent"]}
+        way = "random" if isinstance(config.rule, RandomNegatives) else _WAYS[config.rule.type]
     return audit.summary(task=info["task"], way=way, examples=examples, dropped=dropped)
 
 
 def _first_rows(work_uri: str, dataset: str, count: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = (
-        read_table(storage.join(work_uri, dataset, "mined.parquet")).slice(0, count).to_pylist()
-    )
-    return rows
+    tables = iter_parquet(storage.join(work_uri, dataset, "mined.parquet"), batch_rows=count)
+    return [row for table in itertools.islice(tables, 1) for row in table.to_pylist()]
 
 
 def _row_count(uri: str) -> int:

@@ -1,8 +1,7 @@
-"""Which candidates become negatives: pure functions over ids, scores and text hashes.
+"""Which candidates become negatives: pure functions over ids, scores and text hashes, one query at a time.
 
-The rule is TopK-PercPos of NV-Retriever (arXiv 2407.15831): a candidate close to the positive is probably a positive
-nobody labelled. The paper's `score < share * positive score` only means that for positive scores; here
-`s < p - (1 - share) * |p|`, the same for p > 0 and still stricter than p itself for p <= 0.
+What a rule asks (ceiling, ranks) comes from `rules.py`; here texts have a say as well: known positives and their copies
+are refused, and so is a text that was kept under another id.
 
 Random draws are seeded by a hash of (seed, data set, example id), so they do not depend on the order of the examples
 or on how the work is divided.
@@ -11,6 +10,7 @@ or on how the work is divided.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
@@ -25,6 +25,9 @@ class Reason(enum.StrEnum):
     DUPLICATE_TEXT = "duplicate_of_positive_or_query"
     TOO_CLOSE = "too_close_to_positive"
     REPEATED_TEXT = "repeats_a_kept_negative"
+    OUTSIDE_RANKS = "outside_the_ranks"
+    NEAR_DUPLICATE = "nearly_repeats_a_positive"
+    JUDGED = "judge_finds_too_close"
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,6 @@ def text_hash(text: str) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def ceiling(positive_scores: Sequence[float], share: float) -> float:
-    """What a negative's score must stay below: `p - (1 - share) * |p|`, p the lowest positive's score."""
-    lowest = min(positive_scores)
-    return lowest - (1.0 - share) * abs(lowest)
-
-
 def select_negatives(
     candidate_ids: Sequence[str],
     scores: Sequence[float],
@@ -56,6 +53,9 @@ def select_negatives(
     never_ids: Set[str],
     never_hashes: Set[int],
     count: int,
+    ranks: tuple[int, int | None] = (1, None),
+    rank_of: Sequence[int] | None = None,
+    refuse: Callable[[int], Reason | None] | None = None,
 ) -> Selection:
     """The first `count` candidates that may be negatives.
 
@@ -63,9 +63,12 @@ def select_negatives(
         candidate_ids: C ids, best score first.
         scores: C scores.
         hashes: C text hashes.
-        below: `ceiling` of the query's positives; +inf keeps every score (random rule).
+        below: the rule's ceiling for the query's positives; +inf keeps every score (random rule).
         never_ids: known positives of the query's text.
         never_hashes: hashes of the positives' texts and of the query itself.
+        ranks: first and last rank allowed.
+        rank_of: C ranks (1-based); by default the candidates' places.
+        refuse: asked last, and only about candidates that nothing else refuses: costly checks go here.
 
     Returns:
         Candidates behind the last one kept are in neither list: nothing was decided about them.
@@ -73,6 +76,7 @@ def select_negatives(
     kept: list[int] = []
     rejected: dict[int, Reason] = {}
     kept_hashes: set[int] = set()
+    first_rank, last_rank = ranks[0], math.inf if ranks[1] is None else ranks[1]
     for index, (key, score, digest) in enumerate(zip(candidate_ids, scores, hashes, strict=True)):
         if len(kept) == count:
             break
@@ -84,6 +88,10 @@ def select_negatives(
             rejected[index] = Reason.TOO_CLOSE
         elif digest in kept_hashes:
             rejected[index] = Reason.REPEATED_TEXT
+        elif not first_rank <= (index + 1 if rank_of is None else rank_of[index]) <= last_rank:
+            rejected[index] = Reason.OUTSIDE_RANKS
+        elif refuse is not None and (reason := refuse(index)) is not None:
+            rejected[index] = reason
         else:
             kept.append(index)
             kept_hashes.add(digest)
@@ -148,6 +156,22 @@ def random_negatives(
         return [order[index] for index in picked.kept]
 
     return draw_accepted(generator, len(ids), count, accept)
+
+
+def word_triples(text: str) -> frozenset[int]:
+    """What near copies are judged by: hashes of all runs of three words; single characters where words are not parted
+    by spaces (a text of fewer than three words), so that Chinese and Japanese compare too."""
+    words = text.casefold().split()
+    if len(words) < 3:
+        words = list("".join(words))
+    runs = (" ".join(words[place : place + 3]) for place in range(max(len(words) - 2, 1)))
+    return frozenset(xxhash.xxh3_64_intdigest(run.encode("utf-8", "surrogatepass")) for run in runs)
+
+
+def jaccard(left: Set[int], right: Set[int]) -> float:
+    """Shared share of two sets; 0 when both are empty."""
+    union = len(left | right)
+    return len(left & right) / union if union else 0.0
 
 
 @dataclass(frozen=True)

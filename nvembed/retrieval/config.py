@@ -20,10 +20,50 @@ class EncodeConfig(Config):
     precision: str = Field("auto", pattern="^(auto|fp32|bf16)$")
 
 
-class SearchConfig(Config):
-    """Exact inner-product top-k, sharded over documents; finalists rescored in fp64 in fixed order, ties by id."""
+class ExactIndex(Config):
+    """Every document is compared with every query."""
 
-    block_documents: int = Field(8192, ge=1)
+    type: Literal["exact"] = "exact"
+
+
+class FaissFlat(Config):
+    """FAISS' own exhaustive search in fp32: for comparison; ties and last digits are its own."""
+
+    type: Literal["faiss_flat"] = "faiss_flat"
+
+
+class FaissIvf(Config):
+    """FAISS inverted lists: only the `probes` lists nearest to a query are searched."""
+
+    type: Literal["faiss_ivf"] = "faiss_ivf"
+    lists: int = Field(1024, ge=1)
+    probes: int = Field(32, ge=1)
+
+
+class FaissHnsw(Config):
+    """FAISS' navigable graph."""
+
+    type: Literal["faiss_hnsw"] = "faiss_hnsw"
+    links: int = Field(32, ge=2)
+    build_width: int = Field(80, ge=1)
+    search_width: int = Field(128, ge=1)
+
+
+IndexConfig = Annotated[ExactIndex | FaissFlat | FaissIvf | FaissHnsw, Field(discriminator="type")]
+
+
+class SearchConfig(Config):
+    """Inner-product top-k over parts of queries and documents; finalists rescored in fp64, fixed order, ties by id."""
+
+    block_documents: int = Field(8192, ge=1, description="Documents multiplied at once.")
+    query_rows: int = Field(8192, ge=1, description="Queries that stay in memory while documents stream by.")
+    document_rows: int = Field(
+        1 << 20, ge=1, description="Documents of one task: the part of the corpus an actor takes."
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="Of the products that propose candidates.")
+    device: str = Field("cpu", pattern="^(cpu|cuda(:[0-9]+)?)$")
+    index: IndexConfig = ExactIndex()
+    recall_queries: int = Field(200, ge=0, description="Approximate index: queries compared with the exact search.")
 
 
 class PackageModel(Config):

@@ -1,57 +1,108 @@
-"""Exact inner-product top-k over document shards, in bounded memory, the same bytes for any division into shards.
+"""Exact inner-product top-k over document shards, in bounded memory, the same bytes for any division of the work.
 
-fp32 block products only *propose*; what counts is the fp64 dot of each pair, added up in a fixed order. A document can
-be left out only when its fp32 score proves that its fp64 score is too low: the distance between the two is at most
-`D * 2^-24 * |q| * |d|` (Higham, Accuracy and Stability, 3.1, any order of summation), and every cut keeps that margin
-on the safe side. No over-fetch factor has to be guessed, and ties of any number are settled by id.
+Documents stream through in segments, queries stay. Products in bf16 (fp32 where the processor has no bf16) propose;
+what counts is the fp64 dot of each pair, added up in a fixed order. A document is left out only on proof
+(`search_bounds.py`), every query carries a certificate of that, and ties of any number are settled by id.
 
-Shapes: Q queries, N documents of a block, D dimensions, k results, P (query, document) pairs.
+Shapes: Q queries, N documents, D dimensions, k results.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-QUERY_BLOCK = 1024
-_PAIR_BLOCK = 8192
-_UNIT_ROUNDOFF = 2.0**-24
+from nvembed.retrieval.search_bounds import has_bf16
+from nvembed.retrieval.search_kernel import QUERY_BLOCK, TILE, QueryBlock, Segment
+from nvembed.retrieval.search_merge import Best, order_by_score, pair_scores
+from nvembed.types import UserError
+
+__all__ = ["Found", "order_by_score", "pair_scores", "search_exact", "search_shards", "search_vectors"]
+
+SEGMENT_BYTES = 96 * 2**20  # fp32 bytes of the documents that are searched together; bf16 adds half of it
+Shards = Iterable[tuple[Sequence[str] | np.ndarray, np.ndarray]]
 
 
-def pair_scores(left_PD: np.ndarray, right_PD: np.ndarray) -> np.ndarray:
-    """fp64 inner product of each pair of fp32 rows, in an order fixed by D alone.
+@dataclass
+class Found:
+    """What a search found for Q queries.
 
-    Products of fp32 numbers are exact in fp64; halves are then folded onto each other. Every operation is elementwise,
-    so neither row count, memory layout, threads nor the BLAS can change a bit.
+    Attributes:
+        plain: the best documents; None when none were asked for.
+        under: the best strictly below each query's ceiling; None without ceilings.
+        above_Q: int64 [Q], documents at or above the ceiling; zeros when they were not counted.
+        certificate_Q: float64 [Q], the k-th score less the best possible score of anything left out. Never negative;
+            +inf where nothing was left out. How large it is depends on how the work was divided, its sign does not.
+        again: queries that were searched again with fp32 products.
+        documents: how many were searched.
+    """
+
+    plain: Best | None
+    under: Best | None
+    above_Q: np.ndarray
+    certificate_Q: np.ndarray
+    again: int
+    documents: int
+
+
+def search_vectors(
+    queries: np.ndarray,
+    documents: np.ndarray | Iterable[np.ndarray],
+    k: int,
+    *,
+    ceiling: np.ndarray | None = None,
+    precision: str = "auto",
+    device: str = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k documents with the highest inner product for every query, exactly; ties by row number, ascending.
+
+    Args:
+        queries: float [Q, D]; used as float32.
+        documents: float [N, D], a memory-mapped array included (no more than a segment of it is in memory), or an
+            iterable of such arrays in order, read once.
+        k: results per query.
+        ceiling: float [Q]; only documents whose score is strictly below count. For positive-aware mining.
+        precision: of the products that propose: "bf16", "fp32", or "auto" (bf16 where the processor has it). It changes
+            the time, never the result.
+        device: "cpu", "cuda" or "cuda:1".
 
     Returns:
-        float64 [P].
+        int64 [Q, k] row numbers, best first, -1 where fewer than k documents qualify, and float64 [Q, k] inner
+        products, -inf there.
+
+    Raises:
+        UserError: shapes that do not fit, k < 1, vectors that are not finite, a precision the device lacks.
+
+    Source: TPU-KNN (arXiv 2206.14286) for exact search at the speed of the product; the bounds are our own use of
+    Higham, Accuracy and Stability of Numerical Algorithms, 3.1.
     """
-    pairs, dim = left_PD.shape
-    width = 1 << max(dim - 1, 0).bit_length()
-    out_P = np.empty(pairs, dtype=np.float64)
-    for start in range(0, pairs, _PAIR_BLOCK):
-        left = left_PD[start : start + _PAIR_BLOCK].astype(np.float64)
-        terms = np.zeros((left.shape[0], width))
-        np.multiply(left, right_PD[start : start + _PAIR_BLOCK].astype(np.float64), out=terms[:, :dim])
-        while terms.shape[1] > 1:
-            half = terms.shape[1] // 2
-            terms = terms[:, :half] + terms[:, half:]
-        out_P[start : start + left.shape[0]] = terms[:, 0]
-    return out_P
+    query_QD = as_matrix(queries, "queries")
+    ceiling_Q = None if ceiling is None else np.asarray(ceiling, dtype=np.float64)
+    if ceiling_Q is not None and ceiling_Q.shape != (len(query_QD),):
+        raise UserError(f"ceiling has shape {ceiling_Q.shape}; one number per query, ({len(query_QD)},), is needed")
+    found = search_shards(
+        query_QD,
+        numbered(documents),
+        plain=k if ceiling_Q is None else 0,
+        under=k if ceiling_Q is not None else 0,
+        ceiling_Q=ceiling_Q,
+        precision=precision,
+        device=device,
+        id_type=np.int64,
+    )
+    best = found.plain or found.under
+    assert best is not None
+    return np.where(np.isfinite(best.scores_QK), best.ids_QK, -1), best.scores_QK
 
 
 def search_exact(
-    query_QD: np.ndarray,
-    shards: Iterable[tuple[Sequence[str], np.ndarray]],
-    k: int,
-    block: int = 8192,
-    *,
-    below_Q: np.ndarray | None = None,
+    query_QD: np.ndarray, shards: Shards, k: int, block: int = TILE, *, below_Q: np.ndarray | None = None
 ) -> tuple[list[list[str]], np.ndarray]:
-    """The k documents with the highest inner product for every query; ties by id, ascending.
+    """`search_vectors` for documents with ids of their own; ties by id, ascending.
 
     Args:
         query_QD: float32 [Q, D].
@@ -64,38 +115,154 @@ def search_exact(
         ids [Q][<= k] best first, and float64 scores [Q, k], -inf where fewer than k documents exist (k is cut to the
         number of documents).
     """
-    if k < 1:
-        raise ValueError(f"k is {k}; at least one result per query is needed")
+    found = search_shards(
+        query_QD,
+        shards,
+        plain=k if below_Q is None else 0,
+        under=k if below_Q is not None else 0,
+        ceiling_Q=below_Q,
+        tile=block,
+    )
+    best = found.plain or found.under
+    assert best is not None
+    width = min(k, found.documents)
+    scores_QK = best.scores_QK[:, :width]
+    ids = [list(row[: int(count)]) for row, count in zip(best.ids_QK, np.isfinite(scores_QK).sum(axis=1), strict=True)]
+    return ids, scores_QK
+
+
+def search_shards(
+    query_QD: np.ndarray,
+    shards: Shards,
+    *,
+    plain: int,
+    under: int = 0,
+    ceiling_Q: np.ndarray | None = None,
+    count_above: bool = False,
+    precision: str = "auto",
+    device: str = "cpu",
+    tile: int = TILE,
+    id_type: np.dtype | type = object,
+) -> Found:
+    """Search every shard for every query: the whole of it, or one part whose `Best` lists are merged with others.
+
+    Args:
+        query_QD: float32 [Q, D].
+        shards: `(ids, float32 [N, D])`, read once; ids are unique over all shards.
+        plain: length of the plain list; 0 for none.
+        under: length of the list below `ceiling_Q`; 0 for none.
+        ceiling_Q: float64 [Q]; +inf for queries without a ceiling.
+        count_above: whether documents at or above the ceiling are counted, exactly.
+        tile: documents multiplied at once.
+        id_type: numpy type of the ids: object for strings, int64 for row numbers.
+    """
+    if max(plain, under) < 1:
+        raise UserError(f"k is {max(plain, under)}; at least one result per query is needed")
+    precision = choose_precision(precision, device)
     query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
-    ceilings_Q = np.full(len(query_QD), np.inf) if below_Q is None else np.asarray(below_Q, dtype=np.float64)
-    groups = [
-        _Group(query_QD[start : start + QUERY_BLOCK], k, ceilings_Q[start : start + QUERY_BLOCK])
-        for start in range(0, len(query_QD), QUERY_BLOCK)
+    blocks = [
+        QueryBlock(
+            query_QD[start : start + QUERY_BLOCK],
+            plain=plain,
+            under=under,
+            ceiling_Q=None if ceiling_Q is None else np.asarray(ceiling_Q[start : start + QUERY_BLOCK], np.float64),
+            count_above=count_above,
+            precision=precision,
+            device=device,
+            tile=tile,
+            id_type=id_type,
+        )
+        for start in range(0, max(len(query_QD), 1), QUERY_BLOCK)
     ]
-    total = 0
-    for ids_N, document_ND in _blocks(shards, block):
-        total += len(ids_N)
-        for group in groups:
-            group.add(ids_N, document_ND)
-    width = min(k, total)
-    ids_QK = [list(row[:width][np.isfinite(scores[:width])]) for g in groups for row, scores in g.rows()]
-    scores_QK = np.concatenate([g.scores_QK[:, :width] for g in groups]) if groups else np.empty((0, width))
-    return ids_QK, scores_QK
+    documents = 0
+    for ids_S, matrix_SD in _segments(shards, query_QD.shape[1], id_type):
+        segment = Segment(ids_S, matrix_SD, precision, device)
+        documents += len(segment)
+        for block in blocks:
+            block.add(segment)
+    return Found(
+        _joined([block.plain for block in blocks]),
+        _joined([block.under for block in blocks]),
+        np.concatenate([block.above_Q for block in blocks]),
+        np.concatenate([block.certificates() for block in blocks]),
+        int(sum(block.again_Q.sum() for block in blocks)),
+        documents,
+    )
 
 
-def _blocks(shards: Iterable[tuple[Sequence[str], np.ndarray]], block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Shards cut and joined into blocks of `block` documents: small shards would waste time on small products."""
+def choose_precision(precision: str, device: str) -> str:
+    """bf16 or fp32 for the products that propose, and torch told to keep to them.
+
+    Raises:
+        UserError: bf16 was asked for and the device has none; another device than cpu or cuda.
+    """
+    if device != "cpu":
+        if not device.startswith("cuda") or not torch.cuda.is_available():
+            raise UserError(f"device {device!r} is not here; use cpu, or cuda where torch finds a GPU")
+        torch.backends.cuda.matmul.allow_tf32 = False  # 10-bit products would break the fp32 bound
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    elif torch.get_float32_matmul_precision() != "highest":
+        torch.set_float32_matmul_precision("highest")
+    if precision == "bf16" and not has_bf16(device):
+        raise UserError("precision bf16: this processor has no bf16 products; use auto or fp32")
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"precision {precision!r}: choose auto, bf16 or fp32")
+    return ("bf16" if has_bf16(device) else "fp32") if precision == "auto" else precision
+
+
+def as_matrix(vectors: np.ndarray, name: str) -> np.ndarray:
+    """float32 [Q, D] of what a user hands in.
+
+    Raises:
+        UserError: not two-dimensional.
+    """
+    matrix = np.asarray(vectors)
+    if matrix.ndim != 2:
+        raise UserError(f"{name} has shape {matrix.shape}; a matrix of one vector per row is needed")
+    return np.ascontiguousarray(matrix, dtype=np.float32)
+
+
+def numbered(documents: np.ndarray | Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`(row numbers, vectors)` of an array or of a stream of arrays; what was read of a map of a file is let go."""
+    parts = [documents] if isinstance(documents, np.ndarray) else documents
+    first = 0
+    for part in parts:
+        if part.ndim != 2:
+            raise UserError(f"documents has shape {part.shape}; a matrix of one vector per row is needed")
+        rows = segment_rows(part.shape[1])
+        for start in range(0, len(part), rows):
+            piece = part[start : start + rows]
+            yield np.arange(first + start, first + start + len(piece)), piece
+            _let_go(part)
+        first += len(part)
+
+
+def _let_go(array: np.ndarray) -> None:
+    """Pages of a memory-mapped file count as ours until the kernel wants them back; hand them back at once."""
+    mapped = getattr(array, "_mmap", None)
+    if isinstance(array, np.memmap) and array.mode == "r" and isinstance(mapped, mmap.mmap):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def segment_rows(dim: int) -> int:
+    """Documents of a segment."""
+    return max(SEGMENT_BYTES // (4 * max(dim, 1)), 1)
+
+
+def _segments(shards: Shards, dim: int, id_type: np.dtype | type) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Shards cut and joined into segments; a whole segment inside one shard is not copied."""
+    rows = segment_rows(dim)
     waiting: list[tuple[np.ndarray, np.ndarray]] = []
     count = 0
     for ids, matrix_ND in shards:
         if len(ids) != len(matrix_ND):
             raise ValueError(f"a shard has {len(ids)} ids and {len(matrix_ND)} vectors")
-        if not np.isfinite(matrix_ND).all():
-            raise ValueError(f"a document vector in the shard that starts with id {ids[0]!r} is not finite")
-        ids_N = np.array(ids, dtype=object)
+        if matrix_ND.ndim != 2 or matrix_ND.shape[1] != dim:
+            raise UserError(f"documents have shape {matrix_ND.shape}, queries have {dim} dimensions")
+        ids_N = np.asarray(ids, dtype=id_type)
         start = 0
-        while count + len(ids_N) - start >= block:
-            end = start + block - count
+        while count + len(ids_N) - start >= rows:
+            end = start + rows - count
             yield _join([*waiting, (ids_N[start:end], matrix_ND[start:end])])
             waiting, count, start = [], 0, end
         if start < len(ids_N):
@@ -106,100 +273,17 @@ def _blocks(shards: Iterable[tuple[Sequence[str], np.ndarray]], block: int) -> I
 
 
 def _join(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    # A copy in any case: torch refuses to promise anything about the read-only memory that Arrow hands out.
-    return np.concatenate([ids for ids, _ in parts]), np.concatenate([part for _, part in parts]).astype(np.float32)
+    if len(parts) == 1:
+        return parts[0][0], np.ascontiguousarray(parts[0][1], dtype=np.float32)
+    matrix_SD = np.concatenate([part for _, part in parts], dtype=np.float32, casting="unsafe")
+    return np.concatenate([ids for ids, _ in parts]), matrix_SD
 
 
-class _Group:
-    """Running top-k of one block of queries."""
-
-    def __init__(self, query_QD: np.ndarray, k: int, ceilings_Q: np.ndarray) -> None:
-        if not np.isfinite(query_QD).all():
-            raise ValueError("a query vector is not finite")
-        self.query_QD = query_QD
-        self.torch_QD = torch.from_numpy(query_QD)
-        self.k = k
-        self.ceilings_Q = ceilings_Q
-        self.norms_Q = np.linalg.norm(query_QD.astype(np.float64), axis=1)
-        self.scores_QK = np.full((len(query_QD), k), -np.inf)
-        self.ids_QK = np.full((len(query_QD), k), "", dtype=object)
-
-    def rows(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        return zip(self.ids_QK, self.scores_QK, strict=True)
-
-    def add(self, ids_N: np.ndarray, document_ND: np.ndarray) -> None:
-        """Merge a block of documents."""
-        rows_P, columns_P = self._proposals(document_ND)
-        if len(rows_P) == 0:
-            return
-        scores_P = np.empty(len(rows_P))
-        for start in range(0, len(rows_P), _PAIR_BLOCK):
-            pairs = slice(start, start + _PAIR_BLOCK)
-            scores_P[pairs] = pair_scores(self.query_QD[rows_P[pairs]], document_ND[columns_P[pairs]])
-        keep_P = (scores_P >= self.scores_QK[rows_P, -1]) & (scores_P < self.ceilings_Q[rows_P])
-        self._merge(rows_P[keep_P], scores_P[keep_P], ids_N[columns_P[keep_P]])
-
-    def _proposals(self, document_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(query, document) positions that may belong to the top k; everything else provably does not."""
-        dim = document_ND.shape[1]
-        longest = float(np.linalg.norm(document_ND.astype(np.float64), axis=1).max())
-        margin_Q = 1.01 * dim * _UNIT_ROUNDOFF * self.norms_Q * longest + 1e-30
-        approx_QN = self.torch_QD @ torch.from_numpy(document_ND).T
-        cut_Q = self.scores_QK[:, -1] - margin_Q
-        capped = bool(np.isfinite(self.ceilings_Q).any())
-        possible_QN = self._between(approx_QN, cut_Q, self.ceilings_Q + margin_Q if capped else None)
-        if np.count_nonzero(possible_QN.numpy()) > 4 * self.k * len(self.query_QD):
-            # Too many to rescore: k documents of this block surely below the ceiling bound the k-th score from below.
-            sure_QN = approx_QN
-            if capped:
-                ceiling_Q1 = _float32_below(self.ceilings_Q - margin_Q)[:, None]
-                sure_QN = torch.where(approx_QN < ceiling_Q1, approx_QN, -torch.inf)
-            if sure_QN.shape[1] >= self.k:
-                kth_Q = torch.topk(sure_QN, self.k, dim=1, sorted=False).values.amin(dim=1).double().numpy()
-                cut_Q = np.maximum(cut_Q, kth_Q - 2 * margin_Q)
-            possible_QN = self._between(approx_QN, cut_Q, self.ceilings_Q + margin_Q if capped else None)
-        rows, columns = possible_QN.nonzero(as_tuple=True)
-        return rows.numpy(), columns.numpy()
-
-    def _between(self, approx_QN: torch.Tensor, low_Q: np.ndarray, high_Q: np.ndarray | None) -> torch.Tensor:
-        possible_QN = approx_QN >= _float32_below(low_Q)[:, None]
-        if high_Q is not None:
-            possible_QN &= approx_QN <= -_float32_below(-high_Q)[:, None]
-        return possible_QN
-
-    def _merge(self, rows_P: np.ndarray, scores_P: np.ndarray, ids_P: np.ndarray) -> None:
-        if len(rows_P) == 0:
-            return
-        touched, position_P = np.unique(rows_P, return_inverse=True)
-        old = np.isfinite(self.scores_QK[touched])
-        old_row, old_column = old.nonzero()
-        rows = np.concatenate([old_row, position_P])
-        scores = np.concatenate([self.scores_QK[touched][old], scores_P])
-        ids = np.concatenate([self.ids_QK[touched][old_row, old_column], ids_P])
-        order = order_by_score(rows, scores, ids)
-        rows, scores, ids = rows[order], scores[order], ids[order]
-        rank = np.arange(len(rows)) - np.searchsorted(rows, rows, side="left")
-        first = rank < self.k
-        self.scores_QK[touched[rows[first]], rank[first]] = scores[first]
-        self.ids_QK[touched[rows[first]], rank[first]] = ids[first]
-
-
-def order_by_score(rows_P: np.ndarray, scores_P: np.ndarray, ids_P: np.ndarray) -> np.ndarray:
-    """Permutation that sorts by (row, score descending, id ascending); ids are only compared where scores tie."""
-    order = np.lexsort((-scores_P, rows_P))
-    rows, scores = rows_P[order], scores_P[order]
-    tied = (rows[1:] == rows[:-1]) & (scores[1:] == scores[:-1])
-    if not tied.any():
-        return order
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], tied, [False]]).astype(np.int8)))
-    for start, end in zip(edges[::2], edges[1::2] + 1, strict=True):
-        run = order[start:end]
-        order[start:end] = run[sorted(range(len(run)), key=lambda index: ids_P[run[index]])]
-    return order
-
-
-def _float32_below(values_Q: np.ndarray) -> torch.Tensor:
-    """The next fp32 number below each fp64 value: rounding never moves a cut to the wrong side."""
-    with np.errstate(over="ignore"):
-        rounded = values_Q.astype(np.float32)
-    return torch.from_numpy(np.nextafter(rounded, np.float32(-np.inf)))
+def _joined(parts: Sequence[Best | None]) -> Best | None:
+    lists = [part for part in parts if part is not None]
+    if not lists:
+        return None
+    whole = Best(0, lists[0].k, lists[0].ids_QK.dtype)
+    whole.scores_QK = np.concatenate([part.scores_QK for part in lists])
+    whole.ids_QK = np.concatenate([part.ids_QK for part in lists])
+    return whole

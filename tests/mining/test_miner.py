@@ -8,7 +8,7 @@ from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.layout import DOCUMENT_SCHEMA, QUERY_SCHEMA
 from nvembed.mining.miner import MinePaths, MineWorker
 from nvembed.retrieval.config import SearchConfig
-from nvembed.retrieval.shards import read_table, vector_table, write_table
+from nvembed.retrieval.shards import list_shards, read_table, vector_table, write_table
 from nvembed.storage import UserError, join, read_json
 
 DOCUMENTS, QUERIES, DIM = 90, 25, 8
@@ -68,9 +68,14 @@ def lay(paths, world, shard_rows):
 def mine(tmp_path, world, config, way="search", shard_rows=17):
     paths = MinePaths.under(str(tmp_path))
     shards = lay(paths, world, shard_rows)
-    MineWorker(config, paths).work(
-        {"way": way, "dataset": "set", "shards": shards, "rows": QUERIES, "part": "part-00000"}
-    )
+    task = {"way": way, "dataset": "set", "shards": shards, "rows": QUERIES, "part": "part-00000"}
+    names = list_shards(join(paths.texts, "set/documents"))
+    segments = [names[part::3] for part in range(min(3, len(names)))] if way == "search" else [names]
+    for number, documents in enumerate(segments):
+        found = MineWorker(config, paths).work(
+            {**task, "segment": number, "segments": len(segments), "documents": documents, "corpus": DOCUMENTS}
+        )
+    assert found["rows"] == QUERIES
     part = join(paths.select, "set", "part-00000")
     return read_table(f"{part}.parquet").to_pylist(), read_json(f"{part}.json")
 

@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from nvembed.data.config import CweSource, HpoClassesSource, HpoSimilaritySource, PrepareConfig
 from nvembed.data.tables import Document, corpus_table, examples_table, write_table
 from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.run import MINE
-from nvembed.retrieval.config import EncodeConfig, PackageModel
+from nvembed.retrieval.config import EncodeConfig, PackageModel, SearchConfig
 from nvembed.retrieval.encoders import open_encoder
 from nvembed.retrieval.shards import read_table
 from nvembed.storage import Step, StepResult, UserError
@@ -104,6 +105,7 @@ def test_mine_step(tmp_path, ray_session):
     assert set(artifact.manifest["files"]) == {
         "audit.json",
         *(f"{dataset}/mined.parquet" for dataset in ("links", "classes", "pairs")),
+        *(f"{dataset}/searched.parquet" for dataset in ("links", "pairs")),
     }
     audit = json.loads((tmp_path / "mine" / "audit.json").read_text())
     _check_links(artifact, audit)
@@ -218,7 +220,7 @@ def test_kill_9_while_mining_then_the_same_artifact(tmp_path):
 
     clean, killed = tmp_path / "clean", tmp_path / "killed"
     assert start(clean).wait(timeout=280) == 0
-    for stage in ("vectors", "select"):  # once while encoding, once while selecting
+    for stage in ("vectors", "search", "select"):  # once while encoding, once while selecting
         process = start(killed)
         deadline = time.monotonic() + 200
         while not list((killed / "checkpoints" / stage).rglob("*.parquet")):
@@ -232,4 +234,57 @@ def test_kill_9_while_mining_then_the_same_artifact(tmp_path):
     assert manifests[0]["content_hash"] == manifests[1]["content_hash"]
     assert manifests[1]["metrics"]["encode_reused_rows"] > 0
     files = [{p.relative_to(out): p.read_bytes() for p in Path(out).rglob("*.parquet")} for out in (clean, killed)]
-    assert files[0] == files[1] and len(files[0]) == 3
+    assert files[0] == files[1] and len(files[0]) == 5
+
+
+def files(out):
+    return {path.relative_to(out): path.read_bytes() for path in Path(out).rglob("*.parquet")}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1800)
+def test_any_number_of_actors_and_parts_gives_the_same_bytes(tmp_path, ray_session):
+    prepare = build_prepare(tmp_path / "prepare")
+    found = []
+    for actors, rows in ((1, 1 << 20), (2, 5), (4, 2)):
+        encode = EncodeConfig(actors=actors, shard_rows=2, precision="fp32")
+        config = CONFIG.model_copy(update={"encode": encode, "search": SearchConfig(document_rows=rows, query_rows=6)})
+        artifact = MINE.run(config, {"prepare": prepare}, str(tmp_path / f"mine{actors}"))
+        assert len(artifact.manifest["metrics"]["select_workers"]) >= min(actors, 2)
+        found.append(files(artifact.uri))
+    assert found[0] == found[1] == found[2] and len(found[0]) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_actors_killed_while_searching_change_nothing(tmp_path):
+    """Ray starts a killed actor's task again on another; where it gives up, the rerun goes on."""
+    build_prepare(tmp_path / "prepare")
+    encode = EncodeConfig(actors=2, shard_rows=2, precision="fp32")
+    config = CONFIG.model_copy(update={"encode": encode, "search": SearchConfig(document_rows=2, query_rows=4)})
+
+    def start(out):
+        arguments = [sys.executable, "-c", DRIVER, config.model_dump_json(), str(tmp_path / "prepare"), str(out)]
+        return subprocess.Popen(arguments)
+
+    clean, killed = tmp_path / "clean", tmp_path / "killed"
+    assert start(clean).wait(timeout=600) == 0
+    process, kills = start(killed), 0
+    deadline = time.monotonic() + 900
+    while process.poll() is None and kills < 3:
+        assert time.monotonic() < deadline
+        if list((killed / "checkpoints").rglob("lane-0-part-*.parquet")):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                if "MapWorker" in "".join(child.cmdline()[:1]):
+                    child.kill()
+                    kills += 1
+                    time.sleep(1)
+                    break
+        time.sleep(0.01)
+    code = process.wait(timeout=600)
+    assert kills >= 1
+    if code != 0:
+        assert not (killed / "manifest.json").exists()
+        assert start(killed).wait(timeout=600) == 0
+    assert files(clean) == files(killed)

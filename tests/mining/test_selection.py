@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nvembed.mining.config import TopKPercPos
+from nvembed.mining.rules import ceilings
 from nvembed.mining.selection import (
     ClassExamples,
     Reason,
-    ceiling,
     draw_order,
     example_based,
     example_generator,
@@ -18,6 +19,10 @@ from nvembed.mining.selection import (
 )
 
 SCORES = st.floats(-1, 1, allow_nan=False)
+
+
+def ceiling(positives, share):
+    return float(ceilings(TopKPercPos(share=share), np.array([min(positives)]))[0])
 
 
 @st.composite

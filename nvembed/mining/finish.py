@@ -1,0 +1,145 @@
+"""The end of mining: parts joined into one table per data set, the cap on documents, the index's recall, reuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nvembed import storage
+from nvembed.mining.audit import Audit
+from nvembed.mining.config import MineConfig
+from nvembed.mining.miner import MINED_SCHEMA
+from nvembed.mining.rules import cap_documents
+from nvembed.mining.searched import SEARCHED_SCHEMA
+from nvembed.mining.searching import MinePaths
+from nvembed.retrieval.search import search_shards
+from nvembed.retrieval.shards import iter_vectors, list_shards, read_table, table_matrix
+from nvembed.types import Artifact, UserError
+
+_GROUP_ROWS = 8192
+_SAME = ("miner", "sts_positive")  # what an earlier step must have in common to be selected from again
+
+
+def merge_parts(
+    config: MineConfig, paths: MinePaths, dataset: str, parts: Sequence[str], work_uri: str, audit: Audit
+) -> int:
+    """Write `<dataset>/mined.parquet`, and `searched.parquet` where there was a search, from the parts in order.
+
+    One part is in memory at a time; with a cap on documents, all candidates of the data set are.
+    """
+    mined = [storage.join(paths.select, dataset, f"{part}.parquet") for part in parts]
+    if config.max_per_document is not None and mined:
+        rows = [row for uri in mined for row in read_table(uri).to_pylist()]
+        _cap(rows, config, audit)
+        _write(storage.join(work_uri, dataset, "mined.parquet"), [pa.Table.from_pylist(rows, schema=MINED_SCHEMA)])
+        total = len(rows)
+    else:
+        tables = (read_table(uri).cast(MINED_SCHEMA) for uri in mined)
+        total = _write(storage.join(work_uri, dataset, "mined.parquet"), tables, MINED_SCHEMA)
+    searched = [storage.join(paths.select, dataset, f"{part}.searched") for part in parts]
+    if searched and config.reuse is None and storage.exists(searched[0]):
+        tables = (read_table(uri).cast(SEARCHED_SCHEMA) for uri in searched)
+        _write(storage.join(work_uri, dataset, "searched.parquet"), tables, SEARCHED_SCHEMA)
+    return total
+
+
+def _write(uri: str, tables: Iterable[pa.Table], schema: pa.Schema = MINED_SCHEMA) -> int:
+    fs, path = storage.filesystem(uri)
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    rows = 0
+    with fs.open(path, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for table in _even(tables):
+            writer.write_table(table, row_group_size=_GROUP_ROWS)
+            rows += table.num_rows
+    return rows
+
+
+def _even(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Row groups of one size, wherever the parts end: the file's bytes then depend on its rows alone."""
+    waiting: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        waiting.append(table)
+        count += table.num_rows
+        while count >= _GROUP_ROWS:
+            whole = pa.concat_tables(waiting)
+            yield whole.slice(0, _GROUP_ROWS).combine_chunks()
+            waiting, count = [whole.slice(_GROUP_ROWS)], count - _GROUP_ROWS
+    if count:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _cap(rows: list[dict[str, Any]], config: MineConfig, audit: Audit) -> None:
+    """No document is a mined negative of more than `max_per_document` queries; given negatives stay as they are.
+
+    Candidates are those that were searched: a query that loses too many of them is left with fewer negatives.
+    """
+    assert config.max_per_document is not None
+    mined = [[item for item in row["negatives"] if item["score"] is not None] for row in rows]
+    keys = {key: number for number, key in enumerate(sorted({item["id"] for items in mined for item in items}))}
+    width = max((len(items) for items in mined), default=0)
+    documents_QC = np.full((len(rows), width), -1, dtype=np.int64)
+    scores_QC = np.full((len(rows), width), -np.inf)
+    for index, items in enumerate(mined):
+        documents_QC[index, : len(items)] = [keys[item["id"]] for item in items]
+        scores_QC[index, : len(items)] = [item["score"] for item in items]
+    examples = [row["example_id"] for row in rows]
+    order_Q = np.empty(len(rows), dtype=np.int64)
+    order_Q[sorted(range(len(rows)), key=lambda index: examples[index])] = np.arange(len(rows))
+    columns_QK = cap_documents(documents_QC, scores_QC, config.num_negatives, config.max_per_document, order_Q)
+    for index, row in enumerate(rows):
+        given = [item for item in row["negatives"] if item["score"] is None]
+        kept = [mined[index][column] for column in columns_QK[index] if column >= 0]
+        row["negatives"] = (given + kept)[: config.num_negatives]
+        audit.add_example(row["negatives"], config.num_negatives)
+
+
+def index_recall(config: MineConfig, paths: MinePaths, dataset: str, work_uri: str) -> dict[str, float]:
+    """Share of the exact top `depth` that the approximate index found, over the first `recall_queries` queries."""
+    root = storage.join(paths.vectors, dataset, "queries")
+    wanted = config.search.recall_queries
+    parts: list[np.ndarray] = []
+    for name in list_shards(root):
+        if sum(map(len, parts)) >= wanted:
+            break
+        parts.append(table_matrix(read_table(storage.join(root, name))))
+    if not parts or not wanted:
+        return {"queries": 0}
+    query_QD = np.concatenate(parts)[:wanted]
+    shards = iter_vectors(storage.join(paths.vectors, dataset, "documents"))
+    exact = search_shards(query_QD, shards, plain=config.depth, precision=config.search.precision).plain
+    assert exact is not None
+    rows = read_table(storage.join(work_uri, dataset, "searched.parquet"), ["plain"]).slice(0, wanted).to_pylist()
+    shares = []
+    for row, ids, scores in zip(rows, exact.ids_QK, exact.scores_QK, strict=True):
+        truth = set(ids[np.isfinite(scores)])
+        shares.append(len(truth & {item["id"] for item in row["plain"]}) / max(len(truth), 1))
+    return {"queries": len(shares), "depth": config.depth, "mean": float(np.mean(shares)), "min": float(min(shares))}
+
+
+def check_reuse(config: MineConfig, prepare: Artifact) -> None:
+    """Refuse to select again from a search of something else.
+
+    Raises:
+        UserError: the earlier step is no mine step of the same data, had other settings, or kept no search.
+    """
+    assert config.reuse is not None
+    earlier = storage.load_artifact(config.reuse)
+    manifest = earlier.manifest
+    if manifest.get("kind") != "mine":
+        raise UserError(f"mine.reuse {config.reuse} is a {manifest.get('kind')!r} step, not a mine step")
+    if manifest["inputs"].get("prepare") != prepare.manifest_hash:
+        raise UserError(f"mine.reuse {config.reuse} was mined from other data. Mine again without `reuse`.")
+    ours = config.model_dump(mode="json")
+    for key in (*_SAME, "depth"):
+        if manifest["config"].get(key) != ours[key]:
+            raise UserError(
+                f"mine.reuse {config.reuse} was searched with {key} = {manifest['config'].get(key)}, the recipe says "
+                f"{ours[key]}. Set {key} to the same, or mine again without `reuse`."
+            )
+    if not any(name.endswith("searched.parquet") for name in manifest["files"]):
+        raise UserError(f"mine.reuse {config.reuse} kept no search (an older nvembed, or a random rule). Mine again.")

@@ -1,0 +1,188 @@
+"""Selection rules over whole arrays: which of a query's candidates become negatives (pure functions).
+
+Every rule comes down to a ceiling on the score, a window of ranks and perhaps a draw. The ceilings are those of
+NV-Retriever (arXiv 2407.15831, section 3): a candidate close to the positive is probably a positive nobody labelled.
+The paper's `s < share * p` only means that for p > 0; here `s < p - (1 - share) * |p|`, the same there and still
+stricter than p itself elsewhere.
+
+Shapes: Q queries, C candidates of a query, best first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nvembed.mining.config import (
+    CeilingRule,
+    RankWindow,
+    SampledTopK,
+    SearchedRule,
+    TopKAbs,
+    TopKMarginPos,
+    TopKPercPos,
+    TopKShifted,
+)
+
+FREE = -1  # where fewer candidates qualify than were asked for
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a rule asks of a candidate.
+
+    Attributes:
+        ceiling_Q: float64 [Q]; a negative's score lies strictly below; +inf where the rule has no ceiling.
+        first, last: ranks (1-based, among all documents) that may be negatives; no `last`: to the end.
+    """
+
+    ceiling_Q: np.ndarray
+    first: int = 1
+    last: int | None = None
+
+
+def ceilings(rule: CeilingRule | SearchedRule, lowest_Q: np.ndarray) -> np.ndarray:
+    """float64 [Q]: what a negative's score must stay below.
+
+    Args:
+        lowest_Q: float64 [Q], the lowest score among each query's positives.
+    """
+    lowest_Q = np.asarray(lowest_Q, dtype=np.float64)
+    match rule:
+        case TopKPercPos():
+            return lowest_Q - (1.0 - rule.share) * np.abs(lowest_Q)
+        case TopKMarginPos():
+            return lowest_Q - rule.margin
+        case TopKAbs():
+            return np.full(lowest_Q.shape, rule.max_score)
+        case SampledTopK():
+            return ceilings(rule.ceiling, lowest_Q)
+        case _:
+            return np.full(lowest_Q.shape, np.inf)
+
+
+def rule_limits(rule: SearchedRule, lowest_Q: np.ndarray) -> Limits:
+    """Ceiling and ranks of a rule, given the lowest positive's score of each query."""
+    ceiling_Q = ceilings(rule, lowest_Q)
+    match rule:
+        case TopKShifted():
+            return Limits(ceiling_Q, first=rule.shift + 1)
+        case RankWindow():
+            return Limits(ceiling_Q, first=rule.first, last=rule.last)
+        case _:
+            return Limits(ceiling_Q)
+
+
+def eligible(scores_QC: np.ndarray, ranks_QC: np.ndarray, limits: Limits, excluded_QC: np.ndarray) -> np.ndarray:
+    """bool [Q, C]: candidates that the limits allow and nothing excludes; absent ones have score -inf."""
+    allowed_QC = np.isfinite(scores_QC) & ~excluded_QC
+    allowed_QC &= (scores_QC < limits.ceiling_Q[:, None]) & (ranks_QC >= limits.first)
+    if limits.last is not None:
+        allowed_QC &= ranks_QC <= limits.last
+    return allowed_QC
+
+
+def first_allowed(allowed_QC: np.ndarray, count: int) -> np.ndarray:
+    """int64 [Q, count]: columns of the first `count` allowed candidates of each query, then -1."""
+    place_QC = np.cumsum(allowed_QC, axis=1)
+    rows, columns = np.nonzero(allowed_QC & (place_QC <= count))
+    out_QK = np.full((len(allowed_QC), count), FREE, dtype=np.int64)
+    out_QK[rows, place_QC[rows, columns] - 1] = columns
+    return out_QK
+
+
+def drawn(
+    allowed_QC: np.ndarray,
+    scores_QC: np.ndarray,
+    count: int,
+    rule: SampledTopK,
+    query_keys_Q: np.ndarray,
+    document_keys_QC: np.ndarray,
+) -> np.ndarray:
+    """int64 [Q, count]: columns of a draw without replacement from the first `rule.top` allowed, best first, then -1.
+
+    Gumbel's trick: the largest of log-weight + Gumbel noise is a draw by weight, the `count` largest are one without
+    replacement. The noise is a hash of the two keys, so neither order nor division can change it.
+
+    Args:
+        query_keys_Q: uint64 [Q], the seed and the query's identity.
+        document_keys_QC: uint64 [Q, C], the candidates' identities.
+    """
+    pool_QK = first_allowed(allowed_QC, rule.top)
+    absent_QK = pool_QK == FREE
+    at = np.where(absent_QK, 0, pool_QK)
+    noise_QK = gumbel(query_keys_Q[:, None], np.take_along_axis(document_keys_QC, at, axis=1))
+    if rule.temperature is not None:
+        noise_QK = noise_QK + np.take_along_axis(scores_QC, at, axis=1) / rule.temperature
+    noise_QK = np.where(absent_QK, -np.inf, noise_QK)
+    chosen_QK = np.argsort(-noise_QK, axis=1, kind="stable")[:, :count]
+    columns_QK = np.take_along_axis(pool_QK, chosen_QK, axis=1)
+    columns_QK = np.sort(np.where(columns_QK == FREE, np.iinfo(np.int64).max, columns_QK), axis=1)
+    columns_QK[columns_QK == np.iinfo(np.int64).max] = FREE
+    if columns_QK.shape[1] < count:
+        columns_QK = np.pad(columns_QK, ((0, 0), (0, count - columns_QK.shape[1])), constant_values=FREE)
+    return columns_QK
+
+
+def gumbel(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Gumbel noise from a pair of uint64 keys (broadcast): the same pair, the same number, on any machine."""
+    mixed = mix(mix(np.asarray(left, dtype=np.uint64)) ^ np.asarray(right, dtype=np.uint64))
+    uniform = ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return -np.log(-np.log(uniform))
+
+
+def mix(keys: np.ndarray) -> np.ndarray:
+    """Every uint64 to another, well mixed (the finaliser of SplitMix64)."""
+    with np.errstate(over="ignore"):
+        keys = keys + np.uint64(0x9E3779B97F4A7C15)
+        keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))
+
+
+def cap_documents(
+    documents_QC: np.ndarray, scores_QC: np.ndarray, count: int, cap: int, order_Q: np.ndarray | None = None
+) -> np.ndarray:
+    """Give every query up to `count` of its candidates so that no document serves more than `cap` queries.
+
+    Deferred acceptance (Gale and Shapley 1962, the colleges' version on both sides): each query asks for its next best
+    candidates, a document keeps the `cap` queries that score it highest and sends the others on. The outcome is the
+    same in whatever order the queries ask, and no query could do better without another's loss of a better score.
+
+    Args:
+        documents_QC: int64 [Q, C], candidates that qualify, in the query's order of preference; -1 behind the last.
+        scores_QC: float64 [Q, C].
+        order_Q: int64 [Q], settles equal scores (smaller wins); by default the row number.
+
+    Returns:
+        int64 [Q, count]: columns kept, in the query's order, then -1. Memory: about 60 bytes per candidate.
+    """
+    queries, width = documents_QC.shape
+    order_Q = np.arange(queries) if order_Q is None else np.asarray(order_Q)
+    held_QC = np.zeros((queries, width), dtype=bool)
+    asked_Q = np.zeros(queries, dtype=np.int64)
+    length_Q = (documents_QC != FREE).sum(axis=1)
+    column_C = np.arange(width)
+    while True:
+        want_Q = np.minimum(count - held_QC.sum(axis=1), length_Q - asked_Q)
+        if not (want_Q > 0).any():
+            return first_allowed(held_QC, count)
+        ask_QC = (column_C >= asked_Q[:, None]) & (column_C < (asked_Q + want_Q)[:, None])
+        asked_Q += want_Q
+        held_QC |= ask_QC
+        rows, columns = np.nonzero(held_QC)
+        documents, scores = documents_QC[rows, columns], scores_QC[rows, columns]
+        order = np.lexsort((order_Q[rows], -scores, documents))
+        place = np.arange(len(order)) - np.searchsorted(documents[order], documents[order], side="left")
+        sent_away = order[place >= cap]
+        held_QC[rows[sent_away], columns[sent_away]] = False
+
+
+def consistent(rank_Q: np.ndarray, max_rank: int) -> np.ndarray:
+    """bool [Q]: whether the best positive of an example ranks within the first `max_rank`.
+
+    Args:
+        rank_Q: int64 [Q], 1-based rank among all documents; 0 where it lies below the searched depth.
+    """
+    return (rank_Q >= 1) & (rank_Q <= max_rank)

@@ -1,0 +1,299 @@
+"""Hard negatives for plain arrays of vectors: search, rule, selection, without recipe, files or Ray.
+
+Shapes: Q queries, N documents, D dimensions, C candidates of a query, K negatives wanted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from nvembed.mining.config import (
+    RandomNegatives,
+    RankWindow,
+    RuleConfig,
+    SampledTopK,
+    SearchedRule,
+    TopKMarginPos,
+    TopKPercPos,
+    TopKShifted,
+)
+from nvembed.mining.rules import FREE, Limits, cap_documents, drawn, eligible, first_allowed, mix, rule_limits
+from nvembed.mining.selection import draw_accepted, example_generator
+from nvembed.retrieval.search import as_matrix, numbered, search_shards
+from nvembed.retrieval.search_merge import Best, gathered_scores, pair_scores
+from nvembed.types import UserError
+
+# The names that other tools and papers use, and ours
+_TYPES = {
+    "topk_percpos": "topk_perc_pos",
+    "topk_marginpos": "topk_margin_pos",
+}
+_KEYS = {
+    ("topk_perc_pos", "max_negative_to_positive_ratio"): "share",
+    ("topk_margin_pos", "margin_to_positive"): "margin",
+}
+
+
+_RULES: TypeAdapter[RuleConfig] = TypeAdapter(RuleConfig)
+
+
+def read_rule(rule: Mapping[str, Any]) -> RuleConfig:
+    """The rule a mapping describes: the recipe's keys, or the longer names of `mine_vectors`.
+
+    Raises:
+        UserError: an unknown type or key, a value out of range.
+    """
+    kind = str(rule.get("type", ""))
+    kind = _TYPES.get(kind, kind)
+    keys = {_KEYS.get((kind, key), key): value for key, value in rule.items()}
+    try:
+        return _RULES.validate_python({**keys, "type": kind})
+    except ValidationError as error:
+        said = "; ".join(".".join(map(str, item["loc"])) + f": {item['msg']}" for item in error.errors())
+        raise UserError(f"rule {dict(rule)!r}: {said}") from error
+
+
+def mine_vectors(
+    queries: np.ndarray,
+    documents: np.ndarray,
+    positives: Sequence[Sequence[int]],
+    num_negatives: int,
+    rule: Mapping[str, Any],
+    *,
+    near_duplicate: float | None = None,
+    max_per_document: int | None = None,
+    seed: int = 0,
+    precision: str = "auto",
+    device: str = "cpu",
+) -> np.ndarray:
+    """Hard negatives of every query, by exact search: the best documents that the rule allows.
+
+    The rule's ceiling is applied before the top k is taken, so a query gets its negatives however deep its positive
+    ranks. Known positives are never negatives, nor are documents with exactly a positive's vector.
+
+    Args:
+        queries: float [Q, D]; used as float32.
+        documents: float [N, D], a memory-mapped array included.
+        positives: for each query the row numbers of its documents, one at least.
+        num_negatives: K, wanted per query.
+        rule: what may be a negative of a query with lowest positive score p:
+            {"type": "topk"}: any; {"type": "topk_shifted", "shift": 10}: ranks behind the tenth;
+            {"type": "topk_abs", "max_score": 0.7}: s < 0.7;
+            {"type": "topk_marginpos", "margin": 0.05}: s < p - 0.05;
+            {"type": "topk_percpos", "max_negative_to_positive_ratio": 0.95}: s < p - 0.05 |p|;
+            {"type": "rank_window", "first": 30, "last": 100}: those ranks, positives counted;
+            {"type": "sampled_topk", "top": 10, "temperature": 0.1, "ceiling": {...}}: a draw from the best ten under a
+            ceiling; {"type": "random"}: a uniform draw.
+        near_duplicate: refuse documents whose cosine with a positive of the query is at least this.
+        max_per_document: a document is a negative of this many queries at most; see `rules.cap_documents`.
+        seed: of the draws. A query's draw depends on its row number and the seed only.
+        precision, device: see `search_vectors`; they never change the result.
+
+    Returns:
+        int64 [Q, K] row numbers of documents, best first (draws: best of the drawn first; random: in drawn order), -1
+        where fewer qualify.
+
+    Raises:
+        UserError: a rule that is not known, shapes that do not fit, a query without a positive, a row number that no
+            document has.
+
+    Source: NV-Retriever (arXiv 2407.15831), section 3.
+    """
+    query_QD = as_matrix(queries, "queries")
+    chosen = read_rule(rule)
+    known = _Known(query_QD, np.asanyarray(documents), positives, near_duplicate)
+    if num_negatives < 1:
+        raise UserError(f"num_negatives is {num_negatives}; at least one negative per query is needed")
+    if isinstance(chosen, RandomNegatives | SampledTopK) and max_per_document is not None:
+        raise UserError(f"max_per_document needs candidates in order of preference; {chosen.type} draws them")
+    if isinstance(chosen, RandomNegatives):
+        return _random(known, num_negatives, seed)
+    limits = rule_limits(chosen, known.lowest(chosen))
+    mining = _Mining(known, chosen, limits, num_negatives, seed, precision, device)
+    return mining.run() if max_per_document is None else mining.run_capped(max_per_document)
+
+
+class _Known:
+    """What is known about each query: its positives, their scores."""
+
+    def __init__(
+        self,
+        query_QD: np.ndarray,
+        documents: np.ndarray,
+        positives: Sequence[Sequence[int]],
+        near_duplicate: float | None,
+    ) -> None:
+        if documents.ndim != 2 or documents.shape[1] != query_QD.shape[1]:
+            raise UserError(f"documents have shape {documents.shape}, queries {query_QD.shape}: (N, D) and (Q, D) fit")
+        if len(positives) != len(query_QD):
+            raise UserError(f"{len(positives)} lists of positives for {len(query_QD)} queries")
+        self.query_QD, self.documents, self.near_duplicate = query_QD, documents, near_duplicate
+        count_Q = np.fromiter(map(len, positives), dtype=np.int64, count=len(positives))
+        self.most = int(count_Q.max(initial=0))
+        owner_P = np.repeat(np.arange(len(positives)), count_Q)
+        row_P = np.fromiter(itertools.chain.from_iterable(positives), dtype=np.int64, count=len(owner_P))
+        outside = np.flatnonzero((row_P < 0) | (row_P >= len(documents)))
+        if len(outside):
+            bad = int(outside[0])
+            raise UserError(f"query {owner_P[bad]} names document {row_P[bad]}; rows are 0 to {len(documents) - 1}")
+        unique, place_P = np.unique(row_P, return_inverse=True)
+        vectors_UD = np.asarray(documents[unique], dtype=np.float32)
+        score_P = gathered_scores(query_QD, owner_P, vectors_UD, place_P)
+        column_P = np.arange(len(owner_P)) - (np.cumsum(count_Q) - count_Q)[owner_P]
+        self.rows_QM = np.full((len(positives), self.most), FREE, dtype=np.int64)
+        self.scores_QM = np.full((len(positives), self.most), np.nan)
+        self.rows_QM[owner_P, column_P] = row_P
+        self.scores_QM[owner_P, column_P] = score_P
+        self.lowest_Q = np.full(len(positives), np.inf)
+        np.minimum.at(self.lowest_Q, owner_P, score_P)
+
+    def lowest(self, rule: SearchedRule) -> np.ndarray:
+        """float64 [Q], the lowest score among each query's positives.
+
+        Raises:
+            UserError: the rule goes by it and a query has no positive.
+        """
+        inner = rule.ceiling if isinstance(rule, SampledTopK) else rule
+        without = np.flatnonzero(np.isposinf(self.lowest_Q))
+        if len(without) and isinstance(inner, TopKPercPos | TopKMarginPos):
+            raise UserError(f"query {without[0]} has no positive; {inner.type} measures negatives against one")
+        return self.lowest_Q
+
+    def excluded(self, queries_q: np.ndarray, rows_qC: np.ndarray, scores_qC: np.ndarray) -> np.ndarray:
+        """bool [q, C]: candidates that are positives of the query, or copies or near copies of one."""
+        out_qC = np.zeros(rows_qC.shape, dtype=bool)
+        for column in range(self.most):
+            positive_q1 = self.rows_QM[queries_q, column, None]
+            out_qC |= (rows_qC == positive_q1) & (positive_q1 != FREE)
+            maybe_qC = np.isfinite(scores_qC) & ~out_qC & (positive_q1 != FREE)
+            if self.near_duplicate is None:
+                maybe_qC &= scores_qC == self.scores_QM[queries_q, column, None]  # copies score alike to the bit
+            at_P, candidate_P = np.nonzero(maybe_qC)
+            if len(at_P):
+                out_qC[at_P, candidate_P] |= self._copies(rows_qC[at_P, candidate_P], positive_q1[at_P, 0])
+        return out_qC
+
+    def _copies(self, left_P: np.ndarray, right_P: np.ndarray) -> np.ndarray:
+        out_P = np.empty(len(left_P), dtype=bool)
+        for start in range(0, len(left_P), 4096):
+            part = slice(start, start + 4096)
+            left, right = (np.asarray(self.documents[rows[part]], dtype=np.float32) for rows in (left_P, right_P))
+            if self.near_duplicate is None:
+                out_P[part] = (left == right).all(axis=1)
+            else:
+                lengths_P = np.sqrt(pair_scores(left, left) * pair_scores(right, right))
+                out_P[part] = pair_scores(left, right) >= self.near_duplicate * lengths_P
+        return out_P
+
+
+@dataclass
+class _Mining:
+    """One call: searches as deep as it takes."""
+
+    known: _Known
+    rule: SearchedRule
+    limits: Limits
+    count: int
+    seed: int
+    precision: str
+    device: str
+
+    def run(self) -> np.ndarray:
+        """int64 [Q, K]; see `mine_vectors`."""
+        out_QK = np.full((len(self.known.query_QD), self.count), FREE, dtype=np.int64)
+        left, depth = np.arange(len(out_QK)), self._first_depth()
+        while len(left):
+            best, allowed_qC, whole_q = self._candidates(left, depth)
+            done_q = whole_q | (allowed_qC.sum(axis=1) >= self._wanted)
+            columns_qK = self._columns(left, allowed_qC, best)
+            rows_qK = np.take_along_axis(best.ids_QK, np.maximum(columns_qK, 0), axis=1)
+            out_QK[left[done_q]] = np.where(columns_qK == FREE, FREE, rows_qK)[done_q]
+            left, depth = left[~done_q], 4 * depth
+        return out_QK
+
+    def run_capped(self, cap: int) -> np.ndarray:
+        """The same with no document serving more than `cap` queries: lists are deepened until none ran out early."""
+        queries, depth = len(self.known.query_QD), self._first_depth() + self.count
+        while True:
+            best, allowed_QC, whole_Q = self._candidates(np.arange(queries), depth)
+            in_order_QC = first_allowed(allowed_QC, best.k)
+            at_QC, absent_QC = np.maximum(in_order_QC, 0), in_order_QC == FREE
+            rows_QC = np.where(absent_QC, FREE, np.take_along_axis(best.ids_QK, at_QC, axis=1))
+            scores_QC = np.where(absent_QC, -np.inf, np.take_along_axis(best.scores_QK, at_QC, axis=1))
+            columns_QK = cap_documents(rows_QC, scores_QC, self.count, cap)
+            short_Q = (columns_QK == FREE).any(axis=1)
+            if (whole_Q | ~short_Q).all():
+                picked_QK = np.take_along_axis(rows_QC, np.maximum(columns_QK, 0), axis=1)
+                return np.where(columns_QK == FREE, FREE, picked_QK)
+            depth *= 4
+
+    @property
+    def _wanted(self) -> int:
+        return self.rule.top if isinstance(self.rule, SampledTopK) else self.count
+
+    @property
+    def _ranked(self) -> bool:
+        return isinstance(self.rule, TopKShifted | RankWindow)
+
+    def _first_depth(self) -> int:
+        below_positives = isinstance(self.rule, TopKPercPos | TopKMarginPos)
+        spare = 0 if below_positives else self.known.most
+        if self.known.near_duplicate is not None:
+            spare += self.known.most + min(self._wanted, 16)
+        return self.limits.last or self.limits.first - 1 + self._wanted + spare
+
+    def _candidates(self, queries_q: np.ndarray, depth: int) -> tuple[Best, np.ndarray, np.ndarray]:
+        """The best `depth` documents, which of them may be negatives, and for whom there are no others."""
+        known, documents = self.known, len(self.known.documents)
+        depth = max(min(depth, documents), self.count, 1)
+        ceiling_q = self.limits.ceiling_Q[queries_q]
+        capped = not self._ranked and np.isfinite(ceiling_q).any()
+        found = search_shards(
+            known.query_QD[queries_q],
+            numbered(known.documents),
+            plain=0 if capped else depth,
+            under=depth if capped else 0,
+            ceiling_Q=ceiling_q if capped else None,
+            id_type=np.int64,
+            precision=self.precision,
+            device=self.device,
+        )
+        best = found.plain or found.under
+        assert best is not None
+        rank_qC = np.broadcast_to(np.arange(1, depth + 1), best.scores_QK.shape)
+        limits = replace(self.limits, ceiling_Q=ceiling_q)
+        excluded_qC = known.excluded(queries_q, best.ids_QK, best.scores_QK)
+        allowed_qC = eligible(best.scores_QK, rank_qC, limits, excluded_qC)
+        whole_q = ~np.isfinite(best.scores_QK[:, -1]) | (depth >= min(self.limits.last or documents, documents))
+        return best, allowed_qC, whole_q
+
+    def _columns(self, queries_q: np.ndarray, allowed_qC: np.ndarray, best: Best) -> np.ndarray:
+        if not isinstance(self.rule, SampledTopK):
+            return first_allowed(allowed_qC, self.count)
+        keys_q = mix(np.uint64(self.seed % 2**64) + np.zeros(1, np.uint64)) ^ queries_q.astype(np.uint64)
+        return drawn(allowed_qC, best.scores_QK, self.count, self.rule, keys_q, best.ids_QK.astype(np.uint64))
+
+
+def _random(known: _Known, count: int, seed: int) -> np.ndarray:
+    """int64 [Q, count]: uniform draws without replacement, positives and their copies excluded."""
+    out_QK = np.full((len(known.query_QD), count), FREE, dtype=np.int64)
+    for query in range(len(out_QK)):
+        at = np.array([query])
+
+        def accept(order: list[int], at: np.ndarray = at) -> list[int]:
+            rows_1C = np.array([order], dtype=np.int64)
+            vectors_CD = np.asarray(known.documents[rows_1C[0]], dtype=np.float32)
+            scores_1C = gathered_scores(known.query_QD, np.repeat(at, len(order)), vectors_CD, np.arange(len(order)))
+            excluded = known.excluded(at, rows_1C, scores_1C[None, :])[0]
+            return [row for row, refused in zip(order, excluded, strict=True) if not refused]
+
+        generator = example_generator(seed, "", str(query))
+        rows = draw_accepted(generator, len(known.documents), count, accept)
+        out_QK[query, : len(rows)] = rows
+    return out_QK

@@ -1,0 +1,223 @@
+"""The `mine` step's other ways, without Ray: reuse, judge, several miners, cap, consistency, FAISS, any division.
+
+Texts are real, vectors are made up (a hash of the words, so that texts with shared words are near): what an embedder
+does is not the subject here.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from nvembed.data.config import CweSource, PrepareConfig
+from nvembed.data.tables import Document, corpus_table, examples_table, write_table
+from nvembed.mining import run
+from nvembed.mining.config import Judge, MineConfig, TopKAbs
+from nvembed.mining.run import MINE
+from nvembed.mining.selection import jaccard, word_triples
+from nvembed.retrieval import shards
+from nvembed.retrieval.config import EncodeConfig, FaissFlat, FaissHnsw, PackageModel, SearchConfig
+from nvembed.retrieval.encode import EncodeReport
+from nvembed.storage import Step, StepResult, UserError
+from nvembed.types import ScoredId, TaskType, TrainingExample
+
+PLACES = ["heap", "stack", "kernel", "browser", "server", "parser", "driver", "socket"]
+FAULTS = ["overflow", "leak", "race", "injection", "traversal"]
+TEXTS = [
+    f"a {fault} in the {place} of the {FAULTS[(n + m) % 5]} {place}"
+    for n, place in enumerate(PLACES)
+    for m, fault in enumerate(FAULTS)
+]
+CONFIG = MineConfig(num_negatives=3, depth=10, encode=EncodeConfig(actors=2, shard_rows=5))
+
+
+def vectors(texts, salt):
+    words = {}
+    out = np.zeros((len(texts), 24), dtype=np.float32)
+    for row, text in enumerate(texts):
+        for word in text.casefold().split():
+            seed = xxhash.xxh3_64_intdigest(f"{salt} {word}".encode())
+            out[row] += words.setdefault(word, np.random.default_rng(seed).standard_normal(24))
+    return out / np.linalg.norm(out, axis=1, keepdims=True)
+
+
+def pool(factory, arguments, tasks, **_):
+    """`run_pool` with two workers in this process."""
+    workers = [factory(**arguments), factory(**arguments)]
+    for number, task in enumerate(tasks):
+        yield {**workers[number % 2].work(task), "worker": str(number % 2)}
+
+
+def encode(source, model, out, config):
+    """`encode_shards` with made-up vectors, text shard by text shard."""
+    for name in shards.list_shards(source):
+        table = shards.read_table(f"{source}/{name}", ["key", "text"])
+        matrix = vectors(table.column("text").to_pylist(), model.package)
+        shards.write_table(shards.vector_table(table.column("key"), matrix), f"{out}/{name}")
+    return EncodeReport()
+
+
+ENCODE = next(name for name in ("encode_shards", "encode_texts") if hasattr(run, name))
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch):
+    monkeypatch.setattr(run, "run_pool", pool)
+    monkeypatch.setattr(run, ENCODE, encode)
+    monkeypatch.setattr(run, "check_model", lambda model: None)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # hundreds of small files; nothing crashes here
+
+
+def prepare(uri):
+    documents = [Document(f"d{number:02d}", "", text) for number, text in enumerate(TEXTS)]
+    documents += [Document("near", "", f"{TEXTS[0]} again"), Document("copy", "", TEXTS[1].upper())]
+    examples = [
+        TrainingExample(
+            f"q{number:02d}", "set", TaskType.RETRIEVAL, f"{text} found today", (ScoredId(f"d{number:02d}"),)
+        )
+        for number, text in enumerate(TEXTS)
+    ]
+    examples.append(TrainingExample("far", "set", TaskType.RETRIEVAL, "race in the kernel", (ScoredId("d00"),)))
+
+    def build(config, inputs, work):
+        write_table(corpus_table(documents), f"{work}/set/corpus.parquet")
+        write_table(examples_table(examples), f"{work}/set/examples-train.parquet")
+        return StepResult(metrics={"datasets": {"set": {"task": "retrieval", "instruction": ""}}})
+
+    config = PrepareConfig(sources=(CweSource(name="set", instruction="cwe"),))
+    return Step("prepare", 1, build).run(config, {}, f"{uri}/prepare")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return prepare(str(tmp_path_factory.mktemp("prepared")))
+
+
+def mine(prepared, out, **changes):
+    artifact = MINE.run(MineConfig.model_validate({**CONFIG.model_dump(), **changes}), {"prepare": prepared}, str(out))
+    table = shards.read_table(artifact.path("set", "mined.parquet"))
+    return (
+        artifact,
+        {row["example_id"]: row for row in table.to_pylist()},
+        json.loads((out / "audit.json").read_text())["datasets"]["set"],
+    )
+
+
+def negatives(rows):
+    return {key: [item["id"] for item in row["negatives"]] for key, row in rows.items()}
+
+
+def test_selecting_again_equals_mining_anew(tmp_path, prepared):
+    _, rows, audit = mine(prepared, tmp_path / "first", depth=30)
+    assert {len(found) for key, found in negatives(rows).items() if key != "far"} == {3}
+    assert audit["hubs"]["documents"] > 10 and audit["hubs"]["largest"][0]["queries"] >= 3
+    assert set(audit["refused_by_rule"]) == {"topk_abs 0.7", "topk_margin_pos 0.05", "topk_perc_pos 0.95"}
+    assert audit["near_copies"]["examples"] == 41
+    for number, rule in enumerate(
+        (
+            {"type": "topk_perc_pos", "share": 0.9},
+            {"type": "topk_margin_pos", "margin": 0.1},
+            {"type": "topk_shifted", "shift": 4},
+            {"type": "sampled_topk", "top": 4, "temperature": 0.1},
+        )
+    ):
+        _, expected, _ = mine(prepared, tmp_path / f"anew{number}", rule=rule, depth=30)
+        again, found, _ = mine(
+            prepared, tmp_path / f"again{number}", rule=rule, depth=30, reuse=str(tmp_path / "first")
+        )
+        assert found == expected, rule
+        assert negatives(found) != negatives(rows)
+        assert "set/searched.parquet" not in again.manifest["files"]
+
+
+def test_selecting_again_refuses_what_was_not_searched(tmp_path, prepared):
+    mine(prepared, tmp_path / "first", rule={"type": "topk_abs", "max_score": 0.2})
+    reuse = {"reuse": str(tmp_path / "first")}
+    with pytest.raises(UserError, match=r"example 'q\d+': the rule asks about ranks 11 to"):
+        mine(prepared, tmp_path / "a", rule={"type": "topk_abs", "max_score": 0.5}, **reuse)
+    with pytest.raises(UserError, match="searched with depth = 10, the recipe says 20"):
+        mine(prepared, tmp_path / "b", depth=20, **reuse)
+    with pytest.raises(UserError, match="searched with miner"):
+        mine(prepared, tmp_path / "c", miner={"type": "package", "package": "other"}, **reuse)
+    with pytest.raises(UserError, match="not a mine step"):
+        mine(prepared, tmp_path / "d", reuse=prepared.uri)
+    with pytest.raises(ValueError, match="reuse selects again"):
+        MineConfig(reuse="x", rule={"type": "random"})
+
+
+def test_any_division_gives_the_same_bytes(tmp_path, prepared, monkeypatch):
+    monkeypatch.setattr("nvembed.mining.finish._GROUP_ROWS", 11)
+    whole, _, _ = mine(prepared, tmp_path / "whole")
+    search = SearchConfig(query_rows=7, document_rows=9, block_documents=4, precision="fp32")
+    cut, _, _ = mine(prepared, tmp_path / "cut", search=search.model_dump(), encode={"actors": 4, "shard_rows": 3})
+    for name in ("mined", "searched"):
+        data = [Path(artifact.path("set", f"{name}.parquet")).read_bytes() for artifact in (whole, cut)]
+        assert data[0] == data[1]
+
+
+def test_the_judge_refuses_by_its_own_scale(tmp_path, prepared):
+    judge = Judge(model=PackageModel(package="judge"), ceiling=TopKAbs(max_score=0.3))
+    _, rows, _ = mine(prepared, tmp_path / "judged", judge=judge.model_dump())
+    _, plain, _ = mine(prepared, tmp_path / "plain", num_negatives=42, depth=42)
+    matrix = dict(
+        zip(
+            [f"d{n:02d}" for n in range(40)] + ["near", "copy"],
+            vectors([*TEXTS, f"{TEXTS[0]} again", TEXTS[1].upper()], "judge"),
+            strict=True,
+        )
+    )
+    for number, (key, row) in enumerate(rows.items()):
+        text = "race in the kernel" if key == "far" else f"{TEXTS[number]} found today"
+        query = vectors([text], "judge")[0]
+        expected = [item["id"] for item in plain[key]["negatives"] if matrix[item["id"]] @ query < 0.3][:3]
+        assert [item["id"] for item in row["negatives"]] == expected
+
+
+def test_several_miners_take_turns(tmp_path, prepared):
+    more = [{"type": "bm25"}, {"type": "package", "package": "other"}]
+    _, merged, _ = mine(prepared, tmp_path / "three", more_miners=more, rule={"type": "topk"})
+    _, alone, _ = mine(prepared, tmp_path / "other", miner=more[1], rule={"type": "topk"})
+    _, first, _ = mine(prepared, tmp_path / "first", rule={"type": "topk"})
+    for key, row in merged.items():
+        ids = [item["id"] for item in row["negatives"]]
+        assert len(set(ids)) == 3 and not set(ids) & set(row["known_positives"])
+        assert ids[0] == negatives(first)[key][0]  # one of each; BM25's may be what the first chose
+        assert negatives(alone)[key][0] in ids[1:] or negatives(alone)[key][0] == ids[0]
+    assert negatives(merged) != negatives(first)
+
+
+def test_cap_consistency_and_near_copies(tmp_path, prepared):
+    _, rows, audit = mine(prepared, tmp_path / "cap", max_per_document=4, depth=40)
+    assert audit["hubs"]["largest"][0]["queries"] == 4
+    assert sum(map(len, negatives(rows).values())) == audit["negatives"] > 2.8 * 41
+    _, rows, audit = mine(prepared, tmp_path / "consistent", max_positive_rank=2)
+    assert "far" not in rows and audit["dropped"]["positive_ranks_too_low"] == 41 - len(rows) >= 1
+    loose = {"type": "topk"}
+    _, rows, audit = mine(prepared, tmp_path / "loose", rule=loose)
+    assert "near" in negatives(rows)["q00"] and audit["near_copies"]["near_copies_of_a_positive"] >= 1
+    assert "copy" not in negatives(rows)["q01"]
+    _, rows, audit = mine(prepared, tmp_path / "strict", rule=loose, near_duplicate=0.8)
+    assert "near" not in negatives(rows)["q00"] and audit["near_copies"]["near_copies_of_a_positive"] == 0
+    assert len(negatives(rows)["q00"]) == 3
+
+
+def test_faiss_flat_finds_the_same_and_the_audit_tells_the_recall(tmp_path, prepared):
+    pytest.importorskip("faiss")
+    _, exact, audit = mine(prepared, tmp_path / "exact")
+    assert "index_recall" not in audit
+    _, flat, audit = mine(prepared, tmp_path / "flat", search=SearchConfig(index=FaissFlat()).model_dump())
+    exact.pop("far"), flat.pop("far")  # below the twenty candidates that FAISS is asked for
+    assert flat == exact and audit["index_recall"] == {"queries": 41, "depth": 10, "mean": 1.0, "min": 1.0}
+    _, _, audit = mine(
+        prepared, tmp_path / "hnsw", search=SearchConfig(index=FaissHnsw(links=2, search_width=1)).model_dump()
+    )
+    assert 0.0 < audit["index_recall"]["mean"] <= 1.0
+
+
+def test_near_copies_are_shared_word_triples():
+    assert jaccard(word_triples("one two three four"), word_triples("one two three four")) == 1.0
+    assert jaccard(word_triples("One two three four"), word_triples("two three four five")) == pytest.approx(1 / 3)
+    assert jaccard(word_triples("缓冲区溢出漏洞"), word_triples("缓冲区溢出的漏洞")) > 0.2
+    assert jaccard(word_triples(""), frozenset()) == 0.0
