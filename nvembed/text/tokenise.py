@@ -57,9 +57,7 @@ class Tokeniser:
         assert pad_id is not None, "BOS or EOS is there, checked above"
         self.pad_id = int(pad_id)
 
-    def encode(
-        self, texts: Sequence[str], instructions: Sequence[str], max_length: int | None = None
-    ) -> list[Tokens]:
+    def encode(self, texts: Sequence[str], instructions: Sequence[str], max_length: int | None = None) -> list[Tokens]:
         """Token ids and pooling mask of each `instruction + text`, not padded.
 
         Each is at most `max_length` long, or the config's where that is None.
