@@ -26,10 +26,7 @@ def submit_command(
         list[str], typer.Argument(metavar="-- python STORY.py RECIPE ...", help="The story, as it would run here.")
     ],
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print the story's dry run and the job as it would be submitted; touches nothing."
-        ),
+        bool, typer.Option("--dry-run", help="Print the story's dry run and the job as it would be submitted; touches nothing.")
     ] = False,
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Follow the log, end with the job's exit code.")
