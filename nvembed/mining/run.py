@@ -20,7 +20,7 @@ from nvembed.mining.audit import Audit, samples, short_summary
 from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.layout import Laid, lay_out
 from nvembed.mining.miner import MINED_SCHEMA, MinePaths, MineWorker
-from nvembed.retrieval.encode import EncodeReport, encode_texts
+from nvembed.retrieval.encode import EncodeReport, encode_shards
 from nvembed.retrieval.encoders import check_model
 from nvembed.retrieval.pool import ProgressLog, run_pool
 from nvembed.retrieval.shards import list_shards, read_table
@@ -45,7 +45,9 @@ def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) ->
             continue
         laid[dataset] = lay_out(prepare, dataset, info[dataset], config, storage.join(paths.texts, dataset))
         logger.info("mine: %s: %d queries, %d documents", dataset, laid[dataset].queries, laid[dataset].documents)
-    report = encode_texts(paths.texts, config.miner, paths.vectors, config.encode) if searched else EncodeReport()
+    report = EncodeReport()
+    if searched:  # a document without a vector is nobody's negative; a query's would be missed
+        report = encode_shards(paths.texts, config.miner, paths.vectors, config.encode, may_reject=("documents",))
     tasks = _tasks(prepare, info, config, paths, searched)
     select_workers = _select(config, paths, tasks)
     summaries = {}
@@ -73,6 +75,9 @@ def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) ->
         "encode_rows": report.rows,
         "encode_reused_rows": report.reused_rows,
         "encode_cpu_seconds": report.cpu_seconds,
+        "encode_embedded": report.embedded,
+        "encode_cached": report.cached,
+        "encode_rejected": report.rejected,
         "select_workers": select_workers,
     }
     return StepResult(rows=rows, metrics=metrics)

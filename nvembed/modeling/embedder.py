@@ -17,7 +17,7 @@ from torch import nn
 from nvembed.modeling.bidirectional import set_bidirectional
 from nvembed.modeling.config import HEADS, EmbedderConfig, FoldedLatentAttentionConfig, LastTokenConfig
 from nvembed.modeling.latent_attention import FoldedLatentAttention, LatentAttention
-from nvembed.modeling.packed import packed, packed_states, packs
+from nvembed.modeling.packed import packed_states, packing, packs
 from nvembed.modeling.pooling import last_token_pool, mean_pool, normalise
 from nvembed.modeling.precision import autocast, resolve_precision
 from nvembed.storage import UserError
@@ -75,7 +75,7 @@ class Embedder(nn.Module):
         return normalise(mean_pool(states_NLD, pool_mask))
 
     def forward_packed(self, tokens: Sequence[Tokens]) -> torch.Tensor:
-        """`forward` without padding, float32 [N, D]; equal lengths side by side. Inside `packed(embedding_model)`."""
+        """`forward` without padding, float32 [N, D]; equal lengths side by side. Inside `packing(embedding_model)`."""
         states_TD, layout = packed_states(self.embedding_model, [item.input_ids for item in tokens])
         if self.latent_attention_model is not None:  # it mixes a token with the latents only, not with other tokens
             states_TD = self.latent_attention_model(states_TD.unsqueeze(0)).squeeze(0)
@@ -142,7 +142,7 @@ class Embedder(nn.Module):
         lengths = np.array([len(item.input_ids) for item in tokens], dtype=np.int64)
         without_padding = packs(self.embedding_model, int(lengths.max()))
         cut = packed_chunks if without_padding else token_budget_chunks
-        with packed(self.embedding_model) if without_padding else nullcontext():
+        with packing(self.embedding_model) if without_padding else nullcontext():
             for chunk in cut(lengths, token_budget):
                 items = [tokens[index] for index in chunk]
                 with autocast(precision, device):

@@ -95,7 +95,7 @@ def packs(model: Any, longest: int) -> bool:
 
 
 @contextmanager
-def packed(model: Any) -> Iterator[None]:
+def packing(model: Any) -> Iterator[None]:
     """Inside, the model attends within the texts of a packed row; every call must come through `packed_states`."""
     before = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
@@ -106,7 +106,7 @@ def packed(model: Any) -> Iterator[None]:
 
 
 def packed_states(model: Any, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Layout]:
-    """Last hidden states [T, D] of token ids, and where each text lies; inside `packed(model)` only.
+    """Last hidden states [T, D] of token ids, and where each text lies; inside `packing(model)` only.
 
     Args:
         texts: token ids of each text, none empty; equal lengths side by side make it fast.
@@ -151,7 +151,9 @@ def attend(
         packed_layout.runs, *(packed_layout.batches(part) for part in (query_THE, key_THE, value_THE)), strict=True
     ):
         mixed_NHLE = functional.scaled_dot_product_attention(
-            *(part.transpose(1, 2) for part in (query_NLHE, key_NLHE, value_NLHE)),
+            query_NLHE.transpose(1, 2),
+            key_NLHE.transpose(1, 2),
+            value_NLHE.transpose(1, 2),
             scale=scaling,
             is_causal=causal,
             enable_gqa=query.shape[1] != key.shape[1],
@@ -195,7 +197,7 @@ def _varlen(
     if repeats > 1:
         key_THE, value_THE = (part.repeat_interleave(repeats, dim=1) for part in (key_THE, value_THE))
     offsets = layout.offsets(query_THE.device)
-    mixed: torch.Tensor = varlen_attn(
+    mixed = varlen_attn(
         query_THE,
         key_THE,
         value_THE,
@@ -206,6 +208,7 @@ def _varlen(
         scale=scaling,
         window_size=(-1, 0) if causal else (-1, -1),
     )
+    assert isinstance(mixed, torch.Tensor), "no auxiliary outputs were asked for"
     return mixed
 
 

