@@ -54,6 +54,28 @@ def list_parts(cache_uri: str, found: str) -> list[str]:
     return [name for name in names if name.startswith("part-") and name.endswith(".parquet")]
 
 
+def parts_at_start(cache_uri: str, found: Sequence[str], note_uri: str, work: str) -> dict[str, list[str]]:
+    """Parts by fingerprint as they were when a piece of work first started.
+
+    A restart that looked in what the killed run had added would take vectors from there that the killed run computed
+    in other company; its bytes would depend on when the kill came.
+
+    Args:
+        found: the fingerprints to list.
+        note_uri: where the first start writes them down.
+        work: hash of the work; other work at the same place starts anew.
+    """
+    started = storage.hash_json({"work": work, "cache": cache_uri, "found": list(found)})
+    if storage.exists(note_uri):
+        noted = storage.read_json(note_uri)
+        if noted.get("started") == started:
+            parts: dict[str, list[str]] = noted["parts"]
+            return parts
+    parts = {name: list_parts(cache_uri, name) for name in found}
+    storage.write_json(note_uri, {"started": started, "parts": parts})
+    return parts
+
+
 class VectorCache:
     """The vectors of one fingerprint, as they stood when it was opened.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from nvembed import storage
-from nvembed.retrieval.cache import VectorCache, fingerprint, list_parts
+from nvembed.retrieval.cache import VectorCache, fingerprint, parts_at_start
 from nvembed.retrieval.config import EncodeConfig, VectorType
 from nvembed.retrieval.encoders import Encoder, Model, check_model, model_identity, open_encoder
 from nvembed.retrieval.pool import ProgressLog, run_pool
@@ -161,6 +160,17 @@ class EncodeReport:
     workers: dict[str, int] = field(default_factory=dict)
     cpu_seconds: float = 0.0
 
+    def add(self, result: dict[str, Any]) -> None:
+        """Count what an actor says of one shard."""
+        self.rows += result["rows"]
+        self.embedded += result["embedded"]
+        self.cached += result["cached"]
+        self.cpu_seconds += result["cpu_seconds"]
+        self.reject(result["name"], result["rejected"])
+        self.damaged = sorted({*self.damaged, *result["damaged"]})
+        done = {result["worker"]: self.workers.get(result["worker"], 0) + result["rows"]}
+        self.workers = dict(sorted({**self.workers, **done}.items()))
+
     def reject(self, shard: str, rows: Sequence[Sequence[str]]) -> None:
         """Count (key, reason) rows of a shard."""
         for key, reason in rows:
@@ -206,19 +216,8 @@ def encode_shards(
     for name in set(list_shards(out_uri)) - set(names):
         storage.remove(storage.join(out_uri, name))
     report = EncodeReport()
-    tasks: list[dict[str, Any]] = []
-    for name in names:
-        rows = _rows(storage.join(source_uri, name))
-        rejected = _complete(storage.join(source_uri, name), storage.join(out_uri, name), identity)
-        if rejected is not None:
-            report.reused_rows += rows
-            report.reject(name, rejected)
-        else:
-            tasks.append({"name": name, "rows": rows})
-    total = report.reused_rows + sum(task["rows"] for task in tasks)
-    if report.reused_rows:
-        logger.info("encode: %d rows stand from an earlier run", report.reused_rows)
-    progress = ProgressLog("encode", sum(task["rows"] for task in tasks), "texts")
+    tasks = _tasks(source_uri, out_uri, names, identity, report)
+    left = sum(task["rows"] for task in tasks)
     arguments = {
         "source_uri": source_uri,
         "model": model,
@@ -228,8 +227,6 @@ def encode_shards(
         "may_reject": tuple(may_reject),
         "cache_parts": _looked_in(source_uri, names, model, out_uri, config) if tasks else {},
     }
-    workers: Counter[str] = Counter()
-    damaged: set[str] = set()
     pool = run_pool(
         ShardEncoder,
         arguments,
@@ -238,26 +235,37 @@ def encode_shards(
         cpus=config.cpus_per_actor,
         gpus=config.gpus_per_actor,
     )
+    progress = ProgressLog("encode", left, "texts")
+    total = report.reused_rows + left
     for result in pool:
-        workers[result["worker"]] += result["rows"]
-        report.rows += result["rows"]
-        report.embedded += result["embedded"]
-        report.cached += result["cached"]
-        report.cpu_seconds += result["cpu_seconds"]
-        report.reject(result["name"], result["rejected"])
-        damaged.update(result["damaged"])
+        report.add(result)
         _check_share(report, total, config)
         progress.add(result["rows"])
     _check_share(report, total, config)
-    report.workers = dict(sorted(workers.items()))
-    report.damaged = sorted(damaged)
     for part in report.damaged:  # only now: a restart looks in the same parts as the run it continues
         storage.remove(part)
     if report.rejected:
-        logger.warning(
-            "encode: %d of %d texts have no vector: %s", sum(report.rejected.values()), total, report.rejected
-        )
+        count = sum(report.rejected.values())
+        logger.warning("encode: %d of %d texts have no vector: %s", count, total, report.rejected)
     return report
+
+
+def _tasks(
+    source_uri: str, out_uri: str, names: Sequence[str], identity: str, report: EncodeReport
+) -> list[dict[str, Any]]:
+    """The shards that have to be made; the others go into the report."""
+    tasks: list[dict[str, Any]] = []
+    for name in names:
+        rows = _rows(storage.join(source_uri, name))
+        rejected = _complete(storage.join(source_uri, name), storage.join(out_uri, name), identity)
+        if rejected is None:
+            tasks.append({"name": name, "rows": rows})
+        else:
+            report.reused_rows += rows
+            report.reject(name, rejected)
+    if report.reused_rows:
+        logger.info("encode: %d rows stand from an earlier run", report.reused_rows)
+    return tasks
 
 
 def encode_identity(model: Model, config: EncodeConfig) -> str:
@@ -346,25 +354,16 @@ def _device(config: EncodeConfig) -> str:
 def _looked_in(
     source_uri: str, names: Sequence[str], model: Model, out_uri: str, config: EncodeConfig
 ) -> dict[str, list[str]]:
-    """The cache's parts by fingerprint, for both precisions (the actors' processors decide); a restart's are those
-    that the first start on the same texts wrote down."""
+    """The cache's parts by fingerprint, for both precisions, as the actors' processors decide."""
     if config.cache is None:
         return {}
     sizes = {}
     for name in names:
         fs, path = storage.filesystem(storage.join(source_uri, name))
         sizes[name] = int(fs.size(path))
-    found = {kind: fingerprint(model_identity(model), kind, config.vector_type) for kind in ("fp32", "bf16")}
-    started = storage.hash_json({"texts": sizes, "cache": config.cache, "found": found})
-    note = storage.join(out_uri, _LOOKED_IN)
-    if storage.exists(note):
-        noted: dict[str, Any] = storage.read_json(note)
-        if noted.get("started") == started:
-            parts: dict[str, list[str]] = noted["parts"]
-            return parts
-    parts = {name: list_parts(config.cache, name) for name in found.values()}
-    storage.write_json(note, {"started": started, "parts": parts})
-    return parts
+    identity = model_identity(model)
+    found = [fingerprint(identity, precision, config.vector_type) for precision in ("fp32", "bf16")]
+    return parts_at_start(config.cache, found, storage.join(out_uri, _LOOKED_IN), storage.hash_json(sizes))
 
 
 def _check_share(report: EncodeReport, total: int, config: EncodeConfig) -> None:
