@@ -68,10 +68,13 @@ def table_bytes(table: pa.Table, *, checksums: bool = False) -> bytes:
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Read one parquet file."""
+    """Read one parquet file; with `vector` comes the `scale` that int8 vectors need."""
     fs, path = storage.filesystem(uri)
     with fs.open(path, "rb") as file:
-        return pq.read_table(file, columns=columns)
+        opened = pq.ParquetFile(file)
+        if columns is not None and "vector" in columns and "scale" in opened.schema_arrow.names:
+            columns = [*columns, "scale"]
+        return opened.read(columns=columns)
 
 
 def read_schema(uri: str) -> pa.Schema:
