@@ -211,7 +211,8 @@ def encode_shards(
             `config.max_rejected_share` of all.
     """
     check_model(model)
-    identity = encode_identity(model, config)
+    model_hash = model_identity(model)
+    identity = encode_identity(model, config, model_hash)
     names = list_shards(source_uri)
     for name in set(list_shards(out_uri)) - set(names):
         storage.remove(storage.join(out_uri, name))
@@ -224,8 +225,9 @@ def encode_shards(
         "out_uri": out_uri,
         "config": config,
         "identity": identity,
+        "model_hash": model_hash,
         "may_reject": tuple(may_reject),
-        "cache_parts": _looked_in(source_uri, names, model, out_uri, config) if tasks else {},
+        "cache_parts": _looked_in(source_uri, names, model_hash, out_uri, config) if tasks else {},
     }
     pool = run_pool(
         ShardEncoder,
@@ -268,8 +270,8 @@ def _tasks(
     return tasks
 
 
-def encode_identity(model: Model, config: EncodeConfig) -> str:
-    """Hash of everything but the text that decides a vector shard."""
+def encode_identity(model: Model, config: EncodeConfig, model_hash: str | None = None) -> str:
+    """Hash of everything but the text that decides a vector shard; `model_hash`: `model_identity`, where known."""
     settings = {
         "precision": config.precision,
         "token_budget": config.token_budget,
@@ -280,7 +282,7 @@ def encode_identity(model: Model, config: EncodeConfig) -> str:
         "max_text_bytes": config.max_text_bytes,
         "version": 2,  # packed
     }
-    return storage.hash_json({"model": model_identity(model), "settings": settings})
+    return storage.hash_json({"model": model_hash or model_identity(model), "settings": settings})
 
 
 class ShardEncoder:
@@ -294,6 +296,7 @@ class ShardEncoder:
         config: EncodeConfig,
         identity: str,
         may_reject: Sequence[str] = (),
+        model_hash: str = "",
         cache_parts: dict[str, list[str]] | None = None,
     ) -> None:
         self._source_uri, self._out_uri, self._identity = source_uri, out_uri, identity
@@ -307,7 +310,7 @@ class ShardEncoder:
         )
         self._cache = None
         if config.cache is not None:
-            found = fingerprint(model_identity(model), self._encoder.precision, config.vector_type)
+            found = fingerprint(model_hash, self._encoder.precision, config.vector_type)
             self._cache = VectorCache(config.cache, found, config.vector_type, (cache_parts or {}).get(found, []))
 
     def work(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -352,7 +355,7 @@ def _device(config: EncodeConfig) -> str:
 
 
 def _looked_in(
-    source_uri: str, names: Sequence[str], model: Model, out_uri: str, config: EncodeConfig
+    source_uri: str, names: Sequence[str], model_hash: str, out_uri: str, config: EncodeConfig
 ) -> dict[str, list[str]]:
     """The cache's parts by fingerprint, for both precisions, as the actors' processors decide."""
     if config.cache is None:
@@ -361,8 +364,7 @@ def _looked_in(
     for name in names:
         fs, path = storage.filesystem(storage.join(source_uri, name))
         sizes[name] = int(fs.size(path))
-    identity = model_identity(model)
-    found = [fingerprint(identity, precision, config.vector_type) for precision in ("fp32", "bf16")]
+    found = [fingerprint(model_hash, precision, config.vector_type) for precision in ("fp32", "bf16")]
     return parts_at_start(config.cache, found, storage.join(out_uri, _LOOKED_IN), storage.hash_json(sizes))
 
 

@@ -178,8 +178,8 @@ def test_a_shard_with_poison_separate_lengths_and_the_parts_of_the_first_start(t
     names = [f"documents/part-0000{number}.parquet" for number in range(4)]
 
     def start():
-        parts = _looked_in(source, [*names, "queries/part-00000.parquet"], PackageModel(), out, config)
-        return ShardEncoder(source, PackageModel(), out, config, "id", ("documents",), parts), parts
+        parts = _looked_in(source, [*names, "queries/part-00000.parquet"], "model", out, config)
+        return ShardEncoder(source, PackageModel(), out, config, "id", ("documents",), "model", parts), parts
 
     worker, parts = start()
     results = [worker.work({"name": name}) for name in names]
