@@ -76,6 +76,12 @@ def parts_at_start(cache_uri: str, found: Sequence[str], note_uri: str, work: st
     return parts
 
 
+def remove_damaged(part_uri: str) -> None:
+    """Delete a part that does not fit its name; one that was computed again under the same name stays."""
+    if storage.exists(part_uri) and not part_uri.endswith(f"/part-{storage.checksum(part_uri)}.parquet"):
+        storage.remove(part_uri)
+
+
 class VectorCache:
     """The vectors of one fingerprint, as they stood when it was opened.
 

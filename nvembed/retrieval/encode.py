@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from nvembed import storage
-from nvembed.retrieval.cache import VectorCache, fingerprint, parts_at_start
+from nvembed.retrieval.cache import VectorCache, fingerprint, parts_at_start, remove_damaged
 from nvembed.retrieval.config import EncodeConfig, VectorType
 from nvembed.retrieval.encoders import Encoder, Model, check_model, model_identity, open_encoder
 from nvembed.retrieval.pool import ProgressLog, run_pool
@@ -245,7 +245,7 @@ def encode_shards(
         progress.add(result["rows"])
     _check_share(report, total, config)
     for part in report.damaged:  # only now: a restart looks in the same parts as the run it continues
-        storage.remove(part)
+        remove_damaged(part)
     if report.rejected:
         count = sum(report.rejected.values())
         logger.warning("encode: %d of %d texts have no vector: %s", count, total, report.rejected)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from nvembed.retrieval.cache import VectorCache, row_key
+from nvembed.retrieval.cache import VectorCache, remove_damaged, row_key
 from nvembed.retrieval.config import EncodeConfig, PackageModel
 from nvembed.retrieval.encode import ShardEncoder, _looked_in, encode_texts, open_encoder
 from nvembed.retrieval.rows import NOT_FINITE, encode_checked
@@ -84,6 +84,12 @@ def test_a_damaged_part_is_told_left_out_and_computed_again(tmp_path, caplog):
         np.testing.assert_array_equal(found.matrix_AD, encode_checked(Counting(), texts, [""] * 6).matrix_AD)
         assert parts[0].name in caplog.text and "embedded again" in caplog.text
         assert parts[0].read_bytes() == whole  # the same rows give the same part, so it is whole again
+        assert cache.damaged_uris() == [str(parts[0])]
+        remove_damaged(str(parts[0]))
+        assert parts[0].is_file()
+    parts[0].write_bytes(b"PAR1")
+    remove_damaged(str(parts[0]))
+    assert not parts[0].exists()
 
 
 def test_poisoned_rows_are_named_and_the_others_have_their_vectors(tmp_path):
