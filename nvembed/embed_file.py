@@ -26,9 +26,11 @@ import numpy as np
 
 from nvembed import storage
 from nvembed.storage import UserError
+from nvembed.text.checks import text_problem
 
 if TYPE_CHECKING:
-    from nvembed.retrieval.encoders import Encoder
+    from nvembed.retrieval.cache import VectorCache
+    from nvembed.retrieval.encoders import Encoder, Model
 
 INPUTS, OUTPUTS = (".txt", ".jsonl", ".ndjson", ".parquet"), (".parquet", ".npy")
 BLOCK_ROWS = 2048
@@ -56,6 +58,7 @@ class EmbedJob:
         precision: "fp32", "bf16" or "auto".
         threads: torch threads, None for torch's own choice.
         force: replace an existing target.
+        cache: directory (any URI) of vectors of earlier runs; texts found there are not embedded again.
     """
 
     model: str
@@ -69,6 +72,7 @@ class EmbedJob:
     precision: str = "fp32"
     threads: int | None = None
     force: bool = False
+    cache: str | None = None
 
 
 def write_vectors(job: EmbedJob, say: Callable[[str], None]) -> tuple[int, int]:
@@ -82,6 +86,7 @@ def write_vectors(job: EmbedJob, say: Callable[[str], None]) -> tuple[int, int]:
         raise UserError(f"{job.target} exists. Choose another --out, or give --force to replace it.")
     total = check_rows(job, source_kind)
     encoder = open_job_encoder(job)
+    cache = _known(job, encoder)
     dim = encoder.dim if job.dim is None else job.dim
     if not 1 <= dim <= encoder.dim:
         raise UserError(f"--dim {dim}: this model's vectors have {encoder.dim} numbers; choose 1 to {encoder.dim}.")
@@ -91,7 +96,7 @@ def write_vectors(job: EmbedJob, say: Callable[[str], None]) -> tuple[int, int]:
         rows = iter_rows(job, source_kind)
         while block := list(islice(rows, BLOCK_ROWS)):
             ids, texts = zip(*block, strict=True)
-            writer.write(ids, cut(encoder.encode(texts, [job.instruction] * len(texts)), dim))
+            writer.write(ids, cut(_vectors(job, encoder, cache, ids, texts), dim))
             done += len(block)
             if (now := time.monotonic()) - said >= _SAY_SECONDS:
                 said, rate = now, done / (now - started)
@@ -169,15 +174,12 @@ def _identified(row: Any, number: int, job: EmbedJob) -> tuple[str, str]:
 
 
 def _usable(text: Any, where: str) -> str:
-    if not isinstance(text, str):
-        raise BadRow(f"no {where}" if text is None else f"{where} is {type(text).__name__}, not a text")
-    if not text.strip():
-        raise BadRow(f"{where} is empty")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{where} holds a lone surrogate, which no tokenizer takes") from error
-    return text
+    if text is None:
+        raise BadRow(f"no {where}")
+    if (problem := text_problem(text)) is not None:
+        raise BadRow(f"{where} {problem}")
+    found: str = text
+    return found
 
 
 def _titled(title: Any, text: str, where: str) -> str:
@@ -327,10 +329,39 @@ def open_job_encoder(job: EmbedJob) -> Encoder:
     """The job's model, on a GPU where there is one."""
     import torch
 
-    from nvembed.retrieval.config import PretrainedModel
-    from nvembed.retrieval.encoders import is_nvembed_folder, open_encoder
+    from nvembed.retrieval.encoders import open_encoder
 
-    ours = is_nvembed_folder(job.model)
-    model = job.model if ours else PretrainedModel(name=job.model, instruction=bool(job.instruction))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return open_encoder(model, job.threads, job.precision, token_budget=job.batch_tokens, device=device)
+    return open_encoder(_model(job), job.threads, job.precision, token_budget=job.batch_tokens, device=device)
+
+
+def _model(job: EmbedJob) -> Model:
+    from nvembed.retrieval.config import PretrainedModel
+    from nvembed.retrieval.encoders import is_nvembed_folder
+
+    if is_nvembed_folder(job.model):
+        return job.model
+    return PretrainedModel(name=job.model, instruction=bool(job.instruction))
+
+
+def _known(job: EmbedJob, encoder: Encoder) -> VectorCache | None:
+    from nvembed.retrieval.encode import open_cache
+
+    return None if job.cache is None else open_cache(job.cache, _model(job), encoder.precision)
+
+
+def _vectors(
+    job: EmbedJob, encoder: Encoder, cache: VectorCache | None, ids: Sequence[str], texts: Sequence[str]
+) -> np.ndarray:
+    """float32 [N, D] of a block.
+
+    Raises:
+        UserError: a vector is not finite (the texts were checked before the model was loaded).
+    """
+    from nvembed.retrieval.rows import encode_checked
+
+    found = encode_checked(encoder, texts, [job.instruction] * len(texts), cache=cache)
+    if found.rejected:
+        place, problem = next(iter(found.rejected.items()))
+        raise UserError(f"{job.source}: text {ids[place]!r} {problem}. Try --precision fp32.")
+    return found.matrix_AD

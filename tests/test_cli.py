@@ -112,6 +112,28 @@ def test_a_matryoshka_prefix_is_scaled_to_length_1(model: Path, tmp_path: Path) 
     np.testing.assert_allclose(vectors, whole / np.linalg.norm(whole, axis=1, keepdims=True), atol=1e-6)
 
 
+def test_a_cache_knows_the_texts_of_the_last_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvembed.modeling.embedder import Embedder
+
+    seen: list[str] = []
+    encode = Embedder.encode
+
+    def counted(self: Embedder, texts: list[str], *arguments: Any, **options: Any) -> Any:
+        seen.extend(texts)
+        return encode(self, texts, *arguments, **options)
+
+    monkeypatch.setattr("nvembed.modeling.probes.check_probes", lambda *_: None)  # it encodes, too
+    monkeypatch.setattr(Embedder, "encode", counted)
+    source, cache = write_input(tmp_path, "txt"), tmp_path / "cache"
+    for name in ("first", "second"):
+        assert run("embed", model, source, "--out", tmp_path / f"{name}.npy", "--cache", cache)[0] == 0
+    assert sorted(seen) == sorted(set(TEXTS))  # once each
+    np.testing.assert_array_equal(np.load(tmp_path / "first.npy"), np.load(tmp_path / "second.npy"))
+    source.write_text(source.read_text() + "a new one\n")
+    assert run("embed", model, source, "--out", tmp_path / "third.npy", "--cache", cache)[0] == 0
+    assert seen[len(set(TEXTS)) :] == ["a new one"]
+
+
 @given(st.integers(1, 6), st.integers(1, 5))
 def test_cut_keeps_directions_and_gives_unit_rows(dim: int, rows: int) -> None:
     matrix = np.random.default_rng(dim * 10 + rows).normal(size=(rows, 6)).astype(np.float32)

@@ -27,6 +27,7 @@ def embed_command(
     title_column: Annotated[str | None, typer.Option(help="Title put before the text.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or auto (bf16 where the processor has it).")] = "fp32",
     threads: Annotated[int | None, typer.Option(min=1, help="Torch threads.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Directory of earlier runs' vectors; known texts are read.")] = None,
     registry: Registry = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: AsJson = False,
@@ -47,7 +48,7 @@ def embed_command(
         if prompt_name is not None:
             prefix = prompt_prefix(folder, prompt_name)
         job = EmbedJob(
-            folder, source, out, prefix, dim, batch_tokens, text_column, title_column, precision, threads, force
+            folder, source, out, prefix, dim, batch_tokens, text_column, title_column, precision, threads, force, cache
         )
         rows, width = write_vectors(job, Console().transient)
         show({"out": out, "rows": rows, "dim": width}, f"{out}: {rows:,} vectors of {width} numbers", as_json)

@@ -22,8 +22,15 @@ import xxhash
 from nvembed import storage
 from nvembed.data.tables import HELD_OUT, SPLITS, dataset_info, document_text
 from nvembed.distill.config import TeachConfig
-from nvembed.retrieval.encode import encode_texts, write_text_shards
-from nvembed.retrieval.shards import iter_parquet, list_shards, read_table, write_table
+from nvembed.retrieval.encode import encode_shards, write_text_shards
+from nvembed.retrieval.shards import (
+    iter_parquet,
+    list_shards,
+    read_table,
+    table_matrix,
+    vector_table,
+    write_table,
+)
 from nvembed.storage import Step, StepResult, UserError
 from nvembed.types import Artifact, TaskType
 
@@ -51,7 +58,7 @@ def _build(config: TeachConfig, inputs: Mapping[str, Artifact], work_uri: str) -
             _chosen_rows(prepare, held_out, chosen, taken[part]), storage.join(texts, part), config.encode.shard_rows
         )
     logger.info("teach: %d texts for the student, %d held out for the cosine", rows["vectors"], rows["holdout"])
-    report = encode_texts(texts, inputs["model"].path("model"), encoded, config.encode)
+    report = encode_shards(texts, inputs["model"].path("model"), encoded, config.encode)
     for name in list_shards(texts):
         _join(storage.join(texts, name), storage.join(encoded, name), storage.join(work_uri, name))
     return StepResult(
@@ -63,6 +70,9 @@ def _build(config: TeachConfig, inputs: Mapping[str, Artifact], work_uri: str) -
             "encode_rows": report.rows,
             "encode_reused_rows": report.reused_rows,
             "encode_cpu_seconds": report.cpu_seconds,
+            "encode_embedded": report.embedded,
+            "encode_cached": report.cached,
+            "encode_rejected": report.rejected,
             "encode_workers": report.workers,
         },
     )
@@ -202,9 +212,11 @@ def _chosen_rows(
 def _join(texts_uri: str, vectors_uri: str, out_uri: str) -> None:
     """One shard of texts with its vectors."""
     texts = read_table(texts_uri, ["key", "text", "instruction"])
-    vectors = read_table(vectors_uri, ["key", "vector"])
+    vectors = read_table(vectors_uri)
     assert texts.column("key").equals(vectors.column("key"))
-    table = texts.append_column("vector", vectors.column("vector"))
+    # always fp32 here, whatever the working shards and the cache hold
+    taught = vector_table(vectors.column("key"), table_matrix(vectors))
+    table = texts.append_column("vector", taught.column("vector"))
     write_table(table.replace_schema_metadata(None), out_uri)
 
 

@@ -29,7 +29,7 @@ from nvembed.evaluation.tasks import (
 )
 from nvembed.fetch import local_model
 from nvembed.modeling.folder import describe_folder
-from nvembed.retrieval.encode import encode_texts, iter_vectors, write_text_shards
+from nvembed.retrieval.encode import encode_shards, iter_vectors, write_text_shards
 from nvembed.storage import Step, StepResult, UserError
 from nvembed.types import Artifact
 
@@ -155,7 +155,8 @@ def _build(config: EvaluateConfig, inputs: Mapping[str, Artifact], work_uri: str
     texts, vectors = (storage.join(work_uri, "checkpoints", name) for name in ("texts", "vectors"))
     count = lay_out_texts(sets, texts, config.encode.shard_rows)
     logger.info("evaluate: %d texts of %d data sets", count, len(sets))
-    report = encode_texts(texts, model, vectors, config.encode)
+    # a document without a vector is never found; queries and compared texts must all have one
+    report = encode_shards(texts, model, vectors, config.encode, may_reject=("documents",))
     systems: dict[str, dict[str, list[Scored]]] = {}
     for dim in (None, *config.dims):
         system = "model" if dim is None else f"model@{dim}"
@@ -165,8 +166,7 @@ def _build(config: EvaluateConfig, inputs: Mapping[str, Artifact], work_uri: str
         }
     result = write_scores(work_uri, systems, prepare, {"split": config.split, "notes": notes(config, sets)})
     # Which process did what differs from run to run; hence here and not in a file of the artifact.
-    encode = {"rows": report.rows, "reused_rows": report.reused_rows, "cpu_seconds": report.cpu_seconds}
-    result.metrics["encode"] = {**encode, "workers": len(report.workers)}
+    result.metrics["encode"] = {**report.counts(), "workers": len(report.workers)}
     return result
 
 

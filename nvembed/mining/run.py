@@ -25,7 +25,7 @@ from nvembed.mining.layout import Laid, lay_out
 from nvembed.mining.miner import MineWorker
 from nvembed.mining.searching import MinePaths, Searcher
 from nvembed.retrieval.config import ExactIndex
-from nvembed.retrieval.encode import EncodeReport, encode_texts
+from nvembed.retrieval.encode import EncodeReport, encode_shards
 from nvembed.retrieval.encoders import check_model
 from nvembed.retrieval.pool import ProgressLog, run_pool
 from nvembed.retrieval.search_faiss import check_faiss
@@ -83,6 +83,9 @@ def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) ->
         "encode_rows": report.rows,
         "encode_reused_rows": report.reused_rows,
         "encode_cpu_seconds": report.cpu_seconds,
+        "encode_embedded": report.embedded,
+        "encode_cached": report.cached,
+        "encode_rejected": dict(sorted(report.rejected.items())),
         "select_workers": select_workers,
         "searched_again_in_fp32": again,
     }
@@ -115,12 +118,9 @@ def _encode(config: MineConfig, paths: MinePaths) -> EncodeReport:
     """Vectors of all texts by every embedder, one after another; the report sums up."""
     whole = EncodeReport()
     for place, model in config.embedders():
-        report = encode_texts(paths.texts, model, paths.lane_vectors(_lane(place)), config.encode)
-        whole.rows += report.rows
-        whole.reused_rows += report.reused_rows
-        whole.cpu_seconds += report.cpu_seconds
-        for worker, rows in report.workers.items():
-            whole.workers[worker] = whole.workers.get(worker, 0) + rows
+        # A document without a vector is nobody's negative; a query's would be missed.
+        vectors = paths.lane_vectors(_lane(place))
+        whole.merge(encode_shards(paths.texts, model, vectors, config.encode, may_reject=("documents",)))
     return whole
 
 

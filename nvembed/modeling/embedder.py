@@ -1,12 +1,13 @@
 """The embedder: a decoder without its language-model head, pooling, and unit vectors.
 
 Parameter names are NV-Embed's: `embedding_model.*` and `latent_attention_model.*`.
-Shapes: N texts, L tokens, D width.
+Shapes: N texts, L tokens, T tokens of a packed row, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,14 @@ from torch import nn
 from nvembed.modeling.bidirectional import set_bidirectional
 from nvembed.modeling.config import HEADS, EmbedderConfig, FoldedLatentAttentionConfig, LastTokenConfig
 from nvembed.modeling.latent_attention import FoldedLatentAttention, LatentAttention
+from nvembed.modeling.packed import packed_states, packing, packs
 from nvembed.modeling.pooling import last_token_pool, mean_pool, normalise
 from nvembed.modeling.precision import autocast, resolve_precision
 from nvembed.storage import UserError
-from nvembed.text.batching import token_budget_chunks
-from nvembed.text.tokenise import Tokeniser
+from nvembed.text.batching import packed_chunks, token_budget_chunks
+from nvembed.text.tokenise import Tokeniser, Tokens
+
+WINDOW_TEXTS = 4096  # tokenised at a time, so that memory does not grow with the number of texts
 
 
 class Embedder(nn.Module):
@@ -47,7 +51,7 @@ class Embedder(nn.Module):
         self.config = config
         self.tokeniser = tokeniser
         self.dim = int(self.embedding_model.config.hidden_size)
-        _check_length(self.embedding_model.config, config)
+        _check_length(self.embedding_model.config, config.text.max_length)
         set_bidirectional(self.embedding_model, config.bidirectional)
         self.latent_attention_model: LatentAttention | FoldedLatentAttention | None = None
         if isinstance(config.pooling, HEADS):
@@ -70,6 +74,20 @@ class Embedder(nn.Module):
             return normalise(last_token_pool(states_NLD, attention_mask))
         return normalise(mean_pool(states_NLD, pool_mask))
 
+    def forward_packed(self, tokens: Sequence[Tokens]) -> torch.Tensor:
+        """`forward` without padding, float32 [N, D]; equal lengths side by side. Inside `packing(embedding_model)`."""
+        states_TD, layout = packed_states(self.embedding_model, [item.input_ids for item in tokens])
+        if self.latent_attention_model is not None:  # it mixes a token with the latents only, not with other tokens
+            states_TD = self.latent_attention_model(states_TD.unsqueeze(0)).squeeze(0)
+        masks = [torch.tensor(item.pool_mask, device=states_TD.device) for item in tokens]
+        pooled = []
+        for states_NLD, mask_NL in zip(layout.batches(states_TD), layout.batches(torch.cat(masks)), strict=True):
+            if isinstance(self.config.pooling, LastTokenConfig):
+                pooled.append(states_NLD[:, -1].float())
+            else:
+                pooled.append(mean_pool(states_NLD, mask_NL))
+        return normalise(torch.cat(pooled))
+
     @torch.inference_mode()
     def encode(
         self,
@@ -79,8 +97,9 @@ class Embedder(nn.Module):
         dim: int | None = None,
         token_budget: int = 4096,
         precision: str = "fp32",
+        max_length: int | None = None,
     ) -> np.ndarray:
-        """Embed texts, in windows of similar token length.
+        """Embed texts, packed where the backbone can (`packed.FAMILIES`), else in windows of similar token length.
 
         A text's vector does not depend on the other texts beyond float noise.
 
@@ -90,34 +109,49 @@ class Embedder(nn.Module):
             dim: Matryoshka prefix: keep the first `dim` numbers and scale to length 1 again.
             token_budget: tokens of one forward, padding included.
             precision: "fp32", "bf16" (autocast) or "auto".
+            max_length: most tokens of a text, BOS/EOS included; None for the model's own.
 
         Returns:
             float32 [N, dim or D], rows of length 1, in the order of `texts`.
 
         Raises:
-            UserError: something that is not a string, a number of instructions other than N, an impossible `dim`.
+            UserError: something that is not a string, a number of instructions other than N, an impossible `dim` or
+                `max_length`.
         """
         texts, instructions = _checked(texts, instruction)
         if dim is not None and not 1 <= dim <= self.dim:
             raise UserError(f"dim={dim}: this model's vectors have {self.dim} numbers; choose 1 to {self.dim}.")
+        if max_length is not None:
+            _check_length(self.embedding_model.config, max_length)
         matrix_ND = np.empty((len(texts), self.dim), dtype=np.float32)
-        if not texts:
-            return matrix_ND[:, :dim]
         device = next(self.parameters()).device
         resolved = resolve_precision(precision, device)
-        tokens = self.tokeniser.encode(texts, instructions)
-        lengths = np.array([len(item.input_ids) for item in tokens], dtype=np.int64)
         was_training = self.training
         self.eval()
         try:
-            for chunk in token_budget_chunks(lengths, token_budget):
-                inputs = self.tokeniser.collate([tokens[index] for index in chunk], device=device)
-                with autocast(resolved, device):
-                    vector_CD = self(**inputs)
-                matrix_ND[chunk] = vector_CD.cpu().numpy()
+            for start in range(0, len(texts), WINDOW_TEXTS):
+                window = slice(start, start + WINDOW_TEXTS)
+                tokens = self.tokeniser.encode(texts[window], instructions[window], max_length)
+                self._encode_window(tokens, token_budget, resolved, matrix_ND[window])
         finally:
             self.train(was_training)
         return matrix_ND if dim is None else _matryoshka_prefix(matrix_ND, dim)
+
+    def _encode_window(self, tokens: Sequence[Tokens], token_budget: int, precision: str, out_ND: np.ndarray) -> None:
+        device = next(self.parameters()).device
+        lengths = np.array([len(item.input_ids) for item in tokens], dtype=np.int64)
+        without_padding = packs(self.embedding_model, int(lengths.max()))
+        cut = packed_chunks if without_padding else token_budget_chunks
+        with packing(self.embedding_model) if without_padding else nullcontext():
+            for chunk in cut(lengths, token_budget):
+                items = [tokens[index] for index in chunk]
+                with autocast(precision, device):
+                    vector_CD = (
+                        self.forward_packed(items)
+                        if without_padding
+                        else self(**self.tokeniser.collate(items, device=device))
+                    )
+                out_ND[chunk] = vector_CD.cpu().numpy()
 
     def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of the decoder."""
@@ -130,10 +164,10 @@ class Embedder(nn.Module):
         return self.latent_attention_model.named_parameters(prefix="latent_attention_model")
 
 
-def _check_length(decoder_config: Any, config: EmbedderConfig) -> None:
+def _check_length(decoder_config: Any, max_length: int) -> None:
     positions = getattr(decoder_config, "max_position_embeddings", None)
-    if positions is not None and config.text.max_length > positions:
-        raise UserError(f"text.max_length is {config.text.max_length}, but the backbone has {positions} positions.")
+    if positions is not None and max_length > positions:
+        raise UserError(f"text.max_length is {max_length}, but the backbone has {positions} positions.")
 
 
 def _checked(texts: Sequence[str], instruction: str | Sequence[str]) -> tuple[list[str], list[str]]:

@@ -7,6 +7,8 @@ from pydantic import Field
 from nvembed.modeling.config import PoolingConfig
 from nvembed.types import Config
 
+VectorType = Literal["fp32", "fp16", "bf16", "int8"]
+
 
 class EncodeConfig(Config):
     """Ray Data actor pool that encodes texts. Windows never cross a shard, so vectors depend on its content only."""
@@ -18,6 +20,12 @@ class EncodeConfig(Config):
     shard_rows: int = Field(1024, ge=1, description="Rows of one input shard, the unit of work.")
     token_budget: int = Field(4096, ge=8, description="Tokens of one forward, padding included.")
     precision: str = Field("auto", pattern="^(auto|fp32|bf16)$")
+    vector_type: VectorType = Field("fp32", description="How vectors are stored; readers give float32 back.")
+    max_query_length: int | None = Field(None, ge=8, description="Tokens of a query; null: the model's own.")
+    max_document_length: int | None = Field(None, ge=8, description="Tokens of a document; null: the model's own.")
+    cache: str | None = Field(None, description="Directory (any URI) where vectors are kept and looked up.")
+    max_text_bytes: int = Field(1_000_000, ge=1, description="Longer texts are rejected.")
+    max_rejected_share: float = Field(0.05, ge=0, le=1, description="More rejected texts fail the step.")
 
 
 class ExactIndex(Config):

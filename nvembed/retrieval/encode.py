@@ -1,14 +1,18 @@
-"""Encode a directory of text shards into a directory of vector shards, in a Ray Data actor pool.
+"""Encode texts: a list into a matrix, or a directory of text shards into vector shards in a Ray Data actor pool.
 
 Each actor loads the model once, then turns one text shard after another into the vector shard of the same name. Windows
 never cross a shard, so a vector depends on its shard's content only, never on the number of actors or their timing.
 A vector shard records what it was made from; a restarted run keeps those that still match.
+
+With a cache, a run looks in the parts that were there when it first started on this output, and so do its restarts:
+its bytes depend on the texts and on those parts, not on timing or kills.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +22,11 @@ import pyarrow.parquet as pq
 import xxhash
 
 from nvembed import storage
-from nvembed.retrieval.config import EncodeConfig
-from nvembed.retrieval.encoders import Encoder, Model, check_model, open_encoder, resolve_model
+from nvembed.retrieval.cache import VectorCache, fingerprint, parts_at_start, remove_damaged
+from nvembed.retrieval.config import EncodeConfig, VectorType
+from nvembed.retrieval.encoders import Encoder, Model, check_model, model_identity, open_encoder
 from nvembed.retrieval.pool import ProgressLog, run_pool
+from nvembed.retrieval.rows import NOT_FINITE, Encoded, encode_checked, encode_rows
 from nvembed.retrieval.shards import (
     iter_vectors,
     list_shards,
@@ -34,6 +40,8 @@ from nvembed.retrieval.shards import (
 
 __all__ = [
     "EncodeReport",
+    "encode_rows",
+    "encode_shards",
     "encode_texts",
     "iter_vectors",
     "open_encoder",
@@ -44,27 +52,164 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_MADE_FROM = b"nvembed.made_from"
+_MADE_FROM, _REJECTED = b"nvembed.made_from", b"nvembed.rejected"
+_LOOKED_IN = "cache-parts.json"
+_LISTED = 100  # rejected rows named in a report; all are counted
+_SHOWN = 5
+
+
+# -- lists ------------------------------------------------------------------------------------------------------------
+
+
+def encode_texts(
+    texts: Sequence[str],
+    model: Model | Encoder,
+    *,
+    instruction: str | Sequence[str] = "",
+    max_length: int | None = None,
+    precision: str = "auto",
+    token_budget: int = 4096,
+    device: str = "cpu",
+    cache: str | None = None,
+) -> np.ndarray:
+    """Embed a list of texts in this process; no recipe, no Ray.
+
+    Texts are packed without padding where the architecture can be (`modeling.packed.FAMILIES`; Appendix of ModernBERT,
+    arXiv 2412.13663, measures what that is worth), else run in windows of similar token length.
+
+    Args:
+        texts: N texts.
+        model: folder or hub name of a sentence-transformers model, one of our model folders, a miner's config, or an
+            encoder from `open_encoder` (then `precision`, `token_budget` and `device` are its own).
+        instruction: a full prefix ("Instruct: ...\\nQuery: ") for all, or one for each; "" for documents. Models that
+            were not trained with instructions get the bare texts.
+        max_length: most tokens of a text, prefix and special tokens included; None for the model's own.
+        precision: "fp32", "bf16" (autocast), or "auto": bf16 where the processor has instructions for it.
+        token_budget: tokens of one forward.
+        device: "cpu" or "cuda".
+        cache: directory (any URI) of vectors of earlier calls; texts found there are not embedded again.
+
+    Returns:
+        float32 [N, D], rows of length 1, in the order of `texts`; equal texts have equal vectors.
+
+    Raises:
+        UserError: a text that cannot be embedded (empty, longer than 1 MB, no text, a lone surrogate) or whose vector
+            is not finite, with its index; a missing model; a number of instructions other than N; a `max_length` above
+            the model's positions.
+    """
+    if isinstance(texts, str):
+        raise storage.UserError("encode_texts takes a list of texts, not one string: write encode_texts([text], ...).")
+    texts = list(texts)
+    instructions = [instruction] * len(texts) if isinstance(instruction, str) else list(instruction)
+    if len(instructions) != len(texts):
+        raise storage.UserError(f"encode_texts: {len(texts)} texts but {len(instructions)} instructions.")
+    if isinstance(model, Encoder):
+        encoder = model
+        if cache is not None:
+            raise storage.UserError("encode_texts: a cache needs the model's name or folder, not an open encoder.")
+    else:
+        encoder = open_encoder(model, None, precision, token_budget=token_budget, device=device)
+    known = None if cache is None or isinstance(model, Encoder) else open_cache(cache, model, encoder.precision)
+    found = encode_checked(encoder, texts, instructions, [max_length] * len(texts), cache=known)
+    _refuse(found, [f"texts[{index}]" for index in range(len(texts))], "encode_texts")
+    return found.matrix_AD
+
+
+def open_cache(cache_uri: str, model: Model, precision: str, kind: VectorType = "fp32") -> VectorCache:
+    """The cached vectors of a model, as they stand now; `precision` resolved to fp32 or bf16."""
+    return VectorCache(cache_uri, fingerprint(model_identity(model), precision, kind), kind)
+
+
+def _refuse(found: Encoded, names: Sequence[str], where: str) -> None:
+    """Raise what a row's rejection means where no row may be missing."""
+    if not found.rejected:
+        return
+    listed = "; ".join(f"{names[index]} {reason}" for index, reason in list(found.rejected.items())[:_SHOWN])
+    advice = "Mend or remove them."
+    if NOT_FINITE in found.rejected.values():
+        advice += " For vectors that are not finite try `precision: fp32`, or check the model's weights."
+    raise storage.UserError(f"{where}: {len(found.rejected)} texts cannot be embedded: {listed}. {advice}")
+
+
+# -- directories ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class EncodeReport:
-    """What one call of `encode_texts` did.
+    """What one call of `encode_shards` did.
 
     Attributes:
         rows: rows encoded by this call.
         reused_rows: rows of shards that an earlier call had completed.
+        embedded: texts that the model ran on in this call; equal texts of a shard count once.
+        cached: different texts of a shard whose vectors came from the cache.
+        rejected: why -> rows without a vector, those of reused shards included.
+        rejects: shard, key and reason of the first of them.
+        damaged: parts of the cache that could not be used and were removed.
         workers: "pid@host" of each actor process -> rows it encoded in this call.
         cpu_seconds: CPU time of the actors, without loading the model.
     """
 
     rows: int = 0
     reused_rows: int = 0
+    embedded: int = 0
+    cached: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    rejects: list[dict[str, str]] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
     workers: dict[str, int] = field(default_factory=dict)
     cpu_seconds: float = 0.0
 
+    def add(self, result: dict[str, Any]) -> None:
+        """Count what an actor says of one shard."""
+        self.rows += result["rows"]
+        self.embedded += result["embedded"]
+        self.cached += result["cached"]
+        self.cpu_seconds += result["cpu_seconds"]
+        self.reject(result["name"], result["rejected"])
+        self.damaged = sorted({*self.damaged, *result["damaged"]})
+        self.workers = _summed(self.workers, {result["worker"]: result["rows"]})
 
-def encode_texts(source_uri: str, model: Model, out_uri: str, config: EncodeConfig) -> EncodeReport:
+    def reject(self, shard: str, rows: Sequence[Sequence[str]]) -> None:
+        """Count (key, reason) rows of a shard."""
+        for key, reason in rows:
+            self.rejected[reason] = self.rejected.get(reason, 0) + 1
+            if len(self.rejects) < _LISTED:
+                self.rejects.append({"shard": shard, "key": key, "reason": reason})
+
+    def merge(self, other: EncodeReport) -> None:
+        """Count what another call did, of another model say."""
+        self.rows += other.rows
+        self.reused_rows += other.reused_rows
+        self.embedded += other.embedded
+        self.cached += other.cached
+        self.cpu_seconds += other.cpu_seconds
+        self.damaged = sorted({*self.damaged, *other.damaged})
+        self.rejects = [*self.rejects, *other.rejects][:_LISTED]
+        self.rejected = _summed(self.rejected, other.rejected)
+        self.workers = _summed(self.workers, other.workers)
+
+    def counts(self) -> dict[str, Any]:
+        """JSON for a step's metrics."""
+        return {
+            "rows": self.rows,
+            "reused_rows": self.reused_rows,
+            "embedded": self.embedded,
+            "cached": self.cached,
+            "rejected": dict(sorted(self.rejected.items())),
+            "rejects": self.rejects,
+            "damaged_cache_parts": len(self.damaged),
+            "cpu_seconds": self.cpu_seconds,
+        }
+
+
+def _summed(counts: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    return {name: counts.get(name, 0) + more.get(name, 0) for name in sorted({*counts, *more})}
+
+
+def encode_shards(
+    source_uri: str, model: Model, out_uri: str, config: EncodeConfig, *, may_reject: Collection[str] = ()
+) -> EncodeReport:
     """Encode every `part-*.parquet` (key, text, instruction) under a directory.
 
     Args:
@@ -72,34 +217,33 @@ def encode_texts(source_uri: str, model: Model, out_uri: str, config: EncodeConf
         model: see `open_encoder`.
         out_uri: gets `key, vector` shards under the same relative names; vector shards there that were made from the
             same text shard by the same model and settings are kept, any other is replaced or removed.
+        may_reject: names of directories, such as "documents", whose rows may go without a vector: a text that cannot be
+            embedded is left out of the shard and counted. Anywhere else such a text is an error, as a row that is
+            missing without a word would shift or lose what others expect.
 
     Raises:
-        UserError: the model is missing or cannot be loaded, or it gives a vector that is not finite.
+        UserError: the model is missing or cannot be loaded; a text cannot be embedded (see `may_reject`), or more than
+            `config.max_rejected_share` of all.
     """
     check_model(model)
-    identity = encode_identity(model, config)
+    model_hash = model_identity(model)
+    identity = encode_identity(model, config, model_hash)
     names = list_shards(source_uri)
     for name in set(list_shards(out_uri)) - set(names):
         storage.remove(storage.join(out_uri, name))
     report = EncodeReport()
-    tasks: list[dict[str, Any]] = []
-    for name in names:
-        rows = _rows(storage.join(source_uri, name))
-        if _complete(storage.join(source_uri, name), storage.join(out_uri, name), identity):
-            report.reused_rows += rows
-        else:
-            tasks.append({"name": name, "rows": rows})
-    if report.reused_rows:
-        logger.info("encode: %d rows stand from an earlier run", report.reused_rows)
-    progress = ProgressLog("encode", sum(task["rows"] for task in tasks), "texts")
+    tasks = _tasks(source_uri, out_uri, names, identity, report)
+    left = sum(task["rows"] for task in tasks)
     arguments = {
         "source_uri": source_uri,
         "model": model,
         "out_uri": out_uri,
         "config": config,
         "identity": identity,
+        "model_hash": model_hash,
+        "may_reject": tuple(may_reject),
+        "cache_parts": _looked_in(source_uri, names, model_hash, out_uri, config) if tasks else {},
     }
-    workers: Counter[str] = Counter()
     pool = run_pool(
         ShardEncoder,
         arguments,
@@ -108,34 +252,70 @@ def encode_texts(source_uri: str, model: Model, out_uri: str, config: EncodeConf
         cpus=config.cpus_per_actor,
         gpus=config.gpus_per_actor,
     )
+    progress = ProgressLog("encode", left, "texts")
+    total = report.reused_rows + left
     for result in pool:
-        workers[result["worker"]] += result["rows"]
-        report.rows += result["rows"]
-        report.cpu_seconds += result["cpu_seconds"]
+        report.add(result)
+        _check_share(report, total, config)
         progress.add(result["rows"])
-    report.workers = dict(sorted(workers.items()))
+    _check_share(report, total, config)
+    for part in report.damaged:  # only now: a restart looks in the same parts as the run it continues
+        remove_damaged(part)
+    if report.rejected:
+        count = sum(report.rejected.values())
+        logger.warning("encode: %d of %d texts have no vector: %s", count, total, report.rejected)
     return report
 
 
-def encode_identity(model: Model, config: EncodeConfig) -> str:
-    """Hash of everything but the text that decides a vector."""
-    resolved: dict[str, Any] = resolve_model(model).model_dump(mode="json")
-    if (folder := resolved.get("folder")) is not None:
-        resolved["weights"] = storage.hash_json(storage.describe_files(str(folder)))
+def _tasks(
+    source_uri: str, out_uri: str, names: Sequence[str], identity: str, report: EncodeReport
+) -> list[dict[str, Any]]:
+    """The shards that have to be made; the others go into the report."""
+    tasks: list[dict[str, Any]] = []
+    for name in names:
+        rows = _rows(storage.join(source_uri, name))
+        rejected = _complete(storage.join(source_uri, name), storage.join(out_uri, name), identity)
+        if rejected is None:
+            tasks.append({"name": name, "rows": rows})
+        else:
+            report.reused_rows += rows
+            report.reject(name, rejected)
+    if report.reused_rows:
+        logger.info("encode: %d rows stand from an earlier run", report.reused_rows)
+    return tasks
+
+
+def encode_identity(model: Model, config: EncodeConfig, model_hash: str | None = None) -> str:
+    """Hash of everything but the text that decides a vector shard; `model_hash`: `model_identity`, where known."""
     settings = {
         "precision": config.precision,
         "token_budget": config.token_budget,
         "threads": config.threads_per_actor,
         "device": _device(config),
+        "vector_type": config.vector_type,
+        "max_lengths": [config.max_query_length, config.max_document_length],
+        "max_text_bytes": config.max_text_bytes,
+        "version": 2,  # packed
     }
-    return storage.hash_json({"model": resolved, "settings": settings})
+    return storage.hash_json({"model": model_hash or model_identity(model), "settings": settings})
 
 
 class ShardEncoder:
     """The worker inside an actor: one model, any number of shards."""
 
-    def __init__(self, source_uri: str, model: Model, out_uri: str, config: EncodeConfig, identity: str) -> None:
+    def __init__(
+        self,
+        source_uri: str,
+        model: Model,
+        out_uri: str,
+        config: EncodeConfig,
+        identity: str,
+        may_reject: Sequence[str] = (),
+        model_hash: str = "",
+        cache_parts: dict[str, list[str]] | None = None,
+    ) -> None:
         self._source_uri, self._out_uri, self._identity = source_uri, out_uri, identity
+        self._config, self._may_reject = config, set(may_reject)
         self._encoder = open_encoder(
             model,
             config.threads_per_actor,
@@ -143,39 +323,76 @@ class ShardEncoder:
             token_budget=config.token_budget,
             device=_device(config),
         )
+        self._cache = None
+        if config.cache is not None:
+            found = fingerprint(model_hash, self._encoder.precision, config.vector_type)
+            self._cache = VectorCache(config.cache, found, config.vector_type, (cache_parts or {}).get(found, []))
 
     def work(self, task: dict[str, Any]) -> dict[str, Any]:
         """Encode one shard; see `Worker.work`."""
         name = task["name"]
         data = storage.read_bytes(storage.join(self._source_uri, name))
         source = pq.read_table(pa.BufferReader(data), columns=["key", "text", "instruction"])
-        matrix_ND = encode_rows(
-            self._encoder, source.column("text").to_pylist(), source.column("instruction").to_pylist()
+        instructions = source.column("instruction").to_pylist()
+        found = encode_checked(
+            self._encoder,
+            source.column("text").to_pylist(),
+            instructions,
+            [self._max_length(name, instruction) for instruction in instructions],
+            cache=self._cache,
+            max_bytes=self._config.max_text_bytes,
         )
-        bad = np.flatnonzero(~np.isfinite(matrix_ND).all(axis=1))
-        if len(bad):
-            key = source.column("key")[int(bad[0])].as_py()
-            raise storage.UserError(
-                f"the model gives a vector with NaN or infinity for text {key!r} ({len(bad)} such in shard {name}). "
-                "Try `precision: fp32`, or check the model's weights."
-            )
-        made_from = f"{self._identity}:{xxhash.xxh3_128_hexdigest(data)}"
-        table = vector_table(source.column("key"), matrix_ND).replace_schema_metadata({_MADE_FROM: made_from})
-        write_table(table, storage.join(self._out_uri, name))
-        return {"name": name, "rows": source.num_rows}
+        keys = source.column("key").to_pylist()
+        if not self._may_reject & set(name.split("/")[:-1]):
+            _refuse(found, [f"text {key!r}" for key in keys], f"shard {name}")
+        rejected = [[keys[index], reason] for index, reason in found.rejected.items()]
+        table = vector_table(source.column("key").take(found.accepted_A), found.matrix_AD, self._config.vector_type)
+        metadata = {_MADE_FROM: f"{self._identity}:{xxhash.xxh3_128_hexdigest(data)}", _REJECTED: json.dumps(rejected)}
+        write_table(table.replace_schema_metadata(metadata), storage.join(self._out_uri, name))
+        return {
+            "name": name,
+            "rows": source.num_rows,
+            "embedded": found.embedded,
+            "cached": found.cached,
+            "rejected": rejected,
+            "damaged": [] if self._cache is None else self._cache.damaged_uris(),
+        }
 
-
-def encode_rows(encoder: Encoder, texts: list[str], instructions: list[str]) -> np.ndarray:
-    """float32 [N, D]; equal (instruction, text) pairs are encoded once and so have equal vectors."""
-    place: dict[tuple[str, str], int] = {}
-    inverse = [place.setdefault(pair, len(place)) for pair in zip(instructions, texts, strict=True)]
-    unique = list(place)
-    matrix_UD = encoder.encode([text for _, text in unique], [instruction for instruction, _ in unique])
-    return matrix_UD[inverse]
+    def _max_length(self, name: str, instruction: str) -> int | None:
+        """Shards in a directory `queries` or `documents` are that; elsewhere a text with an instruction is a query."""
+        folders = name.split("/")[:-1]
+        query = "queries" in folders or ("documents" not in folders and bool(instruction))
+        return self._config.max_query_length if query else self._config.max_document_length
 
 
 def _device(config: EncodeConfig) -> str:
     return "cuda" if config.gpus_per_actor > 0 else "cpu"
+
+
+def _looked_in(
+    source_uri: str, names: Sequence[str], model_hash: str, out_uri: str, config: EncodeConfig
+) -> dict[str, list[str]]:
+    """The cache's parts by fingerprint, for both precisions, as the actors' processors decide."""
+    if config.cache is None:
+        return {}
+    sizes = {}
+    for name in names:
+        fs, path = storage.filesystem(storage.join(source_uri, name))
+        sizes[name] = int(fs.size(path))
+    found = [fingerprint(model_hash, precision, config.vector_type) for precision in ("fp32", "bf16")]
+    return parts_at_start(config.cache, found, storage.join(out_uri, _LOOKED_IN), storage.hash_json(sizes))
+
+
+def _check_share(report: EncodeReport, total: int, config: EncodeConfig) -> None:
+    count = sum(report.rejected.values())
+    if count <= config.max_rejected_share * total:
+        return
+    reasons = "; ".join(f"{number} x {reason}" for reason, number in sorted(report.rejected.items()))
+    first = "; ".join(f"{row['key']!r} in {row['shard']}" for row in report.rejects[:_SHOWN])
+    raise storage.UserError(
+        f"encode: {count} of {total} texts cannot be embedded ({reasons}), more than max_rejected_share "
+        f"{config.max_rejected_share:g}. First: {first}. Mend the data, or allow more."
+    )
 
 
 def _rows(uri: str) -> int:
@@ -184,11 +401,15 @@ def _rows(uri: str) -> int:
         return int(pq.read_metadata(file).num_rows)
 
 
-def _complete(source_uri: str, target_uri: str, identity: str) -> bool:
+def _complete(source_uri: str, target_uri: str, identity: str) -> list[list[str]] | None:
+    """(key, reason) of the rows that a complete vector shard lacks; None where it has to be made."""
     if not storage.exists(target_uri):
-        return False
+        return None
     try:
         metadata = read_schema(target_uri).metadata or {}
-    except (pa.ArrowInvalid, OSError):
-        return False
-    return metadata.get(_MADE_FROM) == f"{identity}:{storage.checksum(source_uri)}".encode()
+        if metadata.get(_MADE_FROM) != f"{identity}:{storage.checksum(source_uri)}".encode():
+            return None
+        rejected: list[list[str]] = json.loads(metadata[_REJECTED])
+    except (pa.ArrowInvalid, OSError, KeyError, ValueError):
+        return None
+    return rejected

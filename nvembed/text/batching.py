@@ -1,7 +1,7 @@
 """The one batching mechanism: chunks of similar token length within a token budget (numpy only).
 
-A chunk costs `count * longest` tokens, padding included. `encode` runs chunk after chunk; training deals the chunks of
-a global batch over ranks.
+A padded chunk costs `count * longest` tokens, a packed one the sum of its lengths. `encode` runs chunk after chunk;
+training deals the chunks of a global batch over ranks.
 """
 
 from __future__ import annotations
@@ -28,6 +28,27 @@ def token_budget_chunks(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
         size = max(1, budget // max(1, int(lengths[order[start]])))
         chunks.append(order[start : start + size])
         start += size
+    return chunks
+
+
+def packed_chunks(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Like `token_budget_chunks` for packed rows: the sum of a chunk's lengths is within the budget.
+
+    Args:
+        lengths: [N] tokens of each text, at least 1.
+        budget: most tokens of a chunk; a single longer text is a chunk of its own.
+
+    Returns:
+        Non-empty int64 index arrays, each text in exactly one, longest texts first; equal lengths are neighbours.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = np.lexsort((np.arange(len(lengths)), -lengths))
+    ends = np.cumsum(lengths[order])
+    chunks, start, before = [], 0, 0
+    while start < len(order):
+        stop = max(start + 1, int(np.searchsorted(ends, before + budget, side="right")))
+        chunks.append(order[start:stop])
+        start, before = stop, int(ends[stop - 1])
     return chunks
 
 

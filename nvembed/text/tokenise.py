@@ -57,13 +57,16 @@ class Tokeniser:
         assert pad_id is not None, "BOS or EOS is there, checked above"
         self.pad_id = int(pad_id)
 
-    def encode(self, texts: Sequence[str], instructions: Sequence[str]) -> list[Tokens]:
-        """Token ids and pooling mask of each `instruction + text`, at most `max_length` long, not padded."""
+    def encode(self, texts: Sequence[str], instructions: Sequence[str], max_length: int | None = None) -> list[Tokens]:
+        """Token ids and pooling mask of each `instruction + text`, not padded.
+
+        Each is at most `max_length` long, or the config's where that is None.
+        """
         return encode_with_mask(
             self.tokenizer.backend_tokenizer,
             texts,
             instructions,
-            self.config.max_length,
+            max_length or self.config.max_length,
             self.specials,
             self.config.mask_instruction,
         )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nvembed.retrieval.config import EncodeConfig, PackageModel
-from nvembed.retrieval.encode import encode_rows, encode_texts, write_text_shards
+from nvembed.retrieval.encode import encode_rows, encode_shards, write_text_shards
 from nvembed.retrieval.encoders import open_encoder
 from nvembed.retrieval.shards import list_shards, read_table, read_vectors, table_matrix, write_table
 
@@ -28,12 +28,13 @@ def contents(root):
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(Path(root).rglob("*.parquet"))}
 
 
-def test_two_actors_order_bytes_and_restart(tmp_path, ray_session):
+def test_two_actors_order_bytes_restart_and_cache(tmp_path, ray_session):
     source, out = str(tmp_path / "texts"), str(tmp_path / "vectors")
+    config = CONFIG.model_copy(update={"cache": str(tmp_path / "cache")})
     for name, rows in (("b", text_rows(33)), ("a/inner", text_rows(60)[33:])):
         write_text_shards(rows, f"{source}/{name}", CONFIG.shard_rows)
-    report = encode_texts(source, PackageModel(), out, CONFIG)
-    assert report.rows == 60 and report.reused_rows == 0
+    report = encode_shards(source, PackageModel(), out, config)
+    assert (report.rows, report.reused_rows, report.embedded, report.cached) == (60, 0, 60, 0)
     assert len(report.workers) == 2 and sum(report.workers.values()) == 60 and min(report.workers.values()) > 0
     assert list_shards(out) == list_shards(source)
 
@@ -58,23 +59,27 @@ def test_two_actors_order_bytes_and_restart(tmp_path, ray_session):
         f"{source}/{changed}",
     )
     stamps = {name: (Path(out) / name).stat().st_mtime_ns for name in names[3:]}
-    one = CONFIG.model_copy(update={"actors": 1})  # how many actors there are changes nothing
-    again = encode_texts(source, PackageModel(), out, one)
+    one = config.model_copy(update={"actors": 1})  # how many actors there are changes nothing
+    again = encode_shards(source, PackageModel(), out, one)
     redone = sum(read_table(f"{source}/{name}").num_rows for name in (changed, lost, cut))
     assert (again.rows, again.reused_rows) == (redone, 60 - redone)
+    assert again.embedded == table.num_rows and again.cached == redone - table.num_rows  # only what is new
     second = contents(out)
     assert second.pop(changed) != first.pop(changed)
     assert second == first
     assert {name: (Path(out) / name).stat().st_mtime_ns for name in names[3:]} == stamps
 
-    assert encode_texts(source, PackageModel(), out, CONFIG).rows == 0
+    assert encode_shards(source, PackageModel(), out, config).rows == 0
+    anew = encode_shards(source, PackageModel(), f"{out}-2", config)
+    assert (anew.rows, anew.embedded, anew.cached, anew.damaged) == (60, 0, 60, [])
+    assert contents(f"{out}-2") == contents(out)
 
 
 DRIVER = """
 import sys
 from nvembed.retrieval.config import EncodeConfig, PackageModel
-from nvembed.retrieval.encode import encode_texts
-report = encode_texts(sys.argv[1], PackageModel(), sys.argv[2], EncodeConfig(actors=2, shard_rows=10))
+from nvembed.retrieval.encode import encode_shards
+report = encode_shards(sys.argv[1], PackageModel(), sys.argv[2], EncodeConfig(actors=2, shard_rows=10))
 print("reused", report.reused_rows, "rows", report.rows)
 """
 

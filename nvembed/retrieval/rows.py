@@ -1,0 +1,93 @@
+"""Rows of texts to rows of vectors: equal rows once, known ones from the cache, poisoned ones named and left out.
+
+Shapes: N rows, A accepted rows, U different ones, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nvembed.retrieval.cache import VectorCache, row_key
+from nvembed.retrieval.encoders import Encoder
+from nvembed.text.checks import MAX_TEXT_BYTES, text_problem
+
+NOT_FINITE = "has a vector with NaN or infinity"
+
+
+@dataclass
+class Encoded:
+    """What came of N rows.
+
+    Attributes:
+        matrix_AD: float32, unit vectors of the accepted rows, in order.
+        accepted_A: int64, their places among the N.
+        rejected: place -> why, as the end of a sentence.
+        embedded: texts the model ran on.
+        cached: different texts whose vectors came from the cache.
+    """
+
+    matrix_AD: np.ndarray
+    accepted_A: np.ndarray
+    rejected: dict[int, str]
+    embedded: int
+    cached: int
+
+
+def encode_checked(
+    encoder: Encoder,
+    texts: Sequence[str],
+    instructions: Sequence[str],
+    max_lengths: Sequence[int | None] | None = None,
+    *,
+    cache: VectorCache | None = None,
+    max_bytes: int = MAX_TEXT_BYTES,
+) -> Encoded:
+    """Encode rows; equal (instruction, text, max_length) rows are encoded once and so have equal vectors.
+
+    Args:
+        texts: N; anything but a text that can be embedded is rejected (`text_problem`).
+        instructions: N full prefixes, "" for none.
+        max_lengths: most tokens of each text, None for the model's own; None for all.
+        cache: looked in, and given what was embedded.
+        max_bytes: longer texts are rejected.
+    """
+    limits = [None] * len(texts) if max_lengths is None else list(max_lengths)
+    problems = [text_problem(text, max_bytes) for text in texts]
+    rejected = {index: problem for index, problem in enumerate(problems) if problem is not None}
+    place: dict[tuple[str, str, int | None], int] = {}
+    inverse = {
+        index: place.setdefault((encoder.prefix(instructions[index]), texts[index], limits[index]), len(place))
+        for index in range(len(texts))
+        if index not in rejected
+    }
+    unique = list(place)
+    keys = [row_key(text, prefix, limit or encoder.max_length) for prefix, text, limit in unique]
+    known = {} if cache is None else cache.find(keys)
+    matrix_UD = np.empty((len(unique), encoder.dim), dtype=np.float32)
+    for row, vector in known.items():
+        matrix_UD[row] = vector
+    new = [row for row in range(len(unique)) if row not in known]
+    for limit in dict.fromkeys(unique[row][2] for row in new):
+        rows = [row for row in new if unique[row][2] == limit]
+        prefixes, chosen, _ = zip(*(unique[row] for row in rows), strict=True)
+        matrix_UD[rows] = encoder.encode(chosen, prefixes, limit)
+    finite_U: np.ndarray = np.asarray(np.isfinite(matrix_UD).all(axis=1))
+    if cache is not None:
+        kept = [row for row in new if finite_U[row]]
+        cache.add([keys[row] for row in kept], matrix_UD[kept])
+    rejected |= {index: NOT_FINITE for index, row in inverse.items() if not finite_U[row]}
+    accepted = np.array([index for index in inverse if index not in rejected], dtype=np.int64)
+    matrix_AD = matrix_UD[[inverse[int(index)] for index in accepted]]
+    return Encoded(matrix_AD, accepted, dict(sorted(rejected.items())), len(new), len(known))
+
+
+def encode_rows(encoder: Encoder, texts: Sequence[str], instructions: Sequence[str]) -> np.ndarray:
+    """float32 [N, D] of rows that are known to be good; equal (instruction, text) pairs are encoded once."""
+    place: dict[tuple[str, str], int] = {}
+    inverse = [place.setdefault(pair, len(place)) for pair in zip(instructions, texts, strict=True)]
+    unique = list(place)
+    matrix_UD = encoder.encode([text for _, text in unique], [instruction for instruction, _ in unique])
+    return matrix_UD[inverse]
