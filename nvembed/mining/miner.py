@@ -201,7 +201,7 @@ class MineWorker:
             if own["positives"]:  # labels as documents: the data set itself says which
                 drawn_order = generator.permutation(len(own["negatives"]))[: config.num_negatives]
                 negatives = [own["negatives"][place] for place in sorted(drawn_order.tolist())]
-                audit.add_example(len(negatives), config.num_negatives)
+                audit.add_example(negatives, config.num_negatives)
                 known = sorted({ids[index], *(item["id"] for item in own["positives"])})
                 rows.append(
                     {

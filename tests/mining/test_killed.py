@@ -23,7 +23,7 @@ spec.loader.exec_module(ways)
 from nvembed import storage
 prepared, out, phase, moment, left = *sys.argv[2:6], int(sys.argv[6])
 ways.run.run_pool, ways.run.check_model = ways.pool, lambda model: None
-setattr(ways.run, ways.ENCODE, ways.encode)
+ways.run.encode_shards = ways.encode
 write, write_table = storage.write_bytes, pq.ParquetWriter.write_table
 
 def dying(uri, data):
@@ -84,7 +84,7 @@ def world(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ways.run, "run_pool", counted)
-        patch.setattr(ways.run, ways.ENCODE, ways.encode)
+        patch.ways.run.encode_shards = ways.encode
         patch.setattr(ways.run, "check_model", lambda model: None)
         settings = {"more_miners": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows": 15}}
         config = ways.MineConfig.model_validate({**ways.CONFIG.model_dump(), **settings})

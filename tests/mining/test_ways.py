@@ -50,7 +50,7 @@ def pool(factory, arguments, tasks, **_):
         yield {**workers[number % 2].work(task), "worker": str(number % 2)}
 
 
-def encode(source, model, out, config):
+def encode(source, model, out, config, may_reject=()):
     """`encode_shards` with made-up vectors, text shard by text shard."""
     for name in shards.list_shards(source):
         table = shards.read_table(f"{source}/{name}", ["key", "text"])
@@ -59,13 +59,10 @@ def encode(source, model, out, config):
     return EncodeReport()
 
 
-ENCODE = next(name for name in ("encode_shards", "encode_texts") if hasattr(run, name))
-
-
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch):
     monkeypatch.setattr(run, "run_pool", pool)
-    monkeypatch.setattr(run, ENCODE, encode)
+    monkeypatch.setattr(run, "encode_shards", encode)
     monkeypatch.setattr(run, "check_model", lambda model: None)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)  # hundreds of small files; nothing crashes here
 
