@@ -84,7 +84,7 @@ def world(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ways.run, "run_pool", counted)
-        patch.ways.run.encode_shards = ways.encode
+        patch.setattr(ways.run, "encode_shards", ways.encode)
         patch.setattr(ways.run, "check_model", lambda model: None)
         settings = {"more_miners": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows": 15}}
         config = ways.MineConfig.model_validate({**ways.CONFIG.model_dump(), **settings})
