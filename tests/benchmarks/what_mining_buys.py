@@ -325,12 +325,15 @@ def main() -> None:
     given = _arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     out = storage.absolute(given.out)
-    if given.command == "arms":
-        make_arms(given.recipe, out, given.seeds)
-    elif given.command == "train":
-        train_arms(arms_of(out, given.only, given.steps), given.device, given.precision)
-    else:
-        print_table(out)
+    try:
+        if given.command == "arms":
+            make_arms(given.recipe, out, given.seeds)
+        elif given.command == "train":
+            train_arms(arms_of(out, given.only, given.steps), given.device, given.precision)
+        else:
+            print_table(out)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
