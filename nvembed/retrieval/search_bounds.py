@@ -92,20 +92,20 @@ def fp32_error(norm_Q: np.ndarray, longest: float, dim: int) -> np.ndarray:
 def has_bf16(device: str) -> bool:
     """Whether the processor multiplies bf16 itself and its products keep to the bound; tried, never assumed."""
     if device != "cpu":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported()) and _keeps_the_bound(device)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     flags = [probe() for name in names if (probe := getattr(torch.cpu, name, None)) is not None]
     return any(flags) and _keeps_the_bound()
 
 
-def _keeps_the_bound() -> bool:
+def _keeps_the_bound(device: str = "cpu") -> bool:
     """A product of every shape that matters, against fp64: sums with partial results in bf16 would show here."""
     generator = np.random.default_rng(0)
     for dim in (384, 4096):
         left = generator.uniform(0.5, 1.5, (64, dim)).astype(np.float32)  # same signs: the largest partial sums
         right = generator.uniform(0.5, 1.5, (256, dim)).astype(np.float32)
         (left_QD, left_sizes), (right_ND, right_sizes) = halved(left), halved(right)
-        product = (left_QD @ right_ND.T).double().numpy()
+        product = (left_QD.to(device) @ right_ND.to(device).T).double().cpu().numpy()
         exact = left.astype(np.float64) @ right.astype(np.float64).T
         allowed = bf16_error(left_sizes, right_sizes, dim)[:, None] + BF16_OUTPUT_ROUNDOFF * np.abs(product)
         if not (np.abs(product - exact) <= allowed).all():
