@@ -338,19 +338,20 @@ def _raise(lows_QK: np.ndarray, rows_P: np.ndarray, low_P: np.ndarray) -> np.nda
 
 def _hits(approx_QN: torch.Tensor, cut_Q: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(rows, columns, values) of what reaches the cut or more, rows ascending; cuts are rounded down."""
-    if approx_QN.device.type != "cpu":
-        cut_Q1 = torch.from_numpy(_float32_below(cut_Q))[:, None].to(approx_QN.device)
-        at_rows, at_columns = (approx_QN.float() >= cut_Q1).nonzero(as_tuple=True)
-        found = approx_QN[at_rows, at_columns].float()
-        yield at_rows.cpu().numpy(), at_columns.cpu().numpy().astype(np.int32), found.cpu().numpy()
-        return
     floor_Q = _float32_below(cut_Q)
     if approx_QN.dtype == torch.bfloat16:
+        floor_Q = _bf16_below(floor_Q)
+    if approx_QN.device.type != "cpu":
+        floor_Q1 = torch.from_numpy(floor_Q)[:, None].to(approx_QN.device)
+        at_rows, at_columns = (approx_QN >= floor_Q1.to(approx_QN.dtype)).nonzero(as_tuple=True)
+        found = approx_QN[at_rows, at_columns].float()
+        yield at_rows.cpu().numpy(), at_columns.int().cpu().numpy(), found.cpu().numpy()
+    elif approx_QN.dtype == torch.bfloat16:
         bits_QN = approx_QN.view(torch.int16).numpy()
         if (floor_Q > 0).all():  # then bf16 numbers order as their bits do
             mask_QN = bits_QN >= (floor_Q.view(np.int32) >> 16).astype(np.int16)[:, None]
         else:
-            mask_QN = (approx_QN >= torch.from_numpy(floor_Q)[:, None]).numpy()
+            mask_QN = (approx_QN >= torch.from_numpy(floor_Q)[:, None].bfloat16()).numpy()
         rows_P, columns_P = _positions(mask_QN)
         yield rows_P, columns_P, (bits_QN[rows_P, columns_P].astype(np.int32) << 16).view(np.float32)
     else:
@@ -377,3 +378,13 @@ def _float32_below(values_Q: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         rounded = np.asarray(values_Q, dtype=np.float64).astype(np.float32)
     return np.nextafter(rounded, np.float32(-np.inf))
+
+
+def _bf16_below(values_Q: np.ndarray) -> np.ndarray:
+    """fp32 numbers rounded down to what bf16 can hold: a sum at or above a number is rounded to its rounding at least.
+
+    Without it a sum just above a cut that lies between two bf16 numbers is rounded to the one below, and lost.
+    """
+    bits_Q = values_Q.view(np.uint32)
+    away_Q = np.where(np.signbit(values_Q) & np.isfinite(values_Q), np.uint32(0xFFFF), np.uint32(0))
+    return ((bits_Q + away_Q) & np.uint32(0xFFFF0000)).view(np.float32)
