@@ -38,11 +38,16 @@ def gathered_scores(left_QD: np.ndarray, rows_P: np.ndarray, right_ND: np.ndarra
         np.multiply(left_QD[rows_P[part]], right_ND[columns_P[part]], out=terms, dtype=np.float64)
         width = dim
         while width > 1:
-            half = 1 << ((width - 1).bit_length() - 1)
+            half = fold_width(width)
             np.add(terms[:, : width - half], terms[:, half:width], out=terms[:, : width - half])
             width = half
         out_P[part] = terms[:, 0] if dim else 0.0
     return out_P + 0.0  # no minus zero
+
+
+def fold_width(width: int) -> int:
+    """The largest power of two below `width` (> 1)."""
+    return 1 << ((width - 1).bit_length() - 1)
 
 
 def order_by_score(rows_P: np.ndarray, scores_P: np.ndarray, ids_P: np.ndarray) -> np.ndarray:

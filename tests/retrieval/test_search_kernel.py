@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.retrieval import search_kernel
+from nvembed.retrieval import search_kernel, search_products
 from nvembed.retrieval.search import search_shards, search_vectors
 from nvembed.retrieval.search_bounds import BF16_OUTPUT_ROUNDOFF, bf16_error, fp32_error, halved, norms
 from nvembed.retrieval.search_kernel import QueryBlock, Segment
@@ -79,7 +79,7 @@ def test_many_near_ties(dim):
 
 @given(st.floats(-2, 2, width=32).filter(lambda value: value == 0 or abs(value) > 1e-30))
 def test_cuts_are_rounded_down(value):
-    below = search_kernel._bf16_below(np.array([value, -np.inf], dtype=np.float32))
+    below = search_products._bf16_below(np.array([value, -np.inf], dtype=np.float32))
     assert np.float32(value) - abs(np.float32(value)) / 64 <= below[0] <= value
     assert np.isneginf(below[1]) and not (below.view(np.uint32) & 0xFFFF).any()
 
