@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.retrieval import search_kernel, search_products
+from nvembed.retrieval import search_kernel, search_merge, search_products
 from nvembed.retrieval.search import search_shards, search_vectors
 from nvembed.retrieval.search_bounds import BF16_OUTPUT_ROUNDOFF, bf16_error, fp32_error, halved, norms
 from nvembed.retrieval.search_kernel import QueryBlock, Segment
@@ -116,6 +116,18 @@ def test_one_pass_finds_both_lists_and_the_exact_count(problem, k, tile, tight):
                 assert best.scores_QK[row][real].tobytes() == scores[row][expected].tobytes()
             assert found.above_Q[row] == (scores[row] >= ceiling[row]).sum()
         assert (found.certificates() >= 0).all()
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 8), st.integers(0, 99))
+def test_contenders_are_all_that_reach_the_kth_score(queries, each, k, seed):
+    generator = np.random.default_rng(seed)
+    rows = generator.permutation(np.repeat(np.arange(queries), each))
+    scores = generator.integers(0, 12, size=len(rows)) / 4  # many ties
+    kept = search_merge.contenders(rows, scores, k, queries)
+    for row in range(queries):
+        own = scores[rows == row]
+        kth = np.sort(own)[-min(k, each)]
+        assert kept[rows == row].tolist() == (own >= kth).tolist() or (each <= 2 * k and kept.all())
 
 
 @given(vectors())
