@@ -65,7 +65,7 @@ def order_by_score(rows_P: np.ndarray, scores_P: np.ndarray, ids_P: np.ndarray) 
 
 
 def contenders(rows_P: np.ndarray, scores_P: np.ndarray, k: int, queries: int) -> np.ndarray:
-    """bool [P]: what reaches the k-th score of its row, ties included; finding that is cheaper than sorting the rest."""
+    """bool [P]: what reaches the k-th score of its row, ties included; cheaper than sorting the rest."""
     counts_Q = np.bincount(rows_P, minlength=queries)
     width = int(counts_Q.max(initial=0))
     if width <= 2 * k or width * queries > 4 * len(rows_P):  # little to drop, or a few rows hold most of them
