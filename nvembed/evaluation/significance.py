@@ -123,9 +123,33 @@ def paired_bootstrap(pair: PairedItems, samples: int = 1000, seed: int = 0) -> I
 
 def paired_bootstrap_mean(pairs: Sequence[PairedItems], samples: int = 1000, seed: int = 0) -> Interval:
     """Mean over data sets of the difference a - b, each set drawn on its own."""
-    values = [float(pair.statistic()(np.arange(len(pair.a_N))[None])[0]) for pair in pairs]
-    drawn = [draw(pair.statistic(), len(pair.a_N), samples, seed, pair.dataset) for pair in pairs]
-    return interval(float(np.mean(values)), np.mean(drawn, axis=0))
+    return paired_bootstrap_runs([[pair] for pair in pairs], samples, seed)
+
+
+def paired_bootstrap_runs(datasets: Sequence[Sequence[PairedItems]], samples: int = 1000, seed: int = 0) -> Interval:
+    """Difference a - b where both systems were trained several times, say with several seeds.
+
+    Each draw takes runs with replacement, the same ones for every data set, and items with replacement, the same ones
+    for every run; so the interval holds what another training and other items would change. R runs say little about
+    how runs spread: their part of the interval is too narrow by about sqrt((R - 1) / R).
+
+    Args:
+        datasets: for each data set a pair of every run, runs in the same order everywhere and the items of a data set
+            too; the a and b of a pair are the two systems' runs that belong together.
+
+    Returns:
+        Mean over data sets and runs, and its interval.
+    """
+    runs = len(datasets[0])
+    assert all(len(pairs) == runs for pairs in datasets), "runs are missing from some data set"
+    whole = [[pair.statistic()(np.arange(len(pair.a_N))[None])[0] for pair in pairs] for pairs in datasets]
+    drawn_DRS = [
+        [draw(pair.statistic(), len(pair.a_N), samples, seed, pair.dataset) for pair in pairs] for pairs in datasets
+    ]
+    drawn_RS = np.mean(drawn_DRS, axis=0)
+    chosen_SR = np.random.default_rng([seed, runs]).integers(0, runs, (samples, runs))
+    drawn_S = np.take_along_axis(drawn_RS.T, chosen_SR, axis=1).mean(axis=1)
+    return interval(float(np.mean(whole)), drawn_S)
 
 
 def compare(

@@ -13,6 +13,7 @@ function of the step.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -82,8 +83,12 @@ class Identity:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that takes part in the arithmetic."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+    """Versions of what takes part in the arithmetic; the torch engine runs where DeepSpeed is not installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def processor() -> str:

@@ -25,6 +25,7 @@ from nvembed.evaluation.significance import (
     mean_statistic,
     paired_bootstrap,
     paired_bootstrap_mean,
+    paired_bootstrap_runs,
     spearman_statistic,
 )
 from nvembed.storage import Step, StepResult, UserError
@@ -105,6 +106,34 @@ def test_pairing_removes_what_both_systems_share() -> None:
     assert found["value"] == pytest.approx(0.02) and found["low"] == pytest.approx(0.02, abs=1e-9)
     alone = bootstrap(mean_statistic(hard_N), 200, 1000, 0)
     assert alone["high"] - alone["low"] > 0.05  # unpaired, 0.02 would be lost in the noise
+
+
+def _runs(dataset: str, delta_RN: np.ndarray) -> list[PairedItems]:
+    return [PairedItems(dataset, "ndcg_at_10", delta_N, np.zeros_like(delta_N)) for delta_N in delta_RN]
+
+
+def test_runs_that_agree_add_nothing_and_runs_that_differ_span_the_interval() -> None:
+    delta_N = np.random.default_rng(8).normal(size=80)
+    same = paired_bootstrap_runs([_runs("set", np.stack([delta_N] * 4))], 500, 3)
+    assert same == pytest.approx(paired_bootstrap(_runs("set", delta_N[None])[0], 500, 3))
+    apart = paired_bootstrap_runs([_runs("set", np.repeat([[0.0], [1.0], [2.0]], 80, axis=1))], 2000, 3)
+    assert apart == {"value": 1.0, "low": 0.0, "high": 2.0}  # one draw in 27 takes the same run three times
+
+
+def test_a_run_is_drawn_for_all_data_sets_at_once() -> None:
+    up, down = np.repeat([[-1.0], [1.0]], 10, axis=1), np.repeat([[1.0], [-1.0]], 10, axis=1)
+    found = paired_bootstrap_runs([_runs("first", up), _runs("second", down)], 500)
+    assert found == {"value": 0.0, "low": 0.0, "high": 0.0}  # what a run gains on one set it loses on the other
+
+
+def test_coverage_of_a_known_difference_over_runs_and_items() -> None:
+    generator = np.random.default_rng(9)
+    held = 0
+    for seed in range(200):
+        delta_RN = 0.1 + generator.normal(0, 0.05, (8, 1)) + generator.normal(0, 0.2, 60)
+        found = paired_bootstrap_runs([_runs("set", delta_RN)], 300, seed)
+        held += found["low"] <= 0.1 <= found["high"]
+    assert 0.88 <= held / 200 <= 0.98
 
 
 def test_equal_systems_differ_by_nothing_and_order_changes_the_sign() -> None:

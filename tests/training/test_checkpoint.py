@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 from pathlib import Path
@@ -150,6 +151,21 @@ def test_other_circumstances_are_told(
         assert newest(saved, num_workers=1, token_budget=99) == 3
     assert 'versions.torch: "' in caplog.text and '-> "9.9": bit-equality is not promised' in caplog.text
     assert "token_budget" in caplog.text and "num_workers" not in caplog.text
+
+
+def test_a_checkpoint_needs_no_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "deepspeed":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    train_job({"engine": {"type": "torch"}}, tiny_folder(tmp_path / "start"), tmp_path / "work", steps=1)
+    (checkpoint,) = (tmp_path / "work" / "checkpoints").glob("step-*/state.json")
+    found = json.loads(checkpoint.read_text())["versions"]
+    assert found["torch"] == installed("torch") and "deepspeed" not in found
 
 
 def test_resume_works_where_files_cannot_be_appended_to(tmp_path: Path) -> None:
