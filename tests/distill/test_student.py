@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.numpy import save_file
@@ -48,7 +49,7 @@ def inputs(teacher: Artifact, before: Artifact, tmp_path_factory: pytest.TempPat
         for part in range(3):
             rows = slice(8 * part, 8 * part + 8)
             keys = [text_key(*pair) for pair in zip(TEXTS[rows], instructions[rows], strict=True)]
-            table = vector_table(keys, vectors[rows])
+            table = vector_table(pa.array(keys), vectors[rows])
             table = table.add_column(1, "text", [TEXTS[rows]]).add_column(2, "instruction", [instructions[rows]])
             write_table(table, str(work / "holdout" / f"part-{part:05d}.parquet"))
 

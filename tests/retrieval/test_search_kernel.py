@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.retrieval import search_kernel
+from nvembed.retrieval import search_kernel, search_merge, search_products
 from nvembed.retrieval.search import search_shards, search_vectors
 from nvembed.retrieval.search_bounds import BF16_OUTPUT_ROUNDOFF, bf16_error, fp32_error, halved, norms
 from nvembed.retrieval.search_kernel import QueryBlock, Segment
@@ -49,6 +49,41 @@ def vectors(draw):
     return query.astype(np.float32), (length * documents).astype(np.float32), generator
 
 
+def test_a_cut_between_two_bf16_numbers_loses_nothing():
+    """Two documents nearer to each other than bf16 can tell, in segments of their own; the ceiling is one's score."""
+    query = np.array([[-0.27275627851486206]], dtype=np.float32)
+    documents = np.array([[1.0616099834442139], [1.0616098642349243]], dtype=np.float32)
+    ceiling = oracle(query, documents)[:, 1]
+    found = search(query, documents, [1], plain=1, under=1, ceiling_Q=ceiling, count_above=True)
+    assert found.plain.ids_QK.tolist() == [[1]] and found.under.ids_QK.tolist() == [[0]]
+    assert found.above_Q.tolist() == [1]
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 64])
+def test_many_near_ties(dim):
+    """What random near-ties show once in a hundred; hypothesis' examples are too few for that."""
+    for seed in range(150):
+        generator = np.random.default_rng(seed)
+        centres = generator.standard_normal((3, dim))
+        documents = centres[generator.integers(3, size=5)] + 1e-7 * generator.standard_normal((5, dim))
+        query, documents = centres[:2].astype(np.float32), documents.astype(np.float32)
+        scores = oracle(query, documents)
+        ceiling = scores[[0, 1], generator.integers(5, size=2)]
+        edges = sorted(generator.integers(6, size=2))
+        found = search(query, documents, edges, plain=1, under=1, ceiling_Q=ceiling, count_above=True, tile=3)
+        for row in range(2):
+            assert found.plain.ids_QK[row].tolist() == first(scores[row], 1)
+            below = found.under.ids_QK[row][np.isfinite(found.under.scores_QK[row])]
+            assert below.tolist() == first(scores[row], 1, ceiling[row])
+
+
+@given(st.floats(-2, 2, width=32).filter(lambda value: value == 0 or abs(value) > 1e-30))
+def test_cuts_are_rounded_down(value):
+    below = search_products._bf16_below(np.array([value, -np.inf], dtype=np.float32))
+    assert np.float32(value) - abs(np.float32(value)) / 64 <= below[0] <= value
+    assert np.isneginf(below[1]) and not (below.view(np.uint32) & 0xFFFF).any()
+
+
 @given(vectors(), st.integers(1, 20), st.sampled_from([3, 16, 8192]), st.booleans())
 @settings(max_examples=70)
 def test_one_pass_finds_both_lists_and_the_exact_count(problem, k, tile, tight):
@@ -81,6 +116,18 @@ def test_one_pass_finds_both_lists_and_the_exact_count(problem, k, tile, tight):
                 assert best.scores_QK[row][real].tobytes() == scores[row][expected].tobytes()
             assert found.above_Q[row] == (scores[row] >= ceiling[row]).sum()
         assert (found.certificates() >= 0).all()
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 8), st.integers(0, 99))
+def test_contenders_are_all_that_reach_the_kth_score(queries, each, k, seed):
+    generator = np.random.default_rng(seed)
+    rows = generator.permutation(np.repeat(np.arange(queries), each))
+    scores = generator.integers(0, 12, size=len(rows)) / 4  # many ties
+    kept = search_merge.contenders(rows, scores, k, queries)
+    for row in range(queries):
+        own = scores[rows == row]
+        kth = np.sort(own)[-min(k, each)]
+        assert kept[rows == row].tolist() == (own >= kth).tolist() or (each <= 2 * k and kept.all())
 
 
 @given(vectors())
