@@ -1,26 +1,24 @@
 """Seconds of every pipeline step: training from its operations, encoding from how many texts the recipe allows.
 
-Checked against one run, the quickstart on 2 cores (`tests/benchmarks/plan_against_measured.py`); on GPUs nothing was
-measured. How many texts a set has is in the recipe only where it is capped; without a cap a step's seconds are None.
+Checked against one run, the quickstart on 2 cores (`tests/benchmarks/plan_against_measured.py`, held by
+`tests/plan/test_hours.py`). On GPUs a training step of one small decoder was measured on one H100 (`hardware.py`), no
+run as a whole. Actors that ask for no GPU are planned on cores. How many texts a set has is in the recipe only where it
+is capped; without a cap a step's seconds are None.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from nvembed.data.config import HpoClassesSource, HpoSimilaritySource, RowSource, SourceConfig
-from nvembed.hub_shapes import hub_shape
+from nvembed.plan.encoding import EncoderSizes, encode_seconds, encoder_sizes
 from nvembed.plan.hardware import Hardware
 from nvembed.plan.sizes import Model, StageSizes
-from nvembed.plan.work import compute_seconds, forward_flops, stage_flops, update_seconds
+from nvembed.plan.work import compute_seconds, lanes, launch_seconds, stage_flops, update_seconds
 from nvembed.recipe import Recipe
-from nvembed.retrieval.config import EncodeConfig, MinerConfig, PackageModel
-from nvembed.storage import UserError
+from nvembed.retrieval.config import EncodeConfig
 
-ENCODE_GAIN = 1.4  # a forward alone reaches this many times the share of the peak that training does (quickstart)
 PREPARE_SECONDS, INITIALISE_SECONDS, SMALL_SECONDS = 20.0, 25.0, 2.0  # of the quickstart, whatever the hardware
 WRITE_BYTES_PER_SECOND = 500e6  # model folders and checkpoints
 DEV_DIRECTIONS = 2  # on dev the untrained backbone runs causal and bidirectional, on the whole sets the better way
@@ -88,7 +86,9 @@ def _sum(values: Iterable[int | None]) -> int | None:
 def train_seconds(stage: StageSizes, hardware: Hardware, length: float) -> float:
     """Seconds of a training step: start, arithmetic, updates, checkpoints, the model folder."""
     assert stage.trained is not None and stage.model is not None
-    steps = compute_seconds(stage_flops(stage, length), stage.workers, hardware) + update_seconds(stage, hardware)
+    devices = lanes(stage.workers, stage.train.threads_per_worker, hardware)
+    steps = compute_seconds(stage_flops(stage, length), devices, stage.model.shape.hidden, hardware)
+    steps += launch_seconds(stage, hardware, length) + update_seconds(stage, hardware)
     saves = -(-stage.steps // stage.train.checkpoint_every) * 12.0 * stage.trained + 4.0 * stage.model.parameters
     return hardware.start_seconds + steps + saves / WRITE_BYTES_PER_SECOND
 
@@ -100,33 +100,12 @@ class _Encoding:
     hardware: Hardware
     length: float
 
-    def __call__(self, texts: int | None, model: Model | float | None, config: EncodeConfig) -> float | None:
-        """Seconds; `model` may also be operations per token."""
+    def __call__(self, texts: int | None, model: Model | EncoderSizes | None, config: EncodeConfig) -> float | None:
+        """Seconds."""
         if texts is None or model is None:
             return None
-        tokens = texts * self.length
-        flops = model * tokens if isinstance(model, float) else forward_flops(model, tokens, self.length)
-        return compute_seconds(flops, config.actors, self.hardware) / ENCODE_GAIN
-
-
-def miner_flops(miner: MinerConfig) -> float | None:
-    """Operations per token of an off-the-shelf encoder; None where its sizes are not on this machine."""
-    if not isinstance(miner, PackageModel):
-        known = hub_shape(miner.name)
-        if known is None:
-            return None
-        maps = (
-            2 * known.hidden * (known.heads + known.kv_heads) * known.head_dim + 3 * known.hidden * known.intermediate
-        )
-        return 2.0 * known.layers * maps
-    from nvembed.retrieval.encoders import package_folder
-
-    try:
-        config = json.loads(next(Path(package_folder(miner.package)).glob("**/config.json")).read_text())
-        hidden, wide = int(config["hidden_size"]), int(config["intermediate_size"])
-        return 2.0 * int(config["num_hidden_layers"]) * (4.0 * hidden**2 + 2.0 * hidden * wide)
-    except (UserError, StopIteration, OSError, ValueError, KeyError, TypeError):
-        return None
+        encoder = EncoderSizes.of(model) if isinstance(model, Model) else model
+        return encode_seconds(encoder, texts * self.length, self.length, config, self.hardware)
 
 
 def road_times(recipe: Recipe, stages: Iterable[StageSizes], hardware: Hardware, share: float) -> list[StepTime]:
@@ -147,8 +126,9 @@ def road_times(recipe: Recipe, stages: Iterable[StageSizes], hardware: Hardware,
     first = by_name.get("stage_1")
     if first is not None and first.model is not None:
         encoding = _Encoding(hardware, share * first.max_length)
-        miner, reference = miner_flops(recipe.mine.miner), miner_flops(recipe.baselines.reference)
-        add("initialise", INITIALISE_SECONDS, why="reading the backbone")
+        miner, reference = encoder_sizes(recipe.mine.miner), encoder_sizes(recipe.baselines.reference)
+        copied = 2 * 4.0 * first.model.parameters / WRITE_BYTES_PER_SECOND
+        add("initialise", INITIALISE_SECONDS + copied, why="reading the backbone")
         add("mine", start, encoding(texts.mine, miner, recipe.mine.encode), why=f"{_count(texts.mine)} texts")
         for name in ("stage_1", "stage_2"):
             if name in by_name:
@@ -186,7 +166,7 @@ def _student(
 
 
 def _train(add: Callable[..., None], stage: StageSizes, hardware: Hardware, share: float) -> None:
-    add(f"stream_{stage.name}", SMALL_SECONDS)
+    add(f"stream_{stage.name}", SMALL_SECONDS, why="of a small run; grows with the texts, which was not measured")
     length = share * stage.max_length
     add(f"train_{stage.name}", train_seconds(stage, hardware, length), why=f"{stage.steps:,} steps")
 

@@ -4,7 +4,8 @@ The parts are counted from what the code keeps; a few factors are fitted to real
 worker over its size before the model was loaded (`tests/training/test_memory_plan.py`). Valid for the first steps of
 decoders of the llama family of 20-60 M parameters, float32 or bf16 autocast, SDPA. Not in it: a heap that fragments
 over many steps of texts of different lengths (the quickstart's run as a whole peaks at 8.6 GiB, where two workers are
-planned at 3.9 beside the driver and Ray). On GPUs nothing was measured.
+planned at 3.9 beside the driver and Ray). On GPUs memory was not compared with this: the benchmark of one H100
+(`tests/benchmarks/gpu_training.py`) prints its peak, and nobody has held a plan against it.
 """
 
 from __future__ import annotations

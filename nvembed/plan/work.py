@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from nvembed.modeling.config import LatentAttentionConfig
 from nvembed.plan.hardware import Hardware
+from nvembed.plan.memory import slice_tokens
 from nvembed.plan.sizes import Model, StageSizes
 
 CHECKPOINT_KINDS = {"adamw": 3, "sgd": 1}  # tensors per trained parameter: masters, and two moments
+# Kernels of a training forward of one layer: from 0.244 s a slice whatever its tokens, 28 layers, two forwards and a
+# backward, 21 us each, on an H100 (LoRA on seven maps; full fine-tuning has fewer).
+LAUNCHES = 104
 TOKEN_BYTES = 4.0  # of a training stream: the quickstart's shards take 4.0 bytes a token, ids and columns included
 
 
@@ -44,9 +48,31 @@ def stage_flops(stage: StageSizes, length: float) -> float:
     return forward * passes
 
 
-def compute_seconds(flops: float, ranks: int, hardware: Hardware) -> float:
-    """Seconds of the arithmetic on that many ranks, at most one per device."""
-    return flops / (min(ranks, hardware.devices) * hardware.peak_tflops * 1e12 * hardware.mfu)
+def lanes(workers: int, threads: int, hardware: Hardware) -> int:
+    """Devices that train at once: one per rank; of a CPU the cores that the ranks' threads take."""
+    return min(workers * (threads if hardware.kind == "cpu" else 1), hardware.devices)
+
+
+def peak_share(width: int, hardware: Hardware) -> float:
+    """Share of the peak that arithmetic reaches in a model of that width."""
+    return hardware.mfu * min(1.0, width / (hardware.full_width or 1)) if hardware.full_width else hardware.mfu
+
+
+def compute_seconds(flops: float, devices: float, width: int, hardware: Hardware) -> float:
+    """Seconds of the arithmetic of a model of that width on so many devices."""
+    return flops / (devices * hardware.peak_tflops * 1e12 * peak_share(width, hardware))
+
+
+def launch_seconds(stage: StageSizes, hardware: Hardware, length: float) -> float:
+    """Seconds that a GPU waits for its kernels' launches, all optimiser steps together; 0 on a CPU.
+
+    A forward counts once, a backward twice, for every layer and slice (`LAUNCHES` says what was measured).
+    """
+    assert stage.model is not None
+    chunks = stage.chunks_per_rank(length)
+    slices = chunks * -(-stage.chunk_tokens(length) // slice_tokens(stage, length, hardware.kind))
+    passes = 3 + (chunks > 1) + stage.train.engine.gradient_checkpointing
+    return stage.steps * slices * passes * stage.model.shape.layers * LAUNCHES * hardware.launch_seconds
 
 
 def update_seconds(stage: StageSizes, hardware: Hardware) -> float:

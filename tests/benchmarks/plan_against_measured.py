@@ -1,9 +1,12 @@
 """Predicted against measured: the plan of a recipe beside what a finished run of it took.
 
     python tests/benchmarks/plan_against_measured.py runs/quickstart [--hardware laptop]
+    python tests/benchmarks/plan_against_measured.py runs/quickstart --record "2 idle cores of ..." > measured.json
 
-Reads `recipe.yaml`, `steps.json` and the training steps' `metrics.jsonl`; writes nothing. Training is shown twice: with
-the plan's assumption about the length of texts (0.5 x max_length), and with the tokens that were really there.
+Reads `recipe.yaml`, `steps.json` and the training steps' `metrics.jsonl`. Training is shown twice: with the plan's
+assumption about the length of texts (0.5 x max_length), and with the tokens that were really there. `--record` prints
+what was measured instead, for `tests/assets/measured/quickstart.json`, which `tests/plan/test_hours.py` holds the plan
+against.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from nvembed.plan.hardware import find_hardware
 from nvembed.plan.hours import train_seconds
 from nvembed.plan.memory import GIB, stage_memory
 from nvembed.plan.recipe_plan import plan_recipe, precision_of, time_text
-from nvembed.plan.sizes import StageSizes
+from nvembed.plan.sizes import StageSizes, stage_sizes
 from nvembed.recipe import load_recipe
 
 
@@ -38,6 +41,16 @@ def rows(out: Path, stage: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / f"train_{stage}" / "metrics.jsonl").read_text().splitlines()]
 
 
+def record(out: Path, machine: str) -> dict[str, Any]:
+    """What a run took, as plain values; `machine` in words."""
+    stages = {}
+    for sizes in stage_sizes(load_recipe(str(out / "recipe.yaml"))):
+        taken = rows(out, sizes.name)
+        stages[sizes.name] = {"steps": len(taken), "texts": sizes.texts, "tokens": sum(row["tokens"] for row in taken)}
+    seconds = {name: round(step["seconds"], 1) for name, step in measured_steps(out).items()}
+    return {"machine": machine, "seconds": seconds, "stages": stages}
+
+
 def line(name: str, predicted: float, measured: float, note: str = "") -> str:
     """One comparison."""
     return f"{name:<24}{time_text(predicted):>12}{time_text(measured):>12}{predicted / measured:8.2f}  {note}".rstrip()
@@ -53,7 +66,7 @@ def compare(out: Path, hardware_name: str) -> str:
         if step.name in measured and step.seconds is not None:
             lines.append(line(step.name, step.seconds, measured[step.name]["seconds"]))
             together = [together[0] + step.seconds, together[1] + measured[step.name]["seconds"]]
-    lines += [line("together", *together), "", "training with the tokens that were there:"]
+    lines += [line("together", together[0], together[1]), "", "training with the tokens that were there:"]
     for report in plan.stages:
         lines += _training(report.sizes, rows(out, report.sizes.name), hardware, measured)
     return "\n".join(lines)
@@ -80,8 +93,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--hardware", default="laptop")
+    parser.add_argument("--record", metavar="MACHINE", help="Print what was measured; the machine in words.")
     arguments = parser.parse_args()
-    print(compare(arguments.out, arguments.hardware))
+    if arguments.record:
+        print(json.dumps(record(arguments.out, arguments.record), indent=2))
+    else:
+        print(compare(arguments.out, arguments.hardware))
 
 
 if __name__ == "__main__":

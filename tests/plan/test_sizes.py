@@ -241,7 +241,7 @@ def test_a_plan_of_a_7b_recipe_on_gpus(capsys: pytest.CaptureFixture[str]) -> No
     assert 6 * 7.7e9 * tokens < first["flops"] < 8 * 7.9e9 * tokens
     assert plan.cost == pytest.approx(40 * plan.seconds / 3600)
     assert {step["name"] for step in found["steps"] if step["seconds"] is None} >= {"mine", "evaluate_teacher"}
-    assert "7,851,016,192 parameters" in as_text(plan) and "GPU numbers are arithmetic" in as_text(plan)
+    assert "7,851,016,192 parameters" in as_text(plan) and "wider models" in as_text(plan)
     slower = plan_recipe(recipe, with_price(find_hardware("h100x8"), None, 0.25))
     assert slower.stages[0].seconds > 1.9 * plan.stages[0].seconds
     alone = plan_recipe(load_recipe(str(NV_EMBED), ["stage_1.train.engine.zero_stage=0"]), find_hardware("l4x1"))

@@ -1,0 +1,118 @@
+"""Encoding before it runs: which sizes an encoder has, what a text costs it, how long a pool of actors takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvembed.hub_shapes import hub_shape
+from nvembed.plan.hardware import CORE, Hardware
+from nvembed.plan.sizes import Model
+from nvembed.plan.work import compute_seconds, forward_flops
+from nvembed.retrieval.config import EncodeConfig, MinerConfig, PackageModel
+from nvembed.storage import UserError
+
+ENCODE_GAIN = 1.4  # a forward alone reaches this many times the share of the peak that training does (quickstart)
+TOKENISED = 0.4e6  # tokens a second and core (measured: 0.36-0.42 M); an actor tokenises between its forwards
+LAUNCHES = 20  # kernels of an encoder layer's forward, counted
+
+
+@dataclass(frozen=True)
+class EncoderSizes:
+    """An encoder as far as its cost goes.
+
+    Attributes:
+        layers, width, dim: of the network, and of its vectors.
+        weights: parameters that every token is multiplied with.
+        attention: widths that attention is computed on (heads x width of a head).
+        parameters: everything that is loaded, the embedding table included.
+        model: one of our own, whose head costs too.
+    """
+
+    layers: int
+    width: int
+    dim: int
+    weights: float
+    attention: int
+    parameters: float
+    model: Model | None = None
+
+    @classmethod
+    def of(cls, model: Model) -> EncoderSizes:
+        """Of an embedder that the recipe trains."""
+        shape = model.shape
+        weights = float(shape.parameters - shape.embedding_parameters)
+        heads = shape.heads * shape.head_dim
+        return cls(shape.layers, shape.hidden, shape.hidden, weights, heads, model.parameters, model)
+
+    def flops(self, tokens: float, length: float) -> float:
+        """Operations of a forward over `tokens` in texts of `length`."""
+        if self.model is not None:
+            return forward_flops(self.model, tokens, length)
+        return tokens * (2.0 * self.weights + 4.0 * self.layers * length * self.attention)
+
+
+def encoder_sizes(miner: MinerConfig) -> EncoderSizes | None:
+    """Sizes of an off-the-shelf encoder: from its package, its folder, or the table; None where they are not here."""
+    try:
+        if isinstance(miner, PackageModel):
+            from nvembed.retrieval.encoders import package_folder
+
+            return _read(Path(package_folder(miner.package)))
+        known = hub_shape(miner.name)
+        if known is None:
+            return _read(Path(miner.name)) if Path(miner.name).is_dir() else None
+    except (UserError, StopIteration, OSError, ValueError, KeyError, TypeError):
+        return None
+    heads, kept = known.heads * known.head_dim, known.kv_heads * known.head_dim
+    layer = 2 * known.hidden * (heads + kept) + 3 * known.hidden * known.intermediate
+    weights = float(known.layers * layer)
+    return EncoderSizes(
+        known.layers, known.hidden, known.hidden, weights, heads, weights + known.vocab * known.hidden
+    )  # fmt: skip
+
+
+def _read(folder: Path) -> EncoderSizes:
+    """From the `config.json` of a transformers folder, which sentence-transformers may have put one deeper."""
+    found = sorted(folder.glob("config.json")) + sorted(folder.glob("**/config.json"))
+    configs = [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    config: dict[str, Any] = next(config for config in configs if "hidden_size" in config)
+    hidden, wide, layers = (int(config[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    heads = int(config["num_attention_heads"])
+    width = int(config.get("head_dim") or hidden // heads)
+    kept = int(config.get("num_key_value_heads") or heads)
+    gated = 3 if "rms_norm_eps" in config else 2  # decoders of the llama family; BERT has two maps
+    weights = float(layers * (2 * hidden * width * (heads + kept) + gated * hidden * wide))
+    parameters = weights + int(config.get("vocab_size", 0)) * hidden
+    return EncoderSizes(layers, hidden, hidden, weights, heads * width, parameters)
+
+
+def on_gpus(gpus_per_actor: float, hardware: Hardware) -> bool:
+    """Whether actors that ask for so much of a GPU get it."""
+    return hardware.kind == "gpu" and gpus_per_actor > 0
+
+
+def busy(actors: int, threads: int, gpus_per_actor: float, hardware: Hardware) -> float:
+    """Devices that a pool keeps busy: GPUs, or cores. Cores beside GPUs are taken as the pool asks for them."""
+    if on_gpus(gpus_per_actor, hardware):
+        return min(actors * gpus_per_actor, float(hardware.devices))
+    cores = actors * threads
+    return float(cores if hardware.kind == "gpu" else min(cores, hardware.devices))
+
+
+def encode_seconds(
+    encoder: EncoderSizes, tokens: float, length: float, config: EncodeConfig, hardware: Hardware
+) -> float:
+    """Seconds of a pool over `tokens` in texts of `length`, its start apart.
+
+    Actors that ask for no GPU run on cores, on a machine with GPUs too; those are planned as the measured core.
+    """
+    gpus = on_gpus(config.gpus_per_actor, hardware)
+    device = hardware if gpus or hardware.kind == "cpu" else CORE
+    count = busy(config.actors, config.threads_per_actor, config.gpus_per_actor, hardware)
+    arithmetic = compute_seconds(encoder.flops(tokens, length), count, encoder.width, device) / ENCODE_GAIN
+    forwards = tokens / config.token_budget
+    launches = forwards * encoder.layers * LAUNCHES * device.launch_seconds / count
+    return arithmetic + launches + tokens / (TOKENISED * config.actors)
