@@ -179,7 +179,11 @@ def _notes(config: MineConfig, known: Sequence[Corpus], cuts: Mapping[str, Divis
             notes.append("bm25 holds a whole corpus in each actor's memory; its time is not planned")
     if not isinstance(config.search.index, ExactIndex):
         notes.append("search is planned as exact; FAISS' own time was not measured")
-    if config.search.device != "cpu" and hardware.kind == "gpu" and on_gpus(config.encode.gpus_per_actor, hardware):
+    gpus = on_gpus(config.encode.gpus_per_actor, hardware)
+    if config.search.device != "cpu" and not gpus:
+        why = "mine.encode.gpus_per_actor is 0" if hardware.kind == "gpu" else f"{hardware.name} has no GPU"
+        notes.append(f"mine.search.device is {config.search.device}, but {why}; planned on cores, would be refused")
+    elif config.search.device != "cpu":
         notes.append(
             f"searching on GPUs is arithmetic: {GPU_PRODUCT_SHARE:g} of the peak, finalists at a core's rate, assumed"
         )

@@ -10,7 +10,7 @@ import math
 
 from nvembed.mining.config import Bm25Miner, MineConfig
 from nvembed.plan.corpora import Corpus, Division
-from nvembed.plan.encoding import busy
+from nvembed.plan.encoding import busy, on_gpus
 from nvembed.plan.hardware import CORE, Hardware
 from nvembed.plan.memory import PROCESS_BYTES
 from nvembed.retrieval.config import ExactIndex
@@ -64,7 +64,7 @@ def search_core_seconds(
 def search_seconds(corpus: Corpus, cut: Division, dim: int, config: MineConfig, hardware: Hardware) -> float:
     """Seconds of a pool over a whole corpus, its start apart."""
     assert corpus.queries is not None and corpus.documents is not None
-    gpu = config.search.device != "cpu" and hardware.kind == "gpu"
+    gpu = config.search.device != "cpu" and on_gpus(config.encode.gpus_per_actor, hardware)
     device = hardware if gpu or hardware.kind == "cpu" else CORE
     gpus = config.encode.gpus_per_actor if gpu else 0.0
     count = busy(config.encode.actors, config.encode.threads_per_actor, gpus, hardware) or 1.0

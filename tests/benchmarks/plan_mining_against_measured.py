@@ -5,11 +5,10 @@
     python tests/benchmarks/plan_mining_against_measured.py compare FILE...
 
 The first two print one JSON line per measurement. `encode` goes through text and vector shards with MiniLM as an actor
-does, without Ray; texts are beginnings of what the quickstart reads. `search` writes generated unit vectors of 384
-dimensions as vector shards, and searches them as a mining actor does: depth 50, plain and under a ceiling, counted;
-reading the shards is measured apart as well. Memory is the process' largest so far, so give one size at a time to see
-it. `compare` reads such lines and prints planned / measured; lines for
-`tests/assets/measured/mining.jsonl`, which `tests/plan/test_mining.py` holds the plan against.
+does, without Ray; texts are beginnings of what the quickstart reads. `search` writes generated unit vectors as vector
+shards and searches them as a mining actor does: plain and under a ceiling, counted; reading alone is measured besides.
+Memory is the most the process had so far: give one size at a time to see it. `compare` reads such lines and
+prints planned / measured; `tests/plan/test_mining.py` holds the plan against `tests/assets/measured/mining.jsonl`.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ from typing import Any
 
 import numpy as np
 
-DEPTH = 50
-CHARACTERS = 64
 MACHINE = "unnamed"
 
 
@@ -50,14 +47,14 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def encode(count: int) -> None:
+def encode(count: int, characters: int) -> None:
     """Text shards to vector shards by one actor's worker."""
     from nvembed.retrieval.config import EncodeConfig, PackageModel
     from nvembed.retrieval.encode import ShardEncoder
     from nvembed.retrieval.shards import list_shards, write_text_shards
 
     config = EncodeConfig(actors=1)
-    rows = ((str(i), text[:CHARACTERS], "") for i, text in enumerate(islice(beside("encode").texts(), count)))
+    rows = ((str(i), text[:characters], "") for i, text in enumerate(islice(beside("encode").texts(), count)))
     with tempfile.TemporaryDirectory() as folder:
         write_text_shards(rows, f"{folder}/texts", config.shard_rows)
         worker = ShardEncoder(f"{folder}/texts", PackageModel(), f"{folder}/vectors", config, "benchmark")
@@ -88,7 +85,7 @@ def count_tokens(folder: str, count: int) -> int:
     return total
 
 
-def search(queries: int, documents: int, folder: str) -> None:
+def search(queries: int, documents: int, depth: int, folder: str) -> None:
     """One group of queries against a corpus in shards."""
     from nvembed.retrieval.search import search_shards
     from nvembed.retrieval.shards import iter_vectors
@@ -105,25 +102,26 @@ def search(queries: int, documents: int, folder: str) -> None:
     ceiling_Q = np.full(queries, 0.75)  # most of the near ones lie above, as positives do
     started = time.process_time()
     found = search_shards(
-        query_QD, iter_vectors(folder), plain=DEPTH, under=DEPTH, ceiling_Q=ceiling_Q, count_above=True
+        query_QD, iter_vectors(folder), plain=depth, under=depth, ceiling_Q=ceiling_Q, count_above=True
     )  # fmt: skip
     seconds = time.process_time() - started
     written = [path.stat().st_size for path in Path(folder).rglob("*.parquet")]
     say(
         measured="search", machine=MACHINE, queries=queries, documents=documents, dim=query_QD.shape[1],
-        depth=DEPTH, again=found.again, shards=len(written), bytes=sum(written), cpu_seconds=seconds,
+        depth=depth, again=found.again, shards=len(written), bytes=sum(written), cpu_seconds=seconds,
         reading_cpu_seconds=reading, peak_bytes=peak_bytes(),
     )  # fmt: skip
 
 
-def write_corpus(documents: int, folder: str) -> None:
+def write_corpus(documents: int, dim: int, folder: str) -> None:
     """Vector shards of generated vectors."""
     import pyarrow as pa
 
     from nvembed.retrieval.shards import vector_table, write_table
 
     helpers, generator = beside("search"), np.random.default_rng(0)
-    centres = generator.standard_normal((200, helpers.DIM)).astype(np.float32)
+    helpers.DIM = dim
+    centres = generator.standard_normal((200, dim)).astype(np.float32)
     for number, start in enumerate(range(0, documents, 1024)):
         matrix = helpers.vectors(min(1024, documents - start), generator, centres)
         keys = pa.array([f"d{start + row}" for row in range(len(matrix))])
@@ -153,10 +151,14 @@ def main() -> None:
     """Measure, or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    kinds.add_parser("encode").add_argument("--texts", type=int, nargs="+", default=[10_000, 100_000])
+    encoding = kinds.add_parser("encode")
+    encoding.add_argument("--texts", type=int, nargs="+", default=[10_000, 100_000])
+    encoding.add_argument("--characters", type=int, default=64, help="Where a text is cut.")
     searching = kinds.add_parser("search")
     searching.add_argument("--documents", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     searching.add_argument("--queries", type=int, nargs="+", default=[1024])
+    searching.add_argument("--dim", type=int, default=384)
+    searching.add_argument("--depth", type=int, default=50)
     kinds.add_parser("compare").add_argument("files", type=Path, nargs="+")
     parser.add_argument("--machine", default=MACHINE, help="In words.")
     arguments = parser.parse_args()
@@ -167,13 +169,13 @@ def main() -> None:
         torch.set_num_threads(1)
     if arguments.kind == "encode":
         for count in arguments.texts:
-            encode(count)
+            encode(count, arguments.characters)
     elif arguments.kind == "search":
         for documents in arguments.documents:
             with tempfile.TemporaryDirectory() as folder:
-                write_corpus(documents, folder)
+                write_corpus(documents, arguments.dim, folder)
                 for queries in arguments.queries:
-                    search(queries, documents, folder)
+                    search(queries, documents, arguments.depth, folder)
     else:
         for path in arguments.files:
             for line in path.read_text().splitlines():

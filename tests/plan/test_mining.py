@@ -151,6 +151,16 @@ def test_bigger_blocks_read_less_and_take_less() -> None:
     assert few.search_memory > many.search_memory and not any("times;" in note for note in few.notes)
 
 
+def test_a_search_on_gpus_that_nobody_gets_is_told() -> None:
+    rows, cuda = {"web": (1000, 9000)}, "mine.search.device=cuda"
+    without = plan_mining(web(cuda, "mine.encode.gpus_per_actor=0"), find_hardware("h100x8"), 256.0, rows)
+    cores = plan_mining(web("mine.encode.gpus_per_actor=0"), find_hardware("h100x8"), 256.0, rows)
+    assert without.lanes[0].search_seconds == cores.lanes[0].search_seconds
+    assert "but mine.encode.gpus_per_actor is 0" in without.notes[0]
+    assert "but laptop has no GPU" in plan_mining(web(cuda), find_hardware("laptop"), 256.0, rows).notes[0]
+    assert "assumed" in plan_mining(web(cuda), find_hardware("h100x8"), 256.0, rows).notes[0]
+
+
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16", "int8"])
 def test_bytes_of_a_shard_are_those_that_are_written(kind: Any) -> None:
     from nvembed.retrieval.shards import table_bytes, vector_table
