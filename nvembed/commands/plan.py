@@ -19,6 +19,10 @@ def plan_command(
     ] = "laptop",
     settings: Settings = None,
     fill: Annotated[float, typer.Option(help="Mean tokens of a text, as a share of max_length.")] = 0.5,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows that are mined: [NAME=]QUERIESxDOCUMENTS, such as nq=100kx2.7M; may be repeated."),
+    ] = None,
     mfu: Annotated[
         float | None, typer.Option(help="Share of the peak that is reached, instead of the default.")
     ] = None,
@@ -26,9 +30,10 @@ def plan_command(
     machines: Annotated[bool, typer.Option("--list", help="List the machines instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Parameters, operations, memory by part, storage, hours and cost of a recipe."""
+    """Parameters, operations, memory by part, storage, hours and cost of a recipe; what its mining takes."""
 
     def action() -> int:
+        from nvembed.plan.corpora import parse_rows
         from nvembed.plan.hardware import CATALOGUE, find_hardware
         from nvembed.plan.recipe_plan import as_json as plain
         from nvembed.plan.recipe_plan import as_text, plan_recipe, with_price
@@ -46,7 +51,8 @@ def plan_command(
             if value is not None and not 0 < value <= 1:
                 raise UserError(f"{name} {value:g}: must be above 0 and at most 1")
         recipe = load_recipe(path, settings or [])
-        plan = plan_recipe(recipe, with_price(find_hardware(hardware), price, mfu), fill=fill)
+        machine = with_price(find_hardware(hardware), price, mfu)
+        plan = plan_recipe(recipe, machine, fill=fill, rows=parse_rows(rows or []))
         show(plain(plan), as_text(plan), as_json)
         return ExitCode.DONE
 

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import yaml
 
 from nvembed.plan.memory import GIB, Memory, stage_memory
-from nvembed.plan.recipe_plan import flops_text, precision_of
+from nvembed.plan.recipe_plan import precision_of
 from nvembed.plan.sizes import StageSizes, stage_sizes
+from nvembed.plan.units import flops_text
 from nvembed.plan.work import stage_flops
 from nvembed.recipe import Recipe
 from nvembed.recipe_text import Document, Path, dotted

@@ -9,13 +9,18 @@ from typing import Any
 
 from nvembed.hub_shapes import hub_shape
 from nvembed.plan.hardware import CORE, Hardware
+from nvembed.plan.memory import PROCESS_BYTES
 from nvembed.plan.sizes import Model
 from nvembed.plan.work import compute_seconds, forward_flops
 from nvembed.retrieval.config import EncodeConfig, MinerConfig, PackageModel
 from nvembed.storage import UserError
 
-ENCODE_GAIN = 1.4  # a forward alone reaches this many times the share of the peak that training does (quickstart)
+# A packed forward alone reaches this many times the share of the peak that training does. Measured on a CPU: MiniLM 2.2
+# on 10 k and 2.1 on 100 k short texts through shards (`tests/benchmarks/plan_mining_against_measured.py`), the
+# quickstart's teacher 2.1. Before texts were packed it was 1.4, which is what a GPU is planned with: assumed.
+ENCODE_GAIN = {"cpu": 2.15, "gpu": 1.4}
 TOKENISED = 0.4e6  # tokens a second and core (measured: 0.36-0.42 M); an actor tokenises between its forwards
+TEXT_BYTES = 4.5  # of a token of text: assumed, English
 LAUNCHES = 20  # kernels of an encoder layer's forward, counted
 
 
@@ -112,7 +117,14 @@ def encode_seconds(
     gpus = on_gpus(config.gpus_per_actor, hardware)
     device = hardware if gpus or hardware.kind == "cpu" else CORE
     count = busy(config.actors, config.threads_per_actor, config.gpus_per_actor, hardware)
-    arithmetic = compute_seconds(encoder.flops(tokens, length), count, encoder.width, device) / ENCODE_GAIN
+    arithmetic = compute_seconds(encoder.flops(tokens, length), count, encoder.width, device) / ENCODE_GAIN[device.kind]
     forwards = tokens / config.token_budget
     launches = forwards * encoder.layers * LAUNCHES * device.launch_seconds / count
     return arithmetic + launches + tokens / (TOKENISED * config.actors)
+
+
+def encode_memory(encoder: EncoderSizes, config: EncodeConfig, length: float) -> float:
+    """Bytes of one encoding actor at its peak, on the host: process, weights (bf16 copies), one forward, one shard."""
+    forward = config.token_budget * encoder.width * 4.0 * 16  # a layer's states, twice its inner width among them
+    shard = config.shard_rows * (encoder.dim * 4.0 * 3 + length * TEXT_BYTES * 3)
+    return PROCESS_BYTES + 4.0 * encoder.parameters + 2.0 * encoder.weights + forward + shard

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from nvembed.data.config import HpoClassesSource, HpoSimilaritySource, RowSource, SourceConfig
+from nvembed.plan.corpora import Rows, corpora, source_kind
 from nvembed.plan.encoding import EncoderSizes, encode_seconds, encoder_sizes
 from nvembed.plan.hardware import Hardware
+from nvembed.plan.mining import MinePlan
 from nvembed.plan.sizes import Model, StageSizes
 from nvembed.plan.work import compute_seconds, lanes, launch_seconds, stage_flops, update_seconds
 from nvembed.recipe import Recipe
@@ -43,31 +44,21 @@ class Texts:
     dev: int
 
 
-def count_texts(recipe: Recipe) -> Texts:
-    """Texts from the sources' caps: `max_documents`, `max_train`, `max_test`."""
+def count_texts(recipe: Recipe, rows: Rows | None = None) -> Texts:
+    """Texts from the sources' caps (`max_documents`, `max_train`, `max_test`), of mining also from `rows`."""
     caps = recipe.baselines
-    train, mine, evaluate, dev = list[int | None](), list[int | None](), list[int | None](), 0
+    train, evaluate, dev = list[int | None](), list[int | None](), 0
     for source in recipe.prepare.sources:
-        queries = source.max_train or source.max_documents
-        kind = _kind(source)
-        train.append(queries)
+        kind = source_kind(source)
+        train.append(source.max_train or source.max_documents)
         if kind == "retrieval":
-            mine.append(_plus(queries, source.max_documents))
             evaluate.append(_plus(source.max_documents, source.max_test))
             dev += caps.dev_documents + caps.dev_queries
         else:
             pair = 2 if kind == "similarity" else 1
-            mine.append(0 if kind == "classes" else queries)
             evaluate.append(None if source.max_test is None else pair * source.max_test)
             dev += pair * caps.dev_queries
-    return Texts(_sum(train), _sum(mine), _sum(evaluate), dev)
-
-
-def _kind(source: SourceConfig) -> str:
-    task = source.task if isinstance(source, RowSource) else "retrieval"
-    if isinstance(source, HpoClassesSource) or task in ("classification", "clustering"):
-        return "classes"
-    return "similarity" if isinstance(source, HpoSimilaritySource) or task == "sts" else "retrieval"
+    return Texts(_sum(train), _sum(corpus.rows for corpus in corpora(recipe, rows)), _sum(evaluate), dev)
 
 
 def _plus(first: int | None, second: int | None) -> int | None:
@@ -108,14 +99,18 @@ class _Encoding:
         return encode_seconds(encoder, texts * self.length, self.length, config, self.hardware)
 
 
-def road_times(recipe: Recipe, stages: Iterable[StageSizes], hardware: Hardware, share: float) -> list[StepTime]:
+def road_times(
+    recipe: Recipe, stages: Iterable[StageSizes], hardware: Hardware, share: float, mining: MinePlan | None = None
+) -> list[StepTime]:
     """Every step of the stories that a recipe can tell, in order.
 
     Args:
         share: mean tokens of a text, as a share of `max_length`.
+        mining: the plan of the `mine` step, if there is one.
     """
     by_name = {stage.name: stage for stage in stages}
-    texts = count_texts(recipe)
+    rows = {c.name: (c.queries, c.documents) for c in mining.corpora if c.queries and c.documents} if mining else {}
+    texts = count_texts(recipe, rows)
     start = hardware.start_seconds
     found = [StepTime("prepare", PREPARE_SECONDS if texts.train is not None else None, "reading; grows with the data")]
 
@@ -125,11 +120,14 @@ def road_times(recipe: Recipe, stages: Iterable[StageSizes], hardware: Hardware,
 
     first = by_name.get("stage_1")
     if first is not None and first.model is not None:
-        encoding = _Encoding(hardware, share * first.max_length)
-        miner, reference = encoder_sizes(recipe.mine.miner), encoder_sizes(recipe.baselines.reference)
         copied = 2 * 4.0 * first.model.parameters / WRITE_BYTES_PER_SECOND
         add("initialise", INITIALISE_SECONDS + copied, why="reading the backbone")
-        add("mine", start, encoding(texts.mine, miner, recipe.mine.encode), why=f"{_count(texts.mine)} texts")
+    if mining is not None:
+        models = f" by {len(mining.lanes)} models" if len(mining.lanes) > 1 else ""
+        add("mine", mining.seconds, why=f"{_count(texts.mine)} texts{models}, and their search")
+    if first is not None and first.model is not None:
+        encoding = _Encoding(hardware, share * first.max_length)
+        reference = encoder_sizes(recipe.baselines.reference)
         for name in ("stage_1", "stage_2"):
             if name in by_name:
                 _train(add, by_name[name], hardware, share)

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nvembed.plan.corpora import Rows
 from nvembed.plan.hardware import CORE, Hardware
 from nvembed.plan.hours import StepTime, road_times, train_seconds
 from nvembed.plan.memory import GIB, Memory, fits, stage_memory
+from nvembed.plan.mining import MinePlan, plan_mining
+from nvembed.plan.mining import as_json as mining_json
+from nvembed.plan.mining import as_text as mining_text
 from nvembed.plan.sizes import StageSizes, stage_sizes
+from nvembed.plan.units import flops_text, size_text, time_text
 from nvembed.plan.work import stage_flops, stage_storage, stage_tokens
 from nvembed.recipe import Recipe
 from nvembed.retrieval.config import EncodeConfig
@@ -41,6 +46,7 @@ class Plan:
         stages: those whose backbone is known.
         unknown: names of the others.
         steps: every pipeline step with its seconds.
+        mining: what the `mine` step encodes and searches; None where the recipe trains nothing from mined examples.
         notes: what a reader has to know to trust a number.
     """
 
@@ -52,6 +58,7 @@ class Plan:
     steps: Sequence[StepTime]
     storage: dict[str, float]
     notes: Sequence[str]
+    mining: MinePlan | None = None
 
     @property
     def seconds(self) -> float:
@@ -65,16 +72,22 @@ class Plan:
         return None if price is None else price * self.seconds / 3600
 
 
-def plan_recipe(recipe: Recipe, hardware: Hardware, *, fill: float = FILL) -> Plan:
+def plan_recipe(recipe: Recipe, hardware: Hardware, *, fill: float = FILL, rows: Rows | None = None) -> Plan:
     """Plan a recipe on a machine.
 
     Args:
         fill: mean tokens of a text over `max_length`.
+        rows: data set -> (queries, documents) that are mined, where the sources' caps do not say.
+
+    Raises:
+        UserError: `rows` names a set that mining does not search.
     """
     sizes = stage_sizes(recipe)
     known = [stage for stage in sizes if stage.model is not None]
     reports = [_report(stage, hardware, fill) for stage in known]
-    steps = road_times(recipe, sizes, hardware, fill)
+    length = fill * recipe.initialise.embedder.text.max_length if recipe.initialise is not None else 0.0
+    mining = plan_mining(recipe, hardware, length, rows) if recipe.stage_1 is not None and length else None
+    steps = road_times(recipe, sizes, hardware, fill, mining)
     return Plan(
         recipe=recipe,
         hardware=hardware,
@@ -82,8 +95,9 @@ def plan_recipe(recipe: Recipe, hardware: Hardware, *, fill: float = FILL) -> Pl
         stages=reports,
         unknown=[stage.name for stage in sizes if stage.model is None],
         steps=steps,
-        storage=_storage(recipe, reports),
-        notes=_notes(recipe, known, hardware, steps),
+        storage=_storage(recipe, reports, mining),
+        notes=[*_notes(recipe, known, hardware, steps), *(mining.notes if mining is not None else ())],
+        mining=mining,
     )
 
 
@@ -109,7 +123,7 @@ def _report(stage: StageSizes, hardware: Hardware, fill: float) -> StageReport:
     )
 
 
-def _storage(recipe: Recipe, stages: Sequence[StageReport]) -> dict[str, float]:
+def _storage(recipe: Recipe, stages: Sequence[StageReport], mining: MinePlan | None) -> dict[str, float]:
     """Bytes below the output when everything is done, and the checkpoints on top while a stage runs."""
     teachers = [stage for stage in stages if stage.sizes.name != "student"]
     students = [stage for stage in stages if stage.sizes.name == "student"]
@@ -126,6 +140,8 @@ def _storage(recipe: Recipe, stages: Sequence[StageReport]) -> dict[str, float]:
         dim = students[0].sizes.model.shape.hidden
         stream = students[0].sizes.steps * students[0].sizes.batch
         found["teacher vectors"] = 4.0 * dim * (recipe.teach.max_texts + stream)
+    if mining is not None and mining.lanes:
+        found["texts and vectors while mining"] = mining.text_bytes + sum(lane.shard_bytes for lane in mining.lanes)
     return found
 
 
@@ -207,6 +223,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "tokens_per_text_over_max_length": plan.fill,
         "stages": {report.sizes.name: stage_json(report) for report in plan.stages},
         "unknown_backbone": list(plan.unknown),
+        "mining": mining_json(plan.mining) if plan.mining is not None else None,
         "steps": [asdict(step) for step in plan.steps],
         "storage_bytes": plan.storage,
         "seconds": plan.seconds,
@@ -244,6 +261,8 @@ def as_text(plan: Plan) -> str:
         f"{plan.recipe.name} on {hardware.name}: {hardware.devices} x {hardware.device}",
         f"texts of {plan.fill:g} x max_length tokens on average (--fill), memory for texts that all have max_length",
     ]
+    if plan.mining is not None:
+        lines += ["", *mining_text(plan.mining)]
     for report in plan.stages:
         lines += ["", *stage_text(report, hardware)]
     lines += [f"\n{name}: the backbone's sizes are not known on this machine" for name in plan.unknown]
@@ -280,25 +299,3 @@ def stage_text(report: StageReport, hardware: Hardware | None = None) -> list[st
         f"  memory of a rank: {total / GIB:.2f} GiB{verdict}",
         "    " + ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items()),
     ]
-
-
-def flops_text(flops: float) -> str:
-    """Operations for people: `42.3 TFLOP`, `365.3 EFLOP`."""
-    for name in ("T", "P", "E"):
-        flops /= 1e12 if name == "T" else 1e3
-        if flops < 1000:
-            break
-    return f"{flops:,.1f} {name}FLOP"
-
-
-def size_text(size: float) -> str:
-    """Bytes for people."""
-    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
-
-
-def time_text(seconds: float) -> str:
-    """Seconds for people: `7.5 h`, `5:17`, `25 s`."""
-    if seconds >= 36_000:
-        return f"{seconds / 3600:,.1f} h"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"

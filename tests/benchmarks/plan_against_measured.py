@@ -19,8 +19,9 @@ from typing import Any
 from nvembed.plan.hardware import find_hardware
 from nvembed.plan.hours import train_seconds
 from nvembed.plan.memory import GIB, stage_memory
-from nvembed.plan.recipe_plan import plan_recipe, precision_of, time_text
+from nvembed.plan.recipe_plan import plan_recipe, precision_of
 from nvembed.plan.sizes import StageSizes, stage_sizes
+from nvembed.plan.units import time_text
 from nvembed.recipe import load_recipe
 
 

@@ -227,7 +227,7 @@ def test_recomputation_counts_as_work() -> None:
 
 def test_texts_come_from_the_caps() -> None:
     texts = count_texts(load_recipe(str(QUICKSTART)))
-    assert (texts.mine, texts.evaluate, texts.dev) == (8000, 5300, 3 * 140 + 40 + 80)
+    assert (texts.mine, texts.evaluate, texts.dev) == (10_000, 5300, 3 * 140 + 40 + 80)
     assert count_texts(load_recipe(str(NV_EMBED))).evaluate is None
 
 

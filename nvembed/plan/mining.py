@@ -1,0 +1,253 @@
+"""The `mine` step before it runs: rows, operations, bytes, shards, passes over the documents, memory, hours.
+
+Counts are exact integers for given rows; seconds come from measured rates of one core (`encoding.py`, `searching.py`).
+Not in them: laying texts out, selecting in Python, waiting for storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nvembed.mining.config import Bm25Miner, MineConfig
+from nvembed.plan.corpora import Corpus, Division, Rows, corpora, division
+from nvembed.plan.encoding import TEXT_BYTES, EncoderSizes, encode_memory, encode_seconds, encoder_sizes, on_gpus
+from nvembed.plan.hardware import Hardware
+from nvembed.plan.searching import (
+    GPU_PRODUCT_SHARE,
+    NUMBER,
+    search_flops,
+    search_memory,
+    search_seconds,
+    shard_bytes,
+)
+from nvembed.plan.units import flops_text, size_text, time_text
+from nvembed.recipe import Recipe
+from nvembed.retrieval.config import ExactIndex, PackageModel
+
+MANY_PASSES, MANY_TASKS, MANY_SHARDS = 16, 100_000, 100_000
+
+
+@dataclass(frozen=True)
+class LanePlan:
+    """One model over all corpora.
+
+    Attributes:
+        place: its key in the recipe's `mine` section.
+        name: package, folder or hub name.
+        encode_flops, encode_seconds: of all texts; seconds without the pool's start.
+        search_flops, search_seconds: of all queries against all documents; None for a judge, which searches nothing.
+        vector_bytes, shard_bytes: of the numbers; of the files.
+        read_bytes: that all passes read.
+    """
+
+    place: str
+    name: str
+    dim: int
+    encode_flops: float
+    encode_seconds: float
+    search_flops: int | None
+    search_seconds: float | None
+    vector_bytes: int
+    shard_bytes: float
+    read_bytes: float
+
+
+@dataclass(frozen=True)
+class MinePlan:
+    """What `plan_mining` found.
+
+    Attributes:
+        corpora, divisions: rows of every searched set; how those are cut whose rows are known.
+        tokens, text_bytes: of all texts.
+        encode_memory, search_memory: bytes of one actor on its host, at the most demanding model and set.
+        unknown, missing: sets without rows; models whose sizes are not known on this machine.
+        starts: seconds until the actors of all pools stand.
+        notes: what a reader should change or know.
+    """
+
+    corpora: Sequence[Corpus]
+    divisions: Mapping[str, Division]
+    lanes: Sequence[LanePlan]
+    tokens: float
+    text_bytes: float
+    encode_memory: float
+    search_memory: float
+    unknown: Sequence[str]
+    missing: Sequence[str]
+    starts: float
+    notes: Sequence[str]
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole step; None where rows or sizes are not known."""
+        if self.unknown or self.missing:
+            return None
+        return self.starts + sum(lane.encode_seconds + (lane.search_seconds or 0.0) for lane in self.lanes)
+
+
+def plan_mining(recipe: Recipe, hardware: Hardware, length: float, rows: Rows | None = None) -> MinePlan:
+    """Plan the `mine` step.
+
+    Args:
+        length: mean tokens of a text; `max_query_length` and `max_document_length` cut it.
+        rows: data set -> (queries, documents), where the sources' caps do not say.
+    """
+    config = recipe.mine
+    searched = config.rule.type != "random" and config.reuse is None
+    sets = corpora(recipe, rows)
+    known = [corpus for corpus in sets if corpus.rows is not None]
+    cuts = {
+        corpus.name: division(corpus.queries, corpus.documents, config)
+        for corpus in known
+        if corpus.queries is not None and corpus.documents is not None
+    }
+    lengths = [
+        min(length, cap or length) for cap in (config.encode.max_query_length, config.encode.max_document_length)
+    ]
+    tokens = sum((c.queries or 0) * lengths[0] + (c.documents or 0) * lengths[1] for c in known)
+    lanes, missing, memory = [], [], [(0.0, 0.0)]
+    for place, model in config.embedders() if searched else ():
+        encoder, name = encoder_sizes(model), model.package if isinstance(model, PackageModel) else model.name
+        if encoder is None:
+            missing.append(name)
+            continue
+        lanes.append(_lane(place, name, encoder, known, cuts, tokens, lengths[1], config, hardware))
+        most = max((search_memory(cuts[c.name], encoder.dim, c.documents or 0, config) for c in known), default=0.0)
+        memory.append((encode_memory(encoder, config.encode, lengths[1]), most))
+    return MinePlan(
+        corpora=sets,
+        divisions=cuts,
+        lanes=lanes,
+        tokens=tokens,
+        text_bytes=tokens * TEXT_BYTES,
+        encode_memory=max(one for one, _ in memory),
+        search_memory=max(two for _, two in memory),
+        unknown=[corpus.name for corpus in sets if corpus.rows is None],
+        missing=missing,
+        starts=hardware.start_seconds * max(len(lanes), 1),
+        notes=_notes(config, known, cuts, hardware) if searched else ["nothing is encoded or searched"],
+    )
+
+
+def _lane(
+    place: str,
+    name: str,
+    encoder: EncoderSizes,
+    known: Sequence[Corpus],
+    cuts: Mapping[str, Division],
+    tokens: float,
+    length: float,
+    config: MineConfig,
+    hardware: Hardware,
+) -> LanePlan:
+    judge, kind, dim = place.startswith("judge"), config.encode.vector_type, encoder.dim
+    rows = sum(corpus.rows or 0 for corpus in known)
+    passed = [(corpus.documents or 0) * cuts[corpus.name].passes for corpus in known]
+    return LanePlan(
+        place=place,
+        name=name,
+        dim=dim,
+        encode_flops=encoder.flops(tokens, length),
+        encode_seconds=encode_seconds(encoder, tokens, length, config.encode, hardware),
+        search_flops=None if judge else sum(search_flops(c.queries or 0, c.documents or 0, dim) for c in known),
+        search_seconds=None
+        if judge
+        else sum(search_seconds(corpus, cuts[corpus.name], dim, config, hardware) for corpus in known),
+        vector_bytes=rows * dim * NUMBER[kind],
+        shard_bytes=shard_bytes(rows, dim, kind),
+        read_bytes=0.0 if judge else shard_bytes(sum(passed), dim, kind),
+    )
+
+
+def _notes(config: MineConfig, known: Sequence[Corpus], cuts: Mapping[str, Division], hardware: Hardware) -> list[str]:
+    notes = []
+    for corpus in known:
+        cut = cuts[corpus.name]
+        if cut.passes > MANY_PASSES and cut.passes > config.encode.actors:
+            notes.append(
+                f"{corpus.name}: the documents are read {cut.passes:,} times; --set mine.search.query_rows="
+                f"{_power(-(-(corpus.queries or 0) // MANY_PASSES))} makes it at most {MANY_PASSES} (or one per actor)"
+            )
+        if cut.tasks > MANY_TASKS:
+            notes.append(f"{corpus.name}: {cut.tasks:,} tasks; a larger mine.search.document_rows makes fewer")
+        if cut.document_shards > MANY_SHARDS:
+            notes.append(f"{corpus.name}: {cut.document_shards:,} shards; a larger mine.encode.shard_rows makes fewer")
+    for miner in config.more_miners:
+        if isinstance(miner, Bm25Miner):
+            notes.append("bm25 holds a whole corpus in each actor's memory; its time is not planned")
+    if not isinstance(config.search.index, ExactIndex):
+        notes.append("search is planned as exact; FAISS' own time was not measured")
+    gpus = on_gpus(config.encode.gpus_per_actor, hardware)
+    if config.search.device != "cpu" and not gpus:
+        why = "mine.encode.gpus_per_actor is 0" if hardware.kind == "gpu" else f"{hardware.name} has no GPU"
+        notes.append(f"mine.search.device is {config.search.device}, but {why}; planned on cores, would be refused")
+    elif config.search.device != "cpu":
+        notes.append(
+            f"searching on GPUs is arithmetic: {GPU_PRODUCT_SHARE:g} of the peak, finalists at a core's rate, assumed"
+        )
+    elif hardware.kind == "gpu" and known:
+        notes.append("search runs on CPUs: --set mine.search.device=cuda")
+    return notes
+
+
+def _power(rows: int) -> int:
+    return 1 << max(rows - 1, 1).bit_length()
+
+
+# -- shown ------------------------------------------------------------------------------------------------------------
+
+
+def as_json(plan: MinePlan) -> dict[str, Any]:
+    """The plan as plain values; bytes, seconds, operations."""
+    return {
+        "corpora": {
+            corpus.name: {
+                "queries": corpus.queries,
+                "documents": corpus.documents,
+                **(asdict(cut) | {"tasks": cut.tasks} if (cut := plan.divisions.get(corpus.name)) else {}),
+            }
+            for corpus in plan.corpora
+        },
+        "models": [asdict(lane) for lane in plan.lanes],
+        "tokens": plan.tokens,
+        "text_bytes": plan.text_bytes,
+        "memory_bytes_per_actor": {"encode": plan.encode_memory, "search": plan.search_memory},
+        "unknown_rows": list(plan.unknown),
+        "unknown_models": list(plan.missing),
+        "seconds": plan.seconds,
+    }
+
+
+def as_text(plan: MinePlan) -> list[str]:
+    """The plan for people."""
+    if not plan.lanes or not plan.divisions:
+        lines = ["mine: nothing is encoded or searched"] if not (plan.unknown or plan.missing) else []
+    else:
+        lines = [f"mine: {plan.tokens:,.0f} tokens, {size_text(plan.text_bytes)} of text (assumed)"]
+    for corpus in plan.corpora:
+        if plan.lanes and (cut := plan.divisions.get(corpus.name)):
+            lines += [
+                f"  {corpus.name}: about {corpus.queries:,} queries x {corpus.documents:,} documents, "
+                f"{cut.query_shards:,} + {cut.document_shards:,} shards; {cut.passes:,} pass(es) over the documents "
+                f"of {cut.group_rows:,} queries, each in {cut.parts:,} part(s)"
+            ]
+    for lane in plan.lanes:
+        lines.append(
+            f"  {lane.place} {lane.name}, {lane.dim} dimensions: encode {flops_text(lane.encode_flops)} in "
+            f"{time_text(lane.encode_seconds)}; vectors {size_text(lane.vector_bytes)}, "
+            f"in shards {size_text(lane.shard_bytes)}"
+        )
+        if lane.search_flops is not None and lane.search_seconds is not None:
+            lines.append(
+                f"    search {flops_text(float(lane.search_flops))} in {time_text(lane.search_seconds)}; "
+                f"all passes read {size_text(lane.read_bytes)}"
+            )
+    if plan.lanes and plan.divisions:
+        encode, search = size_text(plan.encode_memory), size_text(plan.search_memory)
+        lines.append(f"  memory of an actor on its host: encoding {encode}, searching {search}")
+    if plan.unknown:
+        shown = ", ".join(plan.unknown[:3]) + (", ..." if len(plan.unknown) > 3 else "")
+        lines.append(f"mine: rows of {shown} are not known; --rows NAME=QUERIESxDOCUMENTS, such as 100kx1M, says them")
+    return lines
