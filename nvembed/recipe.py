@@ -79,6 +79,9 @@ class Recipe(Config):
     mine: MineConfig = MineConfig()
     stage_1: Given[Stage] = ABSENT
     stage_2: Stage | None = None
+    remine: bool = Field(
+        False, description="Mine again with the stage-1 model, by the settings of `mine`; stage 2 learns from that."
+    )
     baselines: BaselineConfig = BaselineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     teacher: Given[str] = Field(ABSENT, min_length=1, description="Model folder or models:/name@alias to distil from.")

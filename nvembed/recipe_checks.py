@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nvembed.mining.config import RandomNegatives
 from nvembed.modeling.config import FoldedLatentAttentionConfig, LatentAttentionConfig, RandomBackbone
 from nvembed.recipe_text import Document, Path, Problem, nearest
 from nvembed.secrets import why_refused
@@ -28,6 +29,7 @@ def check(found: Sections, document: Document) -> list[Problem]:
         *_backbone(found),
         *_student(found),
         *_mining(found),
+        *_remining(found, document),
         *_names(found),
         *_secrets(document.data, ()),
         *_floors(found, document),
@@ -211,6 +213,15 @@ def _mining(found: Sections) -> Found:
         if wanted and kept and wanted > kept:
             message = f"{wanted}: mine.num_negatives keeps only {kept} per example"
             yield (stage, "stream", "num_negatives"), message
+
+
+def _remining(found: Sections, document: Document) -> Found:
+    if document.data.get("remine") is not True:
+        return
+    if document.data.get("stage_2") is None:
+        yield ("remine",), "true: only stage_2 learns from what is mined again, and there is none"
+    if isinstance(_attribute(found, ("mine", "rule")), RandomNegatives):
+        yield ("remine",), "true: mine.rule draws at random, which no model changes"
 
 
 def _names(found: Sections) -> Found:

@@ -130,6 +130,18 @@ def test_a_setting_is_refused_and_named(tiny: Path, setting: str, said: str) -> 
     assert any(re.search(said, problem) for problem in told), told
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("stage_2=null", "remine: true: only stage_2 learns from what is mined again"),
+        ("mine.rule={type: random}", "remine: true: mine.rule draws at random"),
+    ],
+)
+def test_mining_again_needs_a_stage_2_and_a_search(tiny: Path, setting: str, said: str) -> None:
+    assert load_recipe(str(tiny), ["remine=true"]).remine
+    assert any(said in problem for problem in problems(tiny, "remine=true", setting))
+
+
 def test_a_wrong_setting_is_told_with_the_setting_as_its_place(tiny: Path) -> None:
     assert problems(tiny, "mine.depth=x", "prepare.seed=17") == [
         "--set mine.depth=x: mine.depth: 'x': must be a valid integer, unable to parse string as an integer"

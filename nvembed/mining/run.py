@@ -2,9 +2,10 @@
 
 Retrieval and sts sets: all texts of all sets are encoded in one actor pool; then groups of queries are searched against
 parts of their corpus, each part a task (`searching.py`), and the rule selects from what all parts hold (`choosing.py`).
-Classes and clusters get example-based pairs. Only train examples are read. Writes `<dataset>/mined.parquet`,
-`<dataset>/searched.parquet` (what another rule can be applied to, see `reuse`) and `audit.json`. A killed run goes on:
-text, vector, search and selection files under `checkpoints/` are written atomically and kept while they match.
+Classes and clusters get example-based pairs. With an input `model`, a trained one, it mines in the first miner's place.
+Only train examples are read. Writes `<dataset>/mined.parquet`, `<dataset>/searched.parquet` (what another rule can be
+applied to, see `reuse`) and `audit.json`. A killed run goes on: text, vector, search and selection files under
+`checkpoints/` are written atomically and kept while they match.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from nvembed.mining.finish import check_reuse, index_recall, merge_parts
 from nvembed.mining.layout import Laid, lay_out
 from nvembed.mining.miner import MineWorker
 from nvembed.mining.searching import MinePaths, Searcher
-from nvembed.retrieval.config import ExactIndex
+from nvembed.retrieval.config import ExactIndex, PretrainedModel
 from nvembed.retrieval.encode import EncodeReport, encode_shards
 from nvembed.retrieval.encoders import check_model
 from nvembed.retrieval.pool import ProgressLog, run_pool
@@ -49,6 +50,9 @@ _WAYS = {
 
 def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     prepare = inputs["prepare"]
+    if "model" in inputs:  # mining again: the trained model takes the first miner's place
+        trained = PretrainedModel(name=inputs["model"].path("model"), instruction=True)
+        config = config.model_copy(update={"miner": trained, "reuse": None})
     paths = MinePaths.under(work_uri)
     searched = not isinstance(config.rule, RandomNegatives)
     _check(config, prepare, searched)
@@ -75,7 +79,10 @@ def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) ->
         summaries[dataset]["near_copies"] = near_copies(prepare, dataset, shown)
         if searched and dataset in laid and not isinstance(config.search.index, ExactIndex):
             summaries[dataset]["index_recall"] = index_recall(config, paths, dataset, work_uri)
-    _write_audit(config, prepare, info, summaries, work_uri, searched)
+    miner = config.miner.model_dump(mode="json")
+    if "model" in inputs:  # by what it is, not by where it lies: the same run elsewhere gives the same bytes
+        miner = {"type": "trained", "model": inputs["model"].manifest_hash}
+    _write_audit(config, prepare, info, summaries, work_uri, miner if searched else None)
     metrics = {
         "datasets": {dataset: short_summary(summary) for dataset, summary in summaries.items()},
         # Which process did what differs from run to run; hence here and not in a file of the artifact.
@@ -130,10 +137,10 @@ def _write_audit(
     info: Mapping[str, Any],
     summaries: Mapping[str, Any],
     work_uri: str,
-    searched: bool,
+    miner: Mapping[str, Any] | None,
 ) -> None:
     audit = {
-        "miner": config.miner.model_dump(mode="json") if searched else None,
+        "miner": miner,
         "rule": config.rule.model_dump(mode="json"),
         "depth": config.depth,
         "num_negatives": config.num_negatives,

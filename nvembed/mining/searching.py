@@ -139,8 +139,9 @@ class Searcher:
         for index, key in pairs:
             if key not in rows:
                 raise storage.UserError(
-                    f"example {queries[index]['key']!r} names {key!r} as its positive, which is not in the corpus "
-                    "of its data set. Prepare the data set again."
+                    f"example {queries[index]['key']!r} names {key!r} as its positive, which has no vector: it is "
+                    "missing from the corpus of its data set (prepare it again), or the encoder rejected its text "
+                    "(the log names what was rejected and why)."
                 )
         found: list[dict[str, float]] = [{} for _ in queries]
         for start in range(0, len(pairs), 8192):

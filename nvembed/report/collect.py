@@ -221,8 +221,8 @@ def _datasets(artifacts: Mapping[str, Artifact]) -> dict[str, Dataset]:
 
 
 def _mining(artifacts: Mapping[str, Artifact]) -> dict[str, Any] | None:
-    """The audit without its samples: texts stay where the recipe put them."""
-    audit = _read(artifacts, "mine", "audit.json")
+    """The newest audit without its samples: texts stay where the recipe put them."""
+    audit = _read(artifacts, "remine" if "remine" in artifacts else "mine", "audit.json")
     return None if audit is None else {key: value for key, value in audit.items() if key != "samples"}
 
 

@@ -8,11 +8,12 @@ from typing import Any
 from nvembed.report.comparisons import MEAN
 from nvembed.report.lineage_page import lineage_section
 from nvembed.report.markup import Content, Markup, join, table, tag
+from nvembed.report.mining_page import mining_section
 from nvembed.report.schema import Environment, Report
 from nvembed.report.scores import comparisons_section, retrieval_values, scores_section
 from nvembed.report.student_page import sizes_section, student_section
 from nvembed.report.style import STYLE
-from nvembed.report.training_page import datasets_section, mining_section, mix_section, training_section
+from nvembed.report.training_page import datasets_section, mix_section, training_section
 from nvembed.report.words import Section, contents, duration, memory, section, signed, system_name
 
 GENERATOR = "nvembed report"  # tells our pages from files that somebody else made

@@ -1,4 +1,4 @@
-"""What was learned from and how it went: curves, the data mix, mined negatives, data sets."""
+"""What was learned from and how it went: curves, the data mix, data sets."""
 
 from __future__ import annotations
 
@@ -6,18 +6,12 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from nvembed.report.charts import bar_chart, line_chart
+from nvembed.report.charts import line_chart
 from nvembed.report.collect import gap
 from nvembed.report.markup import Content, Markup, table, tag
 from nvembed.report.schema import Mixed, Report, Training
 from nvembed.report.words import Section, percent, plain, section, signed
 
-REASONS = {
-    "known_positive": "known positive",
-    "duplicate_of_positive_or_query": "same text as the positive or query",
-    "too_close_to_positive": "too close to the positive",
-    "repeats_a_kept_negative": "repeats a kept negative",
-}
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -134,80 +128,6 @@ def _task_table(step: str, mix: Mapping[str, Mixed]) -> Markup:
         asked = [found.asked for found in ours if found.asked is not None]
         rows.append([task or "unknown", percent(sum(asked)) if asked else None, percent(sum(o.realised for o in ours))])
     return table(f"{step}: tasks", ["task", "asked", "realised"], rows)
-
-
-# -- negatives --------------------------------------------------------------------------------------------------------
-
-
-def mining_section(report: Report) -> Section | None:
-    """What was mined, how good the negatives are, what was refused, and how the scores lie."""
-    if report.mining is None:
-        return None
-    sets: Mapping[str, Any] = report.mining["datasets"]
-    rows: list[list[Content]] = [
-        [
-            name,
-            audit["examples"],
-            audit["mined"],
-            sum(audit["dropped"].values()),
-            audit["negatives"],
-            percent(audit["with_fewer_share"]),
-            tag("span", audit["way"], class_="wrap"),
-        ]
-        for name, audit in sets.items()
-    ]
-    head = ["data set", "examples", "mined", "dropped", "negatives", "fewer than asked", "way"]
-    charts = []
-    for name, audit in sets.items():
-        series = {kind: audit["score_histograms"][kind] for kind in ("positives", "negatives", "rejected")}
-        if any(any(counts) for counts in series.values()):
-            edges = audit["score_histograms"]["edges"]
-            charts.append(bar_chart(f"{name}: scores", "similarity to the query", "share", edges, series))
-    return section(
-        "Negatives",
-        table("What was mined", head, rows),
-        *_quality(report),
-        _refused(sets),
-        tag("div", *charts, class_="charts") if charts else None,
-    )
-
-
-def _quality(report: Report) -> list[Markup]:
-    if not report.negatives:
-        return []
-    rows: list[list[Content]] = [
-        [
-            name,
-            f"{found.positive:.3f}",
-            f"{found.negative:.3f}",
-            f"{found.positive - found.negative:.3f}",
-            percent(found.above_median),
-            percent(found.overlap),
-        ]
-        for name, found in report.negatives.items()
-    ]
-    head = ["data set", "positives", "negatives", "gap", "above the median positive", "overlap"]
-    said = (
-        "Scores of the miner, means over texts. Good negatives lie near the positives and rarely above them: a "
-        "negative that scores above the median positive of its data set may be an answer nobody labelled. Overlap: "
-        "the common area of both histograms."
-    )
-    return [table("Quality of the kept negatives", head, rows), tag("p", said, class_="quiet")]
-
-
-def _refused(sets: Mapping[str, Any]) -> Markup | None:
-    reasons = list(dict.fromkeys(reason for audit in sets.values() for reason in audit["rejected"]))
-    rows: list[list[Content]] = [
-        [
-            name,
-            audit["candidates_decided"],
-            *(percent(audit["rejected"].get(reason, {"share": 0.0})["share"]) for reason in reasons),
-        ]
-        for name, audit in sets.items()
-        if audit["candidates_decided"]
-    ]
-    head = ["data set", "candidates", *(REASONS.get(reason, reason.replace("_", " ")) for reason in reasons)]
-    return table("Candidates refused, by reason", head, rows) if rows else None
 
 
 # -- data sets --------------------------------------------------------------------------------------------------------

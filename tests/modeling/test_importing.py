@@ -28,6 +28,8 @@ LATENTS, CROSS, WIDTH = 6, 2, 32
 SMALL = {4096: D, 512: LATENTS, 32768: CROSS * WIDTH, 65536: 2 * CROSS * WIDTH, 16384: 4 * D}
 TEXTS = ["how do I sort a list", "x", "Größe 東京", "heap overflow " * 30]
 
+THETA = 5000.0  # no default of transformers: one that was not carried over turns every position by another angle
+
 CONFIG = {
     "architectures": ["NVEmbedModel"],
     "model_type": "nvembed",
@@ -58,7 +60,7 @@ CONFIG = {
         "num_key_value_heads": KV,
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
+        "rope_theta": THETA,
         "sliding_window": 4,
         "torch_dtype": "float32",
     },
@@ -129,7 +131,7 @@ def plain_vector(weights, ids, pooled):
 
     state = weights["embedding_model.embed_tokens.weight"][ids]
     length, width = len(ids), D // HEADS
-    rate = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    rate = THETA ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * torch.cat([rate, rate])[None]
 
     def turned(x):

@@ -55,6 +55,7 @@ np.savez(sys.argv[2], **found)
 
 VARIANTS = {
     "latent": {"pooling": LatentAttentionConfig(num_latents=8, num_heads=2), "text": {"add_bos": True}},
+    "folded": {"pooling": LatentAttentionConfig(num_latents=8, num_heads=2)},
     "latent_qwen3": {"family": "qwen3", "pooling": LatentAttentionConfig(num_latents=8, num_heads=2, head_dim=24)},
     "masked_mean": {"pooling": MeanConfig()},
     "student": {"pooling": MeanConfig(), "text": {"mask_instruction": False}},
@@ -84,6 +85,7 @@ def run_without_nvembed(child, arguments, folder):
 def made(tokenizer, tmp_path_factory):
     from nvembed.modeling.backbones import random_decoder
     from nvembed.modeling.config import EmbedderConfig, RandomBackbone
+    from nvembed.modeling.exports.folding import fold_embedder
     from nvembed.modeling.initialise import build_embedder
     from nvembed.text.config import TextConfig
 
@@ -94,6 +96,8 @@ def made(tokenizer, tmp_path_factory):
         backbone = random_decoder(RandomBackbone(family=rest.pop("family", "llama")), tokenizer, 0)
         config = EmbedderConfig(**{**rest, "text": TextConfig(**{"max_length": 48, **rest.pop("text", {})})})
         embedders[name] = build_embedder(backbone, tokenizer, config, 0)
+        if name == "folded":
+            embedders[name] = fold_embedder(embedders[name])
         save_embedder(embedders[name], root / name, prompts={"query": PREFIX})
     folders = {name: {"folder": str(root / name), "code": name not in STOCK} for name in VARIANTS}
     (root / "task.json").write_text(json.dumps({"folders": folders, "texts": TEXTS, "other": OTHER}))

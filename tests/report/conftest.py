@@ -246,7 +246,19 @@ def mining_audit(datasets: list[str]) -> dict[str, Any]:
             "too_close_to_positive": {"count": 337, "share": 0.066},
             "repeats_a_kept_negative": {"count": 0, "share": 0.0},
         },
-        "positive_ranks": {"1": 600, "2-5": 200, ">50": 190},
+        "positive_ranks": {"1": 600, "2-5": 200, ">50": 200},
+        "refused_by_rule": {
+            "topk_abs 0.7": {"count": 500, "share": 0.025},
+            "topk_perc_pos 0.95": {"count": 337, "share": 0.066},
+        },
+        "hubs": {"documents": 812, "largest": [{"id": "d1", "queries": 37}], "share_of_top_percent": 0.043},
+        "near_copies": {
+            "examples": 200,
+            "negatives": 800,
+            "near_copies_of_a_positive": 6,
+            "near_copies_of_a_negative": 9,
+            "jaccard": 0.8,
+        },
         "score_histograms": {
             "edges": edges,
             "positives": bell(0.62, 0.2, 400),

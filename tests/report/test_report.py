@@ -1,5 +1,6 @@
 """The report of a hand-made road: the shape others rely on, honest comparisons, a page that is well-formed and safe."""
 
+import html
 import json
 import logging
 import re
@@ -198,6 +199,17 @@ def test_negatives_quality(positives: list[int], negatives: list[int]) -> None:
     median = quantile(edges, positives, 0.5)
     assert share_above(edges, positives, median) == pytest.approx(0.5)
     assert found.above_median == pytest.approx(share_above(edges, negatives, median)) and 0 <= found.above_median <= 1
+
+
+def test_the_audit_stands_on_the_page(written: Path) -> None:
+    page = (written / "report.html").read_text()
+    for caption, numbers in {
+        "Where the positives rank for the miner": ["60.0 %", "20.0 %"],
+        "Candidates each ceiling would refuse": ["2.5 %", "6.6 %"],
+        "Negatives realised, hubs, near copies": ["4: 990", "812", "37", "4.3 %", "0.8 %", "1.1 %"],
+    }.items():
+        found = re.search(rf"<caption><div>{caption}.*?</table>", page, re.DOTALL)
+        assert found and all(number in html.unescape(found[0]) for number in numbers), caption
 
 
 def test_sets_without_scores_have_no_quality() -> None:

@@ -12,6 +12,7 @@ import xxhash
 
 from nvembed.data.tables import SPLITS, Document
 from nvembed.storage import UserError
+from nvembed.text.checks import MAX_TEXT_BYTES
 from nvembed.types import TaskType, TrainingExample
 
 MAX_LISTED = 100  # rejects written out per data set; all are counted
@@ -127,6 +128,11 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def too_long(text: str) -> bool:
+    """Whether a text has more bytes than an encoder takes: a file that was taken for a text."""
+    return len(text) > MAX_TEXT_BYTES // 4 and len(text.encode()) > MAX_TEXT_BYTES  # a character has 4 bytes at most
 
 
 def tidy(text: str | None) -> str:

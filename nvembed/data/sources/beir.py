@@ -8,10 +8,11 @@ from typing import IO, Any
 
 from nvembed import storage
 from nvembed.data.config import BeirSource
-from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, is_unicode, split_by_hash
+from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, is_unicode, split_by_hash, too_long
 from nvembed.data.sources.files import COMPRESSIONS, json_lines, open_bytes
 from nvembed.data.tables import SPLITS, Document
 from nvembed.storage import UserError
+from nvembed.text.checks import MAX_TEXT_BYTES
 from nvembed.types import ScoredId, TaskType, TrainingExample
 
 DEV_SHARE = 0.1  # of the training queries, where the folder has no dev.tsv
@@ -115,6 +116,8 @@ def _texts(folder: str, name: str, rejects: RejectLog) -> Iterator[tuple[str, st
                 problem = "not UTF-8"
             elif not problem and not (str(title) + str(text)).strip():
                 problem = "text empty"
+            elif not problem and too_long(str(title) + str(text)):
+                problem = f"longer than {MAX_TEXT_BYTES:,} bytes"
             if problem:
                 rejects.add(name, row.line, problem)
                 continue

@@ -12,9 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
-from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, is_unicode, split_by_hash, stable_hash
+from nvembed.data.sources.base import (
+    RejectLog,
+    SourceRows,
+    empty_splits,
+    is_unicode,
+    split_by_hash,
+    stable_hash,
+    too_long,
+)
 from nvembed.data.tables import SPLITS, Document
 from nvembed.storage import UserError
+from nvembed.text.checks import MAX_TEXT_BYTES
 from nvembed.types import ScoredId, TaskType, TrainingExample
 
 QUERY_COLUMNS = ("anchor", "query")
@@ -222,6 +231,8 @@ def check_text(value: Any, role: str) -> str:
         raise MalformedRowError(f"{role} is not text")
     if not is_unicode(value):
         raise MalformedRowError(f"{role} is not UTF-8")
+    if too_long(value):
+        raise MalformedRowError(f"{role} is longer than {MAX_TEXT_BYTES:,} bytes")
     if not value.strip():
         raise MalformedRowError(f"{role} empty")
     return value
