@@ -66,7 +66,7 @@ def source_kind(source: SourceConfig) -> str:
     return "similarity" if isinstance(source, HpoSimilaritySource) or task == "sts" else "retrieval"
 
 
-def corpora(recipe: Recipe, rows: Rows | None = None) -> list[Corpus]:
+def searched_sets(recipe: Recipe, rows: Rows | None = None) -> list[Corpus]:
     """The sets that mining searches, with the rows that `rows` or else the sources' caps say.
 
     Where only documents are capped, as many queries are taken; a pair of a similarity set gives two documents.

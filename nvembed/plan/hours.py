@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from nvembed.plan.corpora import Rows, corpora, source_kind
+from nvembed.plan.corpora import Rows, searched_sets, source_kind
 from nvembed.plan.encoding import EncoderSizes, encode_seconds, encoder_sizes
 from nvembed.plan.hardware import Hardware
 from nvembed.plan.mining import MinePlan
@@ -58,7 +58,7 @@ def count_texts(recipe: Recipe, rows: Rows | None = None) -> Texts:
             pair = 2 if kind == "similarity" else 1
             evaluate.append(None if source.max_test is None else pair * source.max_test)
             dev += pair * caps.dev_queries
-    return Texts(_sum(train), _sum(corpus.rows for corpus in corpora(recipe, rows)), _sum(evaluate), dev)
+    return Texts(_sum(train), _sum(corpus.rows for corpus in searched_sets(recipe, rows)), _sum(evaluate), dev)
 
 
 def _plus(first: int | None, second: int | None) -> int | None:
@@ -100,13 +100,18 @@ class _Encoding:
 
 
 def road_times(
-    recipe: Recipe, stages: Iterable[StageSizes], hardware: Hardware, share: float, mining: MinePlan | None = None
+    recipe: Recipe,
+    stages: Iterable[StageSizes],
+    hardware: Hardware,
+    share: float,
+    mining: MinePlan | None = None,
+    remining: MinePlan | None = None,
 ) -> list[StepTime]:
     """Every step of the stories that a recipe can tell, in order.
 
     Args:
         share: mean tokens of a text, as a share of `max_length`.
-        mining: the plan of the `mine` step, if there is one.
+        mining, remining: the plans of the `mine` and `remine` steps, if there are such.
     """
     by_name = {stage.name: stage for stage in stages}
     rows = {c.name: (c.queries, c.documents) for c in mining.corpora if c.queries and c.documents} if mining else {}
@@ -129,6 +134,8 @@ def road_times(
         encoding = _Encoding(hardware, share * first.max_length)
         reference = encoder_sizes(recipe.baselines.reference)
         for name in ("stage_1", "stage_2"):
+            if name == "stage_2" and remining is not None:
+                add("remine", remining.seconds, why="the same texts by the stage-1 model")
             if name in by_name:
                 _train(add, by_name[name], hardware, share)
         encode = recipe.baselines.evaluate.encode

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nvembed.mining.config import Bm25Miner, MineConfig
-from nvembed.plan.corpora import Corpus, Division, Rows, corpora, division
+from nvembed.plan.corpora import Corpus, Division, Rows, division, searched_sets
 from nvembed.plan.encoding import TEXT_BYTES, EncoderSizes, encode_memory, encode_seconds, encoder_sizes, on_gpus
 from nvembed.plan.hardware import Hardware
 from nvembed.plan.searching import (
@@ -21,6 +21,7 @@ from nvembed.plan.searching import (
     search_seconds,
     shard_bytes,
 )
+from nvembed.plan.sizes import Model
 from nvembed.plan.units import flops_text, size_text, time_text
 from nvembed.recipe import Recipe
 from nvembed.retrieval.config import ExactIndex, PackageModel
@@ -86,16 +87,19 @@ class MinePlan:
         return self.starts + sum(lane.encode_seconds + (lane.search_seconds or 0.0) for lane in self.lanes)
 
 
-def plan_mining(recipe: Recipe, hardware: Hardware, length: float, rows: Rows | None = None) -> MinePlan:
-    """Plan the `mine` step.
+def plan_mining(
+    recipe: Recipe, hardware: Hardware, length: float, rows: Rows | None = None, trained: Model | None = None
+) -> MinePlan:
+    """Plan the `mine` step, or with `trained` the `remine` step.
 
     Args:
         length: mean tokens of a text; `max_query_length` and `max_document_length` cut it.
         rows: data set -> (queries, documents), where the sources' caps do not say.
+        trained: the stage-1 model, which mines in the first miner's place.
     """
-    config = recipe.mine
+    config = recipe.mine if trained is None else recipe.mine.model_copy(update={"reuse": None})
     searched = config.rule.type != "random" and config.reuse is None
-    sets = corpora(recipe, rows)
+    sets = searched_sets(recipe, rows)
     known = [corpus for corpus in sets if corpus.rows is not None]
     cuts = {
         corpus.name: division(corpus.queries, corpus.documents, config)
@@ -109,6 +113,8 @@ def plan_mining(recipe: Recipe, hardware: Hardware, length: float, rows: Rows | 
     lanes, missing, memory = [], [], [(0.0, 0.0)]
     for place, model in config.embedders() if searched else ():
         encoder, name = encoder_sizes(model), model.package if isinstance(model, PackageModel) else model.name
+        if trained is not None and place == "miner":
+            encoder, name = EncoderSizes.of(trained), "the stage-1 model"
         if encoder is None:
             missing.append(name)
             continue
@@ -219,12 +225,12 @@ def as_json(plan: MinePlan) -> dict[str, Any]:
     }
 
 
-def as_text(plan: MinePlan) -> list[str]:
-    """The plan for people."""
+def as_text(plan: MinePlan, step: str = "mine") -> list[str]:
+    """The plan for people; `step` is `mine` or `remine`."""
     if not plan.lanes or not plan.divisions:
-        lines = ["mine: nothing is encoded or searched"] if not (plan.unknown or plan.missing) else []
+        lines = [f"{step}: nothing is encoded or searched"] if not (plan.unknown or plan.missing) else []
     else:
-        lines = [f"mine: {plan.tokens:,.0f} tokens, {size_text(plan.text_bytes)} of text (assumed)"]
+        lines = [f"{step}: {plan.tokens:,.0f} tokens, {size_text(plan.text_bytes)} of text (assumed)"]
     for corpus in plan.corpora:
         if plan.lanes and (cut := plan.divisions.get(corpus.name)):
             lines += [
@@ -248,5 +254,7 @@ def as_text(plan: MinePlan) -> list[str]:
         lines.append(f"  memory of an actor on its host: encoding {encode}, searching {search}")
     if plan.unknown:
         shown = ", ".join(plan.unknown[:3]) + (", ..." if len(plan.unknown) > 3 else "")
-        lines.append(f"mine: rows of {shown} are not known; --rows NAME=QUERIESxDOCUMENTS, such as 100kx1M, says them")
+        lines.append(
+            f"{step}: rows of {shown} are not known; --rows NAME=QUERIESxDOCUMENTS, such as 100kx1M, says them"
+        )
     return lines

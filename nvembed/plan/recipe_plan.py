@@ -46,7 +46,7 @@ class Plan:
         stages: those whose backbone is known.
         unknown: names of the others.
         steps: every pipeline step with its seconds.
-        mining: what the `mine` step encodes and searches; None where the recipe trains nothing from mined examples.
+        mining, remining: what the `mine` and `remine` steps encode and search; None without such a step.
         notes: what a reader has to know to trust a number.
     """
 
@@ -59,6 +59,7 @@ class Plan:
     storage: dict[str, float]
     notes: Sequence[str]
     mining: MinePlan | None = None
+    remining: MinePlan | None = None
 
     @property
     def seconds(self) -> float:
@@ -87,7 +88,9 @@ def plan_recipe(recipe: Recipe, hardware: Hardware, *, fill: float = FILL, rows:
     reports = [_report(stage, hardware, fill) for stage in known]
     length = fill * recipe.initialise.embedder.text.max_length if recipe.initialise is not None else 0.0
     mining = plan_mining(recipe, hardware, length, rows) if recipe.stage_1 is not None and length else None
-    steps = road_times(recipe, sizes, hardware, fill, mining)
+    trained = sizes[0].model if recipe.remine and sizes else None
+    remining = plan_mining(recipe, hardware, length, rows, trained) if mining is not None and trained else None
+    steps = road_times(recipe, sizes, hardware, fill, mining, remining)
     return Plan(
         recipe=recipe,
         hardware=hardware,
@@ -95,9 +98,10 @@ def plan_recipe(recipe: Recipe, hardware: Hardware, *, fill: float = FILL, rows:
         stages=reports,
         unknown=[stage.name for stage in sizes if stage.model is None],
         steps=steps,
-        storage=_storage(recipe, reports, mining),
+        storage=_storage(recipe, reports, [plan for plan in (mining, remining) if plan is not None]),
         notes=[*_notes(recipe, known, hardware, steps), *(mining.notes if mining is not None else ())],
         mining=mining,
+        remining=remining,
     )
 
 
@@ -123,7 +127,7 @@ def _report(stage: StageSizes, hardware: Hardware, fill: float) -> StageReport:
     )
 
 
-def _storage(recipe: Recipe, stages: Sequence[StageReport], mining: MinePlan | None) -> dict[str, float]:
+def _storage(recipe: Recipe, stages: Sequence[StageReport], mining: Sequence[MinePlan]) -> dict[str, float]:
     """Bytes below the output when everything is done, and the checkpoints on top while a stage runs."""
     teachers = [stage for stage in stages if stage.sizes.name != "student"]
     students = [stage for stage in stages if stage.sizes.name == "student"]
@@ -140,8 +144,9 @@ def _storage(recipe: Recipe, stages: Sequence[StageReport], mining: MinePlan | N
         dim = students[0].sizes.model.shape.hidden
         stream = students[0].sizes.steps * students[0].sizes.batch
         found["teacher vectors"] = 4.0 * dim * (recipe.teach.max_texts + stream)
-    if mining is not None and mining.lanes:
-        found["texts and vectors while mining"] = mining.text_bytes + sum(lane.shard_bytes for lane in mining.lanes)
+    working = [plan.text_bytes + sum(lane.shard_bytes for lane in plan.lanes) for plan in mining if plan.lanes]
+    if working:
+        found["texts and vectors while mining"] = max(working)
     return found
 
 
@@ -224,6 +229,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "stages": {report.sizes.name: stage_json(report) for report in plan.stages},
         "unknown_backbone": list(plan.unknown),
         "mining": mining_json(plan.mining) if plan.mining is not None else None,
+        "remining": mining_json(plan.remining) if plan.remining is not None else None,
         "steps": [asdict(step) for step in plan.steps],
         "storage_bytes": plan.storage,
         "seconds": plan.seconds,
@@ -263,6 +269,8 @@ def as_text(plan: Plan) -> str:
     ]
     if plan.mining is not None:
         lines += ["", *mining_text(plan.mining)]
+    if plan.remining is not None:
+        lines += ["", *mining_text(plan.remining, "remine")]
     for report in plan.stages:
         lines += ["", *stage_text(report, hardware)]
     lines += [f"\n{name}: the backbone's sizes are not known on this machine" for name in plan.unknown]

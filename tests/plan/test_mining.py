@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from nvembed.cli import app
 from nvembed.mining.config import MineConfig
-from nvembed.plan.corpora import corpora, division, parse_rows, shard_count
+from nvembed.plan.corpora import division, parse_rows, searched_sets, shard_count
 from nvembed.plan.encoding import EncoderSizes, encode_seconds
 from nvembed.plan.hardware import find_hardware
 from nvembed.plan.mining import plan_mining
-from nvembed.plan.recipe_plan import plan_recipe
+from nvembed.plan.recipe_plan import as_json, as_text, plan_recipe
 from nvembed.plan.searching import search_core_seconds, search_flops, shard_bytes
 from nvembed.recipe import Recipe, load_recipe
 from nvembed.retrieval.config import EncodeConfig
@@ -238,6 +238,18 @@ def test_every_miner_and_the_judge_are_planned() -> None:
     assert "1,010,000 texts by 3 models" in step.why
 
 
+def test_mining_again_is_planned_with_the_stage_1_model() -> None:
+    rows, hardware = {"web": (10_000, 1_000_000)}, find_hardware("h100x8")
+    plan = plan_recipe(web("remine=true", "mine.reuse=/earlier/mine"), hardware, rows=rows)
+    assert plan.mining is not None and plan.remining is not None and not plan.mining.lanes
+    (lane,) = plan.remining.lanes
+    assert (lane.name, lane.dim, lane.search_flops) == ("the stage-1 model", 4096, 2 * 10_000 * 1_000_000 * 4096)
+    names = [step.name for step in plan.steps]
+    assert names[names.index("train_stage_1") + 1] == "remine" and "remine: " in as_text(plan)
+    assert as_json(plan)["remining"]["seconds"] == plan.remining.seconds
+    assert "remine" not in [step.name for step in plan_recipe(web(), hardware, rows=rows).steps]
+
+
 def test_lengths_are_cut_and_nothing_is_planned_where_nothing_is_searched() -> None:
     hardware, rows = find_hardware("h100x8"), {"web": (1000, 9000)}
     cut = ["mine.encode.max_query_length=32", "mine.encode.max_document_length=128"]
@@ -249,10 +261,10 @@ def test_lengths_are_cut_and_nothing_is_planned_where_nothing_is_searched() -> N
 
 def test_rows_come_from_the_caps_or_from_the_user() -> None:
     recipe = load_recipe(str(QUICKSTART))
-    found = {corpus.name: (corpus.queries, corpus.documents) for corpus in corpora(recipe)}
+    found = {corpus.name: (corpus.queries, corpus.documents) for corpus in searched_sets(recipe)}
     assert set(found) == {"cwe", "hpo", "code", "hpo_similarity"}, "classes are not searched"
     assert found["code"] == (1500, 1500) and found["hpo_similarity"] == (1000, 2000)
-    own = {corpus.name: corpus.rows for corpus in corpora(recipe, {"cwe": (7, 8)})}
+    own = {corpus.name: corpus.rows for corpus in searched_sets(recipe, {"cwe": (7, 8)})}
     assert own["cwe"] == 15 and own["code"] == 3000
     said = CliRunner().invoke(app, ["plan", str(NV_EMBED)]).stdout
     assert "rows of msmarco, hotpotqa, nq, ... are not known; --rows NAME=QUERIESxDOCUMENTS" in said
@@ -261,6 +273,6 @@ def test_rows_come_from_the_caps_or_from_the_user() -> None:
         with pytest.raises(UserError, match=r"write \[NAME=\]QUERIESxDOCUMENTS"):
             parse_rows([wrong])
     with pytest.raises(UserError, match="say which set"):
-        corpora(recipe, {"": (1, 1)})
+        searched_sets(recipe, {"": (1, 1)})
     with pytest.raises(UserError, match=r"'hpo_classes' is no set that mining searches. They are: cwe, hpo, code"):
-        corpora(recipe, {"hpo_classes": (1, 1)})
+        searched_sets(recipe, {"hpo_classes": (1, 1)})
