@@ -227,10 +227,11 @@ def as_json(plan: MinePlan) -> dict[str, Any]:
 
 def as_text(plan: MinePlan, step: str = "mine") -> list[str]:
     """The plan for people; `step` is `mine` or `remine`."""
+    partly = ", of the sets with known rows only" if plan.unknown else ""
     if not plan.lanes or not plan.divisions:
         lines = [f"{step}: nothing is encoded or searched"] if not (plan.unknown or plan.missing) else []
     else:
-        lines = [f"{step}: {plan.tokens:,.0f} tokens, {size_text(plan.text_bytes)} of text (assumed)"]
+        lines = [f"{step}: {plan.tokens:,.0f} tokens, {size_text(plan.text_bytes)} of text (assumed)" + partly]
     for corpus in plan.corpora:
         if plan.lanes and (cut := plan.divisions.get(corpus.name)):
             lines += [

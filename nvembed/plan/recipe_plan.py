@@ -144,7 +144,7 @@ def _storage(recipe: Recipe, stages: Sequence[StageReport], mining: Sequence[Min
         dim = students[0].sizes.model.shape.hidden
         stream = students[0].sizes.steps * students[0].sizes.batch
         found["teacher vectors"] = 4.0 * dim * (recipe.teach.max_texts + stream)
-    working = [plan.text_bytes + sum(lane.shard_bytes for lane in plan.lanes) for plan in mining if plan.lanes]
+    working = [plan.text_bytes + sum(lane.shard_bytes for lane in plan.lanes) for plan in mining if plan.seconds]
     if working:
         found["texts and vectors while mining"] = max(working)
     return found
@@ -203,7 +203,10 @@ def _notes(recipe: Recipe, stages: Sequence[StageSizes], hardware: Hardware, ste
             )
     missing = [step.name for step in steps if step.seconds is None]
     if missing:
-        notes.append(f"hours without {', '.join(missing)}: the recipe does not cap the data (or the model is not here)")
+        why = "the recipe does not cap the data (or the model is not here)" + (
+            "; --rows for mine" if "mine" in missing else ""
+        )
+        notes.append(f"hours without {', '.join(missing)}: {why}")
     return notes
 
 

@@ -22,7 +22,7 @@ def size_text(size: float) -> str:
 
 def time_text(seconds: float) -> str:
     """Seconds for people: `7.5 h`, `5:17`, `25 s`."""
-    if seconds >= 36_000:
+    if seconds >= 7_200:
         return f"{seconds / 3600:,.1f} h"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"

@@ -267,6 +267,8 @@ def test_rows_come_from_the_caps_or_from_the_user() -> None:
     own = {corpus.name: corpus.rows for corpus in searched_sets(recipe, {"cwe": (7, 8)})}
     assert own["cwe"] == 15 and own["code"] == 3000
     said = CliRunner().invoke(app, ["plan", str(NV_EMBED)]).stdout
+    assert "of the sets with known rows only" in said and "; --rows for mine" in said
+    assert "texts and vectors while mining" not in said, "a part of it would mislead"
     assert "rows of msmarco, hotpotqa, nq, ... are not known; --rows NAME=QUERIESxDOCUMENTS" in said
     assert parse_rows(["nq=100kx2.7M", "1x1B"]) == {"nq": (100_000, 2_700_000), "": (1, 10**9)}
     for wrong in ("10M", "x", "1x2x3", "0x5", "1.2.3x4", "nq=10Mx1T"):
