@@ -130,6 +130,14 @@ def road_times(
         reference = encoder_sizes(recipe.baselines.reference)
         for name in ("stage_1", "stage_2"):
             if name in by_name:
+                if name == "stage_2" and recipe.remine:
+                    again = encoding(texts.mine, first.model, recipe.mine.encode)
+                    add(
+                        "remine",
+                        start,
+                        again,
+                        why=f"{_count(texts.mine)} texts by the trained model, without the search",
+                    )
                 _train(add, by_name[name], hardware, share)
         encode = recipe.baselines.evaluate.encode
         variants = encoding(DEV_DIRECTIONS * texts.dev + (texts.evaluate or 0), first.model, encode)
