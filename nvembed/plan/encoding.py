@@ -15,11 +15,13 @@ from nvembed.plan.work import compute_seconds, forward_flops
 from nvembed.retrieval.config import EncodeConfig, MinerConfig, PackageModel
 from nvembed.storage import UserError
 
-# A packed forward alone reaches this many times the share of the peak that training does. Measured on a CPU: MiniLM 2.2
-# on 10 k and 2.1 on 100 k short texts through shards (`tests/benchmarks/plan_mining_against_measured.py`), the
-# quickstart's teacher 2.1. Before texts were packed it was 1.4, which is what a GPU is planned with: assumed.
+# A packed forward alone reaches this many times the share of the peak that training does. On a core: MiniLM 2.2 on 10 k
+# and 2.1 on 100 k short texts through shards (`tests/benchmarks/plan_mining_against_measured.py`), the quickstart's
+# teacher 2.1. On a GPU: one H100, networks of 6 x 384 and 28 x 1,024 (`tests/benchmarks/gpu_retrieval.py`); wider ones
+# are assumed to.
 ENCODE_GAIN = {"cpu": 2.15, "gpu": 1.4}
 TOKENISED = 0.4e6  # tokens a second and core (measured: 0.36-0.42 M); an actor tokenises between its forwards
+TOKENISERS = {"cpu": 1, "gpu": 8}  # cores of an actor that does so; beside a GPU the tokeniser takes idle ones
 TEXT_BYTES = 4.5  # of a token of text: assumed, English
 LAUNCHES = 20  # kernels of an encoder layer's forward, counted
 
@@ -120,11 +122,11 @@ def encode_seconds(
     arithmetic = compute_seconds(encoder.flops(tokens, length), count, encoder.width, device) / ENCODE_GAIN[device.kind]
     forwards = tokens / config.token_budget
     launches = forwards * encoder.layers * LAUNCHES * device.launch_seconds / count
-    return arithmetic + launches + tokens / (TOKENISED * config.actors)
+    return arithmetic + launches + tokens / (TOKENISED * TOKENISERS[device.kind] * config.actors)
 
 
 def encode_memory(encoder: EncoderSizes, config: EncodeConfig, length: float) -> float:
     """Bytes of one encoding actor at its peak, on the host: process, weights (bf16 copies), one forward, one shard."""
-    forward = config.token_budget * encoder.width * 4.0 * 16  # a layer's states, twice its inner width among them
+    forward = config.token_budget * encoder.width * 4.0 * 48  # of MiniLM, 4,096 tokens: measured
     shard = config.shard_rows * (encoder.dim * 4.0 * 3 + length * TEXT_BYTES * 3)
     return PROCESS_BYTES + 4.0 * encoder.parameters + 2.0 * encoder.weights + forward + shard

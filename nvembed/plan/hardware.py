@@ -2,10 +2,12 @@
 
 Peaks are the makers' dense bf16 numbers. Prices are examples of on-demand list prices, whole machine; set your own.
 
-`laptop` was measured. Of GPUs one H100 was, with one model (`tests/benchmarks/gpu_training.py`: LoRA on a decoder of 28
-layers x 1,024): 3,800, 12,800, 18,200 and 22,500 tokens a second with slices of 1,024, 4,096, 8,192 and 16,384 tokens,
-at most 6 % of the peak, 21 us a launch. Those four are what two numbers stand on: seconds of launches per layer and
-slice, and a share of the peak that grows with the model's width. That wide models reach `mfu` on a GPU is assumed.
+`laptop` was measured. Of GPUs one H100 was. Training, with one model (`tests/benchmarks/gpu_training.py`: LoRA on a
+decoder of 28 layers x 1,024): 3,800, 12,800, 18,200 and 22,500 tokens a second with slices of 1,024, 4,096, 8,192 and
+16,384 tokens, at most 6 % of the peak, 21 us a launch. Those four are what two numbers stand on: seconds of launches
+per layer and slice, and a share of the peak that grows with the model's width. That wide models reach `mfu` on a GPU is
+assumed.
+Encoding and search there: see `encoding.py` and `searching.py`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Seconds of every pipeline step: training from its operations, encoding from how many texts the recipe allows.
 
 Checked against one run, the quickstart on 2 cores (`tests/benchmarks/plan_against_measured.py`, held by
-`tests/plan/test_hours.py`). On GPUs a training step of one small decoder was measured on one H100 (`hardware.py`), no
-run as a whole. Actors that ask for no GPU are planned on cores. How many texts a set has is in the recipe only where it
-is capped; without a cap a step's seconds are None.
+`tests/plan/test_hours.py`). On GPUs a training step of one small decoder and encoding were measured on one H100
+(`hardware.py`, `encoding.py`), no run as a whole. Actors that ask for no GPU are planned on cores. How many texts a set
+has is in the recipe only where it is capped; without a cap a step's seconds are None.
 """
 
 from __future__ import annotations

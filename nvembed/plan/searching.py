@@ -1,7 +1,8 @@
 """Searching before it runs: operations, bytes, seconds, memory.
 
-Rates are those of one core of an AMD EPYC with avx512_bf16, fitted to 1,024 and 8,192 queries x 10 k, 100 k and 1 M
-documents x 384 (`tests/benchmarks/plan_mining_against_measured.py`). What is said of GPUs is arithmetic.
+Rates of a core are fitted to one of an AMD EPYC with avx512_bf16: 1,024 to 8,192 queries x 10 k to 1 M documents x 384
+and 1,024, depth 50 and 100 (`tests/benchmarks/plan_mining_against_measured.py`); depth made no difference there. Those
+of a GPU to two searches on one H100 (`tests/benchmarks/gpu_retrieval.py`), whose time went into merging on the host.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from nvembed.retrieval.config import ExactIndex
 STORED = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.14}
 NUMBER = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}  # of a number itself
 ROW_BYTES, SCALE_BYTES = 15.0, 4.0
-LISTS = 2  # plain, and under the rule's ceiling
-PRODUCT_SHARE = 0.92  # of the peak, in the products
-SCAN_SECONDS = 1.26e-9  # a pair's score is held against the cut
-PROPOSAL_SECONDS = 0.237e-6  # a pair is scored again and sorted in; each list of k meets about k ln(N / k) of them
-READ_BYTES_PER_SECOND = 0.8e9  # parquet into numpy
-NUMBER_SECONDS = 4.6e-9  # a document's number is rounded and measured
-START_SECONDS = 0.15  # of a task
-# On a GPU: share assumed; a score is written to memory and read again, 2 bytes each (nothing is fused).
+START_SECONDS = 0.13  # of a task
+PRODUCT_SHARE = 0.71  # of a core's peak, the scores' comparison with the cut included
+READ_BYTES_PER_SECOND = 0.8e9  # parquet into numpy, one thread
+NUMBER_SECONDS = {"cpu": 4.9e-9, "gpu": 0.5e-9}  # a document's number is rounded and measured (and sent)
+# A query's finalists are scored in fp64 and merged after every segment; the more documents, the more were proposed.
+SETTLE_SECONDS, PROPOSE_SECONDS = 161e-9, 34.3e-9  # of a core, for a dimension: by segment, by ln(documents / depth)
+GPU_SETTLE_SECONDS = 46e-6  # by segment, on the host
+# On a GPU products are far from what bounds: share assumed; a score is written to memory and read again, 2 bytes each.
 GPU_PRODUCT_SHARE, GPU_SCORE_BYTES = 0.65, 4.0
-SEGMENT_BYTES = 144 * 2**20  # documents searched together, fp32 and bf16 (`retrieval/search.py`)
+SEGMENT_NUMBERS = 24 * 2**20  # of the documents searched together (`retrieval/search.py`)
+SEGMENT_BYTES = 6 * SEGMENT_NUMBERS  # fp32 and bf16
 TILE_BYTES = 1024 * 8192 * (2 + 1 + 4)  # scores of a block of queries and a tile of documents, and what is made of them
 ID_BYTES = 90  # a found document: score, reference, string
 QUERY_ROW_BYTES = 1500  # a query's text and lists in Python
@@ -48,17 +50,19 @@ def shard_bytes(rows: int, dim: int, kind: str) -> float:
 def search_core_seconds(
     queries: int, documents: int, dim: int, *, depth: int, read_bytes: float, hardware: Hardware, gpu: bool
 ) -> float:
-    """Seconds of one device for one task: reading, products, what is done with the scores."""
-    pairs = float(queries) * documents
+    """Seconds of one device for one task: reading, products, settling what they propose."""
+    kind, pairs = "gpu" if gpu else "cpu", float(queries) * documents
+    share = GPU_PRODUCT_SHARE if gpu else PRODUCT_SHARE
+    products = search_flops(queries, documents, dim) / (hardware.peak_tflops * 1e12 * share)
+    segments = -(-documents * dim // SEGMENT_NUMBERS)
     if gpu:
-        products = search_flops(queries, documents, dim) / (hardware.peak_tflops * 1e12 * GPU_PRODUCT_SHARE)
-        scan = pairs * GPU_SCORE_BYTES / (hardware.bandwidth_gb_s * 1e9)
+        products += pairs * GPU_SCORE_BYTES / (hardware.bandwidth_gb_s * 1e9)
+        settling = queries * segments * GPU_SETTLE_SECONDS
     else:
-        products = search_flops(queries, documents, dim) / (hardware.peak_tflops * 1e12 * PRODUCT_SHARE)
-        scan = pairs * SCAN_SECONDS
-    proposals = queries * LISTS * depth * max(math.log(documents / depth), 1.0)
-    reading = read_bytes / READ_BYTES_PER_SECOND + documents * dim * NUMBER_SECONDS
-    return START_SECONDS + products + scan + proposals * PROPOSAL_SECONDS + reading
+        proposed = max(math.log(documents / depth), 1.0)
+        settling = queries * dim * (segments * SETTLE_SECONDS + proposed * PROPOSE_SECONDS)
+    reading = read_bytes / READ_BYTES_PER_SECOND + documents * dim * NUMBER_SECONDS[kind]
+    return START_SECONDS + products + settling + reading
 
 
 def search_seconds(corpus: Corpus, cut: Division, dim: int, config: MineConfig, hardware: Hardware) -> float:
@@ -81,7 +85,7 @@ def search_memory(cut: Division, dim: int, documents: int, config: MineConfig) -
     """Bytes of one searching actor at its peak, on the host: queries stay, documents stream by."""
     queries = cut.group_rows * (dim * 6.0 + QUERY_ROW_BYTES + 2 * config.depth * ID_BYTES * 2)
     if isinstance(config.search.index, ExactIndex):
-        held = float(SEGMENT_BYTES + TILE_BYTES)
+        held = TILE_BYTES + min(SEGMENT_BYTES, 6.0 * documents * dim)
     else:
         held = 3.0 * 4 * dim * -(-documents // cut.parts)  # shards, their sum, and FAISS' own
     if any(isinstance(miner, Bm25Miner) for miner in config.more_miners):

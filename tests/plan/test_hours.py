@@ -99,7 +99,7 @@ def test_the_output_says_what_is_assumed_and_what_was_measured() -> None:
     recipe = load_recipe(str(QUICKSTART))
     gpu = as_text(plan_recipe(recipe, find_hardware("h100x8")))
     assert "utilisation 0.35 of 989 TFLOP/s a device: assumed, for models of width 4,096" in gpu
-    assert "5-6 % of the peak" in gpu and "on one H100; memory, wider models" in gpu
+    assert "5-6 % of the peak" in gpu and "measured, on one H100: steps of a decoder" in gpu
     own = as_text(plan_recipe(recipe, with_price(find_hardware("h100x8"), None, 0.2)))
     assert "utilisation 0.2 of 989 TFLOP/s a device: --mfu" in own
     assert "measured: the quickstart's training steps" in as_text(plan_recipe(recipe, find_hardware("laptop")))

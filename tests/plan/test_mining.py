@@ -13,11 +13,13 @@ from typer.testing import CliRunner
 from nvembed.cli import app
 from nvembed.mining.config import MineConfig
 from nvembed.plan.corpora import corpora, division, parse_rows, shard_count
+from nvembed.plan.encoding import EncoderSizes, encode_seconds
 from nvembed.plan.hardware import find_hardware
 from nvembed.plan.mining import plan_mining
 from nvembed.plan.recipe_plan import plan_recipe
-from nvembed.plan.searching import search_flops, shard_bytes
+from nvembed.plan.searching import search_core_seconds, search_flops, shard_bytes
 from nvembed.recipe import Recipe, load_recipe
+from nvembed.retrieval.config import EncodeConfig
 from nvembed.storage import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,20 +51,60 @@ def web(*settings: str) -> Recipe:
 def test_measured_runs_are_those_that_were_asked_for() -> None:
     encoded = [row["texts"] for row in MEASURED if row["measured"] == "encode"]
     searched = {row["documents"] for row in MEASURED if row["measured"] == "search"}
-    assert encoded == [10_000, 100_000] and searched == {10_000, 100_000, 1_000_000}
+    assert {10_000, 100_000} <= set(encoded) and {10_000, 100_000, 1_000_000} <= searched
     assert all("EPYC" in row["machine"] for row in MEASURED)
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=[f"{row['measured']}-{number}" for number, row in enumerate(MEASURED)])
 def test_the_plan_of_encoding_and_search_is_what_they_took(row: dict[str, Any]) -> None:
-    """Within 15 %: on a shared machine a measurement repeats to about a tenth."""
-    assert planned_seconds(row) == pytest.approx(row["cpu_seconds"], rel=0.15)
+    """Within 15 % where the rates were fitted, 25 % elsewhere; on a shared machine a time repeats to about a tenth."""
+    assert planned_seconds(row) == pytest.approx(row["cpu_seconds"], rel=0.15 if row["fitted"] else 0.25)
     laptop = find_hardware("laptop")
     slower = planned_seconds(row, laptop.model_copy(update={"peak_tflops": laptop.peak_tflops / 2}))
     faster = planned_seconds(row, laptop.model_copy(update={"peak_tflops": laptop.peak_tflops * 2}))
     assert slower > planned_seconds(row) > faster
     if row["measured"] == "encode":
         assert slower > 1.5 * row["cpu_seconds"] and faster < 0.7 * row["cpu_seconds"], "drift is noticed"
+
+
+@pytest.mark.parametrize("row", [row for row in MEASURED if "peak_bytes" in row], ids=lambda row: row["measured"])
+def test_the_plan_of_memory_is_what_was_taken(row: dict[str, Any]) -> None:
+    from nvembed.plan.encoding import encode_memory, encoder_sizes
+    from nvembed.plan.searching import search_memory
+    from nvembed.retrieval.config import PackageModel
+
+    if row["measured"] == "encode":
+        encoder = encoder_sizes(PackageModel(package=row["model"]))
+        assert encoder is not None
+        planned = encode_memory(encoder, EncodeConfig(), row["tokens"] / row["texts"])
+    else:
+        config = MineConfig.model_validate({"depth": row["depth"], "encode": {"actors": 1}})
+        cut = division(row["queries"], row["documents"], config)
+        planned = search_memory(cut, row["dim"], row["documents"], config)
+    assert 0.75 * row["peak_bytes"] < planned < 1.5 * row["peak_bytes"], "the process is that of an actor, with Ray"
+
+
+@pytest.mark.parametrize(("queries", "documents", "measured"), [(2000, 200_000, 0.42), (5000, 1_000_000, 3.87)])
+def test_a_search_on_an_h100_is_what_was_measured(queries: int, documents: int, measured: float) -> None:
+    """Wall seconds of `tests/benchmarks/gpu_retrieval.py` (`pipelines/README.md`): vectors in memory, 384 wide."""
+    planned = search_core_seconds(
+        queries, documents, 384, depth=100, read_bytes=0.0, hardware=find_hardware("h100x1"), gpu=True
+    )
+    assert planned == pytest.approx(measured, rel=0.35)
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "weights", "length", "measured"),
+    [(6, 384, 10.6e6, 116.0, 1.25e6), (28, 1024, 0.44e9, 120.0, 143e3)],
+)
+def test_encoding_on_an_h100_is_what_was_measured(
+    layers: int, width: int, weights: float, length: float, measured: float
+) -> None:
+    """Tokens a second of `tests/benchmarks/gpu_retrieval.py` (`pipelines/README.md`)."""
+    encoder = EncoderSizes(layers, width, width, weights, width, weights)
+    config = EncodeConfig(actors=1, gpus_per_actor=1, token_budget=65536)
+    rate = 1e6 / encode_seconds(encoder, 1e6, length, config, find_hardware("h100x1"))
+    assert rate == pytest.approx(measured, rel=0.3)
 
 
 # -- counts -----------------------------------------------------------------------------------------------------------
@@ -147,7 +189,7 @@ def test_bigger_blocks_read_less_and_take_less() -> None:
     large = ["mine.search.query_rows=1310720", "mine.search.document_rows=33554432", "mine.search.device=cuda"]
     few, many = (plan_mining(web(*more), find_hardware("h100x8"), 256.0, rows) for more in (large, large[2:]))
     assert few.divisions["web"].passes == 9 and few.lanes[0].read_bytes < many.lanes[0].read_bytes / 90
-    assert (few.lanes[0].search_seconds or 0) < 0.3 * (many.lanes[0].search_seconds or 0)
+    assert (few.lanes[0].search_seconds or 0) < 0.8 * (many.lanes[0].search_seconds or 0)
     assert few.search_memory > many.search_memory and not any("times;" in note for note in few.notes)
 
 
@@ -158,7 +200,7 @@ def test_a_search_on_gpus_that_nobody_gets_is_told() -> None:
     assert without.lanes[0].search_seconds == cores.lanes[0].search_seconds
     assert "but mine.encode.gpus_per_actor is 0" in without.notes[0]
     assert "but laptop has no GPU" in plan_mining(web(cuda), find_hardware("laptop"), 256.0, rows).notes[0]
-    assert "assumed" in plan_mining(web(cuda), find_hardware("h100x8"), 256.0, rows).notes[0]
+    assert "merging on the host bounds it" in plan_mining(web(cuda), find_hardware("h100x8"), 256.0, rows).notes[0]
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16", "int8"])
