@@ -142,6 +142,7 @@ def test_a_killed_driver_resumes_to_the_same_bytes(finished: Path, tmp_path: Pat
         assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_ctrl_c_stops_within_seconds_with_130_and_a_second_run_is_refused_meanwhile(tmp_path: Path) -> None:

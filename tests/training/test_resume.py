@@ -106,7 +106,10 @@ def test_resume_is_bit_equal_for_every_combination(tmp_path: Path) -> None:
         assert_pair(folder, "-".join(combination))
 
 
-@pytest.mark.parametrize("engine", ["torch", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param("torch", marks=pytest.mark.slow), pytest.param("zero2", marks=pytest.mark.slow), "zero3"],
+)
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, engine: str) -> None:
     """Without dropout, 2 -> 1 and 1 -> 2 ranks give the losses and weights of an uninterrupted run."""
     model = tiny_folder(tmp_path / "start")
