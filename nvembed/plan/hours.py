@@ -137,14 +137,6 @@ def road_times(
             if name == "stage_2" and remining is not None:
                 add("remine", remining.seconds, why="the same texts by the stage-1 model")
             if name in by_name:
-                if name == "stage_2" and recipe.remine:
-                    again = encoding(texts.mine, first.model, recipe.mine.encode)
-                    add(
-                        "remine",
-                        start,
-                        again,
-                        why=f"{_count(texts.mine)} texts by the trained model, without the search",
-                    )
                 _train(add, by_name[name], hardware, share)
         encode = recipe.baselines.evaluate.encode
         variants = encoding(DEV_DIRECTIONS * texts.dev + (texts.evaluate or 0), first.model, encode)
