@@ -163,6 +163,7 @@ def _tasks(
     """Parts of the work. Results do not depend on the division (search is exact, draws are seeded per example)."""
     tasks: list[dict[str, Any]] = []
     for dataset in info:
+        segments, corpus = None, 0
         if _example_based(info[dataset]):
             examples = prepare.path(dataset, "examples-train.parquet")
             groups = _class_groups(examples, config)
@@ -173,7 +174,8 @@ def _tasks(
             if group["way"] != "search":
                 tasks.append(group)
                 continue
-            segments, corpus = _document_segments(storage.join(paths.texts, dataset, "documents"), config)
+            if segments is None:  # once a data set: every shard is opened for its rows
+                segments, corpus = _document_segments(storage.join(paths.texts, dataset, "documents"), config)
             for segment, names in enumerate(segments):
                 part = {"segment": segment, "segments": len(segments), "documents": names, "corpus": corpus}
                 tasks.append({**group, **part})
