@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -33,15 +34,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.skipif(boo
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     root = tmp_path_factory.mktemp("server")
-    database = Postgres(root / "postgres")
-    database.start()
-    made = MlflowServer(root / "mlflow", database.uri)
-    try:
-        made.start()
-        yield made
-    finally:
-        made.kill()
-        database.stop()
+    # Outside pytest's directory, which every other pytest that starts closes again for the server's user.
+    with tempfile.TemporaryDirectory(prefix="nvembed-postgres-") as place:
+        database = Postgres(Path(place) / "server")
+        database.start()
+        made = MlflowServer(root / "mlflow", database.uri)
+        try:
+            made.start()
+            yield made
+        finally:
+            made.kill()
+            database.stop()
 
 
 @pytest.fixture
