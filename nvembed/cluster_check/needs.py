@@ -92,6 +92,8 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
     for section, model in named:
         if model.type == "pretrained":
             yield section, _place(model.name), model.revision
+    if (cross := recipe.mine.cross_encoder) is not None:
+        yield "mine.judge.model", _place(cross.name), cross.revision
 
 
 def _backbone(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:

@@ -217,6 +217,23 @@ def _columns(searcher: Searcher, dataset: str, wanted: set[str], column: str) ->
     return found
 
 
+def judged_scores(
+    searcher: Searcher, task: dict[str, Any], queries: list[dict[str, Any]], ids: Sequence[Sequence[str]]
+) -> list[dict[str, float]]:
+    """The judge's score of chosen documents of each query, by id."""
+    judge = searcher.cross_encoder()
+    if judge is None:
+        return searcher.scores_of(task, queries, "judge", ids)
+    texts = dict(_columns(searcher, task["dataset"], {key for keys in ids for key in keys}, "text"))
+    model = searcher.config.cross_encoder
+    found: list[dict[str, float]] = []
+    for query, keys in zip(queries, ids, strict=True):
+        before = query["instruction"] if model is not None and model.instruction else ""
+        scores = judge.scores(before + query["text"], [texts[key] for key in keys])
+        found.append({key: float(score) for key, score in zip(keys, scores, strict=True)})
+    return found
+
+
 class Checks:
     """The costly checks of some queries' candidates: near copies of a positive, and the judge."""
 
@@ -251,7 +268,7 @@ class Checks:
             ids: list[list[str]] = [[] for _ in queries]
             for index in indices:
                 ids[index] = [*checks._positives[index], *sorted(candidates[index] - set(checks._positives[index]))]
-            scores = searcher.scores_of(task, queries, "judge", ids)
+            scores = judged_scores(searcher, task, queries, ids)
             for index in indices:
                 found = scores[index]
                 positives = {key: found[key] for key in checks._positives[index]}

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from nvembed.retrieval.config import EncodeConfig, MinerConfig, PackageModel, SearchConfig
+from nvembed.retrieval.config import CrossEncoderModel, EncodeConfig, MinerConfig, PackageModel, SearchConfig
 from nvembed.types import Config
 
 
@@ -82,9 +82,12 @@ RuleConfig = Annotated[SearchedRule | RandomNegatives, Field(discriminator="type
 
 
 class Judge(Config):
-    """A second embedder with a say: a candidate it scores above the ceiling on its own scale is refused."""
+    """A second model with a say: a candidate it scores above the ceiling on its own scale is refused.
 
-    model: MinerConfig
+    An embedder encodes everything once; a cross-encoder (scores from 0 to 1) reads every candidate with its query.
+    """
+
+    model: Annotated[MinerConfig | CrossEncoderModel, Field(discriminator="type")]
     ceiling: CeilingRule = TopKPercPos()
 
 
@@ -119,13 +122,19 @@ class MineConfig(Config):
     audit_samples: int = Field(0, ge=0, description="Texts shown in the audit; private by default.")
     seed: int = 0
 
+    @property
+    def cross_encoder(self) -> CrossEncoderModel | None:
+        """The judge, where it is one."""
+        model = self.judge.model if self.judge is not None else None
+        return model if isinstance(model, CrossEncoderModel) else None
+
     def embedders(self) -> tuple[tuple[str, MinerConfig], ...]:
         """Every model that the step opens, by its place in the section."""
         found: list[tuple[str, MinerConfig]] = [("miner", self.miner)]
         for number, miner in enumerate(self.more_miners):
             if not isinstance(miner, Bm25Miner):
                 found.append((f"more_miners.{number}", miner))
-        if self.judge is not None:
+        if self.judge is not None and not isinstance(self.judge.model, CrossEncoderModel):
             found.append(("judge.model", self.judge.model))
         return tuple(found)
 

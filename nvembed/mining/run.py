@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from nvembed import storage
 from nvembed.data.tables import dataset_info
+from nvembed.fetch import local_model
 from nvembed.mining.audit import Audit, near_copies, samples, short_summary
 from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.finish import check_reuse, index_recall, merge_parts
@@ -32,7 +33,7 @@ from nvembed.retrieval.pool import ProgressLog, run_pool
 from nvembed.retrieval.search_faiss import check_faiss
 from nvembed.retrieval.shards import iter_parquet, list_shards
 from nvembed.storage import Step, StepResult
-from nvembed.types import Artifact, TaskType
+from nvembed.types import Artifact, TaskType, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,10 @@ def _check(config: MineConfig, prepare: Artifact, searched: bool) -> None:
     check_faiss(config.search.index)
     for _, model in config.embedders():
         check_model(model)
+    if config.cross_encoder is not None:
+        folder = local_model(config.cross_encoder.name, config.cross_encoder.revision)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"mine.judge.model: {folder} is no model folder (no config.json). Check the path.")
 
 
 def _lane(place: str) -> int | str:

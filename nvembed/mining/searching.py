@@ -22,6 +22,7 @@ from nvembed.mining.rules import ceilings
 from nvembed.mining.searched import PART_SCHEMA, merged, part_table
 from nvembed.retrieval.bm25 import Bm25Index
 from nvembed.retrieval.config import ExactIndex
+from nvembed.retrieval.cross_encoder import CrossScorer
 from nvembed.retrieval.search import Found, pair_scores, search_shards
 from nvembed.retrieval.search_faiss import search_with_faiss
 from nvembed.retrieval.shards import iter_vectors, list_shards, read_table, table_matrix, write_table
@@ -55,6 +56,13 @@ class Searcher:
         self.lanes = 1 + len(config.more_miners)
         self.again = 0  # queries of which a part was searched again in fp32
         self._bm25: tuple[str, Bm25Index] | None = None
+        self._cross: CrossScorer | None = None
+
+    def cross_encoder(self) -> CrossScorer | None:
+        """The judge, loaded when first asked for; None where there is none or it is an embedder."""
+        if self._cross is None and self.config.cross_encoder is not None:
+            self._cross = CrossScorer(self.config.cross_encoder, self.config.search.device)
+        return self._cross
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -76,7 +84,7 @@ class Searcher:
     def query_rows(self, task: dict[str, Any]) -> list[dict[str, Any]]:
         """The group's queries with what is known about them."""
         root = storage.join(self.paths.texts, task["dataset"], "queries")
-        columns = ["key", "text", "hash", "positives", "own", "never", "given"]
+        columns = ["key", "text", "instruction", "hash", "positives", "own", "never", "given"]
         return [row for name in task["shards"] for row in read_table(storage.join(root, name), columns).to_pylist()]
 
     def query_vectors(self, task: dict[str, Any], lane: int | str) -> np.ndarray:

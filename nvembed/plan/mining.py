@@ -182,6 +182,8 @@ def _notes(config: MineConfig, known: Sequence[Corpus], cuts: Mapping[str, Divis
     for miner in config.more_miners:
         if isinstance(miner, Bm25Miner):
             notes.append("bm25 holds a whole corpus in each actor's memory; its time is not planned")
+    if config.cross_encoder is not None:
+        notes.append(f"the cross-encoder reads up to {config.depth} pairs of every query; its time is not planned")
     if not isinstance(config.search.index, ExactIndex):
         notes.append("search is planned as exact; FAISS' own time was not measured")
     gpus = on_gpus(config.encode.gpus_per_actor, hardware)

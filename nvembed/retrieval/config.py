@@ -91,6 +91,17 @@ class PretrainedModel(Config):
     instruction: bool = False
 
 
+class CrossEncoderModel(Config):
+    """A sentence-transformers cross-encoder (reranker) with one output: folder or hub name."""
+
+    type: Literal["cross_encoder"] = "cross_encoder"
+    name: str
+    revision: str | None = None
+    instruction: bool = Field(False, description="Whether the instruction stands before the query.")
+    max_length: int | None = Field(None, ge=8, description="Tokens of a pair; null: the model's own.")
+    batch_pairs: int = Field(32, ge=1, description="Pairs of one forward.")
+
+
 MinerConfig = Annotated[PackageModel | PretrainedModel, Field(discriminator="type")]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xxhash
 
 from nvembed.data.config import CweSource, PrepareConfig
@@ -170,6 +171,52 @@ def test_the_judge_refuses_by_its_own_scale(tmp_path, prepared):
         query = vectors([text], "judge")[0]
         expected = [item["id"] for item in plain[key]["negatives"] if matrix[item["id"]] @ query < 0.3][:3]
         assert [item["id"] for item in row["negatives"]] == expected
+
+
+def cross_encoder(folder):
+    """A random reranker of real form."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    trained = BertWordPieceTokenizer()
+    trained.train_from_iterator([f"{text} found today" for text in TEXTS], vocab_size=300, show_progress=False)
+    special = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
+    PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertForSequenceClassification(BertConfig(vocab_size=300, num_labels=1, **sizes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4) if parameter.ndim > 1 else None
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_cross_encoder_judges_pairs(tmp_path, prepared):
+    from sentence_transformers import CrossEncoder
+
+    folder = cross_encoder(tmp_path / "reranker")
+    judge = {"model": {"type": "cross_encoder", "name": folder}, "ceiling": {"type": "topk_abs", "max_score": 0.5}}
+    whole, rows, _ = mine(prepared, tmp_path / "judged", judge=judge)
+    cut, _, _ = mine(prepared, tmp_path / "cut", judge=judge, search={"query_rows": 7, "document_rows": 9})
+    files = [Path(artifact.path("set", "mined.parquet")).read_bytes() for artifact in (whole, cut)]
+    assert files[0] == files[1], "a pair's score does not depend on what else is scored"
+    _, plain, _ = mine(prepared, tmp_path / "plain", num_negatives=42, depth=42)
+    texts = {f"d{n:02d}": text for n, text in enumerate(TEXTS)} | {
+        "near": f"{TEXTS[0]} again",
+        "copy": TEXTS[1].upper(),
+    }
+    model, refused = CrossEncoder(folder, device="cpu"), 0
+    for number, (key, row) in enumerate(rows.items()):
+        query = "race in the kernel" if key == "far" else f"{TEXTS[number]} found today"
+        ids = [item["id"] for item in plain[key]["negatives"]]
+        scores = model.predict([(query, texts[one]) for one in ids], activation_fn=torch.nn.Sigmoid())
+        assert [item["id"] for item in row["negatives"]] == [
+            one for one, score in zip(ids, scores, strict=True) if score < 0.5
+        ][:3]
+        refused += int((scores >= 0.5).sum())
+    assert refused > 20
+    with pytest.raises(UserError, match="no model folder"):
+        mine(prepared, tmp_path / "none", judge={"model": {"type": "cross_encoder", "name": str(tmp_path / "gone")}})
 
 
 def test_several_miners_take_turns(tmp_path, prepared):
