@@ -23,6 +23,7 @@ from nvembed.jobs.command import Job
 from nvembed.jobs.config import CloudTarget, Machine, RayTarget
 from nvembed.jobs.plain_yaml import as_yaml
 from nvembed.jobs.ray_jobs import RayBackend, read_token
+from nvembed.jobs.shm import object_store_bytes
 from nvembed.preflight import PreflightError
 
 HEAD = "head"
@@ -46,6 +47,7 @@ def render_cluster(target: CloudTarget, token_file: str) -> dict[str, Any]:
             "max_workers": group.max_workers,
         }
     start = "export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0; ulimit -n 65536; ray start"
+    start += f" --object-store-memory={object_store_bytes(target.shm)}"
     return {
         "cluster_name": target.cluster_name,
         "max_workers": sum(group.max_workers for group in target.workers),
@@ -62,6 +64,10 @@ def render_cluster(target: CloudTarget, token_file: str) -> dict[str, Any]:
         "head_node_type": HEAD,
         "file_mounts": {TOKEN_ON_NODES.format(user=target.container_user): token_file},
         "initialization_commands": _mount_bucket(target),
+        # Ray's own defaults would install packages into the image's environment, which is root's.
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
         "head_start_ray_commands": [
             "ray stop",
             f"{start} --head --port=6379 --num-cpus=0 --num-gpus=0 --autoscaling-config=~/ray_bootstrap_config.yaml "

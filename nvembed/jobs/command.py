@@ -101,10 +101,10 @@ def read_job(target: Target, command: Sequence[str]) -> Job:
     uri = _output(target, recipe, out)
     resolved = recipe.model_dump(mode="json")
     identity = {"recipe": resolved, "story": script, "out": uri, "options": options}
-    if found := leaks([*command, str(resolved), *target.env_vars.values()]):
+    if found := leaks([*command, uri, str(resolved), *target.env_vars.values()]):
         raise UserError(
-            f"the command or recipe holds {' and '.join(found)}: it would be seen by everybody who sees the job. "
-            "Leave it out; name the variable under `secrets` in the target."
+            f"the command, recipe or output holds {' and '.join(found)}: it would be seen by everybody who sees "
+            "the job. Leave it out; name the variable under `secrets` in the target."
         )
     return Job(
         recipe.name,

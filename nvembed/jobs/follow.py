@@ -88,7 +88,12 @@ def follow_log(client: Any, job_id: str, write: Say, say: Say, patience: float) 
             before_sleep=lost,
             reraise=True,
         )
-        details = retrying(tail.once)
+        try:
+            details = retrying(tail.once)
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            raise ConnectionError(str(error) or type(error).__name__) from error
         if details.status.is_terminal():
             return details
         time.sleep(PAUSE_SECONDS)

@@ -25,6 +25,7 @@ from nvembed.jobs.config import KubeRayTarget
 from nvembed.jobs.kuberay_pods import JOB_LABEL, RECIPE_FILE, head_template, worker_template
 from nvembed.jobs.plain_yaml import as_yaml
 from nvembed.jobs.shell import run_tool
+from nvembed.jobs.shm import object_store_bytes
 from nvembed.preflight import PreflightError
 from nvembed.recipe import resolved_yaml
 
@@ -106,7 +107,12 @@ def _cluster(target: KubeRayTarget, name: str) -> dict[str, Any]:
         "enableInTreeAutoscaling": target.autoscaling,
         "headGroupSpec": {
             "serviceType": "ClusterIP",  # the dashboard is reached by port-forward only
-            "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0"},
+            "rayStartParams": {
+                "num-cpus": "0",
+                "num-gpus": "0",
+                "dashboard-host": "0.0.0.0",
+                "object-store-memory": str(object_store_bytes(target.head.shm)),
+            },
             "template": head_template(target, name),
         },
         "workerGroupSpecs": [],
@@ -121,7 +127,10 @@ def _cluster(target: KubeRayTarget, name: str) -> dict[str, Any]:
                 "replicas": lowest,
                 "minReplicas": lowest,
                 "maxReplicas": group.max_workers,
-                "rayStartParams": {"num-gpus": str(group.gpus)},
+                "rayStartParams": {
+                    "num-gpus": str(group.gpus),
+                    "object-store-memory": str(object_store_bytes(group.shm)),
+                },
                 "template": worker_template(target, group, name),
             }
         )

@@ -1,6 +1,6 @@
 """`type: slurm`: a batch job that makes a Ray cluster of its nodes, runs the story on the first, and takes it down.
 
-`ray symmetric-run` runs on every node. Before the time limit Slurm tells the batch shell (SIGTERM); the shell tells the
+`ray symmetric-run` runs on every node. Before the time limit Slurm tells the batch shell (SIGUSR1); the shell tells the
 story, which saves and ends, and the job is requeued: it goes on where it stopped. `scancel` does not requeue.
 """
 
@@ -84,7 +84,7 @@ def _options(target: SlurmTarget, job: Job) -> list[str]:
         *(f"--{name}={value}" for name, value in given.items() if value is not None),
         *(["--exclusive"] if target.exclusive else []),
         f"--time={target.time_limit}",
-        f"--signal=B:TERM@{target.signal_seconds}",
+        f"--signal=B:USR1@{target.signal_seconds}",
         "--requeue",
         "--open-mode=append",
         f"--chdir={target.working_dir}",

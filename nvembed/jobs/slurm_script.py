@@ -43,12 +43,19 @@ END_OF_DRIVER
 
 umask "$open_umask"
 
+# The limit has a signal of its own: scancel sends TERM to this shell too, and what was stopped is not to come back.
 stopping=0
-on_term() {
+stop_story() { kill -TERM "$(cat "$job_dir/driver.pid" 2>/dev/null)" 2>/dev/null || true; }
+on_limit() {
   stopping=1
   say "told to stop before the time limit; the story saves and ends"
-  kill -TERM "$(cat "$job_dir/driver.pid" 2>/dev/null)" 2>/dev/null || true
+  stop_story
 }
+on_term() {
+  say "told to stop; the story saves and ends, and is not requeued"
+  stop_story
+}
+trap on_limit USR1
 trap on_term TERM
 
 everywhere="srun --nodes=@NODES@ --ntasks=@NODES@ --ntasks-per-node=1 --export=ALL"

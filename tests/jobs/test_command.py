@@ -125,6 +125,9 @@ def test_a_secret_on_the_command_line_is_refused_unseen(checkout: Path, monkeypa
     with pytest.raises(UserError, match="the value of HF_TOKEN") as raised:
         read_job(LOCAL, [*STORY, "--out", "/o", "--set", "description=canary-77aa"])
     assert "canary" not in str(raised.value)
+    hidden = REMOTE.model_copy(update={"outputs": "s3://bucket/canary-77aa"})
+    with pytest.raises(UserError, match="output holds the value of HF_TOKEN"):
+        read_job(hidden, [*STORY])
 
 
 # -- what travels -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from nvembed.jobs.config import CloudTarget, KubeRayTarget, SlurmTarget
 from nvembed.jobs.kuberay import _state, render_manifests
 from nvembed.jobs.kuberay_pods import CHECK_FILES
 from nvembed.jobs.plain_yaml import as_yaml
+from nvembed.jobs.shm import object_store_bytes, quantity_bytes
 from nvembed.jobs.slurm import render_script
 from nvembed.jobs.target import load_target
 from nvembed.recipe import load_recipe
@@ -78,6 +79,9 @@ def test_the_shipped_ray_job_fits_the_published_schema(schema: dict[str, Any]) -
     assert cluster["authOptions"] == {"mode": "token"} and cluster["rayVersion"] == "2.60.0"
     head, worker = cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]
     assert head["rayStartParams"]["num-cpus"] == "0" and head["serviceType"] == "ClusterIP"
+    for group in (head, worker):  # left alone, Ray asks for more than /dev/shm has, and preflight refuses that
+        shared = quantity_bytes(group["template"]["spec"]["volumes"][0]["emptyDir"]["sizeLimit"])
+        assert 0.5 * shared < int(group["rayStartParams"]["object-store-memory"]) < shared
     affinity = json.dumps(head["template"]["spec"]["affinity"])
     assert affinity.count("NotIn") == 4 and "affinity" not in worker["template"]["spec"]
     assert (worker["minReplicas"], worker["maxReplicas"]) == (0, 2)
@@ -214,7 +218,7 @@ def test_batch_scripts_are_bash_and_say_what_they_must(options: dict[str, Any]) 
     done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     header = script[: script.index("\n# nvembed-tiny")]
-    assert "--signal=B:TERM@120" in header and "--requeue" in header and "--ntasks-per-node=1" in header
+    assert "--signal=B:USR1@120" in header and "--requeue" in header and "--ntasks-per-node=1" in header
     assert ("--exclusive" in header) is options.get("exclusive", True)
     assert f'ray symmetric-run --address "$RAY_ADDRESS" --min-nodes {target.nodes} ' in script
     assert f"--cpus-per-task={target.cpus_per_node} --cpu-bind=none" in script
@@ -231,6 +235,11 @@ def test_no_placeholder_is_left_in_a_batch_script() -> None:
     script = render_script(target, JOB)
     assert re.findall(r"@[A-Z_]+@", script) == []
     assert "--num-gpus=8" in script and "/shared/runs/it" in script
+
+
+@pytest.mark.parametrize(("text", "size"), [("8Gi", 2**33), ("8G", 8 * 10**9), ("8g", 2**33), ("512Mi", 2**29)])
+def test_sizes_of_kubernetes_and_docker(text: str, size: int) -> None:
+    assert quantity_bytes(text) == size and object_store_bytes(text) == int(0.9 * size)
 
 
 # -- clouds -----------------------------------------------------------------------------------------------------------
@@ -253,6 +262,9 @@ def test_ray_up_files_fit_rays_own_schema(name: str) -> None:
     assert worker["resources"]["GPU"] == 8 and "GPU" not in head["resources"]
     start = cluster["head_start_ray_commands"][1]
     assert "--dashboard-host=127.0.0.1" in start and "RAY_AUTH_MODE=token" in start
+    assert f"--object-store-memory={object_store_bytes(target.shm)}" in start
+    # as `ray up` fills keys that are not there: with pip installs that the image's user may not make
+    assert not any(cluster[f"{kind}setup_commands"] for kind in ("", "head_", "worker_"))
     assert cluster["file_mounts"] == {"/home/ray/.ray/auth_token": "/home/me/.ray/auth_token"}
     assert any("rclone mount" in line and target.bucket.partition("://")[2] in line
                for line in cluster["initialization_commands"])  # fmt: skip

@@ -112,7 +112,10 @@ def test_a_job_runs_under_symmetric_run_and_its_token_is_nobodys(slurm: Path, tm
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_ahead_of_the_time_limit_the_story_stops_and_the_job_is_requeued(slurm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGUSR1, signal.SIGTERM])
+def test_ahead_of_the_time_limit_the_job_is_requeued_and_stopped_it_is_not(
+    slurm: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
     code, said = run(submit("waits", "--no-wait"))
     assert code == 0 and "77" in said, said
     log = next((tmp_path / "shared/logs").glob("nvembed-waits-*-77.log"), tmp_path / "none")
@@ -124,10 +127,13 @@ def test_ahead_of_the_time_limit_the_story_stops_and_the_job_is_requeued(slurm: 
     code, said = run(submit("waits"))
     assert code == 2 and "this run is running as 77" in said
     [batch] = psutil.Process(int((slurm / "pid").read_text())).children()  # below unshare; Slurm signals the shell only
-    batch.send_signal(signal.SIGTERM)
+    batch.send_signal(sent)
     _, alive = psutil.wait_procs([batch], timeout=120)
     assert not alive
     said = log.read_text()
-    assert "told to stop before the time limit" in said and "interrupted; run the same command again" in said
-    assert "the story ended with exit code 130" in said and "requeued; the next attempt goes on" in said
+    assert "interrupted; run the same command again" in said and "the story ended with exit code 130" in said
+    if sent == signal.SIGTERM:  # as scancel does
+        assert "not requeued" in said and not (slurm / "requeues").exists()
+        return
+    assert "told to stop before the time limit" in said and "requeued; the next attempt goes on" in said
     assert (slurm / "requeues").read_text().strip() == "requeue 77"
