@@ -77,7 +77,11 @@ class Pod(Config):
 
     cpu: Quantity = "4"
     memory: Quantity = "16Gi"
-    shm: Quantity = Field("4Gi", description="Size of /dev/shm, counted as memory: Ray's object store lies there.")
+    shm: str = Field(
+        "4Gi",
+        pattern=r"^[0-9]+([KMGT]i|[kMGT])$",
+        description="Size of /dev/shm, counted as memory: Ray's object store lies there.",
+    )
     node_selector: dict[str, str] = Field({})
     tolerations: tuple[Toleration, ...] = ()
 
@@ -255,7 +259,7 @@ class CloudTarget(TargetConfig):
     workers: tuple[CloudWorkers, ...] = Field(min_length=1)
     idle_minutes: float = Field(10, gt=0)
     ssh_user: Word = "ubuntu"
-    shm: Word = "8g"
+    shm: str = Field("8g", pattern=r"^[0-9]+[kKmMgG]$", description="Size of /dev/shm, as docker takes it.")
     bucket: str = Field(pattern=r"^(s3|gs)://[a-z0-9][^\s@]*$", description="Object storage of the runs.")
     mount_path: AbsolutePath = Field("/mnt/nvembed", description="Where every node sees the bucket as files.")
     container_user: Word = "ray"

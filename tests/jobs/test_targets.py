@@ -48,6 +48,7 @@ WRONG = [
     (RAY + "env_vars: {WHERE: 'postgresql://u:pw@h/d'}\n", ["WHERE: holds a URL with a password"]),
     (KUBERAY + "gang: {type: kueue, queue: q}\n", ["autoscaling", "a gang is admitted whole"]),
     (KUBERAY + "workers: [{min_workers: 3, max_workers: 2}, {}]\n", ["min_workers 3 is more than", "used twice"]),
+    (KUBERAY + "head: {shm: 8gigs}\n", ["head.shm", "8gigs"]),
     (KUBERAY + "outputs: /other/x\n", ["not below the storage, /shared"]),
     (KUBERAY + "outputs: /shared/../x\n", ["not below the storage, /shared"]),
     (KUBERAY + "ttl_seconds: 0\n", ["ttl_seconds: 0: must be greater than or equal to 60"]),
