@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 MASK = "****"
@@ -64,6 +64,24 @@ def mask_all(value: Any) -> Any:
     return value
 
 
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a nested plain value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from texts_in(key)
+            yield from texts_in(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from texts_in(item)
+
+
+def has_token(text: str) -> bool:
+    """Whether something in the text has the shape of a well-known token."""
+    return bool(_TOKENS.search(text))
+
+
 def has_credentials(text: str) -> bool:
     """Whether a URL in the text carries a password, or a token in its query."""
     return bool(_PASSWORD.search(text)) or ("://" in text and bool(_QUERY.search(text)))
@@ -79,6 +97,8 @@ def why_refused(text: str, environment: Mapping[str, str] | None = None) -> str:
     for value, name in secret_values(environment).items():
         if value in text:
             return f"holds the value of {name}, a secret of your environment. Leave it there, out of what is stored"
+    if has_token(text):
+        return "holds what has the shape of an access token. Leave it in the environment, out of what is stored"
     if not has_credentials(text):
         return ""
     return (

@@ -17,6 +17,7 @@ from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget
 from nvembed.jobs.sendable import leaks
 from nvembed.jobs.target import Target, inside, is_loopback
 from nvembed.recipe import Recipe, load_recipe
+from nvembed.secrets import texts_in
 from nvembed.storage import UserError
 
 USAGE = "nvembed submit TARGET -- python pipelines/nv_embed.py RECIPE [--set a.b=c]... [--out URI]"
@@ -96,12 +97,14 @@ def read_job(target: Target, command: Sequence[str]) -> Job:
     interpreter, script, rest = _split(command, folder)
     default, needs = _story(folder / script)
     recipe_path, settings, out, options = _options(rest)
-    shown = recipe_path if recipe_path is not None else str(folder / Path(script).parent / "recipes" / default)
+    shown = str(folder / Path(script).parent / "recipes" / default)
+    if recipe_path is not None:  # as the story reads it, which runs in that folder
+        shown = recipe_path if "://" in recipe_path else str(folder / recipe_path)
     recipe = load_recipe(shown, settings, needs)
     uri = _output(target, recipe, out)
     resolved = recipe.model_dump(mode="json")
     identity = {"recipe": resolved, "story": script, "out": uri, "options": options}
-    if found := leaks([*command, uri, str(resolved), *target.env_vars.values()]):
+    if found := leaks([*command, uri, *texts_in(resolved)]):
         raise UserError(
             f"the command, recipe or output holds {' and '.join(found)}: it would be seen by everybody who sees "
             "the job. Leave it out; name the variable under `secrets` in the target."

@@ -24,9 +24,8 @@ from nvembed.jobs.command import Job
 from nvembed.jobs.config import KubeRayTarget
 from nvembed.jobs.kuberay_pods import JOB_LABEL, RECIPE_FILE, head_template, worker_template
 from nvembed.jobs.plain_yaml import as_yaml
-from nvembed.jobs.shell import run_tool
+from nvembed.jobs.shell import ToolError, patiently, run_tool
 from nvembed.jobs.shm import object_store_bytes
-from nvembed.preflight import PreflightError
 from nvembed.recipe import resolved_yaml
 
 HINT = "Install kubectl, and see that `kubectl get rayjobs` works (KubeRay 1.5.1 or newer on the cluster)."
@@ -38,6 +37,7 @@ _STATUS = {
     "SUCCEEDED": SUCCEEDED,
     "FAILED": FAILED,
 }
+_SUSPENDED = ("Suspending", "Suspended")
 _OVER = {"Complete": SUCCEEDED, "Failed": FAILED, "ValidationFailed": FAILED}
 
 
@@ -162,11 +162,11 @@ class KubeRayBackend:
         """The log until the RayJob has ended, retries included."""
         shown = said = ""
         while True:
-            state = self._state(job_id)
-            text = self.logs(job_id)
-            start = len(shown) if text.startswith(shown) else 0  # a retry has a log of its own
-            write(text[start:])
-            shown = text
+            state = patiently(lambda: self._state(job_id), job_id, say)
+            if text := self.logs(job_id):  # empty: not there yet, gone, or not to be had just now
+                start = len(shown) if text.startswith(shown) else 0  # a retry has a log of its own
+                write(text[start:])
+                shown = text
             if not state.alive:
                 code = {SUCCEEDED: 0, STOPPED: 130}.get(state.state, state.exit_code or 4)
                 say(f"{job_id}: {state.state}, exit code {code} {state.message}".rstrip())
@@ -177,7 +177,10 @@ class KubeRayBackend:
             time.sleep(5)
 
     def _state(self, job_id: str) -> JobState:
-        return _state(json.loads(self._kubectl("get", "rayjob", job_id, "-o", "json")))
+        said = self._kubectl("get", "rayjob", job_id, "--ignore-not-found", "-o", "json")
+        if not said.strip():
+            return JobState(job_id, STOPPED, "deleted")
+        return _state(json.loads(said))
 
     def states(self) -> list[JobState]:
         """RayJobs with our label."""
@@ -188,7 +191,7 @@ class KubeRayBackend:
         """What the submitter's pod printed: the driver's log; empty before it is there."""
         try:
             return self._kubectl("logs", f"job/{job_id}", "--tail=-1")
-        except PreflightError:
+        except ToolError:
             return ""
 
     def stop(self, job_id: str) -> None:
@@ -203,9 +206,13 @@ class KubeRayBackend:
 def _state(item: dict[str, Any]) -> JobState:
     status = item.get("status") or {}
     deployment = status.get("jobDeploymentStatus", "")
-    state = _OVER.get(deployment) or _STATUS.get(status.get("jobStatus", ""), PENDING)
-    if state in (SUCCEEDED, FAILED) and deployment not in _OVER:
-        state = RUNNING  # a failed attempt that is retried; a finished one that is being taken down
+    state = _STATUS.get(status.get("jobStatus", ""), PENDING)
+    if deployment in _OVER:
+        state = STOPPED if state == STOPPED else _OVER[deployment]  # KubeRay calls a stopped job complete
+    elif deployment in _SUSPENDED:
+        state = PENDING  # waits for its queue; Kueue may have taken its place away
+    elif state not in (PENDING, RUNNING):
+        state = RUNNING  # an ended attempt that is retried; a finished one that is being taken down
     prefix = "nvembed.io/"
     notes = (item["metadata"].get("annotations") or {}).items()
     metadata = {key[len(prefix) :].replace("-", "_"): value for key, value in notes if key.startswith(prefix)}

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from nvembed.secrets import has_credentials, is_secret_name, secret_values
+from nvembed.secrets import has_credentials, has_token, is_secret_name, secret_values
 
 
 def leaks(texts: Iterable[str], environment: Mapping[str, str] | None = None) -> list[str]:
     """What the texts hold that must not be sent: sentences that name a secret without showing it."""
     joined = "\n".join(texts)
     found = [f"the value of {name}" for value, name in secret_values(environment).items() if value in joined]
-    return sorted(found) + (["a password inside a URL"] if has_credentials(joined) else [])
+    return [
+        *sorted(found),
+        *(["a password inside a URL"] if has_credentials(joined) else []),
+        *(["what has the shape of an access token"] if has_token(joined) else []),
+    ]
 
 
 def wrong_variables(variables: Mapping[str, str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -29,4 +33,6 @@ def wrong_variables(variables: Mapping[str, str], environment: Mapping[str, str]
             wrong[name] = f"has the value of {values[value]}, a secret of your environment"
         elif has_credentials(value):
             wrong[name] = "holds a URL with a password"
+        elif found := leaks([value], environment):
+            wrong[name] = f"holds {' and '.join(found)}"
     return wrong

@@ -16,7 +16,7 @@ from nvembed import storage
 from nvembed.jobs.backend import FAILED, PENDING, RUNNING, STOPPED, SUCCEEDED, JobState, Preview, Say, refuse_if_alive
 from nvembed.jobs.command import Job
 from nvembed.jobs.config import SlurmTarget
-from nvembed.jobs.shell import run_tool
+from nvembed.jobs.shell import patiently, run_tool
 from nvembed.jobs.slurm_script import BODY, FAILED_CODE
 from nvembed.preflight import PreflightError
 from nvembed.recipe import resolved_yaml
@@ -145,7 +145,7 @@ class SlurmBackend:
         """The log file until Slurm knows the job no more (requeues included)."""
         shown, said = 0, ""
         while True:
-            state = self._state(job_id)
+            state = patiently(lambda: self._state(job_id), job_id, say)
             text = self.logs(job_id)
             write(text[shown:])
             shown = max(shown, len(text))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget, SlurmTarget
-from nvembed.jobs.sendable import wrong_variables
+from nvembed.jobs.sendable import leaks, wrong_variables
 from nvembed.recipe import RecipeError, read_yaml
 from nvembed.recipe_text import Document, Path, Problem, nearest, parse
 from nvembed.recipe_validate import validate
@@ -42,7 +42,7 @@ def load_target(path: str) -> Target:
         )
     model = KINDS[str(kind)]
     problems += validate(model, document)[1]
-    problems += _variables(document)
+    problems += _secrets(document)
     if not problems:
         target = model.model_validate(document.data)
         problems += _CHECKS[str(kind)](target, document)
@@ -56,7 +56,7 @@ def is_loopback(address: str) -> bool:
     return urlsplit(address).hostname in LOOPBACK
 
 
-def _variables(document: Document) -> list[Problem]:
+def _secrets(document: Document) -> list[Problem]:
     given = document.data.get("env_vars")
     plain = {str(name): str(value) for name, value in given.items()} if isinstance(given, dict) else {}
     problems = []
@@ -64,7 +64,20 @@ def _variables(document: Document) -> list[Problem]:
         path: Path = ("env_vars", name)
         said = f"{why}; name it under `secrets`, so that the cluster provides it"
         problems.append(Problem(document.position(path, key=True), path, said))
+    rest = {key: value for key, value in document.data.items() if key != "env_vars"}
+    for path, text in _texts(rest, ()):
+        if found := leaks([text]):
+            said = f"holds {' and '.join(found)}; a target is data that others read. Name it under `secrets`"
+            problems.append(Problem(document.position(path), path, said))
     return problems
+
+
+def _texts(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(item, (*path, key))
 
 
 def _check_ray(target: Any, document: Document) -> list[Problem]:

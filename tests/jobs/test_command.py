@@ -1,6 +1,7 @@
 """The command after `--`, what travels with it, and what never does."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,18 @@ def test_bad_commands_are_told_before_anything_is_sent(
     with pytest.raises(UserError) as raised:
         read_job(target, command)
     assert said in str(raised.value) and "hunter2" not in str(raised.value)
+
+
+def test_the_recipe_is_the_one_below_the_working_directory(checkout: Path, tmp_path: Path) -> None:
+    """The story runs there, so what is checked here must be what it reads there."""
+    other = tmp_path / "other"
+    shutil.copytree(checkout, other)
+    recipe = (checkout / "recipes/light.yaml").read_text()
+    (other / "recipes/light.yaml").write_text(recipe.replace("name: light", "name: elsewhere"))
+    there = LOCAL.model_copy(update={"working_dir": str(other)})
+    command = ["python", "light.py", "recipes/light.yaml", "--out", "/o"]
+    assert read_job(there, command).name == "elsewhere"
+    assert read_job(LOCAL, command).name == "light"
 
 
 def test_outputs_on_shared_storage(checkout: Path) -> None:

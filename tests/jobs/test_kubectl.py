@@ -13,6 +13,9 @@ STUB = """#!/bin/sh
 here={here}
 echo "$@" >> $here/said
 case "$*" in
+  *"get rayjob "*) [ -e $here/away ] && rm $here/away && echo "i/o timeout" >&2 && exit 1 ;;
+esac
+case "$*" in
   *"apply -f -"*) cat > $here/applied.yaml ;;
   *"get rayjobs"*) cat $here/items.json ;;
   *"get rayjob "*) cat $here/item.json ;;
@@ -68,6 +71,41 @@ def test_apply_list_follow_and_delete(kubectl: Path) -> None:
     code, said, _ = run("jobs", "stop", "t.yaml", "--json")
     assert code == 0 and json.loads(said)["asked"]
     assert f"delete rayjob/{name[:-1]}2 configmap/{name[:-1]}2" in (kubectl / "said").read_text()
+
+
+def test_an_api_server_that_does_not_answer_for_a_while_is_asked_again(kubectl: Path) -> None:
+    name = run("submit", "t.yaml", "--no-wait", "--", "python", "light.py")[1].strip()
+    item(kubectl, jobStatus="SUCCEEDED", jobDeploymentStatus="Complete")
+    (kubectl / "away").touch()
+    code, said, notes = run("jobs", "logs", "t.yaml", name, "--follow")
+    assert code == 0 and said == "line 1\nline 2\n", notes
+    assert "i/o timeout); the job goes on, trying again" in notes
+
+
+def test_a_job_that_is_deleted_while_it_is_followed_was_stopped(kubectl: Path) -> None:
+    name = run("submit", "t.yaml", "--no-wait", "--", "python", "light.py")[1].strip()
+    item(kubectl, jobStatus="RUNNING", jobDeploymentStatus="Running")
+    (kubectl / "item.json").write_text("")  # what --ignore-not-found leaves
+    code, _, notes = run("jobs", "logs", "t.yaml", name, "--follow")
+    assert code == 130 and "stopped, exit code 130 deleted" in notes
+
+
+@pytest.mark.parametrize(
+    ("status", "deployment", "state"),
+    [
+        ("STOPPED", "Complete", "stopped"),
+        ("STOPPED", "Suspended", "pending"),
+        ("FAILED", "Retrying", "running"),
+        ("FAILED", "Failed", "failed"),
+        ("SUCCEEDED", "Complete", "succeeded"),
+        ("", "Failed", "failed"),
+        ("RUNNING", "Running", "running"),
+    ],
+)
+def test_what_kuberay_says_of_a_job(kubectl: Path, status: str, deployment: str, state: str) -> None:
+    name = run("submit", "t.yaml", "--no-wait", "--", "python", "light.py")[1].strip()
+    item(kubectl, jobStatus=status, jobDeploymentStatus=deployment)
+    assert f"{name}  {state}" in run("jobs", "list", "t.yaml")[1]
 
 
 def test_kubectls_own_words_are_passed_on(kubectl: Path) -> None:

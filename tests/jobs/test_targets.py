@@ -48,6 +48,8 @@ WRONG = [
     (RAY + "env_vars: {WHERE: 'postgresql://u:pw@h/d'}\n", ["WHERE: holds a URL with a password"]),
     (KUBERAY + "gang: {type: kueue, queue: q}\n", ["autoscaling", "a gang is admitted whole"]),
     (KUBERAY + "workers: [{min_workers: 3, max_workers: 2}, {}]\n", ["min_workers 3 is more than", "used twice"]),
+    (RAY + "env_vars: {NOTE: hf_abcdefghijklmnop1234}\n", ["NOTE: holds what has the shape of an access token"]),
+    (SLURM + "setup: ['export X=hf_abcdefghijklmnop1234']\n", ["setup.0: holds what has the shape of an access token"]),
     (KUBERAY + "head: {shm: 8gigs}\n", ["head.shm", "8gigs"]),
     (KUBERAY + "outputs: /other/x\n", ["not below the storage, /shared"]),
     (KUBERAY + "outputs: /shared/../x\n", ["not below the storage, /shared"]),
@@ -77,6 +79,10 @@ def test_a_variable_with_the_value_of_a_secret_is_refused_unseen(
     monkeypatch.setenv("MY_API_KEY", "canary-51f0")
     (tmp_path / "t.yaml").write_text(RAY + "env_vars: {PLAIN: canary-51f0}\n")
     with pytest.raises(RecipeError, match="PLAIN: has the value of MY_API_KEY, a secret of your environment") as raised:
+        load_target(str(tmp_path / "t.yaml"))
+    assert "canary" not in str(raised.value)
+    (tmp_path / "t.yaml").write_text(SLURM + "setup: ['export X=canary-51f0']\n")
+    with pytest.raises(RecipeError, match=r"setup\.0: holds the value of MY_API_KEY") as raised:
         load_target(str(tmp_path / "t.yaml"))
     assert "canary" not in str(raised.value)
 
