@@ -7,10 +7,8 @@ version to install. `tests/assets/formats/` keeps a sample of each.
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -73,21 +71,3 @@ def with_defaults(record: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
         return {**record, "config": kind.model_validate(record["config"]).model_dump(mode="json")}
     except (KeyError, ValidationError):  # told by the comparison that follows
         return record
-
-
-def git_revision(folder: Path | None = None) -> str | None:
-    """Revision of a checkout (by default the one this package runs from), `-dirty` added when it has changes.
-
-    None outside a checkout. Writes nothing: `git describe --dirty` would refresh git's index.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", *arguments]
-        place = folder or Path(__file__).parent
-        return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        revision = git("rev-parse", "HEAD")
-        return f"{revision}-dirty" if git("status", "--porcelain", "--untracked-files=no") else revision
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -23,8 +23,9 @@ import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from nvembed.formats import check_format, git_revision, stamp, with_defaults
+from nvembed.formats import check_format, stamp, with_defaults
 from nvembed.retry import RetriedFile, retried
+from nvembed.revision import git_revision
 from nvembed.types import Artifact, Config, UserError
 
 logger = logging.getLogger(__name__)

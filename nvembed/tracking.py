@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from nvembed import storage
 from nvembed.mlflow_store import Tail, flatten, log_metrics, numbers, prepare_environment, probe, resolve_store
+from nvembed.revision import git_revision
 from nvembed.types import Artifact, Config
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class Tracker:
         self._write_state()
         _log_params(client, run, flatten(self.recipe))
         client.update_run(run.info.run_id, status="RUNNING")
-        tags = {"nvembed.output": self.out, "nvembed.git_revision": storage.git_revision() or "unknown"}
+        tags = {"nvembed.output": self.out, "nvembed.git_revision": git_revision() or "unknown"}
         _set_tags(client, run.info.run_id, tags)
         self._client = client
 

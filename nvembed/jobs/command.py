@@ -17,6 +17,7 @@ from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget
 from nvembed.jobs.sendable import leaks
 from nvembed.jobs.target import Target, inside, is_loopback
 from nvembed.recipe import Recipe, load_recipe
+from nvembed.revision import git_revision
 from nvembed.secrets import texts_in
 from nvembed.storage import UserError
 
@@ -75,7 +76,7 @@ class Job:
             "nvembed_recipe_sha256": storage.hash_json(self.recipe.model_dump(mode="json")),
             "nvembed_fingerprint": self.fingerprint,
             "nvembed_out": self.out,
-            "git_revision": storage.git_revision(self.folder) or "none",
+            "git_revision": git_revision(self.folder) or "none",
             "user": _user(),
         }
 

@@ -132,6 +132,11 @@ def check_reuse(config: MineConfig, prepare: Artifact) -> None:
     manifest = earlier.manifest
     if manifest.get("kind") != "mine":
         raise UserError(f"mine.reuse {config.reuse} is a {manifest.get('kind')!r} step, not a mine step")
+    if "model" in manifest["inputs"]:
+        raise UserError(
+            f"mine.reuse {config.reuse} was searched by a trained model (remine), not by mine.miner. Name a "
+            "`mine` step, or mine again with that model as mine.miner."
+        )
     if manifest["inputs"].get("prepare") != prepare.manifest_hash:
         raise UserError(f"mine.reuse {config.reuse} was mined from other data. Mine again without `reuse`.")
     ours = config.model_dump(mode="json")

@@ -15,6 +15,7 @@ from nvembed.registry.client import RegistryAwayError, answering, open_registry
 from nvembed.registry.config import RegisterConfig, RegistrationConfig
 from nvembed.registry.evidence import judge
 from nvembed.registry.versions import ITEMS, SCORES, Submission, add_version, champion_facts
+from nvembed.revision import git_revision
 from nvembed.types import Artifact
 
 REGISTRATION = "registration.json"
@@ -99,7 +100,7 @@ def _build(config: RegistrationConfig, inputs: Mapping[str, Artifact], work_uri:
         tags={
             "manifest_hash": model.manifest_hash,
             "evaluation_manifest_hash": scores.manifest_hash,
-            "git_revision": storage.git_revision() or "unknown",
+            "git_revision": git_revision() or "unknown",
         },
     )
     registration = register_model(config, submission)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from nvembed import storage
 from nvembed.report.schema import Environment
+from nvembed.revision import git_revision
 
 PACKAGES = (
     "nvembed", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "mlflow", "sentence-transformers",
@@ -31,7 +31,7 @@ def describe_environment() -> Environment:
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
         bf16=bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}),
-        git_revision=storage.git_revision(),
+        git_revision=git_revision(),
         packages={name: version for name in PACKAGES if (version := _version(name)) is not None},
     )
 

@@ -92,7 +92,7 @@ class PretrainedModel(Config):
 
 
 class CrossEncoderModel(Config):
-    """A sentence-transformers cross-encoder (reranker) with one output: folder or hub name."""
+    """A sentence-transformers cross-encoder (reranker) with one output: folder or hub name. Runs on `search.device`."""
 
     type: Literal["cross_encoder"] = "cross_encoder"
     name: str

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from search import overlap, problem, truth
+from search import interleaved, overlap, problem, truth
 
 from nvembed.data.config import StdlibCodeSource
 from nvembed.data.sources.stdlib_code import read_stdlib_code
@@ -38,18 +38,10 @@ def code_texts(count: int) -> list[str]:
     return (texts * (-(-count // len(texts))))[:count]
 
 
-def interleaved(variants: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Wall seconds of every variant, A B A B ..., after one unmeasured round, and each one's last result."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    results = {name: variant() for name, variant in variants.items()}
-    for _ in range(rounds):
-        for name, variant in variants.items():
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            results[name] = variant()
-            torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds, results
+def clock() -> float:
+    """Wall seconds, when the device has done what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def report(what: str, seconds: dict[str, list[float]], ours: str, **more: Any) -> None:
@@ -79,7 +71,7 @@ def search(arguments: argparse.Namespace) -> None:
         "ours": lambda: search_vectors(query, matrix, arguments.k, device="cuda")[0],
         "sentence-transformers": peer,
     }
-    seconds, results = interleaved(variants, arguments.rounds)
+    seconds, results = interleaved(variants, arguments.rounds, clock)
     exact = truth(query[:64], matrix, arguments.k)
     shares = {name: overlap(found[:64], exact) for name, found in results.items()}
     shape = {"queries": arguments.queries, "documents": arguments.documents, "k": arguments.k}
@@ -133,7 +125,7 @@ def encode(shape: str, texts: list[str], rounds: int) -> None:
             "sentence-transformers bf16": lambda: peer.encode(texts, batch_size=128, show_progress_bar=False),
             "sentence-transformers fp32": lambda: full.encode(texts, batch_size=128, show_progress_bar=False),
         }
-        seconds, results = interleaved(variants, rounds)
+        seconds, results = interleaved(variants, rounds, clock)
     tokens = sum(len(row) for row in full.tokenizer(texts, truncation=True, max_length=512)["input_ids"])
     exact = np.asarray(results["sentence-transformers fp32"], dtype=np.float32)
     cosines = {

@@ -43,17 +43,19 @@ def problem(queries: int, documents: int, seed: int = 0) -> tuple[np.ndarray, np
     return near / np.linalg.norm(near, axis=1, keepdims=True), matrix, positives
 
 
-def interleaved(variants: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """CPU seconds of this thread of every variant, A B C A B C ..., and each one's last result."""
+def interleaved(
+    variants: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.thread_time
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds (CPU of this thread, by default) of every variant, A B C A B C ..., and each one's last result."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     results: dict[str, Any] = {}
     for variant in variants.values():
         variant()  # once unmeasured: libraries allocate and pick their kernels
     for _ in range(rounds):
         for name, variant in variants.items():
-            started = time.thread_time()
+            started = clock()
             results[name] = variant()
-            seconds[name].append(time.thread_time() - started)
+            seconds[name].append(clock() - started)
     return seconds, results
 
 

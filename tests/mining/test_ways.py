@@ -55,7 +55,7 @@ def encode(source, model, out, config, may_reject=()):
     """`encode_shards` with made-up vectors, text shard by text shard."""
     for name in shards.list_shards(source):
         table = shards.read_table(f"{source}/{name}", ["key", "text"])
-        matrix = vectors(table.column("text").to_pylist(), model.package)
+        matrix = vectors(table.column("text").to_pylist(), getattr(model, "package", "trained"))
         shards.write_table(shards.vector_table(table.column("key"), matrix), f"{out}/{name}")
     return EncodeReport()
 
@@ -153,6 +153,22 @@ def test_any_division_gives_the_same_bytes(tmp_path, prepared, monkeypatch):
     for name in ("mined", "searched"):
         data = [Path(artifact.path("set", f"{name}.parquet")).read_bytes() for artifact in (whole, cut)]
         assert data[0] == data[1]
+
+
+def test_a_trained_model_mines_in_the_miners_place_and_its_search_is_not_the_miners(tmp_path, prepared):
+    trained = Step("train", 1, lambda config, inputs, work: StepResult()).run(
+        PrepareConfig(sources=()), {}, str(tmp_path / "train")
+    )
+    again = MINE.run(CONFIG, {"prepare": prepared, "model": trained}, str(tmp_path / "again"))
+    _, named, _ = mine(prepared, tmp_path / "named", miner={"type": "package", "package": "trained"})
+    rows = shards.read_table(again.path("set", "mined.parquet")).to_pylist()
+    assert {row["example_id"]: row for row in rows} == named
+    assert named != mine(prepared, tmp_path / "plain")[1]
+    audit = (tmp_path / "again" / "audit.json").read_text()
+    assert json.loads(audit)["miner"] == {"type": "trained", "model": trained.manifest_hash}
+    assert str(tmp_path) not in audit
+    with pytest.raises(UserError, match="searched by a trained model"):
+        mine(prepared, tmp_path / "reused", reuse=str(tmp_path / "again"))
 
 
 def test_the_judge_refuses_by_its_own_scale(tmp_path, prepared):
