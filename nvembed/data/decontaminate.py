@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -19,10 +19,10 @@ import numpy as np
 from nvembed import storage
 from nvembed.data.config import DecontaminateConfig, DeduplicateConfig, NearCopyConfig
 from nvembed.data.contained import contained_pairs
-from nvembed.data.fit import merge_documents
+from nvembed.data.fit import merge_documents, renamed_ids
 from nvembed.data.near import NearPairs, Text, near_pairs, write_texts
 from nvembed.data.sources.base import SourceRows
-from nvembed.data.tables import HELD_OUT, document_text
+from nvembed.data.tables import HELD_OUT
 from nvembed.storage import UserError
 from nvembed.types import TaskType, TrainingExample
 
@@ -167,29 +167,28 @@ def deduplicate(rows: SourceRows, config: DeduplicateConfig, work_uri: str | Non
     """
     gone = {"documents": 0, "queries": 0}
     if config.documents and rows.task is TaskType.RETRIEVAL:
-        ordered = sorted(rows.documents, key=lambda row: row.id)
-        first = _first_of_group([document_text(row.title, row.text) for row in ordered], config, work_uri)
-        renamed = {row.id: ordered[place].id for row, place in zip(ordered, first, strict=True)}
-        gone["documents"] = sum(old != new for old, new in renamed.items())
+        ordered = rows.documents.taken(rows.documents.id_order())
+        renamed = renamed_ids(ordered, _first_of_group(ordered.texts(), config, work_uri))
+        gone["documents"] = len(renamed)
         merge_documents(rows, renamed)
     if config.queries and rows.task is not TaskType.STS:
         train = sorted(rows.examples["train"], key=lambda row: row.id)
-        first = _first_of_group([row.query for row in train], config, work_uri)
+        first = _first_of_group((row.query for row in train), config, work_uri).tolist()
         rows.examples["train"] = [row for place, row in enumerate(train) if first[place] == place]
         gone["queries"] = len(train) - len(rows.examples["train"])
     return gone
 
 
-def _first_of_group(texts: list[str], config: NearCopyConfig, work_uri: str | None) -> list[int]:
-    """For each text the place of the one that stands for it: itself, or the first kept one that it nearly copies."""
+def _first_of_group(texts: Iterable[str], config: NearCopyConfig, work_uri: str | None) -> np.ndarray:
+    """int64 [N]: the place of the text that stands for each: itself, or the first kept one that it nearly copies."""
     with _working_folder(work_uri) as uri:
         shards = write_texts(((TRAIN, False, text) for text in texts), uri)
         found = near_pairs(shards, config, sides=((TRAIN, TRAIN),))
-    first = found.first_same.tolist()
+    first = found.first_same.copy()
     for a, b in found.pairs[np.lexsort((found.pairs[:, 0], found.pairs[:, 1]))].tolist():
         if first[a] == a and first[b] == b:
             first[b] = a
-    return [first[first[place]] for place in range(len(first))]
+    return first[first]
 
 
 # -- leaks of evaluation sets -----------------------------------------------------------------------------------------
@@ -306,7 +305,7 @@ def _texts_by_example(rows: SourceRows, split: str, *, shared: bool) -> Iterator
     """
     compared = (shared or rows.documents_split) and not rows.task.labelled  # of classes, the query is the document
     wanted = {item.id for example in rows.examples[split] for item in example.positives} if compared else set()
-    texts = {row.id: document_text(row.title, row.text) for row in rows.documents if row.id in wanted}
+    texts = rows.documents.texts_of(wanted)
     for example in rows.examples[split]:
         yield [example.query, *(texts[item.id] for item in example.positives if compared)]
 

@@ -6,9 +6,15 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
+
+from nvembed.data.documents import SIDES, Documents, sides_of
 from nvembed.data.sources.base import SourceRows, stable_hash
 from nvembed.data.tables import HELD_OUT, SPLITS
 from nvembed.types import ScoredId, TaskType, TrainingExample
+
+_RANK = np.zeros(len(SIDES), np.int8)  # which of equal texts stays: one that is held out, by the document's side
+_RANK[sides_of(SPLITS[::-1])] = range(len(SPLITS))
 
 
 def unique_texts(rows: SourceRows) -> None:
@@ -17,16 +23,17 @@ def unique_texts(rows: SourceRows) -> None:
     A query that stands in several splits stays in the most held-out one only (test, then dev). For classes,
     where the text is the item, equal texts with different labels keep the first by id.
     """
-    canonical: dict[tuple[str, str], str] = {}
-    renamed: dict[str, str] = {}
-    for document in sorted(rows.documents, key=lambda row: (_rank(row.split), row.id)):
-        renamed[document.id] = canonical.setdefault((document.title, document.text), document.id)
-    rows.documents = sorted((row for row in rows.documents if renamed[row.id] == row.id), key=lambda row: row.id)
+    documents = rows.documents.taken(rows.documents.id_order())
+    order = np.argsort(_RANK[documents.side_N], kind="stable")
+    standing = np.empty(len(documents), np.int64)
+    standing[order] = order[_first_of_equal(documents.digests()[order])]
+    renamed = renamed_ids(documents, standing)
+    rows.documents = documents.taken(standing == np.arange(len(documents)))
     taken: set[object] = set()
     for split in reversed(SPLITS):
         merged: dict[object, TrainingExample] = {}
         for example in sorted(rows.examples[split], key=lambda row: row.id):
-            if rows.task.labelled and renamed[example.id] != example.id:
+            if rows.task.labelled and example.id in renamed:
                 continue
             moved = _renamed(example, renamed)
             key = _key(moved)
@@ -41,15 +48,31 @@ def merge_documents(rows: SourceRows, renamed: Mapping[str, str]) -> None:
     """Leave out documents that another one stands for, in place; examples then name that one.
 
     Args:
-        renamed: for every document the id that stands for it, which stands for itself.
+        renamed: document -> the one that stands for it, of those that leave.
     """
-    rows.documents = [row for row in rows.documents if renamed[row.id] == row.id]
+    rows.documents = rows.documents.taken(~rows.documents.mask(renamed))
     for split in SPLITS:
         rows.examples[split] = [_renamed(example, renamed) for example in rows.examples[split]]
 
 
-def _rank(split: str | None) -> int:
-    return SPLITS[::-1].index(split) if split else 0
+def renamed_ids(documents: Documents, standing: np.ndarray) -> dict[str, str]:
+    """Document -> the one that stands for it, of those that do not stand for themselves.
+
+    Args:
+        standing: int64 [N], place of the document that stands for each.
+    """
+    gone = np.flatnonzero(standing != np.arange(len(standing)))
+    return dict(zip(documents.ids(gone), documents.ids(standing[gone]), strict=True))
+
+
+def _first_of_equal(digest_N2: np.ndarray) -> np.ndarray:
+    """int64 [N]: the first place with the same digest."""
+    order = np.lexsort((digest_N2[:, 1], digest_N2[:, 0]))  # stable
+    new = np.ones(len(order), bool)
+    new[1:] = (digest_N2[order][1:] != digest_N2[order][:-1]).any(axis=1)
+    first = np.empty(len(order), np.int64)
+    first[order] = order[np.flatnonzero(new)][np.cumsum(new) - 1]
+    return first
 
 
 def _key(example: TrainingExample) -> object:
@@ -58,8 +81,8 @@ def _key(example: TrainingExample) -> object:
 
 
 def _renamed(example: TrainingExample, renamed: Mapping[str, str]) -> TrainingExample:
-    positives = {renamed[item.id]: item.score for item in reversed(example.positives)}
-    negatives = {renamed[item.id]: item.score for item in reversed(example.negatives)}
+    positives = {renamed.get(item.id, item.id): item.score for item in reversed(example.positives)}
+    negatives = {renamed.get(item.id, item.id): item.score for item in reversed(example.negatives)}
     return replace(
         example,
         positives=tuple(ScoredId(key, positives[key]) for key in reversed(positives)),
@@ -116,12 +139,23 @@ def fit_corpus(rows: SourceRows, cap: int | None, seed: int) -> None:
     if rows.task is TaskType.RETRIEVAL:
         given = dict.fromkeys(item.id for example in train for item in example.negatives if item.id not in kept)
         kept.update(list(given)[: max(0, limit - len(kept))])
-        rest = (row.id for row in rows.documents if row.id not in kept)
-        kept.update(sorted(rest, key=lambda key: stable_hash(seed, key))[: max(0, limit - len(kept))])
-    rows.documents = [row for row in rows.documents if row.id in kept]
-    for split in SPLITS:
+    kept_N = rows.documents.mask(kept)
+    if rows.task is TaskType.RETRIEVAL:
+        rest = np.flatnonzero(~kept_N)
+        if (room := max(0, limit - len(kept))) < len(rest):
+            hashes = np.fromiter((stable_hash(seed, key) for key in rows.documents.ids(rest)), np.uint64, len(rest))
+            rest = rest[np.argsort(hashes, kind="stable")[:room]]
+        kept_N[rest] = True
+    rows.documents = rows.documents.taken(kept_N)
+    _drop_absent_negatives(rows)
+
+
+def _drop_absent_negatives(rows: SourceRows) -> None:
+    named = {item.id for split in SPLITS for example in rows.examples[split] for item in example.negatives}
+    absent = named - rows.documents.places(named).keys()
+    for split in SPLITS if absent else ():
         rows.examples[split] = [
-            replace(example, negatives=tuple(item for item in example.negatives if item.id in kept))
+            replace(example, negatives=tuple(item for item in example.negatives if item.id not in absent))
             for example in rows.examples[split]
         ]
 

@@ -9,7 +9,7 @@ corpus under its cap. Every choice is by hash of ids and the seed, so it depends
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
 import logging
 import re
@@ -22,6 +22,7 @@ import numpy as np
 from nvembed import storage
 from nvembed.data import decontaminate
 from nvembed.data.config import PrepareConfig, SourceConfig
+from nvembed.data.documents import sides_of
 from nvembed.data.fit import cap_examples, fit_corpus, unique_texts
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.sources.beir import read_beir
@@ -30,7 +31,15 @@ from nvembed.data.sources.files import read_files
 from nvembed.data.sources.hpo import read_hpo_classes, read_hpo_retrieval, read_hpo_similarity
 from nvembed.data.sources.hub import read_hub
 from nvembed.data.sources.stdlib_code import read_stdlib_code
-from nvembed.data.tables import HELD_OUT, SPLITS, corpus_table, document_text, examples_table, write_table
+from nvembed.data.tables import (
+    CORPUS_SCHEMA,
+    HELD_OUT,
+    ROW_GROUP_ROWS,
+    SPLITS,
+    examples_table,
+    write_table,
+    write_tables,
+)
 from nvembed.storage import Step, StepResult, UserError
 from nvembed.text.instructions import instruction_prefix
 from nvembed.types import Artifact, TaskType
@@ -155,10 +164,9 @@ def _settle_leaks(datasets: dict[str, SourceRows], config: PrepareConfig, work_u
 def _characters(rows: SourceRows, long: int) -> dict[str, dict[str, float]]:
     """Lengths of queries and documents; `long_share` is the share of texts longer than `long` characters."""
     queries = [len(example.query) for split in SPLITS for example in rows.examples[split]]
-    documents = [len(document_text(row.title, row.text)) for row in rows.documents]
     found = {}
-    for role, lengths in (("queries", queries), ("documents", documents)):
-        length_N = np.array(lengths or [0])
+    for role, lengths in (("queries", queries), ("documents", rows.documents.lengths())):
+        length_N = np.array(lengths if len(lengths) else [0])
         found[role] = {
             "mean": round(float(length_N.mean()), 1),
             "p99": float(np.quantile(length_N, 0.99, method="lower")),
@@ -187,15 +195,16 @@ def mark_held_out_documents(rows: SourceRows) -> None:
     """
     if rows.task is not TaskType.RETRIEVAL:
         return
-    answers = {split: {p.id for example in rows.examples[split] for p in example.positives} for split in SPLITS}
-    for index, document in enumerate(rows.documents):
-        sides = [split for split in SPLITS if document.id in answers[split]]
-        side = sides[-1] if sides and "train" not in sides else None
-        rows.documents[index] = dataclasses.replace(document, split=side)
+    side_N = sides_of([None]).repeat(len(rows.documents))
+    for split in (*HELD_OUT, "train"):
+        answers = rows.documents.mask(item.id for example in rows.examples[split] for item in example.positives)
+        side_N[answers] = sides_of([None if split == "train" else split])
+    rows.documents = rows.documents.on_sides(side_N)
 
 
 def _write(rows: SourceRows, uri: str) -> None:
-    write_table(corpus_table(rows.documents), storage.join(uri, "corpus.parquet"))
+    tables = functools.partial(rows.documents.tables, ROW_GROUP_ROWS)
+    write_tables(tables, CORPUS_SCHEMA, storage.join(uri, "corpus.parquet"))
     for split in SPLITS:
         write_table(examples_table(rows.examples[split]), storage.join(uri, f"examples-{split}.parquet"))
 

@@ -6,7 +6,7 @@ positives and negatives are ids into that corpus.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from nvembed.types import Artifact, ScoredId, TaskType, TrainingExample
 
 SPLITS = ("train", "dev", "test")
 HELD_OUT = ("dev", "test")
+ROW_GROUP_ROWS = 16384
 
 SCORED_IDS = pa.list_(pa.struct([pa.field("id", pa.string(), nullable=False), pa.field("score", pa.float64())]))
 CORPUS_SCHEMA = pa.schema(
@@ -66,12 +67,26 @@ def document_text(title: str, text: str) -> str:
 
 
 @retried
-def write_table(table: pa.Table, uri: str, *, row_group_rows: int = 16384) -> None:
+def write_table(table: pa.Table, uri: str, *, row_group_rows: int = ROW_GROUP_ROWS) -> None:
     """Write one parquet file at any URI."""
     fs, path = storage.filesystem(uri)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     with fs.open(path, "wb") as file:
         pq.write_table(table, file, row_group_size=row_group_rows)
+
+
+@retried
+def write_tables(tables: Callable[[], Iterable[pa.Table]], schema: pa.Schema, uri: str) -> None:
+    """Write one parquet file, each table a row group of it; the same bytes as `write_table` of all rows.
+
+    Args:
+        tables: gives them from the first one on each time it is called: once for every attempt to write.
+    """
+    fs, path = storage.filesystem(uri)
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    with fs.open(path, "wb") as file, pq.ParquetWriter(file, schema) as writer:
+        for table in tables():
+            writer.write_table(table, row_group_size=table.num_rows)
 
 
 @retried
@@ -113,13 +128,6 @@ def read_rows(uri: str, key: str, wanted: Iterable[str], columns: Sequence[str] 
 
 
 # -- corpus and examples ----------------------------------------------------------------------------------------------
-
-
-def corpus_table(documents: Iterable[Document]) -> pa.Table:
-    """Arrow table of a corpus."""
-    rows = list(documents)
-    columns = {name: [getattr(row, name) for row in rows] for name in CORPUS_SCHEMA.names}
-    return pa.table(columns, schema=CORPUS_SCHEMA)
 
 
 def examples_table(examples: Iterable[TrainingExample]) -> pa.Table:

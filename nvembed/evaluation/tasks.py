@@ -11,6 +11,7 @@ Shapes: N items, Q queries, D width, R clusterings.
 
 from __future__ import annotations
 
+import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -291,9 +292,10 @@ def load_held_out(
 
 def _kept(corpus_uri: str, examples: list[TrainingExample], caps: Caps) -> frozenset[str]:
     kept = {item.id for example in examples for item in example.positives}
-    others = (key for key in read_table(corpus_uri, ["id"]).column("id").to_pylist() if key not in kept)
-    ordered = sorted(others, key=lambda key: stable_hash(caps.seed, key))
-    return frozenset(kept.union(ordered[: max(0, caps.documents - len(kept))]))
+    ids = (key for table in iter_parquet(corpus_uri, ["id"]) for key in table.column("id").to_pylist())
+    others = (key for key in ids if key not in kept)
+    room = max(0, caps.documents - len(kept))
+    return frozenset(kept.union(heapq.nsmallest(room, others, key=lambda key: stable_hash(caps.seed, key))))
 
 
 def prefix_vectors(

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from nvembed.data.config import NearCopyConfig
 from nvembed.data.decontaminate import count_left, drop_near_copies, shared_documents
+from nvembed.data.documents import Documents
 from nvembed.data.minhash import jaccard, shingles
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.tables import Document
@@ -42,7 +43,9 @@ def rows(documents_split: bool) -> SourceRows:
         text = near_copy(sentence(1000 + i), i) if 10 <= i < 20 else sentence(9000 + i)
         documents.append(Document(f"train{i}", "", text))
         train.append(example(f"q{i}", query, f"train{i}", ("test3", "train50")))
-    return SourceRows(TaskType.RETRIEVAL, "", "", documents, {"train": train, "dev": [], "test": test}, documents_split)
+    return SourceRows(
+        TaskType.RETRIEVAL, "", "", Documents.of(documents), {"train": train, "dev": [], "test": test}, documents_split
+    )
 
 
 def test_planted_copies_are_dropped_and_nothing_else() -> None:
@@ -104,7 +107,8 @@ def test_queries_inside_other_texts_leave_too() -> None:
     clean = drop_near_copies({"set": rows(documents_split=True)}, CONFIG)["set"]
     holds, held = " ".join(sentence(30).split()[:9]), sentence(1035).split()
     data.examples["test"].append(example("inner", holds, "test39"))
-    data.documents.append(Document("around", "", f"before {sentence(30).upper()} after"))
+    around = Document("around", "", f"before {sentence(30).upper()} after")
+    data.documents = Documents.of([*data.documents, around])
     data.examples["train"] += [
         example("outer", "some other words of a query that nobody has", "around"),
         example("within", " ".join(held[10:19]), "train50"),

@@ -19,11 +19,11 @@ from nvembed.data.export import (
     write_sentence_transformers,
     write_tevatron,
 )
-from nvembed.data.sources.base import SourceRows
+from nvembed.data.sources.base import RejectLog, SourceRows
 from nvembed.data.sources.beir import read_beir
 from nvembed.data.sources.files import read_file, read_files
 from nvembed.data.sources.hub import read_hub
-from nvembed.data.sources.rows import PairRow, PairTable, Passage, pairs_to_rows, read_pairs
+from nvembed.data.sources.rows import PairRow, RawRow, good_rows, pairs_to_rows, parse_row, rows_of_records
 from nvembed.data.tables import Document
 from nvembed.storage import UserError
 from nvembed.types import ScoredId, TaskType, TrainingExample
@@ -32,6 +32,11 @@ ROWS = [
     {"anchor": f"question {i}", "positive": f"answer {i}", "negative_1": f"wrong {i}", "negative_2": f"bad {i}"}
     for i in range(120)
 ]
+
+
+def read_pairs(raw_rows: Iterator[RawRow]) -> tuple[list[PairRow], RejectLog]:
+    rejects = RejectLog()
+    return list(good_rows(raw_rows, parse_row, rejects)), rejects
 
 
 def files_source(*paths: Path, **options: object) -> FilesSource:
@@ -165,10 +170,10 @@ def test_tevatron_round_trip_keeps_titles(tmp_path: Path) -> None:
     everything = [row for examples in first.examples.values() for row in examples]
     write_tevatron(first.documents, everything, str(tmp_path / "back.jsonl"))
     again = read_files(files_source(tmp_path / "back.jsonl"))
-    assert again.examples == first.examples and again.documents == first.documents
+    assert again.examples == first.examples and list(again.documents) == list(first.documents)
     bad = [{"query": "q", "positive_passages": [3]}, {"query": "q", "positive_passages": "p"}, {"query": "q"}]
-    table = read_pairs(read_file(str(write_lines(tmp_path / "bad.jsonl", bad))))
-    assert table.rejects.total == 3
+    _, rejects = read_pairs(read_file(str(write_lines(tmp_path / "bad.jsonl", bad))))
+    assert rejects.total == 3
 
 
 def test_files_on_another_filesystem(tmp_path: Path) -> None:
@@ -215,18 +220,18 @@ def test_malformed_lines_are_refused_by_reason_and_place(tmp_path: Path, line: b
     path = tmp_path / "rows.jsonl"
     good = json.dumps(ROWS[0]).encode()
     path.write_bytes(good + b"\n\n" + line + b"\n" + json.dumps(ROWS[1]).encode())
-    table = read_pairs(read_file(str(path)))
-    assert [row.query for row in table.rows] == ["question 0", "question 1"]
-    assert table.rejects.listed == [{"file": "rows.jsonl", "line": 3, "reason": reason}]
-    assert table.rejects.rows == 3
+    rows, rejects = read_pairs(read_file(str(path)))
+    assert [row.query for row in rows] == ["question 0", "question 1"]
+    assert rejects.listed == [{"file": "rows.jsonl", "line": 3, "reason": reason}]
+    assert rejects.rows == 3
 
 
 def test_malformed_csv_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b'anchor,positive\nq1,"p\n1"\nq2,p2,extra\nq3\nq\xff4,p4\nq5,\nq6,p6\n')
-    table = read_pairs(read_file(str(path)))
-    assert [row.query for row in table.rows] == ["q1", "q6"]
-    assert [(row["line"], row["reason"]) for row in table.rejects.listed] == [
+    rows, rejects = read_pairs(read_file(str(path)))
+    assert [row.query for row in rows] == ["q1", "q6"]
+    assert [(row["line"], row["reason"]) for row in rejects.listed] == [
         (4, "more fields than the header"),
         (5, "positive missing"),
         (6, "query is not UTF-8"),
@@ -264,8 +269,8 @@ def test_rows_that_cannot_be_divided(tmp_path: Path) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30)), max_size=60))
 def test_no_query_and_no_positive_stands_on_two_sides(numbers: list[tuple[int, int, int]]) -> None:
-    table = PairTable([PairRow(f"q{q}", (Passage(f"p{p}"),), (Passage(f"p{n}"),)) for q, p, n in numbers])
-    rows = pairs_to_rows(table, "mine", 0.3, "CC0-1.0")
+    given = ({"anchor": f"q{q}", "positive": f"p{p}", "negative": f"p{n}"} for q, p, n in numbers)
+    rows = pairs_to_rows(rows_of_records(given, "rows"), "mine", 0.3, "CC0-1.0")
     assert rows.licence == "CC0-1.0"
     sides: dict[str, set[str]] = {}
     for split, examples in rows.examples.items():
@@ -297,7 +302,7 @@ def test_beir_round_trip(tmp_path: Path) -> None:
     documents, examples = beir_rows()
     write_beir(documents, examples, str(tmp_path / "folder"))
     rows = read_beir(BeirSource(name="mine", instruction="web_search", uri=str(tmp_path / "folder")))
-    assert rows.documents == documents
+    assert list(rows.documents) == documents
     assert rows.examples == examples
     assert not rows.documents_split and rows.rejects.total == 0
 
@@ -329,7 +334,7 @@ def test_beir_splits_grades_and_shapes(tmp_path: Path) -> None:
         qrels={"train": ("train",), "dev": ("dev",), "test": ("hard", "more")},
     )  # fmt: skip
     rows = read_beir(source)
-    assert rows.documents == documents and rows.examples["dev"] == examples["dev"]
+    assert list(rows.documents) == documents and rows.examples["dev"] == examples["dev"]
     assert {row.id: row.positives for row in rows.examples["test"]} == {
         "q20": (ScoredId("d3", 3.0),), "q22": (ScoredId("d9", 2.0),),
     }  # fmt: skip

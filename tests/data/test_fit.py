@@ -5,6 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nvembed.data.documents import Documents
 from nvembed.data.fit import cap_examples, fit_corpus, unique_texts
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.tables import Document
@@ -25,7 +26,7 @@ def retrieval(key: str, query: str, positives: list[str], negatives: list[str] |
 def source(
     documents: list[Document], task: TaskType = TaskType.RETRIEVAL, **splits: list[TrainingExample]
 ) -> SourceRows:
-    return SourceRows(task, "", "", documents, {"train": [], "dev": [], "test": [], **splits}, True)
+    return SourceRows(task, "", "", Documents.of(documents), {"train": [], "dev": [], "test": [], **splits}, True)
 
 
 def test_equal_documents_and_queries_become_one() -> None:

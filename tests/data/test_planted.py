@@ -23,6 +23,7 @@ from nvembed.data.config import (
     StdlibCodeSource,
 )
 from nvembed.data.decontaminate import deduplicate, find_leaks, settle_leaks
+from nvembed.data.documents import Documents
 from nvembed.data.export import write_beir
 from nvembed.data.fit import cap_examples, unique_texts
 from nvembed.data.minhash import jaccard, shingles, words_of
@@ -55,7 +56,7 @@ def real(name: str) -> SourceRows:
 
 
 def copy_of(rows: SourceRows) -> SourceRows:
-    return replace(rows, documents=list(rows.documents), examples={k: list(v) for k, v in rows.examples.items()})
+    return replace(rows, examples={k: list(v) for k, v in rows.examples.items()})
 
 
 def other_case(text: str) -> str:
@@ -96,7 +97,7 @@ def evaluation_of(pairs: list[tuple[str, str]]) -> SourceRows:
         for place, (query, _) in enumerate(pairs)
     ]
     documents = [Document(f"ed{place}", "", text) for place, (_, text) in enumerate(pairs)]
-    return SourceRows(TaskType.RETRIEVAL, "", "", documents, examples, documents_split=False)
+    return SourceRows(TaskType.RETRIEVAL, "", "", Documents.of(documents), examples, documents_split=False)
 
 
 def planted_leaks(name: str, rows: SourceRows) -> list[tuple[str, tuple[str, str]]]:
@@ -176,8 +177,8 @@ def test_planted_duplicates_are_dropped(name: str) -> None:
     long = [row for row in sorted(rows.documents, key=lambda row: row.id) if len(row.text.split()) >= 14]
     kept = [row for row in rows.examples["train"] if len(row.query.split()) >= (12 if name != "hpo" else 3)]
     documents, queries = draw.sample(long, PLANTED), draw.sample(kept, PLANTED)
-    for number, row in enumerate(documents):
-        rows.documents.append(Document(f"zz{number}", row.title, reworded(row.text, number)))
+    planted = [Document(f"zz{number}", row.title, reworded(row.text, number)) for number, row in enumerate(documents)]
+    rows.documents = Documents.of([*rows.documents, *planted])
     for number, row in enumerate(queries):
         rows.examples["train"].append(replace(row, id=f"zz{number}", query=reworded(row.query, number)))
     dropped = deduplicate(rows, DeduplicateConfig())
@@ -195,11 +196,13 @@ def test_planted_false_negatives_become_the_positive(name: str) -> None:
     rows = copy_of(real(name))
     texts = {row.id: row for row in rows.documents}
     chosen = [row for row in rows.examples["train"] if len(texts[row.positives[0].id].text.split()) >= 14][:PLANTED]
+    planted = []
     for number, example in enumerate(chosen):
         answer = texts[example.positives[0].id]
-        rows.documents.append(Document(f"zz{number}", answer.title, reworded(answer.text, number)))
+        planted.append(Document(f"zz{number}", answer.title, reworded(answer.text, number)))
         place = rows.examples["train"].index(example)
         rows.examples["train"][place] = replace(example, negatives=(ScoredId(f"zz{number}"),))
+    rows.documents = Documents.of([*rows.documents, *planted])
     deduplicate(rows, DeduplicateConfig(queries=False))
     wrong = [row.id for row in rows.examples["train"] if row.negatives]
     print(f"{name}: {PLANTED - len(wrong)} of {PLANTED} planted false negatives removed")

@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from nvembed import storage
 from nvembed.data import stream
 from nvembed.data.config import DistillStreamConfig, StreamConfig
+from nvembed.data.documents import Documents
 from nvembed.data.order import document_key
 from nvembed.data.stream import DISTILL_STREAM, STREAM, StreamReader
 from nvembed.data.stream_layout import load_tokeniser
-from nvembed.data.tables import SCORED_IDS, Document, corpus_table, examples_table, write_table
+from nvembed.data.tables import CORPUS_SCHEMA, SCORED_IDS, Document, examples_table, write_table, write_tables
 from nvembed.storage import CorruptArtifactError, Step, StepResult, UserError
 from nvembed.types import Artifact, Batch, Config, ScoredId, TaskType, TrainingExample
 
@@ -78,7 +79,7 @@ def build_prepare(config: Config, inputs: Mapping[str, Artifact], uri: str) -> S
         documents = [
             Document(f"d{i}", f"Title {i}" if i % 3 == 0 else "", f"{name} text " + "word " * i) for i in range(COUNT)
         ]
-        write_table(corpus_table(documents), storage.join(uri, name, "corpus.parquet"))
+        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, storage.join(uri, name, "corpus.parquet"))
         write_table(examples_table(examples(name)), storage.join(uri, name, "examples-train.parquet"))
     datasets = {name: {"task": task.value, "instruction": PREFIX.format(name)} for name, task in TASKS.items()}
     return StepResult(metrics={"datasets": datasets})

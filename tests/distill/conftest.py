@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from nvembed.data.config import CweSource, HpoClassesSource, HpoSimilaritySource, PrepareConfig
-from nvembed.data.tables import SPLITS, Document, corpus_table, examples_table, write_table
+from nvembed.data.documents import Documents
+from nvembed.data.tables import CORPUS_SCHEMA, SPLITS, Document, examples_table, write_table, write_tables
 from nvembed.modeling.config import (
     EmbedderConfig,
     InitialiseConfig,
@@ -72,7 +73,7 @@ def _build(config: Config, inputs: Mapping[str, Artifact], work: str) -> StepRes
     info: dict[str, dict[str, Any]] = {}
     for name, make in (("links", links), ("kinds", kinds), ("pairs", pairs)):
         documents, examples = make()
-        write_table(corpus_table(documents), f"{work}/{name}/corpus.parquet")
+        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, f"{work}/{name}/corpus.parquet")
         for split in SPLITS:
             write_table(examples_table(examples[split]), f"{work}/{name}/examples-{split}.parquet")
         info[name] = {"task": TASKS[name].value, "instruction": f"Instruct: find {name}\nQuery: "}

@@ -3,7 +3,8 @@
 import pytest
 
 from nvembed.data.config import CweSource, HpoSimilaritySource, PrepareConfig
-from nvembed.data.tables import Document, corpus_table, examples_table, write_table
+from nvembed.data.documents import Documents
+from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
 from nvembed.mining.config import MineConfig
 from nvembed.mining.layout import lay_out
 from nvembed.retrieval.shards import list_shards, read_table
@@ -15,7 +16,7 @@ CONFIG = MineConfig(sts_positive=0.8)
 
 def artifact(tmp_path, source, task, documents, examples):
     def build(config, inputs, work):
-        write_table(corpus_table(documents), f"{work}/{source.name}/corpus.parquet")
+        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, f"{work}/{source.name}/corpus.parquet")
         write_table(examples_table(examples), f"{work}/{source.name}/examples-train.parquet")
         return StepResult(metrics={"datasets": {source.name: {"task": task, "instruction": "Instruct: t\nQuery: "}}})
 

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from nvembed.data.config import CweSource, HpoClassesSource, HpoSimilaritySource, PrepareConfig
-from nvembed.data.tables import Document, corpus_table, examples_table, write_table
+from nvembed.data.documents import Documents
+from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
 from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.run import MINE
 from nvembed.retrieval.config import EncodeConfig, PackageModel, PretrainedModel, SearchConfig
@@ -83,7 +84,7 @@ def build_prepare(uri):
     def build(config, inputs, work):
         info = {}
         for name, (task, documents, examples) in datasets().items():
-            write_table(corpus_table(documents), f"{work}/{name}/corpus.parquet")
+            write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, f"{work}/{name}/corpus.parquet")
             write_table(examples_table(examples), f"{work}/{name}/examples-train.parquet")
             info[name] = {"task": task, "instruction": "Instruct: t\nQuery: "}
         return StepResult(metrics={"datasets": info})

@@ -13,7 +13,8 @@ import torch
 import xxhash
 
 from nvembed.data.config import CweSource, PrepareConfig
-from nvembed.data.tables import Document, corpus_table, examples_table, write_table
+from nvembed.data.documents import Documents
+from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
 from nvembed.mining import run
 from nvembed.mining.config import Judge, MineConfig, TopKAbs
 from nvembed.mining.run import MINE
@@ -80,7 +81,7 @@ def prepare(uri):
     examples.append(TrainingExample("far", "set", TaskType.RETRIEVAL, "race in the kernel", (ScoredId("d00"),)))
 
     def build(config, inputs, work):
-        write_table(corpus_table(documents), f"{work}/set/corpus.parquet")
+        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, f"{work}/set/corpus.parquet")
         write_table(examples_table(examples), f"{work}/set/examples-train.parquet")
         return StepResult(metrics={"datasets": {"set": {"task": "retrieval", "instruction": ""}}})
 

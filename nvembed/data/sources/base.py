@@ -10,7 +10,8 @@ from typing import Any
 
 import xxhash
 
-from nvembed.data.tables import SPLITS, Document
+from nvembed.data.documents import Documents
+from nvembed.data.tables import SPLITS
 from nvembed.storage import UserError
 from nvembed.text.checks import MAX_TEXT_BYTES
 from nvembed.types import TaskType, TrainingExample
@@ -70,7 +71,7 @@ class SourceRows:
     task: TaskType
     split_rule: str
     licence: str
-    documents: list[Document]
+    documents: Documents
     examples: dict[str, list[TrainingExample]]
     documents_split: bool
     synthetic: bool = False

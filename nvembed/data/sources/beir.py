@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import IO, Any
 
+import numpy as np
+
 from nvembed import storage
 from nvembed.data.config import BeirSource
+from nvembed.data.documents import Documents, DocumentWriter
 from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, is_unicode, split_by_hash, too_long
 from nvembed.data.sources.files import COMPRESSIONS, json_lines, open_bytes
 from nvembed.data.tables import SPLITS, Document
@@ -28,10 +32,9 @@ def read_beir(config: BeirSource) -> SourceRows:
         UserError: a file is missing, or no held-out query has a document.
     """
     rejects = RejectLog()
-    documents = [Document(key, title, text) for key, title, text in _texts(config.uri, "corpus.jsonl", rejects)]
-    queries = {key: text for key, _, text in _texts(config.uri, "queries.jsonl", rejects)}
-    known = {document.id for document in documents}
-    judged = _judged(config, queries, known, rejects)
+    documents = _unique(config.uri, "corpus.jsonl", rejects)
+    queries = {document.id: document.text for document in _unique(config.uri, "queries.jsonl", rejects)}
+    judged = _judged(config, queries, documents, rejects)
     examples = empty_splits()
     taken: set[str] = set()
     for split in reversed(SPLITS):
@@ -70,22 +73,33 @@ def _example(dataset: str, key: str, query: str, judgements: dict[str, float]) -
 
 
 def _judged(
-    config: BeirSource, queries: dict[str, str], documents: set[str], rejects: RejectLog
+    config: BeirSource, queries: dict[str, str], documents: Documents, rejects: RejectLog
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Judgements by side; files that one side joins add up, later ones deciding where they disagree."""
+    files = _qrels(config)
+    known = set(documents.places(key for uris in files.values() for uri in uris for key in _judged_documents(uri)))
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for split, uris in files.items():
+        judged = found.setdefault(split, {})
+        for uri in uris:
+            for key, scores in _judgements(uri, queries, known, rejects).items():
+                judged.setdefault(key, {}).update(scores)
+    return found
+
+
+def _qrels(config: BeirSource) -> dict[str, list[str]]:
+    """URIs of the qrels files of each side."""
     wanted: dict[str, tuple[str, ...]] = (
         {split: (split,) for split in SPLITS} if config.qrels is None else {str(k): v for k, v in config.qrels.items()}
     )
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, list[str]] = {}
     for split, names in wanted.items():
         for name in names:
             uri = storage.join(config.uri, "qrels", f"{name}.tsv")
             if not storage.exists(uri) and storage.exists(as_json := uri.removesuffix(".tsv") + ".jsonl"):
                 uri = as_json
             if storage.exists(uri):
-                judged = found.setdefault(split, {})
-                for key, scores in _judgements(uri, queries, documents, rejects).items():
-                    judged.setdefault(key, {}).update(scores)
+                found.setdefault(split, []).append(uri)
             elif split == "test" or config.qrels is not None:
                 raise UserError(f"{uri}: no such file; a BEIR folder needs qrels/test.tsv, or say which with `qrels`.")
     if "test" not in found:
@@ -93,13 +107,25 @@ def _judged(
     return found
 
 
-def _texts(folder: str, name: str, rejects: RejectLog) -> Iterator[tuple[str, str, str]]:
-    """(id, title, text) of a jsonl file's good rows; an id that comes twice is malformed the second time."""
+def _unique(folder: str, name: str, rejects: RejectLog) -> Documents:
+    """A jsonl file's good rows; an id that comes twice is malformed the second time."""
+    writer, lines = DocumentWriter(), array("q")
+    for line, document in _texts(folder, name, rejects):
+        writer.add(document)
+        lines.append(line)
+    documents = writer.close()
+    twice = documents.repeated()
+    for place in np.flatnonzero(twice).tolist():
+        rejects.add(name, lines[place], "_id twice")
+    return documents.taken(~twice) if twice.any() else documents
+
+
+def _texts(folder: str, name: str, rejects: RejectLog) -> Iterator[tuple[int, Document]]:
+    """The good rows of a jsonl file, and the line of each."""
     uris = [storage.join(folder, name + ending) for ending in ("", *COMPRESSIONS)]
     uri = next((uri for uri in uris if storage.exists(uri)), None)
     if uri is None:
         raise UserError(f"{uris[0]}: no such file; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/test.tsv.")
-    seen = set()
     with open_bytes(uri) as file:
         for row in json_lines(file, name):
             rejects.rows += 1
@@ -108,8 +134,6 @@ def _texts(folder: str, name: str, rejects: RejectLog) -> Iterator[tuple[str, st
             problem = row.problem
             if not problem and (not isinstance(key, str) or not key):
                 problem = "_id missing or not text"
-            elif not problem and key in seen:
-                problem = "_id twice"
             elif not problem and not (isinstance(text, str) and isinstance(title, str)):
                 problem = "text missing or not text"
             elif not problem and not (is_unicode(str(title)) and is_unicode(str(text)) and is_unicode(str(key))):
@@ -121,8 +145,17 @@ def _texts(folder: str, name: str, rejects: RejectLog) -> Iterator[tuple[str, st
             if problem:
                 rejects.add(name, row.line, problem)
                 continue
-            seen.add(key)
-            yield str(key), str(title), str(text)
+            yield row.line, Document(str(key), str(title), str(text))
+
+
+def _rows(uri: str, name: str) -> Iterator[tuple[int, list[str]]]:
+    """Line and fields of the rows of a qrels file."""
+    with storage.open_reader(uri) as file:
+        yield from _json_fields(file, name) if uri.endswith(".jsonl") else _fields(file)
+
+
+def _judged_documents(uri: str) -> set[str]:
+    return {fields[1] for _, fields in _rows(uri, "") if len(fields) == 3}
 
 
 def _judgements(
@@ -131,19 +164,18 @@ def _judgements(
     """Scores by query and document of a qrels file."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
     name = "qrels/" + uri.rsplit("/", 1)[-1]
-    with storage.open_reader(uri) as file:
-        for number, fields in _json_fields(file, name) if uri.endswith(".jsonl") else _fields(file):
-            rejects.rows += 1
-            if len(fields) != 3:
-                rejects.add(name, number, "not three fields")
-            elif fields[0] not in queries:
-                rejects.add(name, number, "unknown query")
-            elif fields[1] not in documents:
-                rejects.add(name, number, "unknown document")
-            elif not fields[2].lstrip("-").replace(".", "", 1).isdigit():
-                rejects.add(name, number, "score is not a number")
-            else:
-                found[fields[0]][fields[1]] = float(fields[2])
+    for number, fields in _rows(uri, name):
+        rejects.rows += 1
+        if len(fields) != 3:
+            rejects.add(name, number, "not three fields")
+        elif fields[0] not in queries:
+            rejects.add(name, number, "unknown query")
+        elif fields[1] not in documents:
+            rejects.add(name, number, "unknown document")
+        elif not fields[2].lstrip("-").replace(".", "", 1).isdigit():
+            rejects.add(name, number, "score is not a number")
+        else:
+            found[fields[0]][fields[1]] = float(fields[2])
     return dict(found)
 
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from nvembed.data.config import CweSource
+from nvembed.data.documents import Documents
 from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, package_file, split_by_hash, tidy
 from nvembed.data.tables import Document
 from nvembed.types import ScoredId, TaskType, TrainingExample
@@ -44,7 +45,7 @@ def read_cwe(config: CweSource) -> SourceRows:
         task=TaskType.RETRIEVAL,
         split_rule=SPLIT_RULE,
         licence=LICENCE,
-        documents=documents,
+        documents=Documents.of(documents),
         examples=examples,
         documents_split=False,
         rejects=rejects,

@@ -26,7 +26,6 @@ from nvembed.data.sources.rows import (
     RawRow,
     check_columns,
     pairs_to_rows,
-    read_pairs,
     renamed_columns,
     require_every_split,
     rows_of_records,
@@ -75,7 +74,7 @@ def rows_of_task(raw_rows: Iterable[RawRow], config: RowSource) -> SourceRows:
     """
     raw_rows = renamed_columns(raw_rows, config.columns)
     if config.task == "retrieval":
-        rows = pairs_to_rows(read_pairs(raw_rows), config.name, config.test_share, config.licence)
+        rows = pairs_to_rows(raw_rows, config.name, config.test_share, config.licence)
     elif config.task == "sts":
         rows = graded_to_rows(raw_rows, config)
     else:

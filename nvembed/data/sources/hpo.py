@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from nvembed.data.config import HpoClassesSource, HpoRetrievalSource, HpoSimilaritySource
+from nvembed.data.documents import Documents
 from nvembed.data.sources.base import SourceRows, empty_splits, stable_hash
 from nvembed.data.sources.ontology import BRANCH_RULE, LICENCE, Ontology, load_ontology
 from nvembed.data.tables import SPLITS, Document
@@ -48,7 +49,7 @@ def read_hpo_retrieval(config: HpoRetrievalSource) -> SourceRows:
         task=TaskType.RETRIEVAL,
         split_rule=BRANCH_RULE + "; queries and the definitions they ask for stand on the same side",
         licence=f"{LICENCE} ({ontology.version})",
-        documents=[Document(term.id, "", term.definition) for term in defined],
+        documents=Documents.of(Document(term.id, "", term.definition) for term in defined),
         examples=examples,
         documents_split=True,
     )
@@ -72,7 +73,7 @@ def read_hpo_classes(config: HpoClassesSource) -> SourceRows:
         task=TaskType.CLASSIFICATION,
         split_rule=BRANCH_RULE + "; held-out classes never occur in training (k-NN refers to the held-out side only)",
         licence=f"{LICENCE} ({ontology.version})",
-        documents=documents,
+        documents=Documents.of(documents),
         examples=examples,
         documents_split=True,
     )
@@ -92,7 +93,9 @@ def read_hpo_similarity(config: HpoSimilaritySource) -> SourceRows:
         task=TaskType.STS,
         split_rule=BRANCH_RULE + "; both names of a pair stand on the pair's side",
         licence=f"{LICENCE} ({ontology.version})",
-        documents=[Document(term, "", ontology.terms[term].name, split=side) for term, side in sorted(used.items())],
+        documents=Documents.of(
+            Document(term, "", ontology.terms[term].name, split=side) for term, side in sorted(used.items())
+        ),
         examples=examples,
         documents_split=True,
         synthetic=True,

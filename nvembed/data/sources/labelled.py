@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from nvembed.data.config import RowSource
+from nvembed.data.documents import Documents
 from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, split_by_hash, stable_hash
 from nvembed.data.sources.rows import MalformedRowError, RawRow, check_text, good_rows, linked_sides
 from nvembed.data.tables import Document
@@ -147,7 +148,7 @@ def labelled_to_rows(raw_rows: Iterable[RawRow], config: RowSource) -> SourceRow
         task=task,
         split_rule=LABELLED_RULE.format(share=config.test_share),
         licence=config.licence,
-        documents=documents,
+        documents=Documents.of(documents),
         examples=examples,
         documents_split=True,
         rejects=rejects,
@@ -197,7 +198,7 @@ def graded_to_rows(raw_rows: Iterable[RawRow], config: RowSource) -> SourceRows:
         task=TaskType.STS,
         split_rule=GRADED_RULE.format(share=config.test_share),
         licence=config.licence,
-        documents=[Document(_text_id(text), "", text, split=side) for text, side in sorted(used.items())],
+        documents=Documents.of(Document(_text_id(text), "", text, split=side) for text, side in sorted(used.items())),
         examples=examples,
         documents_split=True,
         rejects=rejects,

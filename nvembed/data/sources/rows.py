@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
+from nvembed.data.documents import Documents, DocumentWriter
 from nvembed.data.sources.base import (
     RejectLog,
     SourceRows,
@@ -74,14 +75,6 @@ class RawRow:
     problem: str = ""
 
 
-@dataclass
-class PairTable:
-    """Good rows and the log of the others."""
-
-    rows: list[PairRow] = field(default_factory=list)
-    rejects: RejectLog = field(default_factory=RejectLog)
-
-
 def check_columns(names: Iterable[str], place: str) -> None:
     """Refuse a file whose columns are of no known shape.
 
@@ -140,27 +133,22 @@ def good_rows(raw_rows: Iterable[RawRow], parse: Callable[[Mapping[str, Any]], R
             log.add(raw.file, raw.line, str(error))
 
 
-def read_pairs(raw_rows: Iterable[RawRow]) -> PairTable:
-    """Check every row of queries and documents."""
-    table = PairTable()
-    table.rows.extend(good_rows(raw_rows, parse_row, table.rejects))
-    return table
-
-
-def pairs_to_rows(table: PairTable, dataset: str, test_share: float, licence: str) -> SourceRows:
+def pairs_to_rows(raw_rows: Iterable[RawRow], dataset: str, test_share: float, licence: str) -> SourceRows:
     """Documents by text, examples by query, sides by connected groups of rows.
 
-    Rows with one query become one example with all its positives; document ids are hashes of their texts.
+    Rows with one query become one example with all its positives; document ids are hashes of their texts. Memory is
+    the queries and the ids of their documents.
     """
-    merged: dict[str, tuple[dict[tuple[str, str], Passage], dict[tuple[str, str], Passage]]] = {}
-    for row in table.rows:
+    rejects, documents = RejectLog(), DocumentWriter()
+    merged: dict[str, tuple[dict[str, float | None], dict[str, float | None]]] = {}
+    for row in good_rows(raw_rows, parse_row, rejects):
         for known, items in zip(merged.setdefault(row.query, ({}, {})), (row.positives, row.negatives), strict=True):
             for item in items:
-                known.setdefault(item.key, item)
-    ids = {key: document_id(*key) for groups in merged.values() for group in groups for key in group}
-    sides = linked_sides(
-        {query: tuple(ids[key] for key in positives) for query, (positives, _) in merged.items()}, test_share
-    )
+                key = document_id(item.title, item.text)
+                if key not in known:
+                    known[key] = item.score
+                    documents.add(Document(key, item.title, item.text))
+    sides = linked_sides({query: tuple(positives) for query, (positives, _) in merged.items()}, test_share)
     examples = empty_splits()
     for query, (positives, negatives) in merged.items():
         examples[sides[query]].append(
@@ -169,21 +157,25 @@ def pairs_to_rows(table: PairTable, dataset: str, test_share: float, licence: st
                 dataset=dataset,
                 task=TaskType.RETRIEVAL,
                 query=query,
-                positives=tuple(ScoredId(ids[key], item.score) for key, item in positives.items()),
-                negatives=tuple(
-                    ScoredId(ids[key], item.score) for key, item in negatives.items() if key not in positives
-                ),
+                positives=tuple(ScoredId(key, score) for key, score in positives.items()),
+                negatives=tuple(ScoredId(key, score) for key, score in negatives.items() if key not in positives),
             )
         )
     return SourceRows(
         task=TaskType.RETRIEVAL,
         split_rule=SPLIT_RULE.format(share=test_share),
         licence=licence,
-        documents=[Document(ids[key], *key) for key in sorted(ids, key=lambda key: key[::-1])],
+        documents=_once(documents.close()),
         examples=examples,
         documents_split=True,
-        rejects=table.rejects,
+        rejects=rejects,
     )
+
+
+def _once(documents: Documents) -> Documents:
+    """In the order of their ids; many rows have the same documents."""
+    documents = documents.taken(documents.id_order())
+    return documents.taken(~documents.repeated())
 
 
 def require_every_split(rows: SourceRows, dataset: str, advice: str) -> None:

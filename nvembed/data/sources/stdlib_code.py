@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nvembed.data.config import StdlibCodeSource
+from nvembed.data.documents import Documents
 from nvembed.data.sources.base import SourceRows, empty_splits, split_by_hash, tidy
 from nvembed.data.tables import Document
 from nvembed.types import ScoredId, TaskType, TrainingExample
@@ -47,7 +48,7 @@ def read_stdlib_code(config: StdlibCodeSource) -> SourceRows:
         task=TaskType.RETRIEVAL,
         split_rule=SPLIT_RULE,
         licence=f"PSF-2.0 (standard library of CPython {platform.python_version()})",
-        documents=documents,
+        documents=Documents.of(documents),
         examples=examples,
         documents_split=True,
     )
