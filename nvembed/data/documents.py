@@ -33,17 +33,29 @@ class _Column:
         self._offsets = array("q", [0])
 
     def add(self, text: str) -> None:
-        self._offsets.append(self._offsets[-1] + self._file.write(text.encode()))
+        try:
+            self._offsets.append(self._offsets[-1] + self._file.write(text.encode()))
+        except OSError as error:
+            raise _placed(error) from error
 
     def close(self) -> pa.Array:
         """The column as Arrow, its bytes memory-mapped."""
-        self._file.flush()
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise _placed(error) from error
         data = b""
         if self._offsets[-1]:
             data = mmap.mmap(self._file.fileno(), self._offsets[-1], access=mmap.ACCESS_READ)  # type: ignore[assignment]
         self._file.close()
         buffers = [None, pa.py_buffer(self._offsets), pa.py_buffer(data)]
         return pa.Array.from_buffers(pa.large_string(), len(self._offsets) - 1, buffers)
+
+
+def _placed(error: OSError) -> OSError:
+    """The error with the folder it happened in, which a file without a name does not tell."""
+    advice = "documents lie there while they are prepared; make room, or set TMPDIR to a folder of another disk"
+    return OSError(error.errno, f"{error.strerror}: {tempfile.gettempdir()} ({advice})")
 
 
 @dataclass(frozen=True)

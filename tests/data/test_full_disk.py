@@ -3,6 +3,7 @@
 import errno
 import json
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,18 @@ def test_a_full_disk_stops_prepare_and_room_lets_it_finish(rows: Path, small_dis
     mended, clean = prepare(rows, out), prepare(rows, tmp_path / "clean")
     assert mended.manifest["files"] == clean.manifest["files"]
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "mine"]
+
+
+def test_a_full_temporary_folder_is_named(
+    rows: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    with pytest.raises(OSError, match="set TMPDIR") as raised:
+        prepare(rows, tmp_path / "out")
+    assert raised.value.errno == errno.ENOSPC and str(small_disk) in str(raised.value)
+    assert not (tmp_path / "out" / storage.MANIFEST).exists() and not list(small_disk.iterdir())
+    monkeypatch.undo()
+    prepare(rows, tmp_path / "out")
 
 
 def test_a_file_that_does_not_fit_is_not_there(small_disk: Path) -> None:
