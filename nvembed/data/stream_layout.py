@@ -1,8 +1,9 @@
 """Laying out shards: joining texts to a plan of ids, counting tokens, writing one row group per optimiser step.
 
-A plan says who stands where (`order.py`); it lies in small parquet files, one per shard. `lay_out_shards` turns each
-into `shards/part-*.parquet`: by Ray Data where a cluster is connected and there is more than one shard, else in this
-process. Both run `lay_out_shard`, which depends on its plan and the inputs alone, so the bytes are the same.
+A plan says who stands where (`order.py`); it lies in small parquet files, one per shard. What the plans need of
+examples, mined rows and corpora is gathered first (`gather.py`), each table read once. `lay_out_shards` then turns each
+plan into `shards/part-*.parquet`: by Ray Data where a cluster is connected and there is more than one shard, else in
+this process. Both run `lay_out_shard`, which depends on its plan and the inputs alone, so the bytes are the same.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nvembed import storage
+from nvembed.data.gather import Gather
 from nvembed.data.order import document_key, sample, text_key
 from nvembed.data.spread import run_tasks
-from nvembed.data.tables import document_text, read_rows, read_table
+from nvembed.data.tables import document_text, read_table, write_table
 from nvembed.retry import retried
 from nvembed.storage import UserError
 from nvembed.text.config import TextConfig
@@ -59,6 +62,8 @@ STREAM_SCHEMA = pa.schema(
     ]
 )
 
+
+_ASKED_SCHEMA = pa.schema([("dataset", pa.string()), ("id", pa.string())])
 
 Cut = dict[str, dict[str, list[int]]]
 
@@ -125,6 +130,8 @@ def shard_uri(work_uri: str, shard: int) -> str:
 
 def lay_out_shards(job: Job, num_shards: int) -> None:
     """Write every shard whose plan was written; order and bytes do not depend on who does it."""
+    if isinstance(job, ContrastiveJob):
+        _gather(job, num_shards)
     run_tasks(functools.partial(lay_out_shard, job), num_shards, job.work_uri, "shards of the stream")
 
 
@@ -133,7 +140,7 @@ def lay_out_shard(job: Job, shard: int) -> None:
     """Join, count tokens, write: one shard, one row group per step."""
     plan = read_table(plan_uri(job.work_uri, shard))
     if isinstance(job, ContrastiveJob):
-        table, cut = _contrastive_rows(plan, job)
+        table, cut = _contrastive_rows(plan, job, shard)
         storage.write_json(_cut_uri(job.work_uri, shard), cut)
     else:
         table = _distill_rows(plan, job)
@@ -158,17 +165,67 @@ class _Joined:
     known_positives: frozenset[str]
 
 
-def _contrastive_rows(plan: pa.Table, job: ContrastiveJob) -> tuple[pa.Table, Cut]:
+def _gathers(name: str, job: ContrastiveJob) -> dict[str, Gather]:
+    """What is gathered of one data set's tables for the shards."""
+    files = job.datasets[name]
+    root = storage.join(job.work_uri, ".tmp", "gathered", name)
+    return {
+        "examples": Gather(storage.join(root, "examples"), (files.examples_uri,), "id", ("query", "negatives")),
+        "mined": Gather(
+            storage.join(root, "mined"), (files.mined_uri,), "example_id", ("negatives", "known_positives")
+        ),
+        "corpus": Gather(storage.join(root, "corpus"), (files.corpus_uri,), "id", ("title", "text")),
+    }
+
+
+def _gather(job: ContrastiveJob, num_shards: int) -> None:
+    """Examples by the plans' ids, then documents by the examples' ids, each table read once."""
+    columns = ["dataset", "example_id"]
+    plans = [read_table(plan_uri(job.work_uri, shard), columns) for shard in range(num_shards)]
+    for name in job.datasets:
+        ids = [plan.filter(pc.equal(plan.column("dataset"), name)).column("example_id").to_pylist() for plan in plans]
+        for kind in ("examples", "mined"):
+            _gathers(name, job)[kind].run(ids)
+    run_tasks(functools.partial(_ask_documents, job), num_shards, job.work_uri, "shards' lists of documents")
+    asked = [read_table(_asked_uri(job.work_uri, shard)) for shard in range(num_shards)]
+    for name in job.datasets:
+        wanted = (table.filter(pc.equal(table.column("dataset"), name)).column("id").to_pylist() for table in asked)
+        _gathers(name, job)["corpus"].run(wanted)
+
+
+def _asked_uri(work_uri: str, shard: int) -> str:
+    return storage.join(work_uri, ".tmp", "asked", f"part-{shard:05d}.parquet")
+
+
+def _ask_documents(job: ContrastiveJob, shard: int) -> None:
+    """The documents one shard needs."""
+    rows = read_table(plan_uri(job.work_uri, shard)).to_pylist()
+    wanted: list[tuple[str, str]] = []
+    for name, places in _places_by_dataset(rows).items():
+        found = _join_examples([rows[place] for place in places], name, job, shard)
+        wanted += [(name, key) for key in sorted(_documents_of(found))]
+    columns = {"dataset": [name for name, _ in wanted], "id": [key for _, key in wanted]}
+    write_table(pa.table(columns, schema=_ASKED_SCHEMA), _asked_uri(job.work_uri, shard))
+
+
+def _places_by_dataset(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    names = sorted({row["dataset"] for row in rows})
+    return {name: [place for place, row in enumerate(rows) if row["dataset"] == name] for name in names}
+
+
+def _documents_of(joined: Iterable[_Joined]) -> set[str]:
+    return {document for item in joined for document in item.documents if document is not None}
+
+
+def _contrastive_rows(plan: pa.Table, job: ContrastiveJob, shard: int) -> tuple[pa.Table, Cut]:
     """Rows of `STREAM_SCHEMA` for a plan, and the texts that are longer than the model takes."""
     rows = plan.to_pylist()
     joined: dict[int, _Joined] = {}
     texts: dict[tuple[str, str], str] = {}
-    for name in sorted({row["dataset"] for row in rows}):
-        places = [place for place, row in enumerate(rows) if row["dataset"] == name]
-        found = _join_examples([rows[place] for place in places], job.datasets[name], job)
+    for name, places in _places_by_dataset(rows).items():
+        found = _join_examples([rows[place] for place in places], name, job, shard)
         joined.update(zip(places, found, strict=True))
-        wanted = {document for item in found for document in item.documents if document is not None}
-        texts.update(((name, key), text) for key, text in _document_texts(job.datasets[name], wanted).items())
+        texts.update(((name, key), text) for key, text in _document_texts(found, name, job, shard).items())
     columns: dict[str, list[Any]] = {field: [] for field in STREAM_SCHEMA.names}
     for place, row in enumerate(rows):
         item, name, files = joined[place], row["dataset"], job.datasets[row["dataset"]]
@@ -188,18 +245,11 @@ def _contrastive_rows(plan: pa.Table, job: ContrastiveJob) -> tuple[pa.Table, Cu
     return pa.table(columns, schema=STREAM_SCHEMA), _count_cut(columns["dataset"], whole, longest)
 
 
-def _join_examples(rows: Sequence[Mapping[str, Any]], files: DatasetFiles, job: ContrastiveJob) -> list[_Joined]:
-    """Queries, negatives and known positives of one data set's rows."""
-    ids = {row["example_id"] for row in rows}
-    examples = {
-        row["id"]: row for row in read_rows(files.examples_uri, "id", ids, ["id", "query", "negatives"]).to_pylist()
-    }
-    mined = {
-        row["example_id"]: row
-        for row in read_rows(
-            files.mined_uri, "example_id", ids, ["example_id", "negatives", "known_positives"]
-        ).to_pylist()
-    }
+def _join_examples(rows: Sequence[Mapping[str, Any]], name: str, job: ContrastiveJob, shard: int) -> list[_Joined]:
+    """Queries, negatives and known positives of a shard's rows of one data set."""
+    files, gathers = job.datasets[name], _gathers(name, job)
+    examples = {row["id"]: row for row in gathers["examples"].rows(shard).to_pylist()}
+    mined = {row["example_id"]: row for row in gathers["mined"].rows(shard).to_pylist()}
     joined = []
     for row in rows:
         key = row["example_id"]
@@ -216,12 +266,13 @@ def _join_examples(rows: Sequence[Mapping[str, Any]], files: DatasetFiles, job: 
     return joined
 
 
-def _document_texts(files: DatasetFiles, wanted: set[str]) -> dict[str, str]:
-    """Texts of corpus rows by id; the corpus is scanned, never held."""
-    table = read_rows(files.corpus_uri, "id", wanted, ["id", "title", "text"])
+def _document_texts(joined: Iterable[_Joined], name: str, job: ContrastiveJob, shard: int) -> dict[str, str]:
+    """Texts of a shard's documents of one data set, by id."""
+    table = _gathers(name, job)["corpus"].rows(shard)
     found = {row["id"]: document_text(row["title"], row["text"]) for row in table.to_pylist()}
-    if missing := sorted(wanted - found.keys()):
-        raise UserError(f"{files.corpus_uri}: lacks {len(missing)} documents that were mined, {missing[0]} first.")
+    if missing := sorted(_documents_of(joined) - found.keys()):
+        uri = job.datasets[name].corpus_uri
+        raise UserError(f"{uri}: lacks {len(missing)} documents that were mined, {missing[0]} first.")
     return found
 
 
