@@ -164,22 +164,19 @@ def _population(name: str, candidates: Sequence[tuple[str, list[str]]]) -> Popul
 def _build_distill_stream(config: DistillStreamConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     folder = inputs["teach"].path("vectors")
     parts = [storage.join(folder, name) for name in storage.list_directory(folder) if name.endswith(".parquet")]
-    keys, places, dim = [], [], None
-    for part in parts:
-        read = read_table(part, ["key"]).column("key").to_pylist()
-        keys += [text_key(key) for key in read]
-        places += [(part, row) for row in range(len(read))]
+    keys = [key for part in parts for key in read_table(part, ["key"]).column("key").to_pylist()]
+    dim = None
     if parts:
         dim = int(read_schema(parts[0]).field("vector").type.list_size)
     if dim is None or not keys:
         raise UserError(f"{folder} holds no teacher vectors; raise teach.max_texts.")
-    array = np.array(keys, np.int64)
+    array = np.array([text_key(key) for key in keys], np.int64)
     population = Population("teacher vectors", array, list(array[:, None]))
     batches = slots([population], [1.0], batch_size=config.global_batch_size, batching="homogeneous", seed=config.seed)
-    plan = ([places[slot.example] for slot in batch] for batch in itertools.islice(batches, config.steps))
+    plan = ([(keys[slot.example],) for slot in batch] for batch in itertools.islice(batches, config.steps))
     steps_per_shard = max(1, ROWS_PER_SHARD // config.global_batch_size)
     num_shards = _write_plan(plan, DISTILL_PLAN_SCHEMA, steps_per_shard, work_uri)
-    lay_out_shards(DistillJob(work_uri, inputs["model"].path("model"), dim), num_shards)
+    lay_out_shards(DistillJob(work_uri, inputs["model"].path("model"), dim, tuple(parts)), num_shards)
     storage.remove(storage.join(work_uri, ".tmp"))
     rows = config.steps * config.global_batch_size
     used = {"teacher vectors": {"usable": len(keys), "rows": rows, "epochs": rows / len(keys)}}

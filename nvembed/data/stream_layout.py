@@ -43,9 +43,7 @@ PLAN_SCHEMA = pa.schema(
         ("epoch", pa.int32()),
     ]
 )
-DISTILL_PLAN_SCHEMA = pa.schema(
-    [("step", pa.int64()), ("slot", pa.int32()), ("part", pa.string()), ("row", pa.int64())]
-)
+DISTILL_PLAN_SCHEMA = pa.schema([("step", pa.int64()), ("slot", pa.int32()), ("key", pa.string())])
 STREAM_SCHEMA = pa.schema(
     [
         ("step", pa.int64()),
@@ -113,6 +111,7 @@ class DistillJob:
     work_uri: str
     model_uri: str
     teacher_dim: int
+    parts: tuple[str, ...]
 
 
 Job = ContrastiveJob | DistillJob
@@ -132,6 +131,9 @@ def lay_out_shards(job: Job, num_shards: int) -> None:
     """Write every shard whose plan was written; order and bytes do not depend on who does it."""
     if isinstance(job, ContrastiveJob):
         _gather(job, num_shards)
+    else:
+        plans = (read_table(plan_uri(job.work_uri, shard), ["key"]) for shard in range(num_shards))
+        _taught(job).run(plan.column("key").to_pylist() for plan in plans)
     run_tasks(functools.partial(lay_out_shard, job), num_shards, job.work_uri, "shards of the stream")
 
 
@@ -143,7 +145,7 @@ def lay_out_shard(job: Job, shard: int) -> None:
         table, cut = _contrastive_rows(plan, job, shard)
         storage.write_json(_cut_uri(job.work_uri, shard), cut)
     else:
-        table = _distill_rows(plan, job)
+        table = _distill_rows(plan, job, shard)
     steps = table.column("step").to_numpy()
     cuts = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
     fs, path = storage.filesystem(shard_uri(job.work_uri, shard))
@@ -325,18 +327,16 @@ def truncated_shares(work_uri: str, num_shards: int) -> dict[str, dict[str, floa
 # -- (text, instruction, teacher vector) ------------------------------------------------------------------------------
 
 
-def _distill_rows(plan: pa.Table, job: DistillJob) -> pa.Table:
+def _taught(job: DistillJob) -> Gather:
+    folder = storage.join(job.work_uri, ".tmp", "gathered", "taught")
+    return Gather(folder, job.parts, "key", ("text", "instruction", "vector"))
+
+
+def _distill_rows(plan: pa.Table, job: DistillJob, shard: int) -> pa.Table:
     """Rows of `distill_schema` for a plan."""
-    rows = plan.to_pylist()
-    by_part: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        by_part.setdefault(row["part"], []).append(place)
-    pieces, places_in_order = [], []
-    for part, places in sorted(by_part.items()):
-        table = read_table(part, ["key", "text", "instruction", "vector"])
-        pieces.append(table.take([rows[place]["row"] for place in places]))
-        places_in_order += places
-    taught = pa.concat_tables(pieces).take(np.argsort(places_in_order, kind="stable"))
+    found = _taught(job).rows(shard)
+    place = pc.index_in(plan.column("key").cast(pa.large_string()), value_set=found.column("key").combine_chunks())
+    taught = found.take(place)
     flat = taught.column("vector").combine_chunks().flatten().cast(pa.float32())
     lengths = load_tokeniser(job.model_uri).lengths(
         taught.column("text").to_pylist(), taught.column("instruction").to_pylist()
