@@ -43,7 +43,7 @@ class TaskType(enum.StrEnum):
         return self in (TaskType.CLASSIFICATION, TaskType.CLUSTERING)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScoredId:
     """A document of the data set's corpus by id, with the score that put it there (None: a given label)."""
 
@@ -51,7 +51,7 @@ class ScoredId:
     score: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TrainingExample:
     """One row of `examples-<split>.parquet`; `positives` and `negatives` are ids into the data set's corpus.
 

@@ -46,7 +46,7 @@ EXAMPLE_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """One row of `corpus.parquet`.
 
