@@ -156,6 +156,21 @@ def differences(a: Path, b: Path, samples: int, seed: int) -> Differences:
     return Differences(paired_bootstrap_mean(pairs, samples, seed), found, sorted(scored[0] ^ scored[1]))
 
 
+def retrieval_interval(client: Any, uri: str, name: str, number: str) -> dict[str, float] | None:
+    """Mean nDCG@10 of a version over its retrieval sets with its interval, from the items it carries; None without."""
+    from nvembed.evaluation.significance import retrieval_mean
+
+    version = tags.get_version(client, name, number)
+    config = gate_config(version)
+    try:
+        with version_records(client, uri, version) as records:
+            found = retrieval_mean(Artifact(str(records), {}), samples=config.samples, seed=config.seed)
+    except storage.UserError as error:
+        logger.warning("version %s of %s: no interval for its mean: %s", number, name, error)
+        return None
+    return None if found is None else dict(found)
+
+
 @contextmanager
 def both_records(client: Any, uri: str, a: Any, b: Any) -> Iterator[tuple[Path, Path]]:
     """The records of two versions."""

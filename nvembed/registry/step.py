@@ -13,7 +13,7 @@ from nvembed.registry import provenance as chains
 from nvembed.registry.champion import PromotionRefusedError, champion_before, promote_judged, read_history
 from nvembed.registry.client import RegistryAwayError, answering, open_registry
 from nvembed.registry.config import RegisterConfig, RegistrationConfig
-from nvembed.registry.evidence import judge
+from nvembed.registry.evidence import judge, retrieval_interval
 from nvembed.registry.versions import ITEMS, SCORES, Submission, add_version, champion_facts
 from nvembed.revision import git_revision
 from nvembed.types import Artifact
@@ -47,7 +47,8 @@ def register_model(config: RegistrationConfig, submission: Submission) -> dict[s
 
     Returns:
         name, version, registry_uri, content_hash, run_id, score, aliases (of this version), promoted, reason,
-        champion_before (version, scores, evaluation_hash; null where there was none), gate (passed, champion, checks).
+        champion_before (version, scores, mean over the retrieval sets, evaluation_hash; null where there was none),
+        gate (passed, champion, checks).
 
     Raises:
         RegistryAwayError: the registry does not answer.
@@ -64,6 +65,8 @@ def _register(client: Any, config: RegistrationConfig, submission: Submission) -
     number = str(version.version)
     current = tags.aliases(client, name).get(tags.CHAMPION)
     before = champion_facts(client, name, champion_before(read_history(client, name), number, current))
+    if before is not None:
+        before["mean"] = retrieval_interval(client, config.tracking_uri, name, before["version"])
     verdict = judge(client, config.tracking_uri, name, number, config.gate, probes=config.auto_promote)
     promoted, reason = False, "auto_promote is off"
     if current == number:

@@ -135,6 +135,7 @@ def _champions(
                 Champion(
                     version=str(before["version"]),
                     scores={dataset: _in_order(metrics) for dataset, metrics in scores.items() if metrics},
+                    mean=Interval(**before["mean"]) if before.get("mean") else None,
                     other_sets=[dataset for dataset in scores if theirs.get(dataset) != ours.get(dataset)],
                 ),
             )

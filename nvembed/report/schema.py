@@ -152,11 +152,13 @@ class Champion(Part):
     """The registry's champion before this run registered its model.
 
     Attributes:
+        mean: nDCG@10 over its retrieval sets; None where its items were not to be had.
         other_sets: data sets whose held-out examples were others than this run's (their hashes differ).
     """
 
     version: str
     scores: Table
+    mean: Interval | None = None
     other_sets: list[str]
 
 

@@ -87,6 +87,15 @@ def _ordered_systems(report: Report) -> dict[str, Table]:
     return in_reading_order(tables)
 
 
+def _champion_means(report: Report, retrieval_sets: int) -> dict[str, Interval]:
+    """Of champions that were scored on as many retrieval sets; over more of them a mean would be another number."""
+    return {
+        CHAMPION + role: champion.mean
+        for role, champion in report.champions.items()
+        if champion.mean is not None and len(retrieval_values(champion.scores)) == retrieval_sets
+    }
+
+
 def _synthetic(report: Report, dataset: str) -> bool:
     return dataset in report.datasets and report.datasets[dataset].synthetic
 
@@ -110,7 +119,7 @@ def _comparable(report: Report, system: str, dataset: str) -> bool:
 
 
 def _cell(value: Interval | float | None, best: float, comparable: bool = True) -> Content:
-    """A value, starred where it is the best; a mean of an older report or of a champion has no interval."""
+    """A value, starred where it is the best; a mean of an older report or registration has no interval."""
     if value is None:
         return None
     point = _point(value)
@@ -138,8 +147,9 @@ def _overview(systems: Mapping[str, Table], datasets: list[str], report: Report)
         return value(systems[name], dataset) if _comparable(report, name, dataset) else None
 
     best = {dataset: _best(fair(name, dataset) for name in systems) for dataset in datasets}
+    with_interval = {**_champion_means(report, len(retrieval)), **report.means}
     means = {
-        name: report.means.get(name, sum(retrieval_values(scores)) / len(retrieval))
+        name: with_interval.get(name, sum(retrieval_values(scores)) / len(retrieval))
         for name, scores in systems.items()
         if retrieval and all(fair(name, dataset) is not None for dataset in retrieval)
     }

@@ -55,6 +55,8 @@ def test_the_road_promotes_what_passes_and_says_why_not(kit: Any) -> None:
     assert better["champion_before"]["version"] == "1"
     assert better["champion_before"]["evaluation_hash"] == {"cwe": "aa", "hpo": "bb"}
     assert better["champion_before"]["scores"]["model"]["cwe"]["ndcg_at_10"]["value"] == pytest.approx(0.5)
+    mean = better["champion_before"]["mean"]
+    assert mean["value"] == pytest.approx(0.5) and mean["low"] <= 0.5 <= mean["high"]
     assert kit.aliases() == {"candidate": "4", "champion": "4"}
     again = kit.register("e", 0.6)
     assert again["promoted"] and again["champion_before"]["version"] == "1", "as it stood when this was judged"

@@ -266,7 +266,8 @@ def test_lineage_is_a_chain(written: Path) -> None:
 
 def champion(datasets: dict[str, str]) -> dict[str, Any]:
     scores = {name: {"ndcg_at_10": {"value": 0.9, "low": 0.8, "high": 0.95}} for name in ("cwe", "hpo", "code")}
-    return {"version": "7", "scores": {"model": scores, "model@288": {}}, "evaluation_hash": datasets}
+    mean = {"value": 0.9, "low": 0.87, "high": 0.925}
+    return {"version": "7", "scores": {"model": scores, "model@288": {}}, "mean": mean, "evaluation_hash": datasets}
 
 
 def test_champion_stands_in_the_table(tmp_path: Path, make_road: Callable[..., Any]) -> None:
@@ -275,7 +276,20 @@ def test_champion_stands_in_the_table(tmp_path: Path, make_road: Callable[..., A
     assert raw(out)["champions"]["teacher"]["other_sets"] == []
     text = Page((out / "report.html").read_text()).text
     assert "teacher champion before: version 7" in text and "evaluation hashes differ" not in text
-    assert "teacher champion before ★ best: 0.900" in text  # its mean has no interval: no items are kept
+    assert "teacher champion before ★ best: 0.900 0.870–0.925 ★" in text  # its mean's interval, then the first set
+
+
+def test_a_champions_mean_has_an_interval_only_over_the_same_sets(
+    tmp_path: Path, make_road: Callable[..., Any]
+) -> None:
+    """One registered before its mean was kept, and one with another retrieval set."""
+    hashes = {name: storage.hash_json(name) for name in ("cwe", "hpo", "code")}
+    older, wider = champion(hashes), champion(hashes)
+    del older["mean"]
+    wider["scores"]["model"]["another"] = {"ndcg_at_10": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    for number, before in enumerate((older, wider)):
+        out = write_road(tmp_path / str(number), make_road, student=False, champion=before)
+        assert "0.870–0.925" not in Page((out / "report.html").read_text()).text
 
 
 def test_a_champion_of_other_examples_is_never_best(tmp_path: Path, make_road: Callable[..., Any]) -> None:
