@@ -7,6 +7,7 @@ refused with the difference; what has no manifest is never read as a result.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -14,10 +15,11 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import xxhash
@@ -129,6 +131,26 @@ def open_reader(uri: str) -> io.BufferedReader:
     return io.BufferedReader(file if isinstance(fs, LocalFileSystem) else RetriedFile(file), _CHUNK)
 
 
+@contextmanager
+def _placed(uri: str) -> Iterator[None]:
+    """A full disk does not say which one it is; inside, the error names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; make room and run again", uri) from error
+
+
+@contextmanager
+def open_writer(uri: str) -> Iterator[IO[bytes]]:
+    """A file to write at any URI, its folder made. Not atomic: for what a manifest or a later pass vouches for."""
+    fs, path = filesystem(uri)
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    with _placed(uri), fs.open(path, "wb") as file:
+        yield file
+
+
 @retried
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file atomically: readers see the old contents or the new, never a part (local: temp file + rename)."""
@@ -140,7 +162,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
-        with open(temporary, "wb") as file:
+        with _placed(uri), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import inspect
 import json
+import re
 import sys
 import time
 import traceback
@@ -235,8 +236,7 @@ def report_error(error: BaseException, say: Callable[[str], None], out: str | No
         say(f"error: {error}")
         return ExitCode.FAILED
     text = mask("".join(traceback.format_exception(error)))
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    say(f"error: {lines[0][:1000]}")
+    say(f"error: {_first_line(error)[:1000]}")
     if out is None:
         say(text)
         return ExitCode.FAILED
@@ -247,6 +247,18 @@ def report_error(error: BaseException, say: Callable[[str], None], out: str | No
     except OSError:  # the disk is full or gone, perhaps that is the error
         say(text)
     return ExitCode.FAILED
+
+
+_CAUSE = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt)(?:: .*)?$", re.MULTILINE)
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says first. One that comes out of Ray holds the remote traceback: there, what was raised first."""
+    text = str(error)
+    cause = _CAUSE.search(text) if type(error).__module__.partition(".")[0] == "ray" else None
+    if cause is not None:
+        return cause.group()
+    return next((line for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
 def _refuse_other_output(recipe: Recipe, out: str) -> None:

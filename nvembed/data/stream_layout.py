@@ -148,9 +148,8 @@ def lay_out_shard(job: Job, shard: int) -> None:
         table = _distill_rows(plan, job, shard)
     steps = table.column("step").to_numpy()
     cuts = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
-    fs, path = storage.filesystem(shard_uri(job.work_uri, shard))
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    with fs.open(path, "wb") as file, pq.ParquetWriter(file, table.schema) as writer:
+    uri = shard_uri(job.work_uri, shard)
+    with storage.open_writer(uri) as file, pq.ParquetWriter(file, table.schema) as writer:
         for start, end in itertools.pairwise(cuts):
             writer.write_table(table.slice(start, end - start), row_group_size=end - start)
 

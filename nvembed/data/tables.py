@@ -69,9 +69,7 @@ def document_text(title: str, text: str) -> str:
 @retried
 def write_table(table: pa.Table, uri: str, *, row_group_rows: int = ROW_GROUP_ROWS) -> None:
     """Write one parquet file at any URI."""
-    fs, path = storage.filesystem(uri)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    with fs.open(path, "wb") as file:
+    with storage.open_writer(uri) as file:
         pq.write_table(table, file, row_group_size=row_group_rows)
 
 
@@ -82,9 +80,7 @@ def write_tables(tables: Callable[[], Iterable[pa.Table]], schema: pa.Schema, ur
     Args:
         tables: gives them from the first one on each time it is called: once for every attempt to write.
     """
-    fs, path = storage.filesystem(uri)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    with fs.open(path, "wb") as file, pq.ParquetWriter(file, schema) as writer:
+    with storage.open_writer(uri) as file, pq.ParquetWriter(file, schema) as writer:
         for table in tables():
             writer.write_table(table, row_group_size=table.num_rows)
 

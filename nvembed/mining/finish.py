@@ -48,10 +48,8 @@ def merge_parts(
 
 
 def _write(uri: str, tables: Iterable[pa.Table], schema: pa.Schema = MINED_SCHEMA) -> int:
-    fs, path = storage.filesystem(uri)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     rows = 0
-    with fs.open(path, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with storage.open_writer(uri) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for table in _even(tables):
             writer.write_table(table, row_group_size=_GROUP_ROWS)
             rows += table.num_rows

