@@ -124,6 +124,13 @@ def read_bytes(uri: str) -> bytes:
 
 
 @retried
+def size(uri: str) -> int:
+    """Bytes of a file."""
+    fs, path = filesystem(uri)
+    return int(fs.size(path))
+
+
+@retried
 def open_reader(uri: str) -> io.BufferedReader:
     """A file to read, seekable; from a remote store a read that fails for a while is repeated."""
     fs, path = filesystem(uri)

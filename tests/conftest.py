@@ -9,7 +9,10 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -27,3 +30,66 @@ def ray_session() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20)
     yield
     ray.shutdown()
+
+
+class S3Front:
+    """Stands before the S3 server and answers some requests itself, with 503 or 500."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._lock = threading.Lock()
+        self.refuse: Callable[[str, str], bool] = lambda method, path: False
+        self.answer = "503 Service Unavailable"
+        self.refused: Counter[str] = Counter()
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        with self._lock:
+            refuse = self.refuse(environ["REQUEST_METHOD"], environ["PATH_INFO"])
+            self.refused[environ["REQUEST_METHOD"]] += refuse
+        if not refuse:
+            return self._app(environ, start_response)  # type: ignore[no-any-return]
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        code = "ServiceUnavailable" if self.answer.startswith("503") else "InternalError"
+        start_response(self.answer, [("Content-Type", "application/xml")])
+        return [f"<Error><Code>{code}</Code><Message>try later</Message></Error>".encode()]
+
+
+@pytest.fixture(scope="session")
+def s3_front() -> Iterator[tuple[S3Front, int]]:
+    pytest.importorskip("moto", reason="the S3 server of this test: pip install 'nvembed[s3test]'")
+    pytest.importorskip("s3fs", reason="s3:// needs s3fs: pip install 'nvembed[s3]'")
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    found = S3Front(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, found, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield found, server.server_port
+    server.shutdown()
+    thread.join()
+
+
+@pytest.fixture
+def store(s3_front: tuple[S3Front, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Front]:
+    """An empty bucket `s3://bucket`; retries of the client below are off, ours wait less."""
+    import s3fs
+
+    from nvembed import retry
+
+    found, port = s3_front
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing-secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_WAIT", 0.05)
+    found.refuse, found.answer, found.refused = (lambda method, path: False), "503 Service Unavailable", Counter()
+    s3fs.S3FileSystem.clear_instance_cache()
+    client = s3fs.S3FileSystem()
+    if client.exists("bucket"):
+        client.rm("bucket", recursive=True)
+    client.mkdir("bucket")
+    yield found
+    s3fs.S3FileSystem.clear_instance_cache()

@@ -93,8 +93,7 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         storage.CorruptArtifactError: it is missing or is no parquet file.
     """
     try:
-        fs, path = storage.filesystem(uri)
-        with fs.open(path, "rb") as file:
+        with storage.open_reader(uri) as file:
             return pq.read_table(file, columns=list(columns) if columns is not None else None)
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise storage.CorruptArtifactError(f"{uri} cannot be read ({error}). Build its artifact again.") from error
@@ -103,8 +102,7 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
 @retried
 def read_schema(uri: str) -> pa.Schema:
     """Columns of a parquet file; only its footer is read."""
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as file:
+    with storage.open_reader(uri) as file:
         return pq.read_schema(file)
 
 
@@ -112,8 +110,7 @@ def read_schema(uri: str) -> pa.Schema:
 def read_rows(uri: str, key: str, wanted: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
     """Rows of a parquet file whose `key` is among `wanted`, in file order; memory is one batch plus the result."""
     values = pa.array(sorted(set(wanted)), pa.string())
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as opened:
+    with storage.open_reader(uri) as opened:
         file = pq.ParquetFile(opened)
         found = [
             batch.filter(pc.is_in(batch.column(key), value_set=values))

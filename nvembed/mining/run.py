@@ -289,6 +289,5 @@ def _first_rows(work_uri: str, dataset: str, count: int) -> list[dict[str, Any]]
 
 
 def _row_count(uri: str) -> int:
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as file:
+    with storage.open_reader(uri) as file:
         return int(pq.read_metadata(file).num_rows)

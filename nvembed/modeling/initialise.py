@@ -110,8 +110,7 @@ def training_texts(prepare: Artifact) -> Iterator[str]:
 
 
 def _rows(uri: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as file:
+    with storage.open_reader(uri) as file:
         for batch in pq.ParquetFile(file).iter_batches(4096, columns=columns):
             yield from zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
 

@@ -156,9 +156,8 @@ class VectorCache:
 
     def _read_keys(self, number: int) -> np.ndarray:
         """uint64 [R, 2] of a part; none where it cannot be read."""
-        fs, path = storage.filesystem(storage.join(self._uri, self._parts[number]))
         try:
-            with fs.open(path, "rb") as file:
+            with storage.open_reader(storage.join(self._uri, self._parts[number])) as file:
                 table = pq.read_table(file, columns=["key"], page_checksum_verification=True)
             return _key_numbers(table)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:

@@ -301,10 +301,7 @@ def _looked_in(
     """The cache's parts by fingerprint, for both precisions, as the actors' processors decide."""
     if config.cache is None:
         return {}
-    sizes = {}
-    for name in names:
-        fs, path = storage.filesystem(storage.join(source_uri, name))
-        sizes[name] = int(fs.size(path))
+    sizes = {name: storage.size(storage.join(source_uri, name)) for name in names}
     found = [fingerprint(model_hash, precision, config.vector_type) for precision in ("fp32", "bf16")]
     return parts_at_start(config.cache, found, storage.join(out_uri, _LOOKED_IN), storage.hash_json(sizes))
 
@@ -322,8 +319,7 @@ def _check_share(report: EncodeReport, total: int, config: EncodeConfig) -> None
 
 
 def _rows(uri: str) -> int:
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as file:
+    with storage.open_reader(uri) as file:
         return int(pq.read_metadata(file).num_rows)
 
 

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from nvembed import storage
 from nvembed.retrieval.config import VectorType
+from nvembed.retry import retried
 
 _KIND = b"nvembed.kind"
 _ENCODINGS = {"bf16": "BYTE_STREAM_SPLIT", "int8": "DELTA_BINARY_PACKED"}
@@ -31,6 +32,7 @@ MIN_SHARDS = 8  # small inputs are still cut into this many, so that several act
 TEXT_SCHEMA = pa.schema([("key", pa.string()), ("text", pa.string()), ("instruction", pa.string())])
 
 
+@retried
 def list_shards(uri: str) -> list[str]:
     """Relative names of all `part-*.parquet` under a directory (any depth), sorted."""
     fs, root = storage.filesystem(uri)
@@ -67,10 +69,10 @@ def table_bytes(table: pa.Table, *, checksums: bool = False) -> bytes:
     return buffer.getvalue()
 
 
+@retried
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     """Read one parquet file; with `vector` comes the `scale` that int8 vectors need."""
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as file:
+    with storage.open_reader(uri) as file:
         opened = pq.ParquetFile(file)
         if columns is not None and "vector" in columns and "scale" in opened.schema_arrow.names:
             columns = [*columns, "scale"]
@@ -79,15 +81,13 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
 
 def read_schema(uri: str) -> pa.Schema:
     """Schema of one parquet file, with its metadata."""
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as file:
+    with storage.open_reader(uri) as file:
         return pq.read_schema(file)
 
 
 def iter_parquet(uri: str, columns: list[str] | None = None, batch_rows: int = 4096) -> Iterator[pa.Table]:
     """Stream a parquet file as tables of at most `batch_rows` rows, in order."""
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as file:
+    with storage.open_reader(uri) as file:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=batch_rows, columns=columns):
             yield pa.Table.from_batches([batch])
 

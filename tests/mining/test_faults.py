@@ -1,12 +1,14 @@
 """What mining does with poisoned texts, a disk that is full, and a store that answers 5xx: the whole step, for real."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from nvembed import storage
+from nvembed import retry, storage
 from nvembed.data.config import FilesSource, PrepareConfig
 from nvembed.data.documents import Documents
 from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
@@ -141,3 +143,63 @@ def test_a_full_disk_stops_mining_and_room_lets_it_finish(tmp_path, ray_session,
         assert files(out) == files(tmp_path / "clean")
     finally:
         subprocess.run(["umount", "-l", str(place)], capture_output=True, timeout=20, check=False)
+
+
+# -- a store that answers 5xx -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Mining in this process, whose retries wait less: `test_ways.py`'s pool."""
+    spec = importlib.util.spec_from_file_location("ways", Path(__file__).with_name("test_ways.py"))
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    monkeypatch.setattr(found.run, "run_pool", found.pool)
+    monkeypatch.setattr(found.run, "encode_shards", found.encode)
+    monkeypatch.setattr(found.run, "check_model", lambda model: None)
+    return found
+
+
+@pytest.mark.slow
+def test_a_store_that_answers_5xx_changes_nothing(ways, store, caplog):
+    """Every seventh request of each kind is refused."""
+    prepared = ways.prepare("s3://bucket")
+    ways.MINE.run(ways.CONFIG, {"prepare": prepared}, "s3://bucket/clean")
+    asked = {}
+
+    def refuse(method, path):
+        asked[method] = asked.get(method, 0) + 1
+        return asked[method] % 7 == 0
+
+    store.refuse = refuse
+    with caplog.at_level("WARNING", "nvembed.retry"):
+        ways.MINE.run(ways.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
+    store.refuse = lambda method, path: False
+    assert store.refused["PUT"] > 3 and store.refused["GET"] > 3 and "trying again" in caplog.text
+    assert files("s3://bucket/mine") == files("s3://bucket/clean")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("allowed", [2, 9, 14, 20])
+def test_a_store_that_stays_away_stops_mining_with_nothing_published(ways, store, allowed):
+    """Writing ends after some objects: at the texts, the vectors, the search, the selection."""
+    prepared = ways.prepare("s3://bucket")
+    written = []
+
+    def refuse(method, path):
+        if method in ("PUT", "POST") and "/mine/" in path:
+            written.append(path)
+            return len(written) > allowed
+        return False
+
+    store.refuse = refuse
+    with pytest.raises(OSError, match="try later"):
+        ways.MINE.run(ways.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
+    assert store.refused.total() >= retry.ATTEMPTS
+    store.refuse = lambda method, path: False
+    assert not storage.exists("s3://bucket/mine/manifest.json")
+    with pytest.raises(storage.CorruptArtifactError, match="not a published artifact"):
+        storage.load_artifact("s3://bucket/mine")
+    ways.MINE.run(ways.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
+    ways.MINE.run(ways.CONFIG, {"prepare": prepared}, "s3://bucket/clean")
+    assert files("s3://bucket/mine") == files("s3://bucket/clean")
