@@ -7,14 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from nvembed.data.tables import document_text, read_rows
+from nvembed.mining.blocks import CODE, KEPT
 from nvembed.mining.config import CeilingRule, TopKAbs, TopKMarginPos, TopKPercPos
 from nvembed.mining.rules import ceilings
-from nvembed.mining.selection import Reason, Selection, jaccard, word_triples
+from nvembed.mining.selection import Reason, jaccard, word_triples
 from nvembed.types import Artifact
 
 SCORE_EDGES = tuple(round(-1.0 + 0.05 * index, 2) for index in range(41))
+_INNER_EDGES = np.array(SCORE_EDGES[1:-1])
 RANK_BUCKETS = ((1, 1), (2, 5), (6, 10), (11, 20), (21, 50), (51, 100))
 # What each of NV-Retriever's ceilings would refuse of the candidates, whatever rule was used
 COMPARED_RULES: tuple[CeilingRule, ...] = (
@@ -42,44 +45,52 @@ class Audit:
 
     def add_scores(self, name: str, scores: Iterable[float]) -> None:
         """Count scores into the histogram `positives`, `negatives` or `rejected`."""
-        values = np.clip(np.fromiter(scores, dtype=np.float64), -1.0, 1.0)
-        self.histograms[name] += np.histogram(values, bins=np.array(SCORE_EDGES))[0]
+        numbers = scores if isinstance(scores, np.ndarray) else np.fromiter(scores, dtype=np.float64)
+        bins = np.searchsorted(_INNER_EDGES, numbers, side="right")  # what is outside counts at the ends
+        self.histograms[name] += np.bincount(bins, minlength=len(SCORE_EDGES) - 1)
 
-    def add_rank(self, rank: int | None, depth: int) -> None:
-        """Count the rank (1-based) of a positive among all documents; None when it is below the searched depth."""
-        if rank is None:
-            self.positive_ranks[f">{depth}"] += 1
-            return
-        for low, high in RANK_BUCKETS:
-            if low <= rank <= high:
-                self.positive_ranks[str(low) if low == high else f"{low}-{high}"] += 1
-                return
-        self.positive_ranks[f"{RANK_BUCKETS[-1][1] + 1}-{depth}"] += 1
+    def add_ranks(self, rank_N: np.ndarray, depth: int) -> None:
+        """Count ranks (1-based) of positives among all documents; 0 for those below the searched depth."""
+        count_R = np.bincount(rank_N, minlength=depth + 1)
+        named = [(low, high, str(low) if low == high else f"{low}-{high}") for low, high in RANK_BUCKETS]
+        named.append((RANK_BUCKETS[-1][1] + 1, depth, f"{RANK_BUCKETS[-1][1] + 1}-{depth}"))
+        named.append((0, 0, f">{depth}"))
+        for low, high, name in named:
+            if count := int(count_R[low : high + 1].sum()):
+                self.positive_ranks[name] += count
 
-    def add_selection(self, selection: Selection, scores: list[float]) -> None:
-        """Count what was decided about a query's candidates."""
-        self.rejected.update(reason.value for reason in selection.rejected.values())
-        self.counts["candidates_decided"] += len(selection.kept) + len(selection.rejected)
-        self.add_scores("rejected", (scores[index] for index in selection.rejected))
+    def add_decisions(self, code_P: np.ndarray, score_P: np.ndarray) -> None:
+        """Count what was decided about queries' candidates: `blocks.CODE` and score of each."""
+        count_R = np.bincount(code_P, minlength=max(CODE.values()) + 1)
+        self.rejected.update({reason.value: int(count_R[code]) for reason, code in CODE.items() if count_R[code]})
+        self.counts["candidates_decided"] += int(count_R[KEPT:].sum())
+        self.add_scores("rejected", score_P[code_P > KEPT])
 
-    def add_positives(
-        self, scores: Sequence[float], own: Sequence[str], row: Mapping[str, Any], depth: int
-    ) -> int | None:
-        """Count ranks and scores of an example's own positives; returns the best rank, None below the depth."""
-        place = {item["id"]: index + 1 for index, item in enumerate(row["plain"])}
-        ranks = [place.get(key) for key in own]
-        for rank in ranks:
-            self.add_rank(rank, depth)
-        self.add_scores("positives", scores)
-        return min((rank for rank in ranks if rank is not None), default=None)
+    def add_rules(self, owner_P: np.ndarray, score_P: np.ndarray, lowest_Q: np.ndarray) -> None:
+        """Count what the compared rules would refuse of candidates that are no positives.
 
-    def add_rules(self, row: Mapping[str, Any], lowest: float) -> None:
-        """Count what the compared rules would refuse of the candidates that are no positives."""
-        positives = {item["id"] for item in row["positives"]}
-        scores = np.array([item["score"] for item in row["plain"] if item["id"] not in positives])
-        self.counts["compared"] += len(scores)
+        Args:
+            owner_P: int64, each candidate's query.
+            lowest_Q: float64, the lowest score among each query's positives.
+        """
+        self.counts["compared"] += len(score_P)
         for rule in COMPARED_RULES:
-            self.refused_by[rule_name(rule)] += int((scores >= ceilings(rule, np.array([lowest]))).sum())
+            refused = np.count_nonzero(score_P >= ceilings(rule, lowest_Q)[owner_P])
+            self.refused_by[rule_name(rule)] += int(refused)
+
+    def add_examples(self, negatives: pa.ListArray, asked: int) -> None:
+        """Count mined examples by their negatives (`SCORED_IDS`)."""
+        length_Q = np.asarray(negatives.value_lengths())
+        values = negatives.flatten()
+        self.counts["mined"] += len(length_Q)
+        self.counts["negatives"] += int(length_Q.sum())
+        self.counts["with_fewer"] += int(np.count_nonzero(length_Q < asked))
+        for length, count in enumerate(np.bincount(length_Q)):
+            if count:
+                self.per_example[str(length)] += int(count)
+        self.add_scores("negatives", np.asarray(values.field("score").drop_null()))
+        served = values.field("id").value_counts()
+        self.hubs.update(dict(zip(served.field("values").to_pylist(), served.field("counts").to_pylist(), strict=True)))
 
     def add_example(self, negatives: Sequence[Mapping[str, Any]], asked: int) -> None:
         """Count a mined example and its negatives (id, score or None)."""

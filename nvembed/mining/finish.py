@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from nvembed import storage
 from nvembed.mining.audit import Audit
 from nvembed.mining.config import MineConfig
-from nvembed.mining.miner import MINED_SCHEMA
+from nvembed.mining.mined import MINED_SCHEMA
 from nvembed.mining.rules import cap_documents
 from nvembed.mining.searched import SEARCHED_SCHEMA
 from nvembed.mining.searching import MinePaths
