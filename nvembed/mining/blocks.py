@@ -121,7 +121,7 @@ def choose(problem: Problem, limits: Limits, count: int, enough: int, *, capped:
         there_BC = np.arange(at_BC.shape[1]) < length_B[:, None]
         code_P[plain.start_Q[start] : plain.start_Q[rows_B[-1] + 1]] = code_BC[there_BC]
         plain_Q[rows_B] = kept_BC.sum(axis=1)
-        full_B = plain_Q[rows_B] >= count
+        full_B = plain_Q[rows_B] >= max(count, enough)
         row, column = np.nonzero(kept_BC & full_B[:, None])
         owners_found.append(rows_B[row])
         places.append(at_BC[row, column])
@@ -260,8 +260,6 @@ def _repeated(free_BC: np.ndarray, allowed_BC: np.ndarray, hash_BC: np.ndarray, 
     texts_BK = np.sort(np.take_along_axis(hash_BC, np.maximum(first_BK, 0), axis=1), axis=1)
     open_B = (first_BK[:, -1] == FREE) & (free_BC.sum(axis=1) > 1)
     open_B |= (texts_BK[:, 1:] == texts_BK[:, :-1]).any(axis=1) & (first_BK[:, -1] != FREE)
-    if first_BK.shape[1] < count:  # all there are
-        open_B |= free_BC.sum(axis=1) > 1
     rows_b = np.flatnonzero(open_B)
     if len(rows_b):
         texts_bC = np.sort(hash_BC[rows_b], axis=1)

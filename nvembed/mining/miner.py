@@ -37,6 +37,57 @@ from nvembed.retrieval.shards import iter_parquet, list_shards, read_slice, read
 __all__ = ["MinePaths", "MineWorker"]
 
 
+def selected(
+    searcher: Searcher, task: dict[str, Any], queries: pa.Table, lanes: Sequence[pa.Table]
+) -> tuple[pa.Table, Audit]:
+    """Rows of `MINED_SCHEMA` for a group of queries by what the miners found, and the numbers of the selection.
+
+    Args:
+        queries: the group (`searching.QUERY_COLUMNS`).
+        lanes: each miner's rows; see `choosing.choices`.
+
+    Raises:
+        NeedsSearchError: the rule asks about what an earlier step did not search.
+    """
+    config, audit, searched = searcher.config, Audit(), lanes[0]
+    chosen = choices(searcher, task, queries, lanes, deepen=task["way"] == "search")
+    own = own_positives(queries, searched.column("positives"))
+    best_Q = _audit(audit, searcher, queries, searched, chosen, own)
+    kept, rows = chosen.kept, queries
+    if config.max_positive_rank is not None:
+        good_Q = consistent(best_Q, config.max_positive_rank)
+        audit.counts["inconsistent"] += int(np.count_nonzero(~good_Q))
+        kept, own, rows = (each.filter(pa.array(good_Q)) for each in (kept, own, rows))
+    capped = config.max_per_document is not None
+    mined, given = mined_table(rows, own, kept, config.num_negatives, capped=capped)
+    audit.counts["given"] += given
+    if not capped:
+        audit.add_examples(one_array(mined.column("negatives")), config.num_negatives)
+    return mined, audit
+
+
+def _audit(
+    audit: Audit, searcher: Searcher, queries: pa.Table, searched: pa.Table, chosen: Choices, own: pa.ListArray
+) -> np.ndarray:
+    """Count what was decided and where the positives rank; int64 [Q], the best rank of each query's own."""
+    config = searcher.config
+    problem = Problem.read(queries, searched, config.depth)
+    plain = problem.plain
+    audit.add_decisions(chosen.code_P, plain.score_P)
+    audit.counts["deepened"] += int(np.count_nonzero(chosen.plain_Q < config.num_negatives))
+    at_H, owner_H = same_texts(problem)
+    own_Q, values = flat(own)
+    rank_N = placed(plain.start_Q, plain.ids, at_H, owner_H, own)
+    audit.add_ranks(rank_N, config.depth)
+    audit.add_scores("positives", np.asarray(values.field("score")))
+    others_P = np.ones(len(plain.score_P), dtype=bool)
+    known_Q, known = flat(searched.column("positives"))
+    others_P[at_H[members(owner_H, plain.ids.take(pa.array(at_H)), known_Q, known.field("id"))]] = False
+    lowest_Q = searcher.lowest(searched.column("positives"))
+    audit.add_rules(owners(plain.start_Q)[others_P], plain.score_P[others_P], lowest_Q)
+    return best_rank(rank_N, own_Q)
+
+
 class MineWorker:
     """One actor; `task["way"]` says which kind of work: "search", "reuse", "random" or "classes"."""
 
@@ -112,43 +163,11 @@ class MineWorker:
 
     def _select(self, task: dict[str, Any], queries: pa.Table, lanes: Sequence[pa.Table]) -> None:
         """Apply the rule to what the miners found, and write the part."""
-        config, audit, searched = self._config, Audit(), lanes[0]
-        chosen = choices(self._searcher, task, queries, lanes, deepen=task["way"] == "search")
-        own = own_positives(queries, searched.column("positives"))
-        best_Q = self._audit(audit, queries, searched, chosen, own)
-        kept, rows = chosen.kept, queries
-        if config.max_positive_rank is not None:
-            good_Q = consistent(best_Q, config.max_positive_rank)
-            audit.counts["inconsistent"] += int(np.count_nonzero(~good_Q))
-            kept, own, rows = (each.filter(pa.array(good_Q)) for each in (kept, own, rows))
-        capped = config.max_per_document is not None
-        mined, given = mined_table(rows, own, kept, config.num_negatives, capped=capped)
-        audit.counts["given"] += given
-        if not capped:
-            audit.add_examples(one_array(mined.column("negatives")), config.num_negatives)
+        mined, audit = selected(self._searcher, task, queries, lanes)
         if task["way"] == "search":
-            write_table(searched.select(SEARCHED_SCHEMA.names).cast(SEARCHED_SCHEMA), f"{self._part(task)}.searched")
+            searched = lanes[0].select(SEARCHED_SCHEMA.names).cast(SEARCHED_SCHEMA)
+            write_table(searched, f"{self._part(task)}.searched")
         self._write(task, mined, audit)
-
-    def _audit(
-        self, audit: Audit, queries: pa.Table, searched: pa.Table, chosen: Choices, own: pa.ListArray
-    ) -> np.ndarray:
-        """Count what was decided and where the positives rank; int64 [Q], the best rank of each query's own."""
-        problem = Problem.read(queries, searched, self._config.depth)
-        plain = problem.plain
-        audit.add_decisions(chosen.code_P, plain.score_P)
-        audit.counts["deepened"] += int(np.count_nonzero(chosen.plain_Q < self._config.num_negatives))
-        at_H, owner_H = same_texts(problem)
-        own_Q, values = flat(own)
-        rank_N = placed(plain.start_Q, plain.ids, at_H, owner_H, own)
-        audit.add_ranks(rank_N, self._config.depth)
-        audit.add_scores("positives", np.asarray(values.field("score")))
-        others_P = np.ones(len(plain.score_P), dtype=bool)
-        known = flat(searched.column("positives"))
-        others_P[at_H[members(owner_H, plain.ids.take(pa.array(at_H)), known[0], known[1].field("id"))]] = False
-        lowest_Q = self._searcher.lowest(searched.column("positives"))
-        audit.add_rules(owners(plain.start_Q)[others_P], plain.score_P[others_P], lowest_Q)
-        return best_rank(rank_N, own_Q)
 
     # -- random negatives ---------------------------------------------------------------------------------------------
 
