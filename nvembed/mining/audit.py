@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nvembed.data.tables import document_text, read_rows
 from nvembed.mining.blocks import CODE, KEPT
@@ -27,6 +28,8 @@ COMPARED_RULES: tuple[CeilingRule, ...] = (
 )
 NEAR = 0.8  # shared word triples (Jaccard) from which two texts count as near copies in the audit
 HUBS = 20
+_NO_HUBS = pa.table({"id": pa.array([], pa.string()), "count": pa.array([], pa.int64())})
+_HUB_ROWS = 1 << 20  # counted documents that may wait before they are summed up
 
 
 class Audit:
@@ -38,7 +41,8 @@ class Audit:
         self.per_example: Counter[str] = Counter()
         self.positive_ranks: Counter[str] = Counter()
         self.refused_by: Counter[str] = Counter()
-        self.hubs: Counter[str] = Counter()  # documents by the queries they are a negative of
+        self._hubs: list[pa.Table] = []  # documents and how many queries they are a negative of; see `add_hubs`
+        self._hub_rows = 0  # of the first of these
         self.histograms = {
             name: np.zeros(len(SCORE_EDGES) - 1, dtype=np.int64) for name in ("positives", "negatives", "rejected")
         }
@@ -89,8 +93,19 @@ class Audit:
             if count:
                 self.per_example[str(length)] += int(count)
         self.add_scores("negatives", np.asarray(values.field("score").drop_null()))
-        served = values.field("id").value_counts()
-        self.hubs.update(dict(zip(served.field("values").to_pylist(), served.field("counts").to_pylist(), strict=True)))
+
+    def add_hubs(self, negatives: pa.ChunkedArray) -> None:
+        """Count the documents that serve as negatives (`SCORED_IDS`) of mined rows."""
+        for chunk in negatives.chunks:
+            served = chunk.flatten().field("id").value_counts()
+            self._hubs.append(pa.table({"id": served.field("values"), "count": served.field("counts")}))
+        if sum(map(len, self._hubs)) > 2 * self._hub_rows + _HUB_ROWS:
+            self._hubs = [self._hub_table()]
+            self._hub_rows = len(self._hubs[0])
+
+    def _hub_table(self) -> pa.Table:
+        whole = pa.concat_tables([_NO_HUBS, *self._hubs])
+        return whole.group_by("id").aggregate([("count", "sum")]).rename_columns({"count_sum": "count"})
 
     def add_example(self, negatives: Sequence[Mapping[str, Any]], asked: int) -> None:
         """Count a mined example and its negatives (id, score or None)."""
@@ -99,17 +114,15 @@ class Audit:
         self.counts["with_fewer"] += len(negatives) < asked
         self.per_example[str(len(negatives))] += 1
         self.add_scores("negatives", (item["score"] for item in negatives if item["score"] is not None))
-        self.hubs.update(item["id"] for item in negatives)
 
     def dump(self) -> dict[str, Any]:
-        """JSON form; see `merge`."""
+        """JSON form; see `merge`. Without the hubs, which are counted from the mined table (`add_hubs`)."""
         return {
             "counts": dict(self.counts),
             "rejected": dict(self.rejected),
             "per_example": dict(self.per_example),
             "positive_ranks": dict(self.positive_ranks),
             "refused_by": dict(self.refused_by),
-            "hubs": dict(self.hubs),
             "histograms": {name: counts.tolist() for name, counts in self.histograms.items()},
         }
 
@@ -120,7 +133,6 @@ class Audit:
         self.per_example.update(dumped["per_example"])
         self.positive_ranks.update(dumped["positive_ranks"])
         self.refused_by.update(dumped["refused_by"])
-        self.hubs.update(dumped["hubs"])
         for name, counts in dumped["histograms"].items():
             self.histograms[name] += np.array(counts, dtype=np.int64)
 
@@ -172,13 +184,15 @@ class Audit:
 
     def hub_summary(self) -> dict[str, Any]:
         """Documents that serve many queries: the largest, and how much of all negatives the most used 1 % are."""
-        counts = sorted(self.hubs.values(), reverse=True)
-        largest = sorted(self.hubs.items(), key=lambda item: (-item[1], item[0]))[:HUBS]
-        top = counts[: max(len(counts) // 100, 1)] if counts else []
+        table = self._hub_table()
+        by_count = [("count", "descending"), ("id", "ascending")]
+        largest = table.take(pc.select_k_unstable(table, HUBS, by_count)).to_pylist() if len(table) else []
+        counts = np.sort(table.column("count").to_numpy())[::-1]
+        top = counts[: max(len(counts) // 100, 1)]
         return {
             "documents": len(counts),
-            "largest": [{"id": key, "queries": count} for key, count in largest],
-            "share_of_top_percent": sum(top) / sum(counts) if counts else 0.0,
+            "largest": [{"id": row["id"], "queries": row["count"]} for row in largest],
+            "share_of_top_percent": int(top.sum()) / int(counts.sum()) if len(counts) else 0.0,
         }
 
 

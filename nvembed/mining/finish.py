@@ -17,7 +17,7 @@ from nvembed.mining.rules import cap_documents
 from nvembed.mining.searched import SEARCHED_SCHEMA
 from nvembed.mining.searching import MinePaths
 from nvembed.retrieval.search import search_shards
-from nvembed.retrieval.shards import iter_vectors, list_shards, read_table, table_matrix
+from nvembed.retrieval.shards import iter_vectors, list_shards, read_slice, read_table, table_matrix
 from nvembed.types import Artifact, UserError
 
 _GROUP_ROWS = 8192
@@ -35,16 +35,21 @@ def merge_parts(
     if config.max_per_document is not None and mined:
         rows = [row for uri in mined for row in read_table(uri).to_pylist()]
         _cap(rows, config, audit)
-        _write(storage.join(work_uri, dataset, "mined.parquet"), [pa.Table.from_pylist(rows, schema=MINED_SCHEMA)])
-        total = len(rows)
+        tables: Iterable[pa.Table] = [pa.Table.from_pylist(rows, schema=MINED_SCHEMA)]
     else:
         tables = (read_table(uri).cast(MINED_SCHEMA) for uri in mined)
-        total = _write(storage.join(work_uri, dataset, "mined.parquet"), tables, MINED_SCHEMA)
+    total = _write(storage.join(work_uri, dataset, "mined.parquet"), _counted(tables, audit), MINED_SCHEMA)
     searched = [storage.join(paths.select, dataset, f"{part}.searched") for part in parts]
     if searched and config.reuse is None and storage.exists(searched[0]):
         tables = (read_table(uri).cast(SEARCHED_SCHEMA) for uri in searched)
         _write(storage.join(work_uri, dataset, "searched.parquet"), tables, SEARCHED_SCHEMA)
     return total
+
+
+def _counted(tables: Iterable[pa.Table], audit: Audit) -> Iterator[pa.Table]:
+    for table in tables:
+        audit.add_hubs(table.column("negatives"))
+        yield table
 
 
 def _write(uri: str, tables: Iterable[pa.Table], schema: pa.Schema = MINED_SCHEMA) -> int:
@@ -113,7 +118,7 @@ def index_recall(config: MineConfig, paths: MinePaths, dataset: str, work_uri: s
     shards = iter_vectors(storage.join(paths.vectors, dataset, "documents"))
     exact = search_shards(query_QD, shards, plain=config.depth, precision=config.search.precision).plain
     assert exact is not None
-    rows = read_table(storage.join(work_uri, dataset, "searched.parquet"), ["plain"]).slice(0, wanted).to_pylist()
+    rows = read_slice(storage.join(work_uri, dataset, "searched.parquet"), 0, wanted, ["plain"]).to_pylist()
     shares = []
     for row, ids, scores in zip(rows, exact.ids_QK, exact.scores_QK, strict=True):
         truth = set(ids[np.isfinite(scores)])

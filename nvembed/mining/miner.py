@@ -6,7 +6,6 @@ Each group of queries ends as `<select>/<dataset>/part-*.parquet` (`part-*.searc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -114,8 +113,7 @@ class MineWorker:
         return storage.join(self._paths.select, task["dataset"], task["part"])
 
     def _write(self, task: dict[str, Any], mined: pa.Table, audit: Audit) -> None:
-        # A group's hubs are thousands of numbers: indented, as `write_json` does it, costs more than the selection
-        storage.write_bytes(f"{self._part(task)}.json", json.dumps(audit.dump()).encode())
+        storage.write_json(f"{self._part(task)}.json", audit.dump())
         write_table(mined, f"{self._part(task)}.parquet")
 
     # -- mined negatives ----------------------------------------------------------------------------------------------

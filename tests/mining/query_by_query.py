@@ -27,9 +27,7 @@ def selected(searcher, task, queries, lanes):
     """Mined rows and the audit's numbers of a group; the arguments are those of `miner.selected`."""
     config, rows = searcher.config, queries.to_pylist()
     chooser = Chooser.read(searcher, task, rows, lanes, deepen=task["way"] == "search")
-    counters = {
-        name: Counter() for name in ("counts", "rejected", "per_example", "positive_ranks", "refused_by", "hubs")
-    }
+    counters = {name: Counter() for name in ("counts", "rejected", "per_example", "positive_ranks", "refused_by")}
     shapes = {name: np.zeros(len(SCORE_EDGES) - 1, dtype=np.int64) for name in ("positives", "negatives", "rejected")}
     counts, mined = counters["counts"], []
     for query, row, choice in zip(rows, lanes[0].to_pylist(), chooser.run(), strict=True):
@@ -76,4 +74,3 @@ def add_example(counters, shapes, negatives, asked):
     counters["counts"].update(mined=1, negatives=len(negatives), with_fewer=int(len(negatives) < asked))
     counters["per_example"][str(len(negatives))] += 1
     shapes["negatives"] += histogram(item["score"] for item in negatives if item["score"] is not None)
-    counters["hubs"].update(item["id"] for item in negatives)

@@ -1,6 +1,7 @@
 """Selection over whole arrays decides what the selection query by query decides, counts it alike, refuses alike."""
 
 import importlib.util
+from collections import Counter
 from pathlib import Path
 from random import Random
 from unittest import mock
@@ -10,7 +11,10 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nvembed.data.tables import SCORED_IDS
+from nvembed.mining import audit as audit_module
 from nvembed.mining import blocks
+from nvembed.mining.audit import Audit
 from nvembed.mining.config import (
     MineConfig,
     RankWindow,
@@ -135,3 +139,19 @@ def test_whole_arrays_decide_what_single_queries_decide(group, block):
         if name != "histograms":
             dumped[name] = {key: value for key, value in dumped[name].items() if value}
     assert dumped == expected[1]
+
+
+@given(st.lists(st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=5), max_size=6), max_size=5), st.integers(0, 9))
+@settings(max_examples=50, deadline=None)
+def test_hubs_are_counted_over_tables(tables, together):
+    audit, counter = Audit(), Counter()
+    with mock.patch.object(audit_module, "_HUB_ROWS", together), mock.patch.object(audit_module, "HUBS", 3):
+        for rows in tables:
+            lists = [[{"id": key, "score": None} for key in keys] for keys in rows]
+            audit.add_hubs(pa.chunked_array([pa.array(lists, SCORED_IDS)]))
+            counter.update(key for keys in rows for key in keys)
+        found = audit.hub_summary()
+    largest = sorted(counter.items(), key=lambda item: (-item[1], item[0]))[:3]
+    assert found["largest"] == [{"id": key, "queries": count} for key, count in largest]
+    assert found["documents"] == len(counter)
+    assert found["share_of_top_percent"] == (largest[0][1] / counter.total() if counter else 0.0)
