@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from nvembed import storage
 from nvembed.data.tables import SCORED_IDS
 from nvembed.mining.config import Bm25Miner, MineConfig, RandomNegatives
-from nvembed.mining.lists import flat, list_array, starts
+from nvembed.mining.lists import flat, list_array, owners, starts
 from nvembed.mining.rules import ceilings
 from nvembed.mining.searched import FOUND_SCHEMA, PART_SCHEMA, found_table, merged
 from nvembed.retrieval.bm25 import Bm25Index
@@ -207,19 +207,18 @@ class Searcher:
         yield last
 
     def hashes_of(self, dataset: str, ids: pa.Array, names: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Text hashes of documents that some shards (all, by default) may hold: (int64 [N], bool [N], whether found).
-
-        Args:
-            ids: N different strings.
-        """
+        """(int64 [N], bool [N]): text hashes of documents, and whether some shards (all, by default) hold them."""
         hash_N, found_N = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=bool)
         if names is None:
             names = list_shards(storage.join(self.paths.texts, dataset, "documents"))
+        left_N = np.arange(len(ids))
         for table in self._key_hashes(dataset, names) if len(ids) else ():
-            place = pc.index_in(ids, value_set=table.column("key"))
-            here_N = np.asarray(pc.is_valid(place))
-            hash_N[here_N] = np.asarray(table.column("hash"))[np.asarray(place.drop_null())]
-            found_N |= here_N
+            few = ids if len(left_N) == len(ids) else ids.take(pa.array(left_N))
+            place = pc.index_in(few, value_set=table.column("key"))
+            here_n = place.is_valid().to_numpy(zero_copy_only=False)
+            hash_N[left_N[here_n]] = table.column("hash").to_numpy()[place.drop_null().to_numpy()]
+            found_N[left_N[here_n]] = True
+            left_N = left_N[~here_n]
         return hash_N, found_N
 
     def hashed(
@@ -230,21 +229,18 @@ class Searcher:
         Args:
             names: the shards that were searched; all by default.
         """
-        columns = {"above": table.column("above"), "plain": table.column("plain"), "under": table.column("under")}
-        plain, under = (flat(table.column(name)) for name in ("plain", "under"))
-        never = flat(queries.column("never"))
-        ids = pa.concat_arrays([plain[1].field("id"), under[1].field("id"), never[1]]).dictionary_encode()
-        hash_U, found_U = self.hashes_of(task["dataset"], ids.dictionary, names)
-        code_P = np.asarray(ids.indices)
-        edges = np.cumsum([len(plain[1]), len(under[1])])
-        code_plain, code_under, code_never = np.split(code_P, edges)
-        assert found_U[code_plain].all() and found_U[code_under].all(), "a document was found that has no text"
-        columns["plain_hashes"] = list_array(plain[0], pa.array(hash_U[code_plain]))
-        columns["under_hashes"] = list_array(under[0], pa.array(hash_U[code_under]))
-        here_N = found_U[code_never]
-        owner_N = np.repeat(np.arange(len(never[0]) - 1), np.diff(never[0]))[here_N]
-        count_Q = np.bincount(owner_N, minlength=len(never[0]) - 1)
-        columns["never_hashes"] = list_array(starts(count_Q), pa.array(hash_U[code_never[here_N]]))
+        columns: dict[str, Any] = {name: table.column(name) for name in FOUND_SCHEMA.names}
+        (plain_Q, plain), (under_Q, under) = (flat(table.column(name)) for name in ("plain", "under"))
+        never_Q, never = flat(queries.column("never"))
+        ids = pa.concat_arrays([plain.field("id"), under.field("id"), never])
+        hash_P, found_P = self.hashes_of(task["dataset"], ids, names)
+        behind = len(plain) + len(under)
+        assert found_P[:behind].all(), "a document was found that has no text"
+        columns["plain_hashes"] = list_array(plain_Q, pa.array(hash_P[: len(plain)]))
+        columns["under_hashes"] = list_array(under_Q, pa.array(hash_P[len(plain) : behind]))
+        here_N = found_P[behind:]
+        count_Q = np.bincount(owners(never_Q)[here_N], minlength=len(never_Q) - 1)
+        columns["never_hashes"] = list_array(starts(count_Q), pa.array(hash_P[behind:][here_N]))
         return pa.table(columns, schema=PART_SCHEMA)
 
     # -- search -------------------------------------------------------------------------------------------------------

@@ -127,6 +127,24 @@ def test_division_changes_no_byte(tmp_path, world):
     assert mine(tmp_path / "two", world, small, shard_rows=7) == first
 
 
+def test_selection_needs_nothing_of_the_corpus(tmp_path, world):
+    """A part of the search brings the text hashes along; one that an older nvembed left without them is not read."""
+    config = MineConfig(depth=DOCUMENTS, num_negatives=4)
+    stale = tmp_path / "checkpoints/search/set/part-00000/lane-0-part-00000.parquet"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"no hashes")
+    first = mine(tmp_path, world, config)
+    selected = [path for path in (tmp_path / "checkpoints/select/set").iterdir()]
+    before = {path: path.read_bytes() for path in selected}
+    for path in (*selected, *tmp_path.glob("checkpoints/*/set/documents/*")):
+        path.unlink()
+    shards = list_shards(join(str(tmp_path), "checkpoints/texts/set/queries"))
+    task = {"way": "search", "dataset": "set", "shards": shards, "rows": QUERIES, "part": "part-00000"}
+    MineWorker(config, MinePaths.under(str(tmp_path))).work({**task, "segment": None, "segments": 3, "documents": []})
+    assert {path: path.read_bytes() for path in selected} == before
+    assert first[1]["counts"]["mined"] == QUERIES
+
+
 def test_random_rule_draws_other_documents_and_knows_the_positives(tmp_path, world):
     config = MineConfig(rule=RandomNegatives(), num_negatives=6, seed=1)
     found, audit = mine(tmp_path / "one", world, config, way="random")
