@@ -134,7 +134,7 @@ def test_selection_needs_nothing_of_the_corpus(tmp_path, world):
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"no hashes")
     first = mine(tmp_path, world, config)
-    selected = [path for path in (tmp_path / "checkpoints/select/set").iterdir()]
+    selected = list((tmp_path / "checkpoints/select/set").iterdir())
     before = {path: path.read_bytes() for path in selected}
     for path in (*selected, *tmp_path.glob("checkpoints/*/set/documents/*")):
         path.unlink()
