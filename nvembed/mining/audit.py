@@ -70,16 +70,22 @@ class Audit:
         self.counts["candidates_decided"] += int(count_R[KEPT:].sum())
         self.add_scores("rejected", score_P[code_P > KEPT])
 
-    def add_rules(self, owner_P: np.ndarray, score_P: np.ndarray, lowest_Q: np.ndarray) -> None:
+    def add_rules(
+        self, start_Q: np.ndarray, score_P: np.ndarray, lowest_Q: np.ndarray, at_H: np.ndarray, owner_H: np.ndarray
+    ) -> None:
         """Count what the compared rules would refuse of candidates that are no positives.
 
         Args:
-            owner_P: int64, each candidate's query.
+            start_Q: int64 [Q + 1], where each query's candidates begin.
             lowest_Q: float64, the lowest score among each query's positives.
+            at_H, owner_H: the positives among the candidates, and their queries.
         """
-        self.counts["compared"] += len(score_P)
+        length_Q = np.diff(start_Q)
+        self.counts["compared"] += len(score_P) - len(at_H)
         for rule in COMPARED_RULES:
-            refused = np.count_nonzero(score_P >= ceilings(rule, lowest_Q)[owner_P])
+            ceiling_Q = ceilings(rule, lowest_Q)
+            refused = np.count_nonzero(score_P >= np.repeat(ceiling_Q, length_Q))
+            refused -= np.count_nonzero(score_P[at_H] >= ceiling_Q[owner_H])
             self.refused_by[rule_name(rule)] += int(refused)
 
     def add_examples(self, negatives: pa.ListArray, asked: int) -> None:

@@ -9,6 +9,7 @@ Shapes: Q queries of a group, B of a block, C candidates of a query (padded), P 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -70,6 +71,26 @@ class Problem:
         scores = np.concatenate([lists.score_P[at] for lists, at in sides])
         return ids.take(pa.array(order_K)), pa.array(scores[order_K])
 
+    @cached_property
+    def same_texts(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [H] each: place among all plain candidates, rising, and query of those with the text of the query or of
+        one that must not be its negative. Every known positive is among them."""
+        plain, found = self.plain, [np.empty(0, dtype=np.int64)]
+        for start in range(0, len(plain.start_Q) - 1, BLOCK):
+            rows_B = np.arange(start, min(start + BLOCK, len(plain.start_Q) - 1))
+            there_BC, part = _block(plain, rows_B)
+            same_BC = _holds(self.never_hashes, rows_B, _padded(plain.hash_P[part], there_BC)) & there_BC
+            row, column = np.nonzero(same_BC)
+            found.append(plain.start_Q[rows_B[row]] + column)
+        at_H = np.concatenate(found)
+        return at_H, np.searchsorted(plain.start_Q, at_H, side="right") - 1
+
+    @cached_property
+    def known_H(self) -> np.ndarray:
+        """bool [H]: which of `same_texts` are known positives, not others with their text."""
+        at_H, owner_H = self.same_texts
+        return members(owner_H, self.plain.ids.take(pa.array(at_H)), *self.never)
+
     @property
     def extended_Q(self) -> np.ndarray:
         """bool [Q]: whether the ranking goes on below the ceiling, behind the plain list."""
@@ -112,35 +133,44 @@ def choose(problem: Problem, limits: Limits, count: int, enough: int, *, capped:
     queries = len(plain.start_Q) - 1
     code_P = np.zeros(len(plain.score_P), dtype=np.int8)
     plain_Q, needs_Q = np.zeros(queries, dtype=np.int64), np.zeros(queries, dtype=bool)
-    owners_found, places = [], []
+    none = np.empty(0, dtype=np.int64)
+    kept: list[tuple[np.ndarray, np.ndarray]] = [(none, none)]
     for start in range(0, queries, BLOCK):
         rows_B = np.arange(start, min(start + BLOCK, queries))
-        length_B = plain.length_Q[rows_B]
-        at_BC = _places(plain.start_Q[rows_B], length_B)
-        code_BC, kept_BC = _decide(problem, limits, count, rows_B, at_BC, length_B, None)
-        there_BC = np.arange(at_BC.shape[1]) < length_B[:, None]
-        code_P[plain.start_Q[start] : plain.start_Q[rows_B[-1] + 1]] = code_BC[there_BC]
+        there_BC, part = _block(plain, rows_B)
+        score_BC, hash_BC = (_padded(values[part], there_BC) for values in (plain.score_P, plain.hash_P))
+        code_BC, kept_BC = _decide(problem, limits, count, rows_B, score_BC, hash_BC, there_BC, None)
+        code_P[part] = code_BC[there_BC]
         plain_Q[rows_B] = kept_BC.sum(axis=1)
         full_B = plain_Q[rows_B] >= max(count, enough)
         row, column = np.nonzero(kept_BC & full_B[:, None])
-        owners_found.append(rows_B[row])
-        places.append(at_BC[row, column])
+        kept.append((rows_B[row], plain.start_Q[rows_B[row]] + column))
         if not full_B.all():
             left_b = rows_B[~full_B]
             owner_k, at_k, needs_Q[left_b] = _longer(problem, limits, count, enough, left_b, capped)
-            owners_found.append(owner_k)
-            places.append(at_k)
-    owner_K = np.concatenate(owners_found) if owners_found else np.empty(0, dtype=np.int64)
-    at_K = np.concatenate(places) if places else np.empty(0, dtype=np.int64)
+            kept.append((owner_k, at_k))
+    owner_K, at_K = (np.concatenate(side) for side in zip(*kept, strict=True))
     order_K = np.argsort(owner_K, kind="stable")
-    _known_positives(problem, code_P)
+    at_H = problem.same_texts[0]
+    known_H = (code_P[at_H] != UNDECIDED) & problem.known_H
+    code_P[at_H[known_H]] = CODE[Reason.KNOWN_POSITIVE]
     return Chosen(code_P, plain_Q, owner_K[order_K], at_K[order_K], needs_Q)
 
 
-def _places(start_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
-    """int64 [B, C]: where the candidates lie; 0 behind a list's end."""
-    column_C = np.arange(int(length_B.max(initial=0)))
-    return np.where(column_C < length_B[:, None], start_B[:, None] + column_C, 0)
+def _block(lists: Lists, rows_B: np.ndarray) -> tuple[np.ndarray, slice]:
+    """bool [B, C], where successive lists hold something, and where their elements lie."""
+    length_B = lists.length_Q[rows_B]
+    there_BC = np.arange(int(length_B.max(initial=0))) < length_B[:, None]
+    return there_BC, slice(lists.start_Q[rows_B[0]], lists.start_Q[rows_B[-1] + 1])
+
+
+def _padded(values_P: np.ndarray, there_BC: np.ndarray) -> np.ndarray:
+    """[B, C] of lists that follow each other; a view where all are of one length."""
+    if len(values_P) == there_BC.size:
+        return values_P.reshape(there_BC.shape)
+    out_BC = np.zeros(there_BC.shape, dtype=values_P.dtype)
+    out_BC[there_BC] = values_P
+    return out_BC
 
 
 def _longer(
@@ -158,10 +188,12 @@ def _longer(
     at_bC = np.where(behind_bC, shift_b[:, None], plain.start_Q[rows_b][:, None]) + column_C
     at_bC[column_C >= length_b[:, None]] = 0
     rank_bC = np.where(behind_bC, (above_b + known_b - first_b)[:, None], 0) + column_C + 1
-    code_bC, kept_bC = _decide(problem, limits, count, rows_b, at_bC, length_b, rank_bC)
+    score_bC, hash_bC = (_gathered(problem, name, at_bC) for name in ("score_P", "hash_P"))
+    there_bC = column_C < length_b[:, None]
+    code_bC, kept_bC = _decide(problem, limits, count, rows_b, score_bC, hash_bC, there_bC, rank_bC)
     row, column = np.nonzero(kept_bC)
 
-    # `Ranking.check` for all of them
+    # `Ranking.check` for all of them; whoever is named here is decided again query by query (`choosing.Chooser`)
     enough_b = kept_bC.sum(axis=1) >= enough
     decided_b = (code_bC != UNDECIDED).sum(axis=1)
     ceiling_b, floor_b = limits.ceiling_Q[rows_b], problem.searched_Q[rows_b]
@@ -188,8 +220,9 @@ def _decide(
     limits: Limits,
     count: int,
     rows_B: np.ndarray,
-    at_BC: np.ndarray,
-    length_B: np.ndarray,
+    score_BC: np.ndarray,
+    hash_BC: np.ndarray,
+    there_BC: np.ndarray,
     rank_BC: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """int8 [B, C] codes and bool [B, C] kept of some queries' candidates.
@@ -197,13 +230,10 @@ def _decide(
     Args:
         rank_BC: their ranks (1-based); None: they lie in the plain list, ranks are places.
     """
-    column_C = np.arange(at_BC.shape[1])
-    there_BC = column_C < length_B[:, None]
-    score_BC, hash_BC = (_gathered(problem, name, at_BC, rank_BC is not None) for name in ("score_P", "hash_P"))
     never_BC = _holds(problem.never_hashes, rows_B, hash_BC) & there_BC
     below_BC = (score_BC < limits.ceiling_Q[rows_B][:, None]) & there_BC
     free_BC = below_BC & ~never_BC
-    rank = column_C + 1 if rank_BC is None else rank_BC
+    rank = np.arange(1, score_BC.shape[1] + 1) if rank_BC is None else rank_BC
     ranked_BC = rank >= limits.first
     if limits.last is not None:
         ranked_BC = ranked_BC & (rank <= limits.last)
@@ -223,13 +253,11 @@ def _decide(
     return code_BC, kept_BC
 
 
-def _gathered(problem: Problem, name: str, at_BC: np.ndarray, both: bool) -> np.ndarray:
-    """Scores or hashes by place."""
+def _gathered(problem: Problem, name: str, at_BC: np.ndarray) -> np.ndarray:
+    """Scores or hashes by place among all plain and then all under candidates."""
     plain, under = getattr(problem.plain, name), getattr(problem.under, name)
     if not len(plain):
         return np.zeros(at_BC.shape, dtype=plain.dtype)
-    if not both:
-        return np.asarray(plain[at_BC])
     behind_BC = at_BC >= len(plain)
     out_BC = plain[np.where(behind_BC, 0, at_BC)]
     out_BC[behind_BC] = under[at_BC[behind_BC] - len(plain)]
@@ -278,29 +306,6 @@ def _repeated(free_BC: np.ndarray, allowed_BC: np.ndarray, hash_BC: np.ndarray, 
     again_F = before_F > before_F[first_F]
     out_BC[rows_b[row_F[again_F]], column_F[again_F]] = True
     return out_BC
-
-
-def same_texts(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [H] each: place among all plain candidates, rising, and query of those with the text of the query or of one
-    that must not be its negative. Every known positive is among them."""
-    plain, found = problem.plain, []
-    for start in range(0, len(plain.start_Q) - 1, BLOCK):
-        rows_B = np.arange(start, min(start + BLOCK, len(plain.start_Q) - 1))
-        length_B = plain.length_Q[rows_B]
-        at_BC = _places(plain.start_Q[rows_B], length_B)
-        hash_BC = _gathered(problem, "hash_P", at_BC, False)
-        there_BC = np.arange(at_BC.shape[1]) < length_B[:, None]
-        found.append(at_BC[_holds(problem.never_hashes, rows_B, hash_BC) & there_BC])
-    at_H = np.concatenate(found) if found else np.empty(0, dtype=np.int64)
-    return at_H, np.searchsorted(plain.start_Q, at_H, side="right") - 1
-
-
-def _known_positives(problem: Problem, code_P: np.ndarray) -> None:
-    """Tell known positives from other documents with their texts, in place."""
-    at_H = np.flatnonzero(code_P == CODE[Reason.DUPLICATE_TEXT])
-    owner_H = np.searchsorted(problem.plain.start_Q, at_H, side="right") - 1
-    known_H = members(owner_H, problem.plain.ids.take(pa.array(at_H)), *problem.never)
-    code_P[at_H[known_H]] = CODE[Reason.KNOWN_POSITIVE]
 
 
 def members(owner_H: np.ndarray, ids: pa.Array, start_Q: np.ndarray, values: pa.Array) -> np.ndarray:

@@ -53,26 +53,25 @@ class Choices:
 
 
 def choices(
-    searcher: Searcher, task: dict[str, Any], queries: pa.Table, lanes: Sequence[pa.Table], *, deepen: bool
+    searcher: Searcher, task: dict[str, Any], queries: pa.Table, lanes: Sequence[pa.Table], problem: Problem
 ) -> Choices:
     """Choices for a group, over whole arrays where nothing but ids, scores and text hashes has a say.
 
     Args:
         queries: its rows (`searching.QUERY_COLUMNS`).
         lanes: each miner's rows (`SEARCHED_SCHEMA` with the hashes of `PART_SCHEMA`), the first miner's first.
-        deepen: whether more may be searched where too little is left.
+        problem: the first miner's as arrays.
 
     Raises:
-        NeedsSearchError: more would have to be searched, and may not.
+        NeedsSearchError: more would have to be searched than an earlier step did.
     """
-    config = searcher.config
+    config, deepen = searcher.config, task["way"] == "search"
     if len(lanes) > 1 or config.near_duplicate is not None or config.judge is not None:
         rows = searcher.query_rows(task)
         chooser = Chooser.read(searcher, task, rows, lanes, deepen=deepen)
-        return _as_arrays(chooser.run(), flat(lanes[0].column("plain"))[0])
+        return _as_arrays(chooser.run(), problem.plain.start_Q)
     assert not isinstance(config.rule, RandomNegatives)
     rule, searched = config.rule, lanes[0]
-    problem = Problem.read(queries, searched, config.depth)
     limits = rule_limits(rule, searcher.lowest(searched.column("positives")))
     wanted = wanted_of(config)
     enough = rule.top if isinstance(rule, SampledTopK) else config.num_negatives

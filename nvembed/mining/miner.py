@@ -16,10 +16,10 @@ import torch
 from nvembed import storage
 from nvembed.data.tables import SCORED_IDS
 from nvembed.mining.audit import Audit
-from nvembed.mining.blocks import Problem, members, same_texts
+from nvembed.mining.blocks import Problem, members
 from nvembed.mining.choosing import Choices, choices
 from nvembed.mining.config import MineConfig
-from nvembed.mining.lists import flat, one_array, owners
+from nvembed.mining.lists import flat, one_array
 from nvembed.mining.mined import MINED_SCHEMA, best_rank, mined_table, own_positives, placed
 from nvembed.mining.rules import consistent
 from nvembed.mining.searched import SEARCHED_SCHEMA
@@ -49,9 +49,10 @@ def selected(
         NeedsSearchError: the rule asks about what an earlier step did not search.
     """
     config, audit, searched = searcher.config, Audit(), lanes[0]
-    chosen = choices(searcher, task, queries, lanes, deepen=task["way"] == "search")
+    problem = Problem.read(queries, searched, config.depth)
+    chosen = choices(searcher, task, queries, lanes, problem)
     own = own_positives(queries, searched.column("positives"))
-    best_Q = _audit(audit, searcher, queries, searched, chosen, own)
+    best_Q = _audit(audit, searcher, problem, searched.column("positives"), chosen, own)
     kept, rows = chosen.kept, queries
     if config.max_positive_rank is not None:
         good_Q = consistent(best_Q, config.max_positive_rank)
@@ -66,24 +67,21 @@ def selected(
 
 
 def _audit(
-    audit: Audit, searcher: Searcher, queries: pa.Table, searched: pa.Table, chosen: Choices, own: pa.ListArray
+    audit: Audit, searcher: Searcher, problem: Problem, positives: pa.ChunkedArray, chosen: Choices, own: pa.ListArray
 ) -> np.ndarray:
     """Count what was decided and where the positives rank; int64 [Q], the best rank of each query's own."""
-    config = searcher.config
-    problem = Problem.read(queries, searched, config.depth)
-    plain = problem.plain
+    config, plain = searcher.config, problem.plain
     audit.add_decisions(chosen.code_P, plain.score_P)
     audit.counts["deepened"] += int(np.count_nonzero(chosen.plain_Q < config.num_negatives))
-    at_H, owner_H = same_texts(problem)
+    at_H, owner_H = problem.same_texts
     own_Q, values = flat(own)
     rank_N = placed(plain.start_Q, plain.ids, at_H, owner_H, own)
     audit.add_ranks(rank_N, config.depth)
     audit.add_scores("positives", np.asarray(values.field("score")))
-    others_P = np.ones(len(plain.score_P), dtype=bool)
-    known_Q, known = flat(searched.column("positives"))
-    others_P[at_H[members(owner_H, plain.ids.take(pa.array(at_H)), known_Q, known.field("id"))]] = False
-    lowest_Q = searcher.lowest(searched.column("positives"))
-    audit.add_rules(owners(plain.start_Q)[others_P], plain.score_P[others_P], lowest_Q)
+    known_Q, known = flat(positives)
+    is_known_H = members(owner_H, plain.ids.take(pa.array(at_H)), known_Q, known.field("id"))
+    lowest_Q = searcher.lowest(positives)
+    audit.add_rules(plain.start_Q, plain.score_P, lowest_Q, at_H[is_known_H], owner_H[is_known_H])
     return best_rank(rank_N, own_Q)
 
 
