@@ -57,6 +57,8 @@ def one_query(random, number, searched, depth, hashes):
     items = sorted(({"id": key, "score": random.randint(-10, 10) / 10} for key in ids), key=by_score)
     positives = [random.choice(ids[-4:]) for _ in range(random.choice([1, 1, 2, 3]))]
     never = sorted({*positives, *random.choices([*ids, "held out", "gone"], k=random.choice([0, 0, 1, 3]))})
+    if random.random() < 0.1:  # layout writes them sorted; nothing depends on it
+        random.shuffle(never)
     found = {item["id"]: item["score"] for item in items if item["id"] in positives}
     ceiling = float(ceilings(searched, np.array([min(found.values())]))[0])
     below = [item for item in items if item["score"] < ceiling] if np.isfinite(ceiling) else []
