@@ -33,7 +33,7 @@ from nvembed.mining.selection import (
 )
 from nvembed.retrieval.shards import iter_parquet, list_shards, read_slice, read_table, write_table
 
-__all__ = ["MinePaths", "MineWorker"]
+__all__ = ["MinePaths", "MineWorker", "selected"]
 
 
 def selected(

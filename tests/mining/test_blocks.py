@@ -8,6 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,9 +124,7 @@ def outcome(select, *arguments):
         return str(error)
 
 
-@given(groups(), st.sampled_from([1, 2, 1024]))
-@settings(max_examples=200, deadline=None)
-def test_whole_arrays_decide_what_single_queries_decide(group, block):
+def check(group, block):
     config, way, queries, lanes = group
     searcher = Searcher(config, MinePaths.under("nowhere"))
     task = {"way": way, "dataset": "set"}
@@ -141,6 +140,19 @@ def test_whole_arrays_decide_what_single_queries_decide(group, block):
         if name != "histograms":
             dumped[name] = {key: value for key, value in dumped[name].items() if value}
     assert dumped == expected[1]
+
+
+@given(groups(), st.sampled_from([1, 2, 1024]))
+@settings(max_examples=120, deadline=None)
+def test_whole_arrays_decide_what_single_queries_decide(group, block):
+    check(group, block)
+
+
+@pytest.mark.slow
+@given(groups(), st.sampled_from([1, 2, 1024]))
+@settings(max_examples=3000, deadline=None)
+def test_whole_arrays_decide_what_single_queries_decide_in_many_cases(group, block):
+    check(group, block)
 
 
 @given(st.lists(st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=5), max_size=6), max_size=5), st.integers(0, 9))
