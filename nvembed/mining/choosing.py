@@ -65,11 +65,10 @@ def choices(
     Raises:
         NeedsSearchError: more would have to be searched than an earlier step did.
     """
-    config, deepen = searcher.config, task["way"] == "search"
+    config = searcher.config
     if len(lanes) > 1 or config.near_duplicate is not None or config.judge is not None:
         rows = searcher.query_rows(task)
-        chooser = Chooser.read(searcher, task, rows, lanes, deepen=deepen)
-        return _as_arrays(chooser.run(), problem.plain.start_Q)
+        return _as_arrays(Chooser(searcher, task, rows, lanes).run(), problem.plain.start_Q)
     assert not isinstance(config.rule, RandomNegatives)
     rule, searched = config.rule, lanes[0]
     limits = rule_limits(rule, searcher.lowest(searched.column("positives")))
@@ -78,8 +77,7 @@ def choices(
     chosen = choose(problem, limits, wanted, enough, capped=config.max_per_document is not None)
     owner_K, at_K = chosen.owner_K, chosen.at_K
     needs = np.flatnonzero(chosen.needs_Q)
-    exact = isinstance(config.search.index, ExactIndex)
-    if len(needs) and (task["way"] == "reuse" or (deepen and exact)):
+    if task["way"] == "reuse" or isinstance(config.search.index, ExactIndex):
         sure_K = ~chosen.needs_Q[owner_K]
         owner_K, at_K = owner_K[sure_K], at_K[sure_K]
     else:  # an approximate index: what it found is all there is
@@ -105,8 +103,7 @@ def _deepened(
     for start in range(0, len(needs), _AT_ONCE):
         rows = needs[start : start + _AT_ONCE]
         few = queries.take(pa.array(rows)).to_pylist()
-        lanes = [searched.take(pa.array(rows))]
-        chooser = Chooser.read(searcher, task, few, lanes, deepen=task["way"] == "search", rows=rows)
+        chooser = Chooser(searcher, task, few, [searched.take(pa.array(rows))], rows)
         kept = [choice.kept for choice in chooser.run()]
         start_Q = starts(np.array([len(items) for items in kept]))
         ids = pa.array([key for items in kept for key, _ in items], pa.string())
@@ -166,10 +163,8 @@ class Chooser:
     Args:
         searcher: reads texts and vectors; searches deeper where too few are left.
         task: the group.
-        queries: its rows, with `never_hashes`.
-        lanes: each miner's rows (`SEARCHED_SCHEMA`), the first miner's first.
-        hashes: text hash by document id.
-        deepen: whether more may be searched; what is needed is refused otherwise.
+        queries: its rows.
+        lanes: see `choices`.
         rows: the queries' places in the group, where they are some of it.
     """
 
@@ -178,42 +173,22 @@ class Chooser:
         searcher: Searcher,
         task: dict[str, Any],
         queries: list[dict[str, Any]],
-        lanes: Sequence[list[dict[str, Any]]],
-        hashes: dict[str, int],
-        *,
-        deepen: bool,
+        lanes: Sequence[pa.Table],
         rows: np.ndarray | None = None,
     ) -> None:
         self._config, self._searcher, self._task = searcher.config, searcher, task
-        self._queries, self._lanes, self._hashes = queries, lanes, hashes
-        self._deepen = deepen and isinstance(self._config.search.index, ExactIndex)
+        self._queries, self._lanes = queries, [table.to_pylist() for table in lanes]
+        self._never_hashes = lanes[0].column("never_hashes").to_pylist()
+        self._hashes: dict[str, int] = {}
+        for table, name in itertools.product(lanes, ("plain", "under")):
+            ids, digests = flat(table.column(name))[1].field("id"), flat(table.column(f"{name}_hashes"))[1]
+            self._hashes.update(zip(ids.to_pylist(), digests.to_pylist(), strict=True))
+        self._deepen = task["way"] == "search" and isinstance(self._config.search.index, ExactIndex)
         self._rows = np.arange(len(queries)) if rows is None else rows
         assert not isinstance(self._config.rule, RandomNegatives)
         self._rule = self._config.rule
-        self._limits = [self._lane_limits(rows) for rows in lanes]
+        self._limits = [self._lane_limits(found) for found in self._lanes]
         self._count = self._config.num_negatives if self._config.max_per_document is None else self._config.depth
-
-    @classmethod
-    def read(
-        cls,
-        searcher: Searcher,
-        task: dict[str, Any],
-        queries: list[dict[str, Any]],
-        lanes: Sequence[pa.Table],
-        *,
-        deepen: bool,
-        rows: np.ndarray | None = None,
-    ) -> Chooser:
-        """From the tables that `choices` has."""
-        hashes: dict[str, int] = {}
-        for table in lanes:
-            for name in ("plain", "under"):
-                ids, digests = flat(table.column(name))[1].field("id"), flat(table.column(f"{name}_hashes"))[1]
-                hashes.update(zip(ids.to_pylist(), digests.to_pylist(), strict=True))
-        for query, digests in zip(queries, lanes[0].column("never_hashes").to_pylist(), strict=True):
-            query["never_hashes"] = digests
-        found = [table.to_pylist() for table in lanes]
-        return cls(searcher, task, queries, found, hashes, deepen=deepen, rows=rows)
 
     def _lane_limits(self, rows: list[dict[str, Any]]) -> Limits:
         lowest_Q = np.array([min(item["score"] for item in row["positives"]) for row in rows])
@@ -296,7 +271,7 @@ class Chooser:
             [hashes[key] for key in known.ids],
             below=float(limits.ceiling_Q[index]),
             never_ids=set(query["never"]),
-            never_hashes={query["hash"], *query["never_hashes"]},
+            never_hashes={query["hash"], *self._never_hashes[index]},
             count=sampled or self._count,
             ranks=(limits.first, limits.last),
             rank_of=known.ranks,

@@ -52,7 +52,7 @@ def _counted(tables: Iterable[pa.Table], audit: Audit) -> Iterator[pa.Table]:
         yield table
 
 
-def _write(uri: str, tables: Iterable[pa.Table], schema: pa.Schema = MINED_SCHEMA) -> int:
+def _write(uri: str, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
     fs, path = storage.filesystem(uri)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     rows = 0

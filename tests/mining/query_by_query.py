@@ -26,7 +26,7 @@ def bucket(rank, depth):
 def selected(searcher, task, queries, lanes):
     """Mined rows and the audit's numbers of a group; the arguments are those of `miner.selected`."""
     config, rows = searcher.config, queries.to_pylist()
-    chooser = Chooser.read(searcher, task, rows, lanes, deepen=task["way"] == "search")
+    chooser = Chooser(searcher, task, rows, lanes)
     counters = {name: Counter() for name in ("counts", "rejected", "per_example", "positive_ranks", "refused_by")}
     shapes = {name: np.zeros(len(SCORE_EDGES) - 1, dtype=np.int64) for name in ("positives", "negatives", "rejected")}
     counts, mined = counters["counts"], []
