@@ -1,7 +1,8 @@
 """Storage that answers badly for a while is asked again (layer 0): what counts as such, how often, how long.
 
 s3fs and its kin retry what they know to be passing; this is one layer above, for what they hand on: answers of 5xx,
-throttling, connections that break. What is wrong for good (not found, not allowed, disk full) is never tried again.
+throttling, connections that break. What is wrong for good (not found, not allowed, disk full) is never tried again;
+a full disk is named.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import errno
 import functools
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -132,3 +134,14 @@ class RetriedFile(io.RawIOBase):
 
 def _short(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {error}"[:200]
+
+
+@contextmanager
+def placed(uri: str) -> Iterator[None]:
+    """A full disk does not say which one it is; inside, the error names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; make room and run again", uri) from error

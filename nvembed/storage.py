@@ -7,7 +7,6 @@ refused with the difference; what has no manifest is never read as a result.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -25,8 +24,9 @@ import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
+from nvembed.changes import differences
 from nvembed.formats import check_format, stamp, with_defaults
-from nvembed.retry import RetriedFile, retried
+from nvembed.retry import RetriedFile, placed, retried
 from nvembed.revision import git_revision
 from nvembed.types import Artifact, Config, UserError
 
@@ -139,22 +139,11 @@ def open_reader(uri: str) -> io.BufferedReader:
 
 
 @contextmanager
-def _placed(uri: str) -> Iterator[None]:
-    """A full disk does not say which one it is; inside, the error names the file."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None:
-            raise
-        raise OSError(error.errno, f"{error.strerror}; make room and run again", uri) from error
-
-
-@contextmanager
 def open_writer(uri: str) -> Iterator[IO[bytes]]:
     """A file to write at any URI, its folder made. Not atomic: for what a manifest or a later pass vouches for."""
     fs, path = filesystem(uri)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    with _placed(uri), fs.open(path, "wb") as file:
+    with placed(uri), fs.open(path, "wb") as file:
         yield file
 
 
@@ -169,7 +158,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
-        with _placed(uri), open(temporary, "wb") as file:
+        with placed(uri), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -404,22 +393,3 @@ def _refuse_other_identity(found: Mapping[str, Any], expected: Mapping[str, Any]
             f"{uri} was made with another recipe:\n  {listed}\n"
             "Use another --out, restore the recipe, or move the directory away."
         )
-
-
-_ABSENT = object()
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lines `path: old -> new` for every leaf in which two JSON values differ; a key that is not there is `(none)`."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        lines = []
-        for key in sorted(set(old) | set(new), key=str):
-            here = f"{path}.{key}" if path else str(key)
-            lines += differences(old.get(key, _ABSENT), new.get(key, _ABSENT), here)
-        return lines
-    before, after = (_shown(value) for value in (old, new))  # as text: in JSON 1, 1.0 and true are not the same
-    return [] if before == after else [f"{path}: {before} -> {after}"]
-
-
-def _shown(value: Any) -> str:
-    return "(none)" if value is _ABSENT else json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)

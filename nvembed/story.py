@@ -25,6 +25,7 @@ import yaml
 from pydantic import ValidationError
 
 from nvembed import storage
+from nvembed.changes import differences
 from nvembed.cluster_check.ready import check_reachable, check_ready, on_cluster
 from nvembed.interrupt import Interrupts, end_processes
 from nvembed.lease import LEASE, Lease
@@ -270,7 +271,7 @@ def _refuse_other_output(recipe: Recipe, out: str) -> None:
         if foreign and LEASE not in names:
             raise storage.UserError(f"{out} holds {', '.join(foreign)} that no run made. Choose another --out.")
         return
-    changes = storage.differences(_deciding(_stored_recipe(path)), _deciding(recipe.model_dump(mode="json")))
+    changes = differences(_deciding(_stored_recipe(path)), _deciding(recipe.model_dump(mode="json")))
     if changes:
         listed = "\n  ".join(changes)
         raise storage.ChangedRecipeError(

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "types": 0, "distributed": 0, "formats": 0, "storage": 0, "heap": 0, "lease": 0, "mlflow_store": 0, "terminal": 0,
-    "secrets": 0, "fetch": 0, "retry": 0, "revision": 0,
+    "secrets": 0, "fetch": 0, "retry": 0, "revision": 0, "changes": 0,
     "text": 1, "losses": 1,
     "modeling": 2, "data": 2,
     "retrieval": 3, "training": 3, "tracking": 3,

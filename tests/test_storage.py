@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvembed import storage
+from nvembed.changes import differences
 from nvembed.formats import FormatError
 from nvembed.storage import ChangedRecipeError, CorruptArtifactError, Step, StepResult, UserError
 from nvembed.types import Artifact, Config
@@ -277,14 +278,14 @@ VALUES = st.recursive(
 
 @given(VALUES)
 def test_a_value_does_not_differ_from_itself(value: Any) -> None:
-    assert storage.differences(value, json.loads(json.dumps(value))) == []
+    assert differences(value, json.loads(json.dumps(value))) == []
 
 
 @given(
     st.dictionaries(st.text(max_size=3), VALUES, max_size=4), st.dictionaries(st.text(max_size=3), VALUES, max_size=4)
 )
 def test_differences_are_found_both_ways_and_exactly_when_there_are_any(old: dict, new: dict) -> None:
-    forth, back = storage.differences(old, new), storage.differences(new, old)
+    forth, back = differences(old, new), differences(new, old)
     assert len(forth) == len(back)
     assert bool(forth) == (storage.hash_json(old) != storage.hash_json(new))
 
@@ -292,7 +293,7 @@ def test_differences_are_found_both_ways_and_exactly_when_there_are_any(old: dic
 def test_differences_name_the_path_and_both_values() -> None:
     old = {"stage_1": {"train": {"seed": 17, "lr": 0.1}}, "sources": [1, 2]}
     new = {"stage_1": {"train": {"seed": 99, "lr": 0.1}}, "sources": [1, 3]}
-    assert storage.differences(old, new) == ["sources: [1, 2] -> [1, 3]", "stage_1.train.seed: 17 -> 99"]
+    assert differences(old, new) == ["sources: [1, 2] -> [1, 3]", "stage_1.train.seed: 17 -> 99"]
 
 
 @given(VALUES)

@@ -7,14 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from nvembed.data.tables import document_text, read_rows
+from nvembed.mining.blocks import CODE, KEPT
 from nvembed.mining.config import CeilingRule, TopKAbs, TopKMarginPos, TopKPercPos
 from nvembed.mining.rules import ceilings
-from nvembed.mining.selection import Reason, Selection, jaccard, word_triples
+from nvembed.mining.selection import Reason, jaccard, word_triples
 from nvembed.types import Artifact
 
 SCORE_EDGES = tuple(round(-1.0 + 0.05 * index, 2) for index in range(41))
+_INNER_EDGES = np.array(SCORE_EDGES[1:-1])
 RANK_BUCKETS = ((1, 1), (2, 5), (6, 10), (11, 20), (21, 50), (51, 100))
 # What each of NV-Retriever's ceilings would refuse of the candidates, whatever rule was used
 COMPARED_RULES: tuple[CeilingRule, ...] = (
@@ -24,6 +28,8 @@ COMPARED_RULES: tuple[CeilingRule, ...] = (
 )
 NEAR = 0.8  # shared word triples (Jaccard) from which two texts count as near copies in the audit
 HUBS = 20
+_NO_HUBS = pa.table({"id": pa.array([], pa.string()), "count": pa.array([], pa.int64())})
+_HUB_ROWS = 1 << 20  # counted documents that may wait before they are summed up
 
 
 class Audit:
@@ -35,51 +41,77 @@ class Audit:
         self.per_example: Counter[str] = Counter()
         self.positive_ranks: Counter[str] = Counter()
         self.refused_by: Counter[str] = Counter()
-        self.hubs: Counter[str] = Counter()  # documents by the queries they are a negative of
+        self._hubs: list[pa.Table] = []  # documents and how many queries they are a negative of; see `add_hubs`
+        self._hub_rows = 0  # of the first of these
         self.histograms = {
             name: np.zeros(len(SCORE_EDGES) - 1, dtype=np.int64) for name in ("positives", "negatives", "rejected")
         }
 
     def add_scores(self, name: str, scores: Iterable[float]) -> None:
         """Count scores into the histogram `positives`, `negatives` or `rejected`."""
-        values = np.clip(np.fromiter(scores, dtype=np.float64), -1.0, 1.0)
-        self.histograms[name] += np.histogram(values, bins=np.array(SCORE_EDGES))[0]
+        numbers = scores if isinstance(scores, np.ndarray) else np.fromiter(scores, dtype=np.float64)
+        bins = np.searchsorted(_INNER_EDGES, numbers, side="right")  # what is outside counts at the ends
+        self.histograms[name] += np.bincount(bins, minlength=len(SCORE_EDGES) - 1)
 
-    def add_rank(self, rank: int | None, depth: int) -> None:
-        """Count the rank (1-based) of a positive among all documents; None when it is below the searched depth."""
-        if rank is None:
-            self.positive_ranks[f">{depth}"] += 1
-            return
-        for low, high in RANK_BUCKETS:
-            if low <= rank <= high:
-                self.positive_ranks[str(low) if low == high else f"{low}-{high}"] += 1
-                return
-        self.positive_ranks[f"{RANK_BUCKETS[-1][1] + 1}-{depth}"] += 1
+    def add_ranks(self, rank_N: np.ndarray, depth: int) -> None:
+        """Count ranks (1-based) of positives among all documents; 0 for those below the searched depth."""
+        count_R = np.bincount(rank_N, minlength=depth + 1)
+        named = [(low, high, str(low) if low == high else f"{low}-{high}") for low, high in RANK_BUCKETS]
+        named.append((RANK_BUCKETS[-1][1] + 1, depth, f"{RANK_BUCKETS[-1][1] + 1}-{depth}"))
+        named.append((0, 0, f">{depth}"))
+        for low, high, name in named:
+            if count := int(count_R[low : high + 1].sum()):
+                self.positive_ranks[name] += count
 
-    def add_selection(self, selection: Selection, scores: list[float]) -> None:
-        """Count what was decided about a query's candidates."""
-        self.rejected.update(reason.value for reason in selection.rejected.values())
-        self.counts["candidates_decided"] += len(selection.kept) + len(selection.rejected)
-        self.add_scores("rejected", (scores[index] for index in selection.rejected))
+    def add_decisions(self, code_P: np.ndarray, score_P: np.ndarray) -> None:
+        """Count what was decided about queries' candidates: `blocks.CODE` and score of each."""
+        count_R = np.bincount(code_P, minlength=max(CODE.values()) + 1)
+        self.rejected.update({reason.value: int(count_R[code]) for reason, code in CODE.items() if count_R[code]})
+        self.counts["candidates_decided"] += int(count_R[KEPT:].sum())
+        self.add_scores("rejected", score_P[code_P > KEPT])
 
-    def add_positives(
-        self, scores: Sequence[float], own: Sequence[str], row: Mapping[str, Any], depth: int
-    ) -> int | None:
-        """Count ranks and scores of an example's own positives; returns the best rank, None below the depth."""
-        place = {item["id"]: index + 1 for index, item in enumerate(row["plain"])}
-        ranks = [place.get(key) for key in own]
-        for rank in ranks:
-            self.add_rank(rank, depth)
-        self.add_scores("positives", scores)
-        return min((rank for rank in ranks if rank is not None), default=None)
+    def add_rules(
+        self, start_Q: np.ndarray, score_P: np.ndarray, lowest_Q: np.ndarray, at_H: np.ndarray, owner_H: np.ndarray
+    ) -> None:
+        """Count what the compared rules would refuse of candidates that are no positives.
 
-    def add_rules(self, row: Mapping[str, Any], lowest: float) -> None:
-        """Count what the compared rules would refuse of the candidates that are no positives."""
-        positives = {item["id"] for item in row["positives"]}
-        scores = np.array([item["score"] for item in row["plain"] if item["id"] not in positives])
-        self.counts["compared"] += len(scores)
+        Args:
+            start_Q: int64 [Q + 1], where each query's candidates begin.
+            lowest_Q: float64, the lowest score among each query's positives.
+            at_H, owner_H: the positives among the candidates, and their queries.
+        """
+        length_Q = np.diff(start_Q)
+        self.counts["compared"] += len(score_P) - len(at_H)
         for rule in COMPARED_RULES:
-            self.refused_by[rule_name(rule)] += int((scores >= ceilings(rule, np.array([lowest]))).sum())
+            ceiling_Q = ceilings(rule, lowest_Q)
+            refused = np.count_nonzero(score_P >= np.repeat(ceiling_Q, length_Q))
+            refused -= np.count_nonzero(score_P[at_H] >= ceiling_Q[owner_H])
+            self.refused_by[rule_name(rule)] += int(refused)
+
+    def add_examples(self, negatives: pa.ListArray, asked: int) -> None:
+        """Count mined examples by their negatives (`SCORED_IDS`)."""
+        length_Q = np.asarray(negatives.value_lengths())
+        values = negatives.flatten()
+        self.counts["mined"] += len(length_Q)
+        self.counts["negatives"] += int(length_Q.sum())
+        self.counts["with_fewer"] += int(np.count_nonzero(length_Q < asked))
+        for length, count in enumerate(np.bincount(length_Q)):
+            if count:
+                self.per_example[str(length)] += int(count)
+        self.add_scores("negatives", np.asarray(values.field("score").drop_null()))
+
+    def add_hubs(self, negatives: pa.ChunkedArray) -> None:
+        """Count the documents that serve as negatives (`SCORED_IDS`) of mined rows."""
+        for chunk in negatives.chunks:
+            served = chunk.flatten().field("id").value_counts()
+            self._hubs.append(pa.table({"id": served.field("values"), "count": served.field("counts")}))
+        if sum(map(len, self._hubs)) > 2 * self._hub_rows + _HUB_ROWS:
+            self._hubs = [self._hub_table()]
+            self._hub_rows = len(self._hubs[0])
+
+    def _hub_table(self) -> pa.Table:
+        whole = pa.concat_tables([_NO_HUBS, *self._hubs])
+        return whole.group_by("id").aggregate([("count", "sum")]).rename_columns({"count_sum": "count"})
 
     def add_example(self, negatives: Sequence[Mapping[str, Any]], asked: int) -> None:
         """Count a mined example and its negatives (id, score or None)."""
@@ -88,17 +120,15 @@ class Audit:
         self.counts["with_fewer"] += len(negatives) < asked
         self.per_example[str(len(negatives))] += 1
         self.add_scores("negatives", (item["score"] for item in negatives if item["score"] is not None))
-        self.hubs.update(item["id"] for item in negatives)
 
     def dump(self) -> dict[str, Any]:
-        """JSON form; see `merge`."""
+        """JSON form; see `merge`. Without the hubs, which are counted from the mined table (`add_hubs`)."""
         return {
             "counts": dict(self.counts),
             "rejected": dict(self.rejected),
             "per_example": dict(self.per_example),
             "positive_ranks": dict(self.positive_ranks),
             "refused_by": dict(self.refused_by),
-            "hubs": dict(self.hubs),
             "histograms": {name: counts.tolist() for name, counts in self.histograms.items()},
         }
 
@@ -109,7 +139,6 @@ class Audit:
         self.per_example.update(dumped["per_example"])
         self.positive_ranks.update(dumped["positive_ranks"])
         self.refused_by.update(dumped["refused_by"])
-        self.hubs.update(dumped["hubs"])
         for name, counts in dumped["histograms"].items():
             self.histograms[name] += np.array(counts, dtype=np.int64)
 
@@ -161,13 +190,15 @@ class Audit:
 
     def hub_summary(self) -> dict[str, Any]:
         """Documents that serve many queries: the largest, and how much of all negatives the most used 1 % are."""
-        counts = sorted(self.hubs.values(), reverse=True)
-        largest = sorted(self.hubs.items(), key=lambda item: (-item[1], item[0]))[:HUBS]
-        top = counts[: max(len(counts) // 100, 1)] if counts else []
+        table = self._hub_table()
+        by_count = [("count", "descending"), ("id", "ascending")]
+        largest = table.take(pc.select_k_unstable(table, HUBS, by_count)).to_pylist() if len(table) else []
+        counts = np.sort(table.column("count").to_numpy())[::-1]
+        top = counts[: max(len(counts) // 100, 1)]
         return {
             "documents": len(counts),
-            "largest": [{"id": key, "queries": count} for key, count in largest],
-            "share_of_top_percent": sum(top) / sum(counts) if counts else 0.0,
+            "largest": [{"id": row["id"], "queries": row["count"]} for row in largest],
+            "share_of_top_percent": int(top.sum()) / int(counts.sum()) if len(counts) else 0.0,
         }
 
 

@@ -7,23 +7,24 @@ one miner's best after another's, texts that were taken already passed over.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 
-from nvembed import storage
+from nvembed.data.tables import SCORED_IDS
+from nvembed.mining.blocks import CODE, KEPT, Problem, choose
+from nvembed.mining.checks import Checks
 from nvembed.mining.config import MineConfig, RandomNegatives, SampledTopK
+from nvembed.mining.lists import flat, interleaved, owners, starts
 from nvembed.mining.rules import Limits, drawn, rule_limits
 from nvembed.mining.searched import NeedsSearchError, Ranking, ranking
 from nvembed.mining.searching import Searcher
-from nvembed.mining.selection import Reason, Selection, jaccard, select_negatives, word_triples
+from nvembed.mining.selection import Selection, select_negatives
 from nvembed.retrieval.config import ExactIndex
-from nvembed.retrieval.shards import list_shards, read_table
 
 _AT_ONCE = 512  # queries whose candidates' texts or second vectors are in memory together
 
@@ -36,16 +37,135 @@ class Choice:
     plain: Selection
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What was decided about a group of queries.
+
+    Attributes:
+        code_P: int8, of every candidate of the first miner's plain lists; see `blocks.Chosen`.
+        plain_Q: int64, how many of each plain list were kept.
+        kept: lists of `SCORED_IDS`, best first.
+    """
+
+    code_P: np.ndarray
+    plain_Q: np.ndarray
+    kept: pa.ListArray
+
+
+def choices(
+    searcher: Searcher, task: dict[str, Any], queries: pa.Table, lanes: Sequence[pa.Table], problem: Problem
+) -> Choices:
+    """Choices for a group, over whole arrays where nothing but ids, scores and text hashes has a say.
+
+    Args:
+        queries: its rows (`searching.QUERY_COLUMNS`).
+        lanes: each miner's rows (`SEARCHED_SCHEMA` with the hashes of `PART_SCHEMA`), the first miner's first.
+        problem: the first miner's as arrays.
+
+    Raises:
+        NeedsSearchError: more would have to be searched than an earlier step did.
+    """
+    config = searcher.config
+    if len(lanes) > 1 or config.near_duplicate is not None or config.judge is not None:
+        rows = searcher.query_rows(task)
+        return _as_arrays(Chooser(searcher, task, rows, lanes).run(), problem.plain.start_Q)
+    assert not isinstance(config.rule, RandomNegatives)
+    rule, searched = config.rule, lanes[0]
+    limits = rule_limits(rule, searcher.lowest(searched.column("positives")))
+    wanted = wanted_of(config)
+    enough = rule.top if isinstance(rule, SampledTopK) else config.num_negatives
+    chosen = choose(problem, limits, wanted, enough, capped=config.max_per_document is not None)
+    owner_K, at_K = chosen.owner_K, chosen.at_K
+    needs = np.flatnonzero(chosen.needs_Q)
+    if task["way"] == "reuse" or isinstance(config.search.index, ExactIndex):
+        sure_K = ~chosen.needs_Q[owner_K]
+        owner_K, at_K = owner_K[sure_K], at_K[sure_K]
+    else:  # an approximate index: what it found is all there is
+        needs = needs[:0]
+    kept = problem.scored(at_K)
+    if isinstance(rule, SampledTopK):
+        owner_K, kept = _drawn_of_all(config, rule, task["dataset"], queries, owner_K, kept)
+    sides = [(owner_K, *kept), *_deepened(searcher, task, queries, searched, needs)]
+    return Choices(chosen.code_P, chosen.plain_Q, interleaved(sides, queries.num_rows))
+
+
+def wanted_of(config: MineConfig) -> int:
+    """Candidates to keep of a query; with a cap, queries that lose a document need others: all that qualify."""
+    if isinstance(config.rule, SampledTopK):
+        return config.rule.top
+    return config.num_negatives if config.max_per_document is None else config.depth
+
+
+def _deepened(
+    searcher: Searcher, task: dict[str, Any], queries: pa.Table, searched: pa.Table, needs: np.ndarray
+) -> Iterator[tuple[np.ndarray, pa.Array, pa.Array]]:
+    """(owner, ids, scores) of what is kept for queries whose searched lists were too short, one by one."""
+    for start in range(0, len(needs), _AT_ONCE):
+        rows = needs[start : start + _AT_ONCE]
+        few = queries.take(pa.array(rows)).to_pylist()
+        chooser = Chooser(searcher, task, few, [searched.take(pa.array(rows))], rows)
+        kept = [choice.kept for choice in chooser.run()]
+        start_Q = starts(np.array([len(items) for items in kept]))
+        ids = pa.array([key for items in kept for key, _ in items], pa.string())
+        scores = pa.array([score for items in kept for _, score in items], pa.float64())
+        yield rows[owners(start_Q)], ids, scores
+
+
+def _drawn_of_all(
+    config: MineConfig,
+    rule: SampledTopK,
+    dataset: str,
+    queries: pa.Table,
+    owner_K: np.ndarray,
+    kept: tuple[pa.Array, pa.Array],
+) -> tuple[np.ndarray, tuple[pa.Array, pa.Array]]:
+    """The draw from every query's pool."""
+    names = queries.column("key").to_pylist()
+    key_Q = np.array([_query_key(config, dataset, name) for name in names], dtype=np.uint64)
+    start_Q = starts(np.bincount(owner_K, minlength=len(names)))
+    column_K = np.arange(len(owner_K)) - start_Q[owner_K]
+    shape = len(names), rule.top
+    allowed_QT, score_QT = np.zeros(shape, dtype=bool), np.zeros(shape)
+    key_QT, at_QT = np.zeros(shape, dtype=np.uint64), np.zeros(shape, dtype=np.int64)
+    allowed_QT[owner_K, column_K] = True
+    score_QT[owner_K, column_K] = np.asarray(kept[1])
+    key_QT[owner_K, column_K] = [_document_key(key) for key in kept[0].to_pylist()]
+    at_QT[owner_K, column_K] = np.arange(len(owner_K))
+    column_QK = drawn(allowed_QT, score_QT, config.num_negatives, rule, key_Q, key_QT)
+    row, place = np.nonzero(column_QK >= 0)
+    at = pa.array(at_QT[row, column_QK[row, place]])
+    return row, (kept[0].take(at), kept[1].take(at))
+
+
+def _query_key(config: MineConfig, dataset: str, key: str) -> int:
+    return xxhash.xxh3_64_intdigest(f"{config.seed}\0{dataset}\0{key}".encode())
+
+
+def _document_key(key: str) -> int:
+    return xxhash.xxh3_64_intdigest(key.encode())
+
+
+def _as_arrays(chosen: Sequence[Choice], start_Q: np.ndarray) -> Choices:
+    """Choices of single queries as those of a group."""
+    code_P = np.zeros(int(start_Q[-1]), dtype=np.int8)
+    for start, choice in zip(start_Q, chosen, strict=False):
+        code_P[start + np.array(choice.plain.kept, dtype=np.int64)] = KEPT
+        for place, reason in choice.plain.rejected.items():
+            code_P[start + place] = CODE[reason]
+    rows = [[{"id": key, "score": score} for key, score in choice.kept] for choice in chosen]
+    plain_Q = np.array([len(choice.plain.kept) for choice in chosen], dtype=np.int64)
+    return Choices(code_P, plain_Q, pa.array(rows, SCORED_IDS))
+
+
 class Chooser:
-    """Selection for one group of queries.
+    """Selection for queries one by one: what `blocks.choose` is held to, and where a check reads texts or asks a model.
 
     Args:
         searcher: reads texts and vectors; searches deeper where too few are left.
         task: the group.
         queries: its rows.
-        lanes: each miner's rows (`SEARCHED_SCHEMA`), the first miner's first.
-        hashes: text hash by document id.
-        deepen: whether more may be searched; what is needed is refused otherwise.
+        lanes: see `choices`.
+        rows: the queries' places in the group, where they are some of it.
     """
 
     def __init__(
@@ -53,18 +173,21 @@ class Chooser:
         searcher: Searcher,
         task: dict[str, Any],
         queries: list[dict[str, Any]],
-        lanes: Sequence[list[dict[str, Any]]],
-        hashes: dict[str, int],
-        *,
-        deepen: bool,
+        lanes: Sequence[pa.Table],
+        rows: np.ndarray | None = None,
     ) -> None:
         self._config, self._searcher, self._task = searcher.config, searcher, task
-        self._queries, self._lanes, self._hashes = queries, lanes, hashes
-        self._deepen = deepen and isinstance(self._config.search.index, ExactIndex)
+        self._queries, self._lanes = queries, [table.to_pylist() for table in lanes]
+        self._never_hashes = lanes[0].column("never_hashes").to_pylist()
+        self._hashes: dict[str, int] = {}
+        for table, name in itertools.product(lanes, ("plain", "under")):
+            ids, digests = flat(table.column(name))[1].field("id"), flat(table.column(f"{name}_hashes"))[1]
+            self._hashes.update(zip(ids.to_pylist(), digests.to_pylist(), strict=True))
+        self._deepen = task["way"] == "search" and isinstance(self._config.search.index, ExactIndex)
+        self._rows = np.arange(len(queries)) if rows is None else rows
         assert not isinstance(self._config.rule, RandomNegatives)
         self._rule = self._config.rule
-        self._limits = [self._lane_limits(rows) for rows in lanes]
-        # with a cap, queries that lose a document need others: keep all that qualify
+        self._limits = [self._lane_limits(found) for found in self._lanes]
         self._count = self._config.num_negatives if self._config.max_per_document is None else self._config.depth
 
     def _lane_limits(self, rows: list[dict[str, Any]]) -> Limits:
@@ -116,13 +239,12 @@ class Chooser:
         while short:
             depth = min(4 * depth, self._task["corpus"] + 1)  # one more than there are: then nothing is missing
             ceiling_q = self._limits[0].ceiling_Q[short]
-            rows = self._searcher.deeper(self._task, query_QD[short], ceiling_q, depth).to_pylist()
+            rows = self._searcher.deeper(self._task, query_QD[self._rows[short]], ceiling_q, depth).to_pylist()
             found = {
                 index: ranking({**row, "ceiling": float(ceiling)}, depth)
                 for index, row, ceiling in zip(short, rows, ceiling_q, strict=True)
             }
-            missing = {key for known_now in found.values() for key in known_now.ids} - self._hashes.keys()
-            self._hashes.update(read_hashes(self._searcher, self._task["dataset"], missing))
+            self._read_hashes({key for known_now in found.values() for key in known_now.ids})
             checks = Checks.build(self._searcher, self._task, self._queries, [found])
             left = []
             for index, known_now in found.items():
@@ -132,6 +254,12 @@ class Chooser:
                     left.append(index)
             short = left
         return chosen
+
+    def _read_hashes(self, wanted: set[str]) -> None:
+        missing = sorted(wanted - self._hashes.keys())
+        digest_N, found_N = self._searcher.hashes_of(self._task["dataset"], pa.array(missing, pa.string()))
+        assert found_N.all(), "a document was found that has no text"
+        self._hashes.update(zip(missing, digest_N.tolist(), strict=True))
 
     def _first(self, lane: int, index: int, known: Ranking, checks: Checks | None) -> Selection:
         """The first candidates the rule allows."""
@@ -143,7 +271,7 @@ class Chooser:
             [hashes[key] for key in known.ids],
             below=float(limits.ceiling_Q[index]),
             never_ids=set(query["never"]),
-            never_hashes={query["hash"], *(hashes[key] for key in query["never"] if key in hashes)},
+            never_hashes={query["hash"], *self._never_hashes[index]},
             count=sampled or self._count,
             ranks=(limits.first, limits.last),
             rank_of=known.ranks,
@@ -174,13 +302,12 @@ class Chooser:
     def _drawn(self, index: int, known: Ranking, pool: list[int], rule: SampledTopK) -> list[int]:
         if not pool:
             return []
-        config, dataset = self._config, self._task["dataset"]
-        query = f"{config.seed}\0{dataset}\0{self._queries[index]['key']}"
-        keys = np.array([[xxhash.xxh3_64_intdigest(known.ids[place].encode()) for place in pool]], dtype=np.uint64)
+        keys = np.array([[_document_key(known.ids[place]) for place in pool]], dtype=np.uint64)
         scores = np.array([[known.scores[place] for place in pool]], dtype=np.float64).reshape(1, -1)
-        query_key = np.array([xxhash.xxh3_64_intdigest(query.encode())], dtype=np.uint64)
+        query = self._queries[index]["key"]
+        query_key = np.array([_query_key(self._config, self._task["dataset"], query)], dtype=np.uint64)
         allowed = np.ones(scores.shape, dtype=bool)
-        columns = drawn(allowed, scores, config.num_negatives, rule, query_key, keys.reshape(1, -1))
+        columns = drawn(allowed, scores, self._config.num_negatives, rule, query_key, keys.reshape(1, -1))
         return [pool[column] for column in columns[0] if column >= 0]
 
     def _merged(self, kept: Sequence[list[tuple[str, float]]]) -> list[tuple[str, float]]:
@@ -197,102 +324,3 @@ class Chooser:
 def replace_length(known: Ranking, length: int) -> Ranking:
     """The first candidates of a ranking."""
     return replace(known, ids=known.ids[:length], scores=known.scores[:length], ranks=known.ranks[:length])
-
-
-def read_hashes(searcher: Searcher, dataset: str, wanted: set[str]) -> dict[str, int]:
-    """Text hashes of the named documents only: one pass over two columns instead of a map of the corpus."""
-    if not wanted:
-        return {}
-    return dict(_columns(searcher, dataset, wanted, "hash"))
-
-
-def _columns(searcher: Searcher, dataset: str, wanted: set[str], column: str) -> list[tuple[str, Any]]:
-    root = storage.join(searcher.paths.texts, dataset, "documents")
-    values = pa.array(sorted(wanted), pa.string())
-    found: list[tuple[str, Any]] = []
-    for name in list_shards(root):
-        table = read_table(storage.join(root, name), ["key", column])
-        table = table.filter(pc.is_in(table.column("key"), value_set=values))
-        found += zip(table.column("key").to_pylist(), table.column(column).to_pylist(), strict=True)
-    return found
-
-
-def judged_scores(
-    searcher: Searcher, task: dict[str, Any], queries: list[dict[str, Any]], ids: Sequence[Sequence[str]]
-) -> list[dict[str, float]]:
-    """The judge's score of chosen documents of each query, by id."""
-    judge = searcher.cross_encoder()
-    if judge is None:
-        return searcher.scores_of(task, queries, "judge", ids)
-    texts = dict(_columns(searcher, task["dataset"], {key for keys in ids for key in keys}, "text"))
-    model = searcher.config.cross_encoder
-    found: list[dict[str, float]] = []
-    for query, keys in zip(queries, ids, strict=True):
-        before = query["instruction"] if model is not None and model.instruction else ""
-        scores = judge.scores(before + query["text"], [texts[key] for key in keys])
-        found.append({key: float(score) for key, score in zip(keys, scores, strict=True)})
-    return found
-
-
-class Checks:
-    """The costly checks of some queries' candidates: near copies of a positive, and the judge."""
-
-    def __init__(self, config: MineConfig) -> None:
-        self._config = config
-        self._triples: dict[str, frozenset[int]] = {}
-        self._texts: dict[str, str] = {}
-        self._positives: dict[int, list[str]] = {}
-        self._judged: dict[int, dict[str, float]] = {}
-        self._judge_ceiling: dict[int, float] = {}
-
-    @classmethod
-    def build(
-        cls,
-        searcher: Searcher,
-        task: dict[str, Any],
-        queries: list[dict[str, Any]],
-        rankings: Sequence[Mapping[int, Ranking]],
-    ) -> Checks | None:
-        """Read what the recipe's checks need; None when it has none."""
-        config = searcher.config
-        if config.near_duplicate is None and config.judge is None:
-            return None
-        checks = cls(config)
-        indices = sorted(rankings[0])
-        candidates = {index: {key for lane in rankings for key in lane[index].ids} for index in indices}
-        checks._positives = {index: queries[index]["positives"] for index in indices}
-        if config.near_duplicate is not None:
-            wanted = {key for index in indices for key in (*candidates[index], *checks._positives[index])}
-            checks._texts = dict(_columns(searcher, task["dataset"], wanted, "text"))
-        if config.judge is not None:
-            ids: list[list[str]] = [[] for _ in queries]
-            for index in indices:
-                ids[index] = [*checks._positives[index], *sorted(candidates[index] - set(checks._positives[index]))]
-            scores = judged_scores(searcher, task, queries, ids)
-            for index in indices:
-                found = scores[index]
-                positives = {key: found[key] for key in checks._positives[index]}
-                checks._judged[index] = found
-                checks._judge_ceiling[index] = float(searcher.ceiling([positives], config.judge.ceiling)[0])
-        return checks
-
-    def of(self, index: int, ids: Sequence[str]) -> Callable[[int], Reason | None]:
-        """What refuses the candidates of one query, by their place in `ids`."""
-
-        def refuse(place: int) -> Reason | None:
-            key = ids[place]
-            if self._config.near_duplicate is not None and any(
-                jaccard(self._of_text(key), self._of_text(positive)) >= self._config.near_duplicate
-                for positive in self._positives[index]
-            ):
-                return Reason.NEAR_DUPLICATE
-            if self._config.judge is not None and not self._judged[index][key] < self._judge_ceiling[index]:
-                return Reason.JUDGED
-            return None
-
-        return refuse
-
-    def _of_text(self, key: str) -> frozenset[int]:
-        if key not in self._triples:
-            self._triples[key] = word_triples(self._texts[key])
-        return self._triples[key]

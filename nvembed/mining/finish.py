@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,17 @@ import pyarrow.parquet as pq
 from nvembed import storage
 from nvembed.mining.audit import Audit
 from nvembed.mining.config import MineConfig
-from nvembed.mining.miner import MINED_SCHEMA
+from nvembed.mining.mined import MINED_SCHEMA
 from nvembed.mining.rules import cap_documents
 from nvembed.mining.searched import SEARCHED_SCHEMA
 from nvembed.mining.searching import MinePaths
 from nvembed.retrieval.search import search_shards
-from nvembed.retrieval.shards import iter_vectors, list_shards, read_table, table_matrix
+from nvembed.retrieval.shards import iter_parquet, iter_vectors, list_shards, read_slice, read_table, table_matrix
+from nvembed.retry import retried
 from nvembed.types import Artifact, UserError
 
 _GROUP_ROWS = 8192
+Tables = Callable[[], Iterable[pa.Table]]
 _SAME = ("miner", "sts_positive")  # what an earlier step must have in common to be selected from again
 
 
@@ -35,22 +38,31 @@ def merge_parts(
     if config.max_per_document is not None and mined:
         rows = [row for uri in mined for row in read_table(uri).to_pylist()]
         _cap(rows, config, audit)
-        _write(storage.join(work_uri, dataset, "mined.parquet"), [pa.Table.from_pylist(rows, schema=MINED_SCHEMA)])
-        total = len(rows)
+        capped = [pa.Table.from_pylist(rows, schema=MINED_SCHEMA)]
+        tables: Tables = capped.copy
     else:
-        tables = (read_table(uri).cast(MINED_SCHEMA) for uri in mined)
-        total = _write(storage.join(work_uri, dataset, "mined.parquet"), tables, MINED_SCHEMA)
+        tables = functools.partial(_read, mined, MINED_SCHEMA)
+    whole = storage.join(work_uri, dataset, "mined.parquet")
+    total = _write(whole, tables, MINED_SCHEMA)
+    for table in iter_parquet(whole, ["negatives"]):
+        audit.add_hubs(table.column("negatives"))
     searched = [storage.join(paths.select, dataset, f"{part}.searched") for part in parts]
     if searched and config.reuse is None and storage.exists(searched[0]):
-        tables = (read_table(uri).cast(SEARCHED_SCHEMA) for uri in searched)
-        _write(storage.join(work_uri, dataset, "searched.parquet"), tables, SEARCHED_SCHEMA)
+        stored = functools.partial(_read, searched, SEARCHED_SCHEMA)
+        _write(storage.join(work_uri, dataset, "searched.parquet"), stored, SEARCHED_SCHEMA)
     return total
 
 
-def _write(uri: str, tables: Iterable[pa.Table], schema: pa.Schema = MINED_SCHEMA) -> int:
+def _read(uris: Sequence[str], schema: pa.Schema) -> Iterator[pa.Table]:
+    return (read_table(uri).cast(schema) for uri in uris)
+
+
+@retried
+def _write(uri: str, tables: Tables, schema: pa.Schema) -> int:
+    """Rows written; `tables` is called once for every attempt."""
     rows = 0
     with storage.open_writer(uri) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for table in _even(tables):
+        for table in _even(tables()):
             writer.write_table(table, row_group_size=_GROUP_ROWS)
             rows += table.num_rows
     return rows
@@ -111,7 +123,7 @@ def index_recall(config: MineConfig, paths: MinePaths, dataset: str, work_uri: s
     shards = iter_vectors(storage.join(paths.vectors, dataset, "documents"))
     exact = search_shards(query_QD, shards, plain=config.depth, precision=config.search.precision).plain
     assert exact is not None
-    rows = read_table(storage.join(work_uri, dataset, "searched.parquet"), ["plain"]).slice(0, wanted).to_pylist()
+    rows = read_slice(storage.join(work_uri, dataset, "searched.parquet"), 0, wanted, ["plain"]).to_pylist()
     shares = []
     for row, ids, scores in zip(rows, exact.ids_QK, exact.scores_QK, strict=True):
         truth = set(ids[np.isfinite(scores)])

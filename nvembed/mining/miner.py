@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from nvembed import storage
 from nvembed.data.tables import SCORED_IDS
 from nvembed.mining.audit import Audit
-from nvembed.mining.choosing import Chooser, read_hashes
+from nvembed.mining.blocks import Problem, members
+from nvembed.mining.choosing import Choices, choices
 from nvembed.mining.config import MineConfig
+from nvembed.mining.lists import flat, one_array
+from nvembed.mining.mined import MINED_SCHEMA, best_rank, mined_table, own_positives, placed
+from nvembed.mining.rules import consistent
 from nvembed.mining.searched import SEARCHED_SCHEMA
 from nvembed.mining.searching import MinePaths, Searcher
 from nvembed.mining.selection import (
@@ -26,18 +31,58 @@ from nvembed.mining.selection import (
     random_negatives,
     text_hash,
 )
-from nvembed.retrieval.shards import iter_parquet, list_shards, read_table, write_table
+from nvembed.retrieval.shards import iter_parquet, list_shards, read_slice, read_table, write_table
 
-__all__ = ["MINED_SCHEMA", "MinePaths", "MineWorker"]
+__all__ = ["MinePaths", "MineWorker", "selected"]
 
-MINED_SCHEMA = pa.schema(
-    [
-        pa.field("example_id", pa.string(), nullable=False),
-        pa.field("positives", SCORED_IDS, nullable=False),
-        pa.field("negatives", SCORED_IDS, nullable=False),
-        pa.field("known_positives", pa.list_(pa.string()), nullable=False),
-    ]
-)
+
+def selected(
+    searcher: Searcher, task: dict[str, Any], queries: pa.Table, lanes: Sequence[pa.Table]
+) -> tuple[pa.Table, Audit]:
+    """Rows of `MINED_SCHEMA` for a group of queries by what the miners found, and the numbers of the selection.
+
+    Args:
+        queries: the group (`searching.QUERY_COLUMNS`).
+        lanes: each miner's rows; see `choosing.choices`.
+
+    Raises:
+        NeedsSearchError: the rule asks about what an earlier step did not search.
+    """
+    config, audit, searched = searcher.config, Audit(), lanes[0]
+    problem = Problem.read(queries, searched, config.depth)
+    chosen = choices(searcher, task, queries, lanes, problem)
+    own = own_positives(queries, searched.column("positives"))
+    best_Q = _audit(audit, searcher, problem, searched.column("positives"), chosen, own)
+    kept, rows = chosen.kept, queries
+    if config.max_positive_rank is not None:
+        good_Q = consistent(best_Q, config.max_positive_rank)
+        audit.counts["inconsistent"] += int(np.count_nonzero(~good_Q))
+        kept, own, rows = (each.filter(pa.array(good_Q)) for each in (kept, own, rows))
+    capped = config.max_per_document is not None
+    mined, given = mined_table(rows, own, kept, config.num_negatives, capped=capped)
+    audit.counts["given"] += given
+    if not capped:
+        audit.add_examples(one_array(mined.column("negatives")), config.num_negatives)
+    return mined, audit
+
+
+def _audit(
+    audit: Audit, searcher: Searcher, problem: Problem, positives: pa.ChunkedArray, chosen: Choices, own: pa.ListArray
+) -> np.ndarray:
+    """Count what was decided and where the positives rank; int64 [Q], the best rank of each query's own."""
+    config, plain = searcher.config, problem.plain
+    audit.add_decisions(chosen.code_P, plain.score_P)
+    audit.counts["deepened"] += int(np.count_nonzero(chosen.plain_Q < config.num_negatives))
+    at_H, owner_H = problem.same_texts
+    own_Q, values = flat(own)
+    rank_N = placed(plain.start_Q, plain.ids, at_H, owner_H, own)
+    audit.add_ranks(rank_N, config.depth)
+    audit.add_scores("positives", np.asarray(values.field("score")))
+    known_Q, known = flat(positives)
+    is_known_H = members(owner_H, plain.ids.take(pa.array(at_H)), known_Q, known.field("id"))
+    lowest_Q = searcher.lowest(positives)
+    audit.add_rules(plain.start_Q, plain.score_P, lowest_Q, at_H[is_known_H], owner_H[is_known_H])
+    return best_rank(rank_N, own_Q)
 
 
 class MineWorker:
@@ -54,7 +99,7 @@ class MineWorker:
         if task["way"] == "search":
             rows = self._search(task)
         elif task["way"] == "reuse":
-            queries = self._searcher.query_rows(task)
+            queries = self._searcher.queries(task)
             self._select(task, queries, [self._reused(task, queries)])
         else:
             audit = Audit()
@@ -65,109 +110,72 @@ class MineWorker:
     def _part(self, task: dict[str, Any]) -> str:
         return storage.join(self._paths.select, task["dataset"], task["part"])
 
-    def _write(self, task: dict[str, Any], rows: list[dict[str, Any]], audit: Audit) -> None:
+    def _write(self, task: dict[str, Any], mined: pa.Table, audit: Audit) -> None:
         storage.write_json(f"{self._part(task)}.json", audit.dump())
-        write_table(pa.Table.from_pylist(rows, schema=MINED_SCHEMA), f"{self._part(task)}.parquet")
+        write_table(mined, f"{self._part(task)}.parquet")
 
     # -- mined negatives ----------------------------------------------------------------------------------------------
 
     def _search(self, task: dict[str, Any]) -> int:
         """Search one part of the corpus; select when that was the last. Returns the queries selected for."""
         searcher = self._searcher
-        queries = searcher.query_rows(task)
+        queries = searcher.queries(task)
         if task["segment"] is not None:
             searcher.search_segment(task, queries)
         if searcher.left(task):
             return 0
         self._select(task, queries, [self._searched(task, queries, lane) for lane in range(searcher.lanes)])
-        return len(queries)
+        return int(queries.num_rows)
 
-    def _searched(self, task: dict[str, Any], queries: list[dict[str, Any]], lane: int) -> list[dict[str, Any]]:
-        """Rows of `SEARCHED_SCHEMA` by one miner."""
-        positives = self._searcher.positives(task, queries, lane)
-        ceiling_Q = self._searcher.ceiling(positives)
-        rows: list[dict[str, Any]] = self._searcher.searched(task, lane).to_pylist()
-        for row, query, found, ceiling in zip(rows, queries, positives, ceiling_Q, strict=True):
-            row["example_id"], row["ceiling"] = query["key"], float(ceiling)
-            row["positives"] = [{"id": key, "score": score} for key, score in found.items()]
-        return rows
+    def _searched(self, task: dict[str, Any], queries: pa.Table, lane: int) -> pa.Table:
+        """Rows of `SEARCHED_SCHEMA` by one miner, with the hashes of `PART_SCHEMA`."""
+        positives = self._searcher.positives(task, lane)
+        ceiling_Q = self._searcher.ceiling(self._searcher.lowest(positives))
+        table = self._searcher.searched(task, lane).append_column("example_id", queries.column("key"))
+        return table.append_column("positives", positives).append_column("ceiling", pa.array(ceiling_Q))
 
-    def _reused(self, task: dict[str, Any], queries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows that an earlier mine step searched for the same examples.
+    def _reused(self, task: dict[str, Any], queries: pa.Table) -> pa.Table:
+        """The rows that an earlier mine step searched for the same examples, with text hashes.
 
         Raises:
             UserError: that step knew other examples, or other positives.
         """
-        table = read_table(storage.join(task["reuse"], task["dataset"], "searched.parquet"))
-        rows: list[dict[str, Any]] = table.slice(task["start"], task["rows"]).to_pylist()
-        known = [(row["example_id"], {item["id"] for item in row["positives"]}) for row in rows]
-        now = [(query["key"], set(query["positives"])) for query in queries]
-        if known != now:
+        uri = storage.join(task["reuse"], task["dataset"], "searched.parquet")
+        table = read_slice(uri, task["start"], task["rows"])
+        same = table.column("example_id").to_pylist() == queries.column("key").to_pylist()
+        (known_Q, known), (now_Q, now) = flat(table.column("positives")), flat(queries.column("positives"))
+        if same and not (np.array_equal(known_Q, now_Q) and known.field("id").equals(now)):  # in another order?
+            listed = [{item["id"] for item in items} for items in table.column("positives").to_pylist()]
+            same = listed == [set(keys) for keys in queries.column("positives").to_pylist()]
+        if not same:
             raise storage.UserError(
                 f"{task['reuse']} did not search for the examples of {task['dataset']!r} with the positives they have "
                 "now. Mine again without `reuse`."
             )
-        return rows
+        hashed = self._searcher.hashed(task, table, queries)
+        for name in ("example_id", "positives", "ceiling"):
+            hashed = hashed.append_column(name, table.column(name))
+        return hashed
 
-    def _select(
-        self, task: dict[str, Any], queries: list[dict[str, Any]], lanes: Sequence[list[dict[str, Any]]]
-    ) -> None:
+    def _select(self, task: dict[str, Any], queries: pa.Table, lanes: Sequence[pa.Table]) -> None:
         """Apply the rule to what the miners found, and write the part."""
-        config, audit, searched = self._config, Audit(), lanes[0]
-        wanted = {key for query in queries for key in query["never"]}
-        wanted |= {item["id"] for rows in lanes for row in rows for name in ("plain", "under") for item in row[name]}
-        hashes = read_hashes(self._searcher, task["dataset"], wanted)
-        chooser = Chooser(self._searcher, task, queries, lanes, hashes, deepen=task["way"] == "search")
-        rows = []
-        for query, row, choice in zip(queries, searched, chooser.run(), strict=True):
-            audit.add_selection(choice.plain, [item["score"] for item in row["plain"]])
-            audit.counts["deepened"] += len(choice.plain.kept) < config.num_negatives
-            scores = {item["id"]: item["score"] for item in row["positives"]}
-            own = query["positives"][: query["own"]]
-            best = audit.add_positives([scores[key] for key in own], own, row, config.depth)
-            audit.add_rules(row, min(scores.values()))
-            if config.max_positive_rank is not None and not (best is not None and best <= config.max_positive_rank):
-                audit.counts["inconsistent"] += 1
-                continue
-            kept = choice.kept if config.max_per_document is not None else choice.kept[: config.num_negatives]
-            mined = [{"id": key, "score": score} for key, score in kept]
-            rows.append(self._row(query, [{"id": key, "score": scores[key]} for key in own], mined, audit))
-        write_table(pa.Table.from_pylist(list(searched), schema=SEARCHED_SCHEMA), f"{self._part(task)}.searched")
-        self._write(task, rows, audit)
-
-    def _row(
-        self, row: dict[str, Any], positives: list[dict[str, Any]], mined: list[dict[str, Any]], audit: Audit
-    ) -> dict[str, Any]:
-        """A mined row: negatives that the data set itself gives come first (score null), mined ones fill up.
-
-        With a cap on documents all candidates stay in for now; the cap decides when all groups are there.
-        """
-        config = self._config
-        never = set(row["never"])
-        given = [key for key in dict.fromkeys(row["given"]) if key not in never][: config.num_negatives]
-        audit.counts["given"] += len(given)
-        mined = [item for item in mined if item["id"] not in given]
-        negatives = [{"id": key, "score": None} for key in given] + mined
-        if config.max_per_document is None:
-            negatives = negatives[: config.num_negatives]
-            audit.add_example(negatives, config.num_negatives)
-        return {
-            "example_id": row["key"],
-            "positives": positives,
-            "negatives": negatives,
-            "known_positives": sorted(never),
-        }
+        mined, audit = selected(self._searcher, task, queries, lanes)
+        if task["way"] == "search":
+            searched = lanes[0].select(SEARCHED_SCHEMA.names).cast(SEARCHED_SCHEMA)
+            write_table(searched, f"{self._part(task)}.searched")
+        self._write(task, mined, audit)
 
     # -- random negatives ---------------------------------------------------------------------------------------------
 
-    def _random(self, task: dict[str, Any], audit: Audit) -> list[dict[str, Any]]:
+    def _random(self, task: dict[str, Any], audit: Audit) -> pa.Table:
         config = self._config
         pairs = sorted(self._document_hashes(task["dataset"]))
         ids, hash_N = [key for key, _ in pairs], [digest for _, digest in pairs]
         by_id = dict(pairs)
-        rows = []
-        for row in self._searcher.query_rows(task):
-            kept = random_negatives(
+        kept = []
+        queries = self._searcher.queries(task)
+        for row in queries.to_pylist():
+            places = random_negatives(
                 example_generator(config.seed, task["dataset"], row["key"]),
                 ids,
                 hash_N,
@@ -175,13 +183,16 @@ class MineWorker:
                 never_hashes={row["hash"], *(by_id[key] for key in row["never"] if key in by_id)},
                 count=config.num_negatives,
             )
-            own = [{"id": key, "score": None} for key in row["positives"][: row["own"]]]
-            rows.append(self._row(row, own, [{"id": ids[place], "score": None} for place in kept], audit))
-        return rows
+            kept.append([{"id": ids[place], "score": None} for place in places])
+        own = own_positives(queries, None)
+        mined, given = mined_table(queries, own, pa.array(kept, SCORED_IDS), config.num_negatives, capped=False)
+        audit.counts["given"] += given
+        audit.add_examples(one_array(mined.column("negatives")), config.num_negatives)
+        return mined
 
     # -- example-based pairs for classes ------------------------------------------------------------------------------
 
-    def _classes(self, task: dict[str, Any], audit: Audit) -> list[dict[str, Any]]:
+    def _classes(self, task: dict[str, Any], audit: Audit) -> pa.Table:
         config = self._config
         columns = ["id", "query", "label", "positives", "negatives"]
         table = pa.concat_tables(iter_parquet(task["examples"], columns))
@@ -227,7 +238,7 @@ class MineWorker:
                     "known_positives": sorted({ids[index], positive}),
                 }
             )
-        return rows
+        return pa.Table.from_pylist(rows, schema=MINED_SCHEMA)
 
     def _document_hashes(self, dataset: str) -> Iterator[tuple[str, int]]:
         root = storage.join(self._paths.texts, dataset, "documents")

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from nvembed.data.tables import SCORED_IDS
+from nvembed.mining.lists import Lists, flat, joined, list_array, scored_array, starts
 from nvembed.mining.rules import Limits
 from nvembed.retrieval.search import Found
 from nvembed.retrieval.search_merge import Best, tree_merge
@@ -31,7 +32,11 @@ SEARCHED_SCHEMA = pa.schema(
         pa.field("under", SCORED_IDS, nullable=False),
     ]
 )
-PART_SCHEMA = pa.schema([("above", pa.int64()), ("plain", SCORED_IDS), ("under", SCORED_IDS)])
+FOUND_SCHEMA = pa.schema([("above", pa.int64()), ("plain", SCORED_IDS), ("under", SCORED_IDS)])
+# A part of the corpus also tells the text hashes of what it found, and of the queries' `never` documents that it holds:
+# whoever selects then needs nothing else of the corpus.
+_HASHES = ("plain_hashes", "under_hashes", "never_hashes")
+PART_SCHEMA = pa.schema([*FOUND_SCHEMA, *((name, pa.list_(pa.int64())) for name in _HASHES)])
 
 
 class NeedsSearchError(UserError):
@@ -98,14 +103,14 @@ def ranking(row: dict[str, object], depth: int) -> Ranking:
     return Ranking([key for key, _ in plain], [score for _, score in plain], ranks, gap, floor, whole)
 
 
-def part_table(found: Found) -> pa.Table:
-    """One task's part of the search as a table, a row per query."""
+def found_table(found: Found) -> pa.Table:
+    """One task's part of the search as a table (`FOUND_SCHEMA`), a row per query."""
     rows = {
         "above": pa.array(found.above_Q, pa.int64()),
         "plain": scored_lists(found.plain, len(found.above_Q)),
         "under": scored_lists(found.under, len(found.above_Q)),
     }
-    return pa.table(rows, schema=PART_SCHEMA)
+    return pa.table(rows, schema=FOUND_SCHEMA)
 
 
 def scored_lists(best: Best | None, queries: int) -> pa.Array:
@@ -113,48 +118,29 @@ def scored_lists(best: Best | None, queries: int) -> pa.Array:
     if best is None:
         return pa.array([[]] * queries, SCORED_IDS)
     real_QK = np.isfinite(best.scores_QK)
-    offsets = np.concatenate([[0], np.cumsum(real_QK.sum(axis=1))]).astype(np.int32)
     ids, scores = pa.array(best.ids_QK[real_QK], pa.string()), pa.array(best.scores_QK[real_QK], pa.float64())
-    fields = [SCORED_IDS.value_type.field(0), SCORED_IDS.value_type.field(1)]
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays([ids, scores], fields=fields))
+    return scored_array(starts(real_QK.sum(axis=1)), ids, scores)
 
 
 def merged(parts: Iterable[pa.Table], depth: int) -> pa.Table:
     """The parts of one query group, pairwise into the whole (`PART_SCHEMA`); few of them are in memory at a time."""
-
-    def merge(left: _Part, right: _Part) -> _Part:
-        return _Part(left.above_Q + right.above_Q, left.plain.merge(right.plain), left.under.merge(right.under))
-
-    whole = tree_merge((_Part.read(table, depth) for table in parts), merge)
+    whole = tree_merge(parts, lambda left, right: _merge(left, right, depth))
     assert whole is not None
-    rows = {
-        "above": pa.array(whole.above_Q, pa.int64()),
-        "plain": scored_lists(whole.plain, len(whole.above_Q)),
-        "under": scored_lists(whole.under, len(whole.above_Q)),
-    }
-    return pa.table(rows, schema=PART_SCHEMA)
+    return whole
 
 
-@dataclass
-class _Part:
-    above_Q: np.ndarray
-    plain: Best
-    under: Best
+def _merge(left: pa.Table, right: pa.Table, depth: int) -> pa.Table:
+    above_Q = left.column("above").to_numpy() + right.column("above").to_numpy()
+    columns: dict[str, pa.Array] = {"above": pa.array(above_Q)}
+    for name in ("plain", "under"):
+        ours, theirs = (Lists.read(part.column(name), part.column(f"{name}_hashes")) for part in (left, right))
+        columns[name], columns[f"{name}_hashes"] = ours.merge(theirs, depth).columns()
+    never = (_hash_lists(part.column("never_hashes")) for part in (left, right))
+    start_Q, hash_P = joined(*never)
+    columns["never_hashes"] = list_array(start_Q, pa.array(hash_P))
+    return pa.table(columns, schema=PART_SCHEMA)
 
-    @classmethod
-    def read(cls, table: pa.Table, depth: int) -> _Part:
-        above_Q = table.column("above").to_numpy().copy()
-        return cls(above_Q, *(_best(table.column(name), depth) for name in ("plain", "under")))
 
-
-def _best(column: pa.ChunkedArray, depth: int) -> Best:
-    lists = column.combine_chunks()
-    lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
-    count_Q = np.asarray(lists.value_lengths())
-    values = lists.flatten()
-    best = Best(len(lists), depth)
-    rows = np.repeat(np.arange(len(lists)), count_Q)
-    place = np.arange(len(rows)) - np.repeat(np.cumsum(count_Q) - count_Q, count_Q)
-    best.scores_QK[rows, place] = values.field("score").to_numpy(zero_copy_only=False)
-    best.ids_QK[rows, place] = values.field("id").to_numpy(zero_copy_only=False)
-    return best
+def _hash_lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    start_Q, values = flat(column)
+    return start_Q, np.asarray(values)

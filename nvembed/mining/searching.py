@@ -1,8 +1,9 @@
 """The searching half of a mining actor: one group of queries against one part of the corpus, written to files.
 
 Under `<work>/checkpoints/search/<dataset>/<group>/`: for every miner (a *lane*) `lane-0-positives.parquet`, the scores
-of the group's positives, and `lane-0-part-00000.parquet`, ..., what each part of the corpus holds for the group. A file
-that is there is complete; whoever writes the last one of a group goes on to select.
+of the group's positives, and `lane-0-part-00000-hashed.parquet`, ..., what each part of the corpus holds for the group.
+A file that is there is complete; whoever writes the last one of a group goes on to select. (Parts that an older nvembed
+left have no text hashes and another name; they are searched again.)
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ import pyarrow.compute as pc
 
 from nvembed import storage
 from nvembed.data.tables import SCORED_IDS
-from nvembed.mining.config import Bm25Miner, CeilingRule, MineConfig, RandomNegatives, SearchedRule
+from nvembed.mining.config import Bm25Miner, MineConfig, RandomNegatives
+from nvembed.mining.lists import flat, list_array, owners, starts
 from nvembed.mining.rules import ceilings
-from nvembed.mining.searched import PART_SCHEMA, merged, part_table
+from nvembed.mining.searched import FOUND_SCHEMA, PART_SCHEMA, found_table, merged
 from nvembed.retrieval.bm25 import Bm25Index
 from nvembed.retrieval.config import ExactIndex
 from nvembed.retrieval.cross_encoder import CrossScorer
 from nvembed.retrieval.search import Found, pair_scores, search_shards
 from nvembed.retrieval.search_faiss import search_with_faiss
 from nvembed.retrieval.shards import iter_vectors, list_shards, read_table, table_matrix, write_table
+
+QUERY_COLUMNS = ("key", "hash", "positives", "own", "never", "given")
+_HASHES_AT_ONCE = 1 << 20  # documents whose ids and text hashes are in memory together: some 40 MB
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Searcher:
         self.lanes = 1 + len(config.more_miners)
         self.again = 0  # queries of which a part was searched again in fp32
         self._bm25: tuple[str, Bm25Index] | None = None
+        self._texts: tuple[str, list[str], pa.Table] | None = None  # hashes last read, where a table holds them all
         self._cross: CrossScorer | None = None
 
     def cross_encoder(self) -> CrossScorer | None:
@@ -70,7 +76,7 @@ class Searcher:
         return storage.join(self.paths.search, task["dataset"], task["part"], f"lane-{lane}-{name}.parquet")
 
     def _segment_file(self, task: dict[str, Any], lane: int, segment: int) -> str:
-        return self._file(task, lane, f"part-{segment:05d}")
+        return self._file(task, lane, f"part-{segment:05d}-hashed")
 
     def left(self, task: dict[str, Any]) -> list[int]:
         """Parts of the corpus that were not searched yet for the task's group; one listing of its directory."""
@@ -81,11 +87,15 @@ class Searcher:
         }
         return [segment for segment, names in wanted.items() if not names <= there]
 
-    def query_rows(self, task: dict[str, Any]) -> list[dict[str, Any]]:
+    def queries(self, task: dict[str, Any], columns: Sequence[str] = QUERY_COLUMNS) -> pa.Table:
         """The group's queries with what is known about them."""
         root = storage.join(self.paths.texts, task["dataset"], "queries")
-        columns = ["key", "text", "instruction", "hash", "positives", "own", "never", "given"]
-        return [row for name in task["shards"] for row in read_table(storage.join(root, name), columns).to_pylist()]
+        return pa.concat_tables([read_table(storage.join(root, name), list(columns)) for name in task["shards"]])
+
+    def query_rows(self, task: dict[str, Any]) -> list[dict[str, Any]]:
+        """The group's queries as Python objects, texts included."""
+        rows: list[dict[str, Any]] = self.queries(task, (*QUERY_COLUMNS, "text", "instruction")).to_pylist()
+        return rows
 
     def query_vectors(self, task: dict[str, Any], lane: int | str) -> np.ndarray:
         """float32 [Q, D] of the group."""
@@ -116,16 +126,16 @@ class Searcher:
 
     # -- positives ----------------------------------------------------------------------------------------------------
 
-    def positives(self, task: dict[str, Any], queries: list[dict[str, Any]], lane: int) -> list[dict[str, float]]:
-        """Exact score of each query's positives, by id; read again when they were computed before.
+    def positives(self, task: dict[str, Any], lane: int) -> pa.ChunkedArray:
+        """Exact scores of each query's positives (`SCORED_IDS`); read again when they were computed before.
 
         Raises:
             UserError: a positive is not in the corpus.
         """
         uri = self._file(task, lane, "positives")
         if storage.exists(uri):
-            stored = read_table(uri).column("positives").to_pylist()
-            return [{item["id"]: item["score"] for item in row} for row in stored]
+            return read_table(uri).column("positives")
+        queries = self.query_rows(task)
         if self._is_bm25(lane):
             lists = self._bm25_search(task, queries, 1)[2]
             found = [
@@ -134,8 +144,9 @@ class Searcher:
         else:
             found = self.scores_of(task, queries, lane, [row["positives"] for row in queries])
         rows = [{"positives": [{"id": key, "score": score} for key, score in row.items()]} for row in found]
-        write_table(pa.Table.from_pylist(rows, schema=pa.schema([("positives", SCORED_IDS)])), uri)
-        return found
+        table = pa.Table.from_pylist(rows, schema=pa.schema([("positives", SCORED_IDS)]))
+        write_table(table, uri)
+        return table.column("positives")
 
     def scores_of(
         self, task: dict[str, Any], queries: list[dict[str, Any]], lane: int | str, ids: Sequence[Sequence[str]]
@@ -159,31 +170,98 @@ class Searcher:
                 found[index][key] = float(value)
         return found
 
-    def lowest(self, positives: list[dict[str, float]]) -> np.ndarray:
+    def lowest(self, positives: pa.ChunkedArray) -> np.ndarray:
         """float64 [Q], the lowest score among each query's positives."""
-        return np.array([min(row.values()) for row in positives], dtype=np.float64)
+        start_Q, values = flat(positives)
+        assert (np.diff(start_Q) > 0).all(), "a query without a positive was laid out"
+        score_P = np.asarray(values.field("score").to_numpy(zero_copy_only=False))
+        return np.minimum.reduceat(score_P, start_Q[:-1]) if len(score_P) else np.empty(0)
 
-    def ceiling(self, positives: list[dict[str, float]], rule: SearchedRule | CeilingRule | None = None) -> np.ndarray:
+    def ceiling(self, lowest_Q: np.ndarray) -> np.ndarray:
         """float64 [Q] of the recipe's rule."""
         assert not isinstance(self.config.rule, RandomNegatives)
-        return ceilings(rule or self.config.rule, self.lowest(positives))
+        return ceilings(self.config.rule, lowest_Q)
+
+    # -- text hashes --------------------------------------------------------------------------------------------------
+
+    def _key_hashes(self, dataset: str, names: list[str]) -> Iterator[pa.Table]:
+        """Ids and text hashes of some shards of documents, many shards at a time."""
+        if self._texts is not None and self._texts[:2] == (dataset, names):
+            yield self._texts[2]
+            return
+        root = storage.join(self.paths.texts, dataset, "documents")
+        waiting: list[pa.Table] = []
+        count, whole = 0, True
+        for name in names:
+            table = read_table(storage.join(root, name), ["key", "hash"])
+            if waiting and count + table.num_rows > _HASHES_AT_ONCE:
+                yield pa.concat_tables(waiting).combine_chunks()
+                waiting, count, whole = [], 0, False
+            waiting.append(table)
+            count += table.num_rows
+        if not waiting:
+            return
+        last = pa.concat_tables(waiting).combine_chunks()
+        if whole:  # the next group asks for the same
+            self._texts = (dataset, names, last)
+        yield last
+
+    def hashes_of(self, dataset: str, ids: pa.Array, names: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(int64 [N], bool [N]): text hashes of documents, and whether some shards (all, by default) hold them."""
+        hash_N, found_N = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=bool)
+        if names is None:
+            names = list_shards(storage.join(self.paths.texts, dataset, "documents"))
+        left_N = np.arange(len(ids))
+        for table in self._key_hashes(dataset, names) if len(ids) else ():
+            few = ids if len(left_N) == len(ids) else ids.take(pa.array(left_N))
+            place = pc.index_in(few, value_set=table.column("key"))
+            here_n = place.is_valid().to_numpy(zero_copy_only=False)
+            hash_N[left_N[here_n]] = table.column("hash").to_numpy()[place.drop_null().to_numpy()]
+            found_N[left_N[here_n]] = True
+            left_N = left_N[~here_n]
+        return hash_N, found_N
+
+    def hashed(
+        self, task: dict[str, Any], table: pa.Table, queries: pa.Table, names: list[str] | None = None
+    ) -> pa.Table:
+        """What was found (`FOUND_SCHEMA`) with text hashes (`PART_SCHEMA`), read from the documents' shards.
+
+        Args:
+            names: the shards that were searched; all by default.
+        """
+        columns: dict[str, Any] = {name: table.column(name) for name in FOUND_SCHEMA.names}
+        (plain_Q, plain), (under_Q, under) = (flat(table.column(name)) for name in ("plain", "under"))
+        never_Q, never = flat(queries.column("never"))
+        ids = pa.concat_arrays([plain.field("id"), under.field("id"), never])
+        hash_P, found_P = self.hashes_of(task["dataset"], ids, names)
+        behind = len(plain) + len(under)
+        assert found_P[:behind].all(), "a document was found that has no text"
+        columns["plain_hashes"] = list_array(plain_Q, pa.array(hash_P[: len(plain)]))
+        columns["under_hashes"] = list_array(under_Q, pa.array(hash_P[len(plain) : behind]))
+        here_N = found_P[behind:]
+        count_Q = np.bincount(owners(never_Q)[here_N], minlength=len(never_Q) - 1)
+        columns["never_hashes"] = list_array(starts(count_Q), pa.array(hash_P[behind:][here_N]))
+        return pa.table(columns, schema=PART_SCHEMA)
 
     # -- search -------------------------------------------------------------------------------------------------------
 
-    def search_segment(self, task: dict[str, Any], queries: list[dict[str, Any]]) -> None:
+    def search_segment(self, task: dict[str, Any], queries: pa.Table) -> None:
         """Search the task's part of the corpus with every miner that has not done so."""
         for lane in range(self.lanes):
             uri = self._segment_file(task, lane, task["segment"])
             if storage.exists(uri):
                 continue
-            ceiling_Q = self.ceiling(self.positives(task, queries, lane))
+            ceiling_Q = self.ceiling(self.lowest(self.positives(task, lane)))
             if self._is_bm25(lane):
-                table = self._bm25_part(task, queries, ceiling_Q)
+                table = self._bm25_part(task, ceiling_Q)
             else:
                 found = self._search(task, lane, ceiling_Q)
                 self.again += found.again
-                table = part_table(found)
-            write_table(table, uri)
+                table = found_table(found)
+            names = task["documents"]
+            if self._is_bm25(lane):  # its first part stands for the whole corpus
+                names = None if task["segment"] == 0 else []
+            write_table(self.hashed(task, table, queries, names), uri)
 
     def _search(self, task: dict[str, Any], lane: int, ceiling_Q: np.ndarray) -> Found:
         config, search = self.config, self.config.search
@@ -230,7 +308,7 @@ class Searcher:
             tile=self.config.search.block_documents,
         )
         self.again += found.again
-        return part_table(found)
+        return found_table(found)
 
     def searched(self, task: dict[str, Any], lane: int) -> pa.Table:
         """What all parts of the corpus hold for the group, merged (`PART_SCHEMA`)."""
@@ -254,8 +332,9 @@ class Searcher:
         texts = [row["text"] for row in queries]
         return self._bm25[1].search(texts, k, [row["positives"] for row in queries])
 
-    def _bm25_part(self, task: dict[str, Any], queries: list[dict[str, Any]], ceiling_Q: np.ndarray) -> pa.Table:
+    def _bm25_part(self, task: dict[str, Any], ceiling_Q: np.ndarray) -> pa.Table:
         """Word statistics are the whole corpus', so its first part stands for all of it; the others hold nothing."""
+        queries = self.query_rows(task)
         rows: list[dict[str, Any]] = [{"above": 0, "plain": [], "under": []} for _ in queries]
         if task["segment"] == 0:
             ids, scores, _ = self._bm25_search(task, queries, 4 * self.config.depth)
@@ -264,4 +343,4 @@ class Searcher:
                 below = [item for item in items if item["score"] < ceiling]
                 row["above"] = len(items) - len(below)
                 row["plain"], row["under"] = items[: self.config.depth], below[: self.config.depth]
-        return pa.Table.from_pylist(rows, schema=PART_SCHEMA)
+        return pa.Table.from_pylist(rows, schema=FOUND_SCHEMA)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from nvembed import storage
+from nvembed.changes import differences
 from nvembed.fetch import local_model, written_folder
 from nvembed.modeling.backbones import keep_first_layers, load_backbone
 from nvembed.modeling.bidirectional import attends_ahead
@@ -68,7 +69,7 @@ def continue_embedder(backbone: NvembedBackbone, config: EmbedderConfig) -> Embe
     stored = EmbedderConfig.model_validate(describe_folder(backbone.name)["embedder"])
     text = stored.text.model_copy(update={"max_length": config.text.max_length})
     wanted = stored.model_copy(update={"text": text})
-    if changes := storage.differences(wanted.model_dump(mode="json"), config.model_dump(mode="json")):
+    if changes := differences(wanted.model_dump(mode="json"), config.model_dump(mode="json")):
         listed = "\n  ".join(changes)
         raise UserError(
             f"initialise.embedder is not that of {backbone.name} (folder -> recipe):\n  {listed}\n"

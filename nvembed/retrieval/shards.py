@@ -79,6 +79,22 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
         return opened.read(columns=columns)
 
 
+@retried
+def read_slice(uri: str, start: int, count: int, columns: list[str] | None = None) -> pa.Table:
+    """Some rows of one parquet file; only the row groups that hold them are read."""
+    with storage.open_reader(uri) as file:
+        opened = pq.ParquetFile(file)
+        groups: list[int] = []
+        first = before = 0
+        for group in range(opened.num_row_groups):
+            rows = opened.metadata.row_group(group).num_rows
+            if before < start + count and before + rows > start:
+                first = first if groups else before
+                groups.append(group)
+            before += rows
+        return opened.read_row_groups(groups, columns=columns).slice(start - first, count)
+
+
 def read_schema(uri: str) -> pa.Schema:
     """Schema of one parquet file, with its metadata."""
     with storage.open_reader(uri) as file:

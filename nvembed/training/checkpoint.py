@@ -31,6 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nvembed import storage
+from nvembed.changes import differences
 from nvembed.distributed import WorkerContext, broadcast_object
 from nvembed.formats import check_format, stamp, with_defaults
 from nvembed.modeling.precision import Precision
@@ -212,7 +213,7 @@ class CheckpointStore:
         ours = self.identity.state(int(state["step"]))
         if not here:
             ours |= {key: state[key] for key in ("precision", "processor")}
-        changes = storage.differences(_decisive(state), _decisive(ours))
+        changes = differences(_decisive(state), _decisive(ours))
         if changes:
             raise ChangedRecipeError(
                 f"{uri} was made with other settings:\n  " + "\n  ".join(changes) + "\n"
@@ -224,7 +225,7 @@ class CheckpointStore:
                 "would be rounded differently and the resumed run would not be bit-equal. Set "
                 f"threads_per_worker to {state['threads']}, or start over in another --out."
             )
-        for line in storage.differences(_circumstances(state), _circumstances(ours)):
+        for line in differences(_circumstances(state), _circumstances(ours)):
             logger.warning("resuming from %s with %s: bit-equality is not promised", uri, line)
 
     def save(self, engine: Engine, step: int, context: WorkerContext) -> None:

@@ -1,15 +1,22 @@
 """The mining worker in one process, on made-up vectors: equal to a naive "filter the whole ranking, take the top"."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.layout import DOCUMENT_SCHEMA, QUERY_SCHEMA
-from nvembed.mining.miner import MinePaths, MineWorker
+from nvembed.mining.miner import MinePaths, MineWorker, selected
 from nvembed.retrieval.config import SearchConfig
 from nvembed.retrieval.shards import list_shards, read_table, vector_table, write_table
 from nvembed.storage import UserError, join, read_json
+
+spec = importlib.util.spec_from_file_location("query_by_query", Path(__file__).with_name("query_by_query.py"))
+query_by_query = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(query_by_query)
 
 DOCUMENTS, QUERIES, DIM = 90, 25, 8
 
@@ -120,11 +127,59 @@ def test_negatives_equal_filtering_the_whole_ranking(tmp_path, world, depth, sha
     assert (audit["counts"]["deepened"] > 10) == (depth == 5)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rule": {"type": "topk_margin_pos", "margin": 0.4}},
+        {"rule": {"type": "sampled_topk", "top": 5, "ceiling": {"type": "topk_abs", "max_score": 0.1}}},
+        {"rule": {"type": "topk_abs", "max_score": 0.2}, "max_per_document": 2},
+    ],
+)
+def test_deepened_like_the_selection_query_by_query(tmp_path, world, changes):
+    config = MineConfig.model_validate({"depth": 5, "num_negatives": 4, **changes})
+    mine(tmp_path, world, config)
+    worker = MineWorker(config, MinePaths.under(str(tmp_path)))
+    names = list_shards(join(str(tmp_path), "checkpoints/texts/set/queries"))
+    task = {
+        "way": "search",
+        "dataset": "set",
+        "shards": names,
+        "part": "part-00000",
+        "segments": 3,
+        "corpus": DOCUMENTS,
+    }
+    rows = worker._searcher.queries(task)
+    lanes = [worker._searched(task, rows, 0)]
+    found, audit = selected(worker._searcher, task, rows, lanes)
+    expected, numbers = query_by_query.selected(worker._searcher, task, rows, lanes)
+    assert found.to_pylist() == expected
+    assert audit.dump()["rejected"] == numbers["rejected"]
+    assert audit.counts["deepened"] > 0
+
+
 def test_division_changes_no_byte(tmp_path, world):
     config = MineConfig(depth=5, num_negatives=3)
     first = mine(tmp_path / "one", world, config, shard_rows=90)
     small = config.model_copy(update={"search": SearchConfig(block_documents=4)})
     assert mine(tmp_path / "two", world, small, shard_rows=7) == first
+
+
+def test_selection_needs_nothing_of_the_corpus(tmp_path, world):
+    """A part of the search brings the text hashes along; one that an older nvembed left without them is not read."""
+    config = MineConfig(depth=DOCUMENTS, num_negatives=4)
+    stale = tmp_path / "checkpoints/search/set/part-00000/lane-0-part-00000.parquet"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"no hashes")
+    first = mine(tmp_path, world, config)
+    selected = list((tmp_path / "checkpoints/select/set").iterdir())
+    before = {path: path.read_bytes() for path in selected}
+    for path in (*selected, *tmp_path.glob("checkpoints/*/set/documents/*")):
+        path.unlink()
+    shards = list_shards(join(str(tmp_path), "checkpoints/texts/set/queries"))
+    task = {"way": "search", "dataset": "set", "shards": shards, "rows": QUERIES, "part": "part-00000"}
+    MineWorker(config, MinePaths.under(str(tmp_path))).work({**task, "segment": None, "segments": 3, "documents": []})
+    assert {path: path.read_bytes() for path in selected} == before
+    assert first[1]["counts"]["mined"] == QUERIES
 
 
 def test_random_rule_draws_other_documents_and_knows_the_positives(tmp_path, world):

@@ -3,13 +3,14 @@
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvembed.mining.config import RankWindow, TopK, TopKAbs, TopKMarginPos, TopKPercPos, TopKShifted
 from nvembed.mining.rules import ceilings, rule_limits
-from nvembed.mining.searched import NeedsSearchError, merged, part_table, ranking
+from nvembed.mining.searched import PART_SCHEMA, NeedsSearchError, found_table, merged, ranking
 from nvembed.mining.selection import select_negatives
 from nvembed.retrieval.search import search_shards
 
@@ -84,14 +85,37 @@ def test_the_refusal_names_what_to_search():
         select(known, TopKAbs(max_score=0.4), 0.95, 3)
 
 
-def test_parts_of_the_corpus_merge_into_what_one_search_finds():
+def with_hashes(found, known):
+    """A part as it is stored: with text hashes of the candidates, and of those of `known` that the part holds."""
+    table = found_table(found)
+    for name in ("plain", "under"):
+        hashes = [[digest(item["id"]) for item in items] for items in table.column(name).to_pylist()]
+        table = table.append_column(f"{name}_hashes", pa.array(hashes, pa.list_(pa.int64())))
+    never = [[digest(key) for key in known]] * table.num_rows
+    return table.append_column("never_hashes", pa.array(never, pa.list_(pa.int64()))).cast(PART_SCHEMA)
+
+
+def digest(key):
+    return int(key[1:]) * 7919
+
+
+@pytest.mark.parametrize("depth", [1, 7, 50])
+def test_parts_of_the_corpus_merge_into_what_one_search_finds(depth):
     generator = np.random.default_rng(0)
-    documents = generator.integers(-2, 3, (120, 5)).astype(np.float32)
+    documents = generator.integers(-2, 3, (120, 5)).astype(np.float32)  # many ties
     query = generator.integers(-2, 3, (6, 5)).astype(np.float32)
     ids = np.array([f"d{number:03d}" for number in generator.permutation(120)], dtype=object)
-    options = {"plain": 7, "under": 7, "ceiling_Q": np.array([3.0, 2, 1, 0, -1, np.inf]), "count_above": True}
-    whole = part_table(search_shards(query, [(ids, documents)], **options))
-    for parts in (1, 3, 8):
+    ceiling_Q = np.array([3.0, 2, 1, 0, -1, np.inf])
+    options = {"plain": depth, "under": depth, "ceiling_Q": ceiling_Q, "count_above": True}
+    whole = with_hashes(search_shards(query, [(ids, documents)], **options), ["d001", "d002"])
+    for parts in (1, 3, 8, 60):
         cut = np.array_split(generator.permutation(120), parts)
-        tables = (part_table(search_shards(query, [(ids[part], documents[part])], **options)) for part in cut)
-        assert merged(tables, 7).equals(whole)
+        tables = (
+            with_hashes(
+                search_shards(query, [(ids[part], documents[part])], **options), {"d001", "d002"} & set(ids[part])
+            )
+            for part in cut
+        )
+        found = merged(tables, depth)
+        assert found.drop(["never_hashes"]).equals(whole.drop(["never_hashes"]))
+        assert [sorted(row) for row in found.column("never_hashes").to_pylist()] == [[7919, 2 * 7919]] * 6

@@ -11,6 +11,7 @@ from nvembed.retrieval.shards import (
     MIN_SHARDS,
     iter_vectors,
     list_shards,
+    read_slice,
     read_table,
     read_vectors,
     table_matrix,
@@ -53,6 +54,15 @@ def test_vectors_are_fixed_size_lists_and_come_back_bit_equal(tmp_path):
     assert keys == list("abcdeabcde")
     assert found.tobytes() == np.concatenate([matrix, matrix + 1]).tobytes()
     assert [len(keys) for keys, _ in iter_vectors(str(tmp_path))] == [5, 5]
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 3), (2, 5), (4, 4), (7, 30), (0, 0), (10, 2)])
+def test_some_rows_are_read_from_the_row_groups_that_hold_them(tmp_path, start, count):
+    table = pa.table({"row": list(range(10)), "other": list("abcdefghij")})
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=4)
+    uri = str(tmp_path / "rows.parquet")
+    assert read_slice(uri, start, count).to_pylist() == table.slice(start, count).to_pylist()
+    assert read_slice(uri, start, count, ["row"]).column_names == ["row"]
 
 
 def test_a_slice_keeps_its_own_rows():
