@@ -4,7 +4,7 @@
 story, which saves and ends, and the job is requeued: it goes on where it stopped. `scancel` does not requeue.
 
 What became of a job is known from three places: the queue, accounting (where it is on), and `jobs/<id>/` on the shared
-storage: `job.json` and `stopped` written here, `exit_code` by the job. Clusters without accounting forget what has ended.
+storage: `job.json` and `stopped` written here, `exit_code` by the job. Clusters without accounting forget ended jobs.
 """
 
 from __future__ import annotations
