@@ -194,7 +194,7 @@ class RayBackend:
                 return super()._do_request(method, endpoint, **{"timeout": REQUEST_SECONDS, **options})
 
         with _environment(dict.fromkeys(OVERRIDES)), self._told():
-            client = Client(target.address, headers=headers, verify=target.verify)
+            client = Client(target.address, headers=headers, verify=_authorities(target))
             if target.authentication == "token" and not target.headers:
                 self._refuse_open_cluster()
         return client
@@ -204,7 +204,7 @@ class RayBackend:
         import requests
 
         url = f"{self._target.address.rstrip('/')}/api/jobs/"
-        answer = requests.get(url, timeout=REQUEST_SECONDS, verify=self._target.verify)
+        answer = requests.get(url, timeout=REQUEST_SECONDS, verify=_authorities(self._target))
         if answer.status_code == 200:
             raise PreflightError(
                 f"{self._target.address} answers without a token: whoever reaches it may run anything there. Start the "
@@ -227,7 +227,7 @@ class RayBackend:
             ) from error
         except FileNotFoundError as error:
             raise PreflightError(f"{address}: the certificate cannot be checked ({error}). See `verify`.") from error
-        except (ConnectionError, requests.exceptions.RequestException) as error:
+        except (ConnectionError, ssl.SSLError, requests.exceptions.RequestException) as error:
             if why := _certificate(error):
                 raise PreflightError(
                     f"{address}: no TLS with it ({why}), so nothing was sent, the token neither. If the address is "
@@ -241,6 +241,13 @@ class RayBackend:
             if "Request failed with status code" in str(error):
                 raise PreflightError(f"{address}: {str(error)[:1000]}") from error
             raise
+
+
+def _authorities(target: RayTarget) -> bool | str:
+    """Whom to trust: what requests takes from the environment, said aloud, so that the log's websocket takes it too."""
+    if target.verify is not True:
+        return target.verify
+    return os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
 
 
 def _certificate(error: BaseException | None) -> str:

@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from nvembed.jobs import node_secrets
@@ -78,6 +80,40 @@ def test_a_command_gets_its_secrets_by_the_environment_only(aws: CloudTarget, tm
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [TOKEN, PASSWORD, KEY, False] and not done.stderr
     assert node_secrets.command_with_secrets(cloud({"type": "aws", "region": "r"}), "x") == "x"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_jobs_on_a_machine_have_them_and_nothing_else_shows_them(
+    aws: CloudTarget, start_head: Any, checkout: Path, tmp_path: Path
+) -> None:
+    """A real head, started as a machine of a cloud starts Ray: a job and its tasks see what was fetched."""
+    story = (checkout / "light.py").read_text()
+    seen = "ray.get(where.remote())\n    print('task sees', len(ray.get(sees.remote())), len(os.environ['NV_KEY']))"
+    task = "@ray.remote\n    def sees() -> str:\n        return os.environ['NV_TOKEN']\n\n    "
+    story = story.replace("@ray.remote", f"{task}@ray.remote", 1).replace("ray.get(where.remote())", seen, 1)
+    (checkout / "light.py").write_text(story)
+    with start_head(tmp_path, lambda line: node_secrets.command_with_secrets(aws, line)) as head:
+        (checkout / "target.yaml").write_text(
+            f"type: ray\naddress: {head.address}\noutputs: {tmp_path}/out\nsecrets: [NV_TOKEN, NV_PASSWORD, NV_KEY]\n"
+        )
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
+        environment |= {"RAY_AUTH_TOKEN": head.token, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "nvembed.cli", "submit", "target.yaml", "--", "python", "light.py"]
+        done = subprocess.run(
+            command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0 and f"task sees {len(TOKEN)} {len(KEY)}" in done.stdout, done.stdout + done.stderr
+        lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+        assert any("nvembed/hf" in line or str(head.temporary) in line for line in lines)
+        request = urllib.request.Request(f"{head.address}/api/jobs/", headers={"Authorization": f"Bearer {head.token}"})
+        known = urllib.request.urlopen(request, timeout=30).read().decode()
+        files = [path for path in (*head.temporary.rglob("*"), *tmp_path.rglob("*")) if path.is_file()]
+        assert len(files) > 20
+        texts = [*lines, known, done.stdout, done.stderr, *(path.read_bytes().decode("latin-1") for path in files)]
+        for value in (TOKEN, PASSWORD, KEY):
+            assert not any(value in text for text in texts), "in a command line, the Jobs API, a log or a file"
 
 
 @pytest.mark.slow
