@@ -17,7 +17,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class JobState:
-    """A job on a target. Times are ISO 8601, UTC; `exit_code` is the driver's own, None while it runs."""
+    """A job on a target. Times are ISO 8601, UTC; `exit_code` is the driver's own, None while it runs.
+
+    `message` is one line of the scheduler's: never the tail of the log, which may hold texts of the data.
+    """
 
     id: str
     state: str
@@ -65,6 +68,11 @@ class Backend(Protocol):
 
     def stop(self, job_id: str) -> None:
         """Ask the job to end."""
+
+
+def without_log(message: str | None) -> str:
+    """What a scheduler says of an ended job without the log that Ray appends to it."""
+    return (message or "").partition("\n")[0].partition(", last available logs")[0].strip()
 
 
 def refuse_if_alive(job: Job, states: Sequence[JobState]) -> None:

@@ -18,13 +18,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nvembed.fetch import NEVER
 from nvembed.jobs.backend import JobState, Preview, Say
 from nvembed.jobs.command import Job
 from nvembed.jobs.config import CloudTarget, Machine, RayTarget
+from nvembed.jobs.node_secrets import command_with_secrets
 from nvembed.jobs.plain_yaml import as_yaml
-from nvembed.jobs.ray_jobs import RayBackend, read_token
+from nvembed.jobs.ray_jobs import RayBackend, SilentError, read_token
 from nvembed.jobs.shm import object_store_bytes
 from nvembed.preflight import PreflightError
+from nvembed.storage import UserError
 
 HEAD = "head"
 TOKEN_ON_NODES = "/home/{user}/.ray/auth_token"
@@ -46,8 +49,10 @@ def render_cluster(target: CloudTarget, token_file: str) -> dict[str, Any]:
             "min_workers": group.min_workers,
             "max_workers": group.max_workers,
         }
-    start = "export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0; ulimit -n 65536; ray start"
-    start += f" --object-store-memory={object_store_bytes(target.shm)}"
+    prepare = "export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0; ulimit -n 65536; "
+    start = f"ray start --object-store-memory={object_store_bytes(target.shm)}"
+    start = prepare + command_with_secrets(target, start)
+    models = {place: str(Path(folder).expanduser().absolute()) for place, folder in target.models.items()}
     return {
         "cluster_name": target.cluster_name,
         "max_workers": sum(group.max_workers for group in target.workers),
@@ -62,7 +67,7 @@ def render_cluster(target: CloudTarget, token_file: str) -> dict[str, Any]:
         },
         "available_node_types": types,
         "head_node_type": HEAD,
-        "file_mounts": {TOKEN_ON_NODES.format(user=target.container_user): token_file},
+        "file_mounts": {TOKEN_ON_NODES.format(user=target.container_user): token_file, **models},
         "initialization_commands": _mount_bucket(target),
         # Ray's own defaults would install packages into the image's environment, which is root's.
         "setup_commands": [],
@@ -149,6 +154,7 @@ class CloudBackend:
             RayTarget(
                 address=address,
                 env_vars=target.env_vars,
+                secrets=tuple(target.secrets),  # the job looks whether its machine has them
                 working_dir=target.working_dir,
                 shared_paths=(target.mount_path,),
             )
@@ -156,10 +162,11 @@ class CloudBackend:
 
     def preview(self, job: Job) -> Preview:
         """The file for `ray up`, the steps, the job."""
+        check_models(self._target)
         cluster = render_cluster(self._target, str(token_file()))
         ray = self._ray.preview(job)
         steps = [
-            "ray up --yes --no-config-cache CLUSTER.yaml",
+            "ray up --yes --no-config-cache CLUSTER.yaml   # not while jobs run there: it starts Ray anew",
             f"ray dashboard CLUSTER.yaml --port {self._target.local_port}   # the tunnel",
             f"the job below, sent to http://127.0.0.1:{self._target.local_port}",
             "ray down CLUSTER.yaml   # yours to give: idle workers go by themselves, the head stays",
@@ -169,14 +176,30 @@ class CloudBackend:
         return Preview({"type": "cloud", "steps": steps, "cluster": cluster, "job": ray.value}, text)
 
     def submit(self, job: Job, say: Say) -> str:
-        """`ray up`, the tunnel, the job."""
-        self._ray.preview(job)  # whatever is wrong with it is told before machines are paid for
+        """`ray up` (unless jobs run there: it starts Ray anew, which would end them), the tunnel, the job."""
+        self.preview(job)  # whatever is wrong with it is told before machines are paid for
         make_token()
-        with self._written() as file:
-            say(f"ray up: {self._target.cluster_name}")
-            _run_ray("up", "--yes", "--no-config-cache", str(file))
+        name = self._target.cluster_name
+        if alive := self._alive(say):
+            say(f"{name}: no `ray up` while {', '.join(alive)} runs there; changes of the target wait for the next one")
+        else:
+            with self._written() as file:
+                say(f"ray up: {name}")
+                _run_ray("up", "--yes", "--no-config-cache", str(file))
         with self._tunnel():
             return self._ray.submit(job, say)
+
+    def _alive(self, say: Say) -> list[str]:
+        """Jobs that run on the cluster, anybody's; none where there is no cluster or no Ray on its head."""
+        with self._written() as file:
+            if _ask_ray("get-head-ip", str(file)):
+                return []
+        with self._tunnel():
+            try:
+                return self._ray.alive()
+            except SilentError:
+                say(f"{self._target.cluster_name}: has a head where no Ray answers")
+                return []
 
     def follow(self, job_id: str, write: Say, say: Say) -> int:
         """As on any Ray cluster."""
@@ -230,6 +253,21 @@ class CloudBackend:
                 process.wait(timeout=10)
 
 
+def check_models(target: CloudTarget) -> None:
+    """See that what is to be copied to the machines are model folders.
+
+    Raises:
+        UserError: no such folder, no model in it, or weights that are pickled: these are never loaded, so never sent.
+    """
+    for place, given in target.models.items():
+        folder = Path(given).expanduser()
+        if not (folder / "config.json").is_file():
+            raise UserError(f"models: {place}: {folder} is no model folder here (it has no config.json)")
+        pickled = sorted(path.name for path in folder.rglob("*") if path.name.endswith(NEVER))
+        if pickled:
+            raise UserError(f"models: {place}: {folder} holds {pickled[0]}; only safetensors are loaded. Take it out")
+
+
 def token_file() -> Path:
     """The file whose token the cluster is given: RAY_AUTH_TOKEN_PATH, else Ray's own ~/.ray/auth_token."""
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -262,9 +300,14 @@ def _reachable(port: int) -> bool:
 
 
 def _run_ray(*arguments: str) -> None:
+    if code := _ask_ray(*arguments, shown=True):
+        raise PreflightError(f"ray {arguments[0]} failed with {code}; see above. {HINT}")
+
+
+def _ask_ray(*arguments: str, shown: bool = False) -> int:
+    """Exit code of a command of Ray's."""
+    output = None if shown else subprocess.DEVNULL
     try:
-        done = subprocess.run(["ray", *arguments], check=False)
+        return subprocess.run(["ray", *arguments], stdout=output, stderr=output, check=False).returncode
     except FileNotFoundError as error:
         raise PreflightError(f"ray is not installed here. {HINT}") from error
-    if done.returncode:
-        raise PreflightError(f"ray {arguments[0]} failed with {done.returncode}; see above. {HINT}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed import storage
-from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget
+from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget, SlurmTarget
 from nvembed.jobs.sendable import leaks
 from nvembed.jobs.target import Target, inside, is_loopback
 from nvembed.recipe import Recipe, load_recipe
@@ -37,7 +37,8 @@ class Job:
         recipe_path, settings: as they were given; the path is "" for the story's own.
         recipe: checked and resolved.
         out: where the run writes; on storage that every node sees.
-        folder: where the command is to run.
+        folder: where the command is checked and rehearsed; for Ray and clouds its code travels.
+        code: the checkout whose code the job runs; None where that is an image's.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Job:
     recipe: Recipe
     out: str
     folder: Path
+    code: Path | None = None
 
     @property
     def base(self) -> str:
@@ -76,7 +78,7 @@ class Job:
             "nvembed_recipe_sha256": storage.hash_json(self.recipe.model_dump(mode="json")),
             "nvembed_fingerprint": self.fingerprint,
             "nvembed_out": self.out,
-            "git_revision": git_revision(self.folder) or "none",
+            "git_revision": (git_revision(self.code) if self.code else None) or "none",
             "user": _user(),
         }
 
@@ -121,7 +123,20 @@ def read_job(target: Target, command: Sequence[str]) -> Job:
         recipe,
         uri,
         folder,
+        _code(target, folder, script),
     )
+
+
+def _code(target: Target, folder: Path, script: str) -> Path | None:
+    """The checkout whose code the job runs."""
+    if isinstance(target, KubeRayTarget):
+        return None
+    if not isinstance(target, SlurmTarget):
+        return folder
+    code = Path(target.working_dir)
+    if code.is_dir() and not (code / script).is_file():
+        raise UserError(f"{script}: no such file in the target's working_dir, {code}, from where the job runs it")
+    return code
 
 
 def _inside(path: str, folder: Path) -> str:

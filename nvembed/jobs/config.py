@@ -229,6 +229,19 @@ class Gcp(Config):
     service_account: str | None = Field(None, description="E-mail of the account that may read and write the bucket.")
 
 
+class CloudSecret(Config):
+    """Where each machine finds a value when Ray starts there, with its own role: never the value."""
+
+    secret: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9/_+=.@:-]{1,512}$", description="Name (AWS: or ARN) in the cloud's secret manager."
+    )
+    parameter: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_./:-]{1,1024}$", description="AWS: name in Systems Manager's Parameter Store."
+    )
+    key: str | None = Field(None, pattern=r"^[-._a-zA-Z0-9]+$", description="Field of a secret that holds JSON.")
+    version: str = Field("latest", pattern=r"^(latest|[1-9][0-9]*)$", description="GCP: of the secret.")
+
+
 class Machine(Config):
     """A kind of node."""
 
@@ -262,6 +275,10 @@ class CloudTarget(TargetConfig):
     shm: str = Field("8g", pattern=r"^[0-9]+[kKmMgG]$", description="Size of /dev/shm, as docker takes it.")
     bucket: str = Field(pattern=r"^(s3|gs)://[a-z0-9][^\s@]*$", description="Object storage of the runs.")
     mount_path: AbsolutePath = Field("/mnt/nvembed", description="Where every node sees the bucket as files.")
+    secrets: dict[Variable, CloudSecret] = Field({}, description="Environment variable -> where machines find it.")
+    models: dict[AbsolutePath, str] = Field(
+        {}, description="Folder on every machine -> model folder here, copied there once by `ray up`."
+    )
     container_user: Word = "ray"
     working_dir: str = "."
     local_port: int = Field(8265, ge=1024, le=65535, description="Of the tunnel to the head's dashboard.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from typing import Any
 
@@ -105,7 +106,7 @@ def is_lost(error: BaseException) -> bool:
     import requests
     from ray.exceptions import RayError
 
-    if isinstance(error, RayError):
+    if isinstance(error, RayError | ssl.SSLCertVerificationError):  # aiohttp's own error is one of these too
         return False
     if isinstance(error, RuntimeError):  # Ray's: a socket that closed, or an answer with an error code
         return "status code 4" not in str(error)

@@ -19,10 +19,11 @@ from nvembed.jobs.backend import (
     Say,
     next_try,
     refuse_if_alive,
+    without_log,
 )
 from nvembed.jobs.command import Job
 from nvembed.jobs.config import KubeRayTarget
-from nvembed.jobs.kuberay_pods import JOB_LABEL, RECIPE_FILE, head_template, worker_template
+from nvembed.jobs.kuberay_pods import JOB_LABEL, RECIPE_FILE, head_template, submitter_template, worker_template
 from nvembed.jobs.plain_yaml import as_yaml
 from nvembed.jobs.shell import ToolError, patiently, run_tool
 from nvembed.jobs.shm import object_store_bytes
@@ -75,6 +76,7 @@ def render_ray_job(target: KubeRayTarget, job: Job, name: str) -> dict[str, Any]
         "metadata": job.metadata,
         "submissionMode": "K8sJobMode",
         "submitterConfig": {"backoffLimit": SUBMITTER_RETRIES},
+        "submitterPodTemplate": submitter_template(target, name),
         "backoffLimit": target.retries,  # each a new cluster; the same --out goes on where the last one stopped
         "activeDeadlineSeconds": round(target.deadline_hours * 3600),
         "shutdownAfterJobFinishes": True,
@@ -156,7 +158,20 @@ class KubeRayBackend:
         text = as_yaml(*render_manifests(self._target, job, name))
         self._kubectl("apply", "-f", "-", stdin=text)
         say(f"{name}: applied in namespace {self._target.namespace}")
+        try:
+            self._give_recipe_to(name)
+        except ToolError as error:  # the job runs all the same
+            say(f"note: delete configmap/{name} yourself when rayjob/{name} is deleted ({str(error).splitlines()[0]})")
         return name
+
+    def _give_recipe_to(self, name: str) -> None:
+        """Make the RayJob the owner of its ConfigMap, so that whoever deletes the one deletes both."""
+        uid = self._kubectl("get", f"rayjob/{name}", "-o", "jsonpath={.metadata.uid}").strip()
+        if not uid:
+            raise ToolError("kubectl told no uid of it")
+        owner = {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": name, "uid": uid}
+        patch = json.dumps({"metadata": {"ownerReferences": [owner]}})
+        self._kubectl("patch", f"configmap/{name}", "--type=merge", f"--patch={patch}")
 
     def follow(self, job_id: str, write: Say, say: Say) -> int:
         """The log until the RayJob has ended, retries included."""
@@ -216,14 +231,16 @@ def _state(item: dict[str, Any]) -> JobState:
     prefix = "nvembed.io/"
     notes = (item["metadata"].get("annotations") or {}).items()
     metadata = {key[len(prefix) :].replace("-", "_"): value for key, value in notes if key.startswith(prefix)}
-    message = " ".join(part for part in (deployment, status.get("reason", ""), status.get("message", "")) if part)
-    code = 0 if state == SUCCEEDED else _exit_code(status.get("message", "")) if state == FAILED else None
+    said = without_log(status.get("message"))
+    message = " ".join(part for part in (deployment, status.get("reason", ""), said) if part)
+    code = 0 if state == SUCCEEDED else _exit_code(said) if state == FAILED else None
     return JobState(
         item["metadata"]["name"], state, message, status.get("startTime"), status.get("endTime"), code, metadata
     )
 
 
 def _exit_code(message: str) -> int | None:
-    """Ray's message says `failed with exit code N`; KubeRay passes it on."""
-    found = re.search(r"exit code (\d+)", message)
-    return int(found.group(1)) if found else None
+    """Ray's message says `failed with exit code N` (a signal: -N); KubeRay passes it on."""
+    found = re.search(r"exit code (-?\d+)", message)
+    code = int(found.group(1)) if found else None
+    return 128 - code if code is not None and code < 0 else code

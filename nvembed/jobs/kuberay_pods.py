@@ -8,6 +8,8 @@ from nvembed.jobs.config import KubeRayTarget, Pod, WorkerGroup
 
 JOB_LABEL = "nvembed.io/job"
 CONTAINER = "ray"
+SUBMITTER = "ray-job-submitter"  # KubeRay's own name for it
+SUBMITTER_SIZE = {"cpu": "500m", "memory": "1Gi"}  # `ray job submit`, which then follows the log
 RECIPE_DIR = "/etc/nvembed"
 RECIPE_FILE = f"{RECIPE_DIR}/recipe.yaml"
 
@@ -36,11 +38,34 @@ print("storage", os.environ["NVEMBED_STORAGE"], "write, list and remove work")
 def head_template(target: KubeRayTarget, name: str) -> dict[str, Any]:
     """The head: never on nodes that may be taken away, as its loss ends the run."""
     template = _template(target, target.head, name, gpus=0, gpu_resource="")
-    away = [{"key": key, "operator": "NotIn", "values": [value]} for key, value in sorted(target.spot_labels.items())]
-    if away:
-        terms = {"nodeSelectorTerms": [{"matchExpressions": away}]}
-        template["spec"]["affinity"] = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
+    template["spec"] |= _lasting(target)
     return template
+
+
+def submitter_template(target: KubeRayTarget, name: str) -> dict[str, Any]:
+    """The pod that submits and follows the log: the same image, no secrets, account or volumes; placed as the head is.
+
+    KubeRay adds the command, the address and the cluster's token. Its loss ends the run as the head's does.
+    """
+    container = {
+        "name": SUBMITTER,
+        "image": target.image,
+        "resources": {"requests": dict(SUBMITTER_SIZE), "limits": dict(SUBMITTER_SIZE)},
+        "env": [{"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}],
+        "securityContext": _confined(),
+    }
+    spec = {"restartPolicy": "Never", "automountServiceAccountToken": False, "containers": [container]}
+    spec |= _person(target) | _place(target.head) | _lasting(target)
+    return {"metadata": {"labels": {JOB_LABEL: name}}, "spec": spec}
+
+
+def _lasting(target: KubeRayTarget) -> dict[str, Any]:
+    """Away from nodes that may be taken away."""
+    away = [{"key": key, "operator": "NotIn", "values": [value]} for key, value in sorted(target.spot_labels.items())]
+    if not away:
+        return {}
+    terms = {"nodeSelectorTerms": [{"matchExpressions": away}]}
+    return {"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}}
 
 
 def worker_template(target: KubeRayTarget, group: WorkerGroup, name: str) -> dict[str, Any]:
@@ -69,22 +94,38 @@ def _template(target: KubeRayTarget, pod: Pod, name: str, *, gpus: int, gpu_reso
         "initContainers": [check],
         "containers": [container],
         "volumes": _volumes(target, pod, name),
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": target.run_as_user,
-            "fsGroup": target.run_as_user,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        **_person(target),
+        **_place(pod),
     }
     if target.service_account:
         spec["serviceAccountName"] = target.service_account
+    spec["securityContext"] |= {
+        "fsGroup": target.run_as_user,
+        # not a chown of every file of the shared volume at each start of a pod
+        "fsGroupChangePolicy": "OnRootMismatch",
+    }
+    return {"metadata": {"labels": {JOB_LABEL: name}}, "spec": spec}
+
+
+def _person(target: KubeRayTarget) -> dict[str, Any]:
+    """Whom a pod runs as, and who may pull its image."""
+    spec: dict[str, Any] = {
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": target.run_as_user,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
+    }
     if target.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": secret} for secret in target.image_pull_secrets]
-    if pod.node_selector:
-        spec["nodeSelector"] = dict(pod.node_selector)
+    return spec
+
+
+def _place(pod: Pod) -> dict[str, Any]:
+    spec: dict[str, Any] = {"nodeSelector": dict(pod.node_selector)} if pod.node_selector else {}
     if pod.tolerations:
         spec["tolerations"] = [toleration.model_dump(exclude_none=True) for toleration in pod.tolerations]
-    return {"metadata": {"labels": {JOB_LABEL: name}}, "spec": spec}
+    return spec
 
 
 def _confined() -> dict[str, Any]:

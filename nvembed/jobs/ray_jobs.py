@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import ssl
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from nvembed.jobs.backend import (
     Say,
     next_try,
     refuse_if_alive,
+    without_log,
 )
 from nvembed.jobs.command import Job
 from nvembed.jobs.config import RayTarget
@@ -41,6 +43,10 @@ STATES = {"PENDING": PENDING, "RUNNING": RUNNING, "SUCCEEDED": SUCCEEDED, "FAILE
 OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's client prefers these to the address it is given
 TOKEN_FILE = ".ray/auth_token"
 REQUEST_SECONDS = 60.0
+
+
+class SilentError(PreflightError):
+    """Nothing answers at the address."""
 
 
 def render_request(target: RayTarget, job: Job, submission_id: str, working_dir: str) -> dict[str, Any]:
@@ -124,7 +130,7 @@ class RayBackend:
             details = follow_log(self._client(), job_id, write, say, self._target.reconnect_seconds)
         state = _state(details)
         code = exit_code(state)
-        why = f" ({state.message.splitlines()[0]})" if state.state == FAILED and state.message else ""
+        why = f" ({state.message})" if state.state == FAILED and state.message else ""
         say(f"{job_id}: {state.state}, exit code {code}{why}")
         return code
 
@@ -134,6 +140,14 @@ class RayBackend:
             found = self._client().list_jobs()
         ours = [details for details in found if "nvembed_fingerprint" in (details.metadata or {})]
         return [_state(details) for details in sorted(ours, key=lambda details: details.start_time or 0)]
+
+    def alive(self) -> list[str]:
+        """Every job that waits or runs there, also those that `nvembed submit` did not make."""
+        with self._told():
+            found = self._client().list_jobs()
+        return sorted(
+            str(details.submission_id or details.job_id) for details in found if not details.status.is_terminal()
+        )
 
     def logs(self, job_id: str) -> str:
         """What the driver wrote so far."""
@@ -180,7 +194,7 @@ class RayBackend:
                 return super()._do_request(method, endpoint, **{"timeout": REQUEST_SECONDS, **options})
 
         with _environment(dict.fromkeys(OVERRIDES)), self._told():
-            client = Client(target.address, headers=headers, verify=target.verify)
+            client = Client(target.address, headers=headers, verify=_authorities(target))
             if target.authentication == "token" and not target.headers:
                 self._refuse_open_cluster()
         return client
@@ -190,7 +204,7 @@ class RayBackend:
         import requests
 
         url = f"{self._target.address.rstrip('/')}/api/jobs/"
-        answer = requests.get(url, timeout=REQUEST_SECONDS, verify=self._target.verify)
+        answer = requests.get(url, timeout=REQUEST_SECONDS, verify=_authorities(self._target))
         if answer.status_code == 200:
             raise PreflightError(
                 f"{self._target.address} answers without a token: whoever reaches it may run anything there. Start the "
@@ -211,10 +225,15 @@ class RayBackend:
                 f"{address} refused the token ({str(error).splitlines()[0]}). RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH "
                 "must hold the token that the cluster was started with."
             ) from error
-        except (requests.exceptions.SSLError, FileNotFoundError) as error:
+        except FileNotFoundError as error:
             raise PreflightError(f"{address}: the certificate cannot be checked ({error}). See `verify`.") from error
-        except (ConnectionError, requests.exceptions.RequestException) as error:
-            raise PreflightError(
+        except (ConnectionError, ssl.SSLError, requests.exceptions.RequestException) as error:
+            if why := _certificate(error):
+                raise PreflightError(
+                    f"{address}: no TLS with it ({why}), so nothing was sent, the token neither. If the address is "
+                    "right, set `verify` to the file of the authority that signed its certificate."
+                ) from error
+            raise SilentError(
                 f"{address} cannot be reached ({str(error).splitlines()[0]}). Is the cluster up, its dashboard "
                 "started, the tunnel open?"
             ) from error
@@ -222,6 +241,24 @@ class RayBackend:
             if "Request failed with status code" in str(error):
                 raise PreflightError(f"{address}: {str(error)[:1000]}") from error
             raise
+
+
+def _authorities(target: RayTarget) -> bool | str:
+    """Whom to trust: what requests takes from the environment, said aloud, so that the log's websocket takes it too."""
+    if target.verify is not True:
+        return target.verify
+    return os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+
+
+def _certificate(error: BaseException | None) -> str:
+    """What OpenSSL said of the server's certificate; "" where that was not it. Ray's client hides it in the chain."""
+    while error is not None:
+        if isinstance(error, ssl.SSLError):
+            return str(getattr(error, "verify_message", "") or error.reason or error)
+        reason = error.args[0] if error.args else None
+        inner = getattr(reason, "reason", None)  # urllib3's MaxRetryError inside the one of requests
+        error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__
+    return ""
 
 
 def read_token(environment: Mapping[str, str] | None = None) -> str:
@@ -263,7 +300,7 @@ def _state(details: Any) -> JobState:
     return JobState(
         id=details.submission_id,
         state=STATES[str(details.status.value)],
-        message=details.message or "",
+        message=without_log(details.message),
         started=_time(details.start_time),
         ended=_time(details.end_time),
         exit_code=details.driver_exit_code,

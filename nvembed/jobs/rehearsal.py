@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 from nvembed.jobs.command import Job
+from nvembed.preflight import PreflightError
 from nvembed.storage import UserError
+
+ERRORS: dict[int, type[Exception]] = {2: UserError, 3: PreflightError}  # a story's exit codes; `submit` ends with them
 
 
 def rehearse(job: Job, *, as_json: bool) -> str:
@@ -22,12 +25,14 @@ def rehearse(job: Job, *, as_json: bool) -> str:
         or skip.
 
     Raises:
-        UserError: the story would refuse to begin.
+        UserError, PreflightError: the story would refuse to begin, with 2 or 3.
+        RuntimeError: it ended otherwise.
     """
     command = [sys.executable, *job.argv[1:], "--dry-run", *(["--json"] if as_json else [])]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=job.folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).removeprefix("error: ")
-        raise UserError(f"{job.story} would end with {done.returncode}: {said or 'it said nothing'}")
+        kind = ERRORS.get(done.returncode, RuntimeError)
+        raise kind(f"{job.story} would end with {done.returncode}: {said or 'it said nothing'}")
     return done.stdout

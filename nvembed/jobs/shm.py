@@ -22,6 +22,16 @@ def quantity_bytes(text: str) -> int:
     return int(float(number) * base ** _POWERS[unit.lower()])
 
 
+def memory_bytes(text: str) -> float:
+    """Bytes of a quantity of Kubernetes, whose small letters are thousandths: "16Gi", "1.5G", "1000m", "2Pi"."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([numkKMGTPE]?)(i?)", text)
+    if found is None:
+        raise ValueError(f"{text!r} is no quantity of Kubernetes")
+    number, unit, binary = found.groups()
+    power = {"n": -3, "u": -2, "m": -1, "": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}[unit]
+    return float(number) * (1024 if binary else 1000) ** power
+
+
 def object_store_bytes(shm: str) -> int:
     """Bytes of the object store for a /dev/shm of this size."""
     return int(SHARE * quantity_bytes(shm))

@@ -2,13 +2,19 @@
 
 `ray symmetric-run` runs on every node. Before the time limit Slurm tells the batch shell (SIGUSR1); the shell tells the
 story, which saves and ends, and the job is requeued: it goes on where it stopped. `scancel` does not requeue.
+
+What became of a job is known from three places: the queue, accounting (where it is on), and `jobs/<id>/` on the shared
+storage: `job.json` and `stopped` written here, `exit_code` by the job. Clusters without accounting forget ended jobs.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import stat
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +29,9 @@ from nvembed.recipe import resolved_yaml
 
 HINT = "Give the command on a login node of the cluster."
 POLL_SECONDS = 5.0
+ABOUT = "job.json"
+STOP_ASKED = "stopped"  # a job that never began leaves nothing else
+INTERRUPTED = 130
 EXPORTED = ("PATH", "HOME", "USER", "SHELL", "LANG", "MODULEPATH", "MODULESHOME", "LD_LIBRARY_PATH")
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 _RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "RESIZING", "SIGNALING", "STOPPED")
@@ -105,6 +114,27 @@ def _secrets(target: SlurmTarget) -> list[str]:
     return lines
 
 
+def check_secrets(target: SlurmTarget, say: Say) -> None:
+    """See before the queue, not after it, that the secrets will be there.
+
+    Raises:
+        PreflightError: a variable is not set here, or others may read the secrets' file.
+    """
+    if target.secrets_file is None:
+        if missing := [name for name in target.secrets if not os.environ.get(name)]:
+            raise PreflightError(
+                f"{', '.join(missing)}: not set here, from where the job takes it. Export it, or give a `secrets_file`."
+            )
+        return
+    try:
+        mode = stat.S_IMODE(os.stat(target.secrets_file).st_mode)
+    except OSError as error:
+        say(f"note: secrets_file {target.secrets_file} is not seen from here ({error.strerror}); the job looks for it")
+        return
+    if mode not in (0o600, 0o400):
+        raise PreflightError(f"secrets_file {target.secrets_file}: mode {mode:o}; run: chmod 600 {target.secrets_file}")
+
+
 def _head(target: SlurmTarget) -> str:
     if target.nodes == 1:
         return "127.0.0.1"  # nobody else has to reach it
@@ -131,6 +161,7 @@ class SlurmBackend:
 
     def submit(self, job: Job, say: Say) -> str:
         """`sbatch`; the id is Slurm's."""
+        check_secrets(self._target, say)
         refuse_if_alive(job, self.states())
         try:
             storage.make_directory(f"{self._target.shared_dir}/logs")
@@ -138,6 +169,9 @@ class SlurmBackend:
             raise PreflightError(f"shared_dir {self._target.shared_dir} cannot be written here ({error})") from error
         said = run_tool(self._command(job), hint=HINT, stdin=render_script(self._target, job))
         job_id = said.strip().partition(";")[0]
+        folder = self._folder(job_id)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        storage.write_json(str(folder / ABOUT), {"name": job.base, "metadata": job.metadata})
         say(f"{job_id}: submitted to Slurm as {job.base}; log: {self._log(job_id, job.base)}")
         return job_id
 
@@ -162,33 +196,56 @@ class SlurmBackend:
         for state in self.states():
             if state.id == job_id:
                 return state
-        code = self._exit_code(job_id)  # no accounting: what the job itself wrote
-        ended = FAILED if code is None or code else SUCCEEDED
-        return JobState(job_id, ended, "" if code is not None else "Slurm no longer knows it", exit_code=code)
+        return self._left(job_id)
 
     def states(self) -> list[JobState]:
-        """What the queue holds, and what accounting (where it is on) knows of the last 14 days."""
-        found = {}
+        """What our own files tell, accounting (where it is on) of the last 14 days, and above both the queue."""
+        names = [path.parent.name for path in Path(self._target.shared_dir, "jobs").glob(f"*/{ABOUT}")]
+        found = {name: self._left(name) for name in names if name.isdigit()}
         try:
             fields = "JobID,State,Start,End,ExitCode,JobName,Comment"
             said = run_tool(["sacct", "-X", "-n", "-P", "--starttime=now-14days", f"--format={fields}"], hint=HINT)
             for line in said.splitlines():
                 number, state, start, end, code, name, comment = line.split("|", 6)
                 if name.startswith("nvembed-"):
-                    kind = _kind(state.split()[0])
-                    known = self._exit_code(number)
-                    exit_code = (
-                        None if kind in (PENDING, RUNNING) else known if known is not None else int(code.split(":")[0])
-                    )
-                    found[number] = JobState(number, kind, state, _when(start), _when(end), exit_code, _about(comment))
+                    about = _about(comment) or (found[number].metadata if number in found else {})
+                    kind, ended = self._ended(number, _kind(state.split()[0]), code)
+                    found[number] = JobState(number, kind, state, _when(start), _when(end), ended, about)
         except PreflightError:
             pass  # accounting is off on many clusters
         said = run_tool(["squeue", "--me", "--noheader", "--format=%i|%T|%S|%r|%j|%k"], hint=HINT)
         for line in said.splitlines():
             number, kind, start, reason, name, comment = line.split("|", 5)
             if name.startswith("nvembed-"):
-                found[number] = JobState(number, _kind(kind), f"({reason})", _when(start), metadata=_about(comment))
+                about = _about(comment) or (found[number].metadata if number in found else {})
+                found[number] = JobState(number, _kind(kind), f"({reason})", _when(start), metadata=about)
         return sorted(found.values(), key=lambda state: int(state.id.split("_")[0]))
+
+    def _ended(self, job_id: str, kind: str, code: str) -> tuple[str, int | None]:
+        """State and exit code of what accounting tells. The story's own code is in its file; Slurm's 0 is not one where
+        Slurm says TIMEOUT, OUT_OF_MEMORY or NODE_FAIL."""
+        if kind in (PENDING, RUNNING):
+            return kind, None
+        known = self._exit_code(job_id)
+        if known == 0:  # whatever befell the job after its story
+            return SUCCEEDED, 0
+        if known is None:
+            known = _accounted(code)
+        return kind, None if kind != SUCCEEDED and known == 0 else known
+
+    def _left(self, job_id: str) -> JobState:
+        """A job that Slurm tells nothing of, by what it left on the shared storage."""
+        folder, code = self._folder(job_id), self._exit_code(job_id)
+        try:
+            about = json.loads((folder / ABOUT).read_bytes())["metadata"]
+        except (OSError, ValueError, KeyError, TypeError):
+            about = {}
+        state = {0: SUCCEEDED, INTERRUPTED: STOPPED}.get(FAILED_CODE if code is None else code, FAILED)
+        if code is None and (folder / STOP_ASKED).exists():
+            state = STOPPED
+        message = "" if code is not None else "ended without a word; Slurm no longer knows it"
+        times = _changed(folder / "recipe.yaml"), _changed(folder / "exit_code")
+        return JobState(job_id, state, message, *times, code, {str(key): str(value) for key, value in about.items()})
 
     def logs(self, job_id: str) -> str:
         """The log file, which lies on the shared storage."""
@@ -198,14 +255,18 @@ class SlurmBackend:
     def stop(self, job_id: str) -> None:
         """`scancel`: the story is told to stop, and nothing is requeued."""
         run_tool(["scancel", job_id], hint=HINT)
+        if self._folder(job_id).is_dir():
+            (self._folder(job_id) / STOP_ASKED).touch()
 
     def _log(self, job_id: str, name: str) -> str:
         return f"{self._target.shared_dir}/logs/{name}-{job_id}.log"
 
+    def _folder(self, job_id: str) -> Path:
+        return Path(self._target.shared_dir, "jobs", job_id)
+
     def _exit_code(self, job_id: str) -> int | None:
-        path = Path(self._target.shared_dir, "jobs", job_id, "exit_code")
         try:
-            return int(path.read_text())
+            return int((self._folder(job_id) / "exit_code").read_text())
         except (OSError, ValueError):
             return None
 
@@ -218,6 +279,21 @@ def _kind(state: str) -> str:
     if state.startswith("CANCELLED"):
         return STOPPED
     return SUCCEEDED if state == "COMPLETED" else FAILED
+
+
+def _accounted(code: str) -> int:
+    """Accounting's `code:signal` as a shell says it; 0 where the signal is none of a system's (125 means memory)."""
+    number, _, signal = code.partition(":")
+    if number != "0":
+        return int(number)
+    return 128 + int(signal) if signal.isdigit() and 0 < int(signal) < 65 else 0
+
+
+def _changed(path: Path) -> str | None:
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    except OSError:
+        return None
 
 
 def _when(said: str) -> str | None:

@@ -13,6 +13,9 @@ job_dir=@SHARED@/jobs/$SLURM_JOB_ID
 temp=@TEMP@/nv-$SLURM_JOB_ID
 mkdir -p "$job_dir"
 rm -f "$job_dir/exit_code" "$job_dir/driver.pid"
+# However this ends, its code is on the shared storage: not every cluster keeps accounts. The story's own goes first.
+leave_code() { code=$?; [ -f "$job_dir/exit_code" ] || echo "$code" > "$job_dir/exit_code"; }
+trap leave_code EXIT
 @SECRETS@
 set +u  # the files of others may read what is not set
 @SETUP@

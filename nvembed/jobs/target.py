@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget, SlurmTarget
 from nvembed.jobs.sendable import leaks, wrong_variables
+from nvembed.jobs.shm import memory_bytes
 from nvembed.recipe import RecipeError, read_yaml
 from nvembed.recipe_text import Document, Path, Problem, nearest, parse
 from nvembed.recipe_validate import validate
@@ -19,6 +20,7 @@ KINDS: dict[str, type[Target]] = {
     "slurm": SlurmTarget,
     "cloud": CloudTarget,
 }
+LEFT_BYTES = 2**30  # of a pod's memory beside /dev/shm: Ray and one worker
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -110,11 +112,22 @@ def inside(path: str, root: str) -> bool:
     return ".." not in path.split("/") and (path == root or path.startswith(root.rstrip("/") + "/"))
 
 
+def _shm_fits(pod: Any, here: Path, document: Document) -> Iterator[Problem]:
+    shm, memory = memory_bytes(pod.shm), memory_bytes(pod.memory)
+    if memory - shm < LEFT_BYTES:
+        said = (
+            f"shm {pod.shm} is counted as memory of the pod, so {pod.memory} leaves {max(0, memory - shm) / 2**30:.2f} "
+            "GiB for everything else; raise memory or lower shm"
+        )
+        yield Problem(document.position(here), here, said)
+
+
 def _check_kuberay(target: Any, document: Document) -> list[Problem]:
-    problems = []
+    problems = list(_shm_fits(target.head, ("head",), document))
     names = [group.name for group in target.workers]
     for index, group in enumerate(target.workers):
         here: Path = ("workers", index)
+        problems += _shm_fits(group, here, document)
         if group.min_workers > group.max_workers:
             said = f"min_workers {group.min_workers} is more than max_workers {group.max_workers}"
             problems.append(Problem(document.position(here), here, said))
@@ -162,7 +175,28 @@ def _check_cloud(target: Any, document: Document) -> list[Problem]:
             here: Path = ("workers", index)
             said = f"min_workers {group.min_workers} is more than max_workers {group.max_workers}"
             problems.append(Problem(document.position(here), here, said))
-    return problems
+    for place in target.models:
+        if inside(place, target.mount_path) or ".." in place.split("/"):
+            said = f"a folder of the machine's own is wanted, not one below the bucket's mount, {target.mount_path}"
+            problems.append(Problem(document.position(("models", place), key=True), ("models", place), said))
+    return [*problems, *_cloud_secrets(target, document)]
+
+
+def _cloud_secrets(target: Any, document: Document) -> Iterator[Problem]:
+    aws = target.provider.type == "aws"
+    for name, secret in target.secrets.items():
+        here: Path = ("secrets", name)
+        said = ""
+        if (secret.secret is None) == (secret.parameter is None):
+            said = "say where it lies: `secret`, or `parameter` (AWS only)"
+        elif secret.parameter is not None and not aws:
+            said = "`parameter` is AWS's Parameter Store; on gcp name a `secret`"
+        elif secret.version != "latest" and aws:
+            said = "`version` is of GCP's secrets; AWS gives the current one"
+        elif name in target.env_vars:
+            said = "also in env_vars; keep one"
+        if said:
+            yield Problem(document.position(here, key=True), here, said)
 
 
 _CHECKS: dict[str, Callable[[Any, Document], list[Problem]]] = {

@@ -3,13 +3,15 @@
 import json
 import os
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,12 +108,25 @@ class Head:
     address: str
     token: str
     log: Path
+    temporary: Path
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """`ray start --head --block` on free ports of loopback, with its own temp dir, token and dashboard."""
-    folder = tmp_path_factory.mktemp("head")
+    with running_head(tmp_path_factory.mktemp("head")) as found:
+        yield found
+
+
+@pytest.fixture
+def start_head() -> Callable[..., AbstractContextManager[Head]]:
+    """For a head that is started otherwise: see `running_head`."""
+    return running_head
+
+
+@contextmanager
+def running_head(folder: Path, wrap: Callable[[str], str] = str) -> Iterator[Head]:
+    """A head of its own, `wrap` around the shell command that starts it; nothing of it is left."""
     temporary = Path("/tmp") / f"nvr-{secrets.token_hex(3)}"  # sockets: the path must be short
     token, dashboard = secrets.token_hex(16), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -127,12 +142,13 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         f"--temp-dir={temporary}", "--num-cpus=3", f"--object-store-memory={100 * 2**20}", "--disable-usage-stats",
     ]  # fmt: skip
     log = folder / "head.log"
+    line = ["bash", "-c", f"exec {wrap(shlex.join(command))}"]
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+        process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=folder)
     address = f"http://127.0.0.1:{dashboard}"
     try:
         _await_dashboard(address, token, process, log)
-        yield Head(address, token, log)
+        yield Head(address, token, log, temporary)
     finally:
         below = _tree(process.pid)
         process.send_signal(signal.SIGTERM)

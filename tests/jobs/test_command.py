@@ -124,6 +124,12 @@ def test_the_recipe_is_the_one_below_the_working_directory(checkout: Path, tmp_p
     command = ["python", "light.py", "recipes/light.yaml", "--out", "/o"]
     assert read_job(there, command).name == "elsewhere"
     assert read_job(LOCAL, command).name == "light"
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
+    subprocess.run([*git, "commit", "-qam", "another"], cwd=other, check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=other, capture_output=True, text=True, check=True)
+    assert read_job(there, command).metadata["git_revision"] == head.stdout.strip(), "of the code that runs"
+    assert read_job(LOCAL, command).metadata["git_revision"] != head.stdout.strip()
+    assert read_job(KUBERAY, [*command[:-1], "/shared/o"]).metadata["git_revision"] == "none", "the image's code runs"
 
 
 def test_outputs_on_shared_storage(checkout: Path) -> None:

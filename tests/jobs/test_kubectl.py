@@ -19,6 +19,7 @@ case "$*" in
   *"apply -f -"*) cat > $here/applied.yaml ;;
   *"get rayjobs"*) cat $here/items.json ;;
   *"get rayjob "*) cat $here/item.json ;;
+  *"get rayjob/"*) printf uid-1 ;;
   *"logs job/"*) printf 'line 1\\nline 2\\n' ;;
 esac
 """
@@ -56,9 +57,13 @@ def test_apply_list_follow_and_delete(kubectl: Path) -> None:
     story = ("--", "python", "light.py")
     code, said, notes = run("submit", "t.yaml", "--no-wait", *story)
     assert code == 0 and said.strip().startswith("nvembed-light-"), notes
-    assert (kubectl / "said").read_text().splitlines()[-1] == "--context prod -n team apply -f -"
+    asked = (kubectl / "said").read_text().splitlines()
+    assert "--context prod -n team apply -f -" in asked
     name = item(kubectl, jobStatus="RUNNING", jobDeploymentStatus="Running")
     assert name == said.strip()
+    patch = asked[-1].partition(f"patch configmap/{name} --type=merge --patch=")[2]
+    owner = {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": name, "uid": "uid-1"}
+    assert json.loads(patch) == {"metadata": {"ownerReferences": [owner]}}, "who deletes the RayJob deletes its recipe"
     code, _, notes = run("submit", "t.yaml", *story)
     assert code == 2 and f"this run is running as {name}" in notes
     assert f"{name}  running" in run("jobs", "list", "t.yaml")[1]
@@ -106,6 +111,27 @@ def test_what_kuberay_says_of_a_job(kubectl: Path, status: str, deployment: str,
     name = run("submit", "t.yaml", "--no-wait", "--", "python", "light.py")[1].strip()
     item(kubectl, jobStatus=status, jobDeploymentStatus=deployment)
     assert f"{name}  {state}" in run("jobs", "list", "t.yaml")[1]
+
+
+def test_the_end_of_the_log_is_in_no_message(kubectl: Path) -> None:
+    """Ray appends it to the job's message and KubeRay passes that on; it may hold texts of the data."""
+    name = run("submit", "t.yaml", "--no-wait", "--", "python", "light.py")[1].strip()
+    tail = "Job entrypoint command failed with exit code -9, last available logs (truncated to 20,000 chars):\n"
+    item(kubectl, jobStatus="FAILED", jobDeploymentStatus="Failed", message=f"{tail}a private text\nexit code 5")
+    shown = [run("jobs", what, "t.yaml", *more) for what in ("list", "status") for more in ((), ("--json",))]
+    assert all(code == 0 and "private" not in said + notes for code, said, notes in shown)
+    assert json.loads(shown[-1][1])["message"] == "Failed Job entrypoint command failed with exit code -9"
+    code, said, notes = run("jobs", "logs", "t.yaml", name, "--follow")
+    assert code == 137 and "private" not in said + notes, "killed by signal 9, as a shell says it"
+
+
+def test_a_cluster_that_lets_nobody_patch_runs_the_job_all_the_same(kubectl: Path) -> None:
+    stub = (kubectl / "kubectl").read_text()
+    (kubectl / "kubectl").write_text(
+        stub.replace('case "$*" in', 'case "$*" in *patch*) echo forbidden >&2; exit 1 ;; esac\ncase "$*" in', 1)
+    )
+    code, said, notes = run("submit", "t.yaml", "--no-wait", "--", "python", "light.py")
+    assert code == 0 and f"delete configmap/{said.strip()} yourself" in notes and "forbidden" in notes
 
 
 def test_kubectls_own_words_are_passed_on(kubectl: Path) -> None:

@@ -4,8 +4,10 @@ import contextlib
 import http.server
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -67,12 +69,13 @@ class Nvembed:
 
 
 class Wire:
-    """A TCP proxy to the head that can be cut: a network that goes away and comes back."""
+    """A TCP proxy to the head that can be cut: a network that goes away and comes back; with `tls`, what ends TLS."""
 
-    def __init__(self, port: int) -> None:
-        self._port, self._open, self.up = port, list[socket.socket](), True
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self._port, self._open, self.up, self._tls = port, list[socket.socket](), True, tls
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.address = f"{'https' if tls else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.refused = list[str]()  # what went wrong in handshakes
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -84,6 +87,13 @@ class Wire:
             if not self.up:
                 near.close()
                 continue
+            if self._tls is not None:
+                try:
+                    near = self._tls.wrap_socket(near, server_side=True)
+                except OSError as error:
+                    self.refused.append(str(error))
+                    near.close()
+                    continue
             far = socket.create_connection(("127.0.0.1", self._port))
             self._open += [near, far]
             for source, sink in ((near, far), (far, near)):
@@ -204,6 +214,70 @@ def test_wrong_and_missing_tokens_and_a_cluster_that_is_not_there(nvembed: Nvemb
     assert nvembed.states() == before, "nothing was sent"
 
 
+def authority(folder: Path, name: str) -> tuple[Path, Path, Path]:
+    """A private authority by openssl, and what it signed for 127.0.0.1: its certificate, the server's and its key."""
+    folder.mkdir(exist_ok=True)
+    own, own_key, server, key = (folder / f"{name}{end}" for end in (".crt", ".key", "-server.crt", "-server.key"))
+    new = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    usage = ["-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign,cRLSign"]
+    run([*new, "-subj", f"/CN={name}", *usage[2:], "-keyout", str(own_key), "-out", str(own)])
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"]
+    signed = ["-CA", str(own), "-CAkey", str(own_key), "-subj", "/CN=head", *names]
+    run([*new, *signed, "-keyout", str(key), "-out", str(server)])
+    return own, server, key
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_cluster_behind_tls_with_an_authority_of_its_own(nvembed: Nvembed, head: Any, tmp_path: Path) -> None:
+    """A real head behind what ends TLS. With the wrong authority the token does not leave this machine."""
+    if shutil.which("openssl") is None:
+        pytest.skip("makes its certificates with openssl")
+    own, server, key = authority(tmp_path / "tls", "ours")
+    other, _, _ = authority(tmp_path / "tls", "others")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(server, key)
+    wire = Wire(int(head.address.rpartition(":")[2]), tls)
+    plain = nvembed.target.read_text().replace(head.address, wire.address) + f"shared_paths: [{nvembed.out}]\n"
+    nvembed.target.write_text(f"{plain}verify: {own}\n")
+    said, notes = nvembed.submit("light")
+    assert "attempt 1 of light" in said and "succeeded, exit code 0" in notes, "the log's websocket too"
+    assert not wire.refused
+    nvembed.target.write_text(plain)
+    said, _ = nvembed("jobs", "logs", "TARGET", "--follow", REQUESTS_CA_BUNDLE=str(own))
+    assert "attempt 1 of light" in said, "as requests and curl take it; the websocket too"
+    mistakes = {f"verify: {other}\n": "certificate verify failed", "": "certificate verify failed"}
+    for verify, why in mistakes.items():
+        nvembed.target.write_text(plain + verify)
+        for command in (("submit", "TARGET", "--", "python", "light.py"), ("jobs", "list", "TARGET")):
+            started = time.monotonic()
+            _, told = nvembed(*command, code=3)
+            assert f"{wire.address}: no TLS with it" in told and why in told and "`verify`" in told
+            assert time.monotonic() - started < 60, "asking again would not help"
+    assert len(wire.refused) >= 4, "it came as far as the certificate, and no further"
+    nvembed.target.write_text(f"{plain}verify: {tmp_path}/none.crt\n")
+    assert "the certificate cannot be checked" in nvembed("jobs", "list", "TARGET", code=3)[1]
+    nvembed.target.write_text(plain.replace("https://", "http://") + "plain_http: true\n")
+    assert "cannot be reached" in nvembed("jobs", "list", "TARGET", code=3)[1]
+    nvembed.target.write_text(f"{plain}verify: {own}\n".replace(wire.address, head.address.replace("http", "https")))
+    assert "no TLS with it" in nvembed("jobs", "list", "TARGET", code=3)[1], "plain http where TLS is expected"
+    wire.close()
+
+
 def test_a_cluster_that_answers_without_a_token_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server is a stub that answers everybody, as a Ray head with RAY_AUTH_MODE=disabled does."""
     from nvembed.jobs.config import RayTarget
@@ -266,6 +340,26 @@ def test_a_cloud_job_is_ray_up_then_the_same_job(nvembed: Nvembed, head: Any, tm
         env=nvembed.environment, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0 and "attempt 1 of cloudy" in done.stdout, done.stderr
-    assert (stubs / "said").read_text().startswith("up --yes --no-config-cache ")
+    steps = [line.rpartition(" ")[0] for line in (stubs / "said").read_text().splitlines()]
+    assert steps == ["get-head-ip", "up --yes --no-config-cache"]
     written = (stubs / "trial.yaml").read_text()
     assert "InstanceMarketOptions" in written and head.token not in written + done.stdout + done.stderr
+    waits = nvembed.start("submit", "TARGET", "--", "python", "light.py", "--set", "name=waits")
+    assert waits.stdout is not None
+    while "same node" not in (line := waits.stdout.readline()):
+        assert line or waits.poll() is None, waits.communicate()
+    ups = (stubs / "said").read_text().count("up --yes")
+    done = subprocess.run(
+        nvembed._line(("submit", "TARGET", "--no-wait", "--", *story[:-1], "name=beside")),
+        capture_output=True, text=True, cwd=nvembed.checkout, env=nvembed.environment, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0 and "no `ray up` while nvembed-waits-" in done.stderr, done.stderr
+    assert (stubs / "said").read_text().count("up --yes") == ups, "it starts Ray anew and would end the other's job"
+    alive = json.loads(nvembed("jobs", "list", "TARGET", "--json")[0])
+    nvembed(
+        "jobs",
+        "stop",
+        "TARGET",
+        next(job["id"] for job in alive if "nvembed-waits-" in job["id"] and job["state"] == "running"),
+    )
+    assert waits.wait(timeout=60) == 130

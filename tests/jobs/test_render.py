@@ -18,7 +18,7 @@ from nvembed.jobs.config import CloudTarget, KubeRayTarget, SlurmTarget
 from nvembed.jobs.kuberay import _state, render_manifests
 from nvembed.jobs.kuberay_pods import CHECK_FILES
 from nvembed.jobs.plain_yaml import as_yaml
-from nvembed.jobs.shm import object_store_bytes, quantity_bytes
+from nvembed.jobs.shm import memory_bytes, object_store_bytes, quantity_bytes
 from nvembed.jobs.slurm import render_script
 from nvembed.jobs.target import load_target
 from nvembed.recipe import load_recipe
@@ -96,7 +96,28 @@ def test_the_shipped_ray_job_fits_the_published_schema(schema: dict[str, Any]) -
         assert secret == {
             "name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "nvembed-secrets", "key": "hf-token"}}
         }  # fmt: skip
+        assert pod["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch", "no chown of the whole claim"
     assert worker["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
+
+
+def test_the_pod_that_submits_has_what_it_needs_and_no_more(schema: dict[str, Any]) -> None:
+    shipped = load_target(str(ROOT / "cluster/kuberay.yaml"))
+    more = {"service_account": "writes-buckets", "secrets_from": ("all",), "image_pull_secrets": ("pull",)}
+    target = shipped.model_copy(update=more)
+    assert isinstance(target, KubeRayTarget)
+    _, ray_job = render_manifests(target, JOB, "n")
+    assert faults(ray_job, schema) == []
+    head = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert "hf-token" in json.dumps(head) and head["serviceAccountName"] == "writes-buckets"
+    pod = ray_job["spec"]["submitterPodTemplate"]["spec"]
+    [container] = pod["containers"]
+    assert container["image"] == target.image and "command" not in container, "KubeRay gives the command"
+    assert pod["restartPolicy"] == "Never", "a Job takes no other; KubeRay sets it in its own template only"
+    assert pod["affinity"] == head["affinity"] and pod["imagePullSecrets"] == [{"name": "pull"}]
+    assert container["resources"]["limits"] == container["resources"]["requests"]
+    assert [variable["name"] for variable in container["env"]] == ["RAY_USAGE_STATS_ENABLED"]
+    assert not {"envFrom", "volumeMounts"} & set(container) and not {"volumes", "serviceAccountName"} & set(pod)
+    assert pod["automountServiceAccountToken"] is False and "nvembed-secrets" not in json.dumps(pod)
 
 
 def test_the_walker_refuses_what_the_api_server_would_drop(schema: dict[str, Any]) -> None:
@@ -113,7 +134,12 @@ def test_the_walker_refuses_what_the_api_server_would_drop(schema: dict[str, Any
 
 
 WORKER = st.fixed_dictionaries(
-    {"gpus": st.integers(0, 8), "min_workers": st.integers(0, 2), "max_workers": st.integers(2, 4)},
+    {
+        "gpus": st.integers(0, 8),
+        "memory": st.just("32Gi"),
+        "min_workers": st.integers(0, 2),
+        "max_workers": st.integers(2, 4),
+    },
     optional={
         "node_selector": st.just({"a/b": "c"}),
         "tolerations": st.lists(
@@ -242,6 +268,11 @@ def test_sizes_of_kubernetes_and_docker(text: str, size: int) -> None:
     assert quantity_bytes(text) == size and object_store_bytes(text) == int(0.9 * size)
 
 
+@pytest.mark.parametrize(("text", "size"), [("16Gi", 2**34), ("1.5G", 1.5e9), ("1500m", 1.5), ("2Pi", 2**51), ("7", 7)])
+def test_quantities_of_kubernetes(text: str, size: float) -> None:
+    assert memory_bytes(text) == pytest.approx(size)
+
+
 # -- clouds -----------------------------------------------------------------------------------------------------------
 
 
@@ -266,5 +297,7 @@ def test_ray_up_files_fit_rays_own_schema(name: str) -> None:
     # as `ray up` fills keys that are not there: with pip installs that the image's user may not make
     assert not any(cluster[f"{kind}setup_commands"] for kind in ("", "head_", "worker_"))
     assert cluster["file_mounts"] == {"/home/ray/.ray/auth_token": "/home/me/.ray/auth_token"}
+    for starts in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
+        assert " python -m nvembed.jobs.node_secrets HF_TOKEN=" in starts[1] and " -- ray start " in starts[1]
     assert any("rclone mount" in line and target.bucket.partition("://")[2] in line
                for line in cluster["initialization_commands"])  # fmt: skip

@@ -76,6 +76,15 @@ def test_a_story_that_would_not_begin_is_told_before_the_job(checkout: Path) -> 
     assert code == 2 and not shown and "light.py would end with 2" in said and "report.json that no run made" in said
 
 
+@pytest.mark.parametrize(("ends", "code"), [(2, 2), (3, 3), (1, 4), (5, 4)])
+def test_a_dry_run_ends_as_the_storys_own_would(checkout: Path, ends: int, code: int) -> None:
+    """The story itself says how; what is neither a mistake nor a preflight is a failure."""
+    story = (checkout / "light.py").read_text()
+    (checkout / "light.py").write_text(story.replace("raise SystemExit(tell(", f"raise SystemExit({ends} or tell("))
+    said = run("submit", str(ROOT / "cluster/local.yaml"), "--dry-run", "--", "python", "light.py")
+    assert said[0] == code and f"light.py would end with {ends}" in said[2] and not said[1]
+
+
 def test_mistakes_end_with_2_and_hold_no_secret(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "canary-4")
     (checkout / "t.yaml").write_text("type: ray\naddress: canary-4\noutputs: /o\n")

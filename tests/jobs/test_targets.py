@@ -51,6 +51,8 @@ WRONG = [
     (RAY + "env_vars: {NOTE: hf_abcdefghijklmnop1234}\n", ["NOTE: holds what has the shape of an access token"]),
     (SLURM + "setup: ['export X=hf_abcdefghijklmnop1234']\n", ["setup.0: holds what has the shape of an access token"]),
     (KUBERAY + "head: {shm: 8gigs}\n", ["head.shm", "8gigs"]),
+    (KUBERAY + "head: {memory: 8Gi, shm: 8Gi}\n", ["head: shm 8Gi is counted as memory of the pod", "leaves 0.00"]),
+    (KUBERAY + "workers: [{memory: 16G, shm: 14Gi}]\n", ["workers.0: shm 14Gi", "leaves 0.90 GiB"]),
     (KUBERAY + "outputs: /other/x\n", ["not below the storage, /shared"]),
     (KUBERAY + "outputs: /shared/../x\n", ["not below the storage, /shared"]),
     (KUBERAY + "ttl_seconds: 0\n", ["ttl_seconds: 0: must be greater than or equal to 60"]),
@@ -62,6 +64,13 @@ WRONG = [
     (SLURM.replace("/s", "'/s; rm x'"), ["shared_dir"]),
     (CLOUD.replace("s3://", "gs://"), ["on aws a bucket begins with s3://"]),
     (CLOUD + "outputs: s3://b/x\n", ["not below mount_path"]),
+    (CLOUD + "secrets: {A: {key: x}, B: {secret: s, parameter: p}, C: {secret: s, version: '3'}}\n",
+     ["3 problems", "A: say where it lies", "B: say where it lies", "C: `version` is of GCP's"]),
+    (CLOUD.replace("aws, region: r", "gcp, project: p, region: r, zone: z").replace("s3://", "gs://")
+     + "secrets: {A: {parameter: p}}\n", ["A: `parameter` is AWS's"]),
+    (CLOUD + "secrets: {A: hunter2}\n", ["secrets.A"]),
+    (CLOUD + "secrets: {A: {secret: s}}\nenv_vars: {A: x}\n", ["A: also in env_vars; keep one"]),
+    (CLOUD + "models: {/mnt/nvembed/m: m}\n", ["not one below the bucket's mount"]),
 ]  # fmt: skip
 
 
