@@ -112,12 +112,6 @@ class Best:
         self.scores_QK[touched[rows[first]], rank[first]] = scores[first]
         self.ids_QK[touched[rows[first]], rank[first]] = ids[first]
 
-    def merge(self, other: Best) -> Best:
-        """This list with another one of other documents; both may be used up."""
-        rows, columns = np.isfinite(other.scores_QK).nonzero()
-        self.add(rows, other.scores_QK[rows, columns], other.ids_QK[rows, columns])
-        return self
-
 
 def tree_merge(items: Iterable[Item], merge: Callable[[Item, Item], Item]) -> Item | None:
     """Merge a stream pairwise, like with like: every item passes through log2(n) merges, and no more than log2(n) wait.

@@ -221,6 +221,11 @@ def test_search_vectors_says_what_is_wrong_and_pads():
 def test_parts_merged_as_a_tree_equal_the_whole():
     from nvembed.retrieval.search_merge import tree_merge
 
+    def merge(left, right):
+        rows, columns = np.isfinite(right.scores_QK).nonzero()
+        left.add(rows, right.scores_QK[rows, columns], right.ids_QK[rows, columns])
+        return left
+
     generator = np.random.default_rng(2)
     documents = generator.integers(-2, 3, (300, 6)).astype(np.float32)  # many ties
     query = generator.integers(-2, 3, (9, 6)).astype(np.float32)
@@ -229,7 +234,7 @@ def test_parts_merged_as_a_tree_equal_the_whole():
     for parts in (1, 2, 3, 7, 16):
         cut = np.array_split(np.arange(300), parts)
         lists = (search_shards(query, [(ids[part], documents[part])], plain=12).plain for part in cut)
-        merged = tree_merge(lists, lambda left, right: left.merge(right))
+        merged = tree_merge(lists, merge)
         assert merged.scores_QK.tobytes() == whole.scores_QK.tobytes()
         assert merged.ids_QK.tolist() == whole.ids_QK.tolist()
     assert tree_merge(iter([]), max) is None
