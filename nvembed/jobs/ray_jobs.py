@@ -253,8 +253,10 @@ def _authorities(target: RayTarget) -> bool | str:
 def _certificate(error: BaseException | None) -> str:
     """What OpenSSL said of the server's certificate; "" where that was not it. Ray's client hides it in the chain."""
     while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"certificate verify failed: {getattr(error, 'verify_message', '') or error}"
         if isinstance(error, ssl.SSLError):
-            return str(getattr(error, "verify_message", "") or error.reason or error)
+            return str(error.reason or error)
         reason = error.args[0] if error.args else None
         inner = getattr(reason, "reason", None)  # urllib3's MaxRetryError inside the one of requests
         error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__

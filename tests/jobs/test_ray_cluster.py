@@ -355,6 +355,7 @@ def test_a_cloud_job_is_ray_up_then_the_same_job(nvembed: Nvembed, head: Any, tm
     )  # fmt: skip
     assert done.returncode == 0 and "no `ray up` while nvembed-waits-" in done.stderr, done.stderr
     assert (stubs / "said").read_text().count("up --yes") == ups, "it starts Ray anew and would end the other's job"
+    nvembed.environment["RAY_AUTH_TOKEN"] = head.token  # the same as in the file; looked for in what is said
     alive = json.loads(nvembed("jobs", "list", "TARGET", "--json")[0])
     nvembed(
         "jobs",

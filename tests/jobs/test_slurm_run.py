@@ -102,7 +102,7 @@ def test_a_job_runs_under_symmetric_run_and_its_token_is_nobodys(slurm: Path, tm
     assert "attempt 1 of looks" in said and "cpus 3.0" in said and "77: succeeded, exit code 0" in said
     assert "token 0o600 0" in said, "readable by the owner only, and on no command line"
     left = sorted(path.name for path in (tmp_path / "shared/jobs/77").iterdir())
-    assert left == ["driver.sh", "exit_code", "recipe.yaml"]
+    assert left == ["driver.sh", "exit_code", "job.json", "recipe.yaml"]
     assert not (slurm / "requeues").exists()
     assert os.listdir(os.environ["NODE_TEMP"]) == [], "the node is left clean"
     code, said = run(submit("wrong"))
