@@ -153,8 +153,9 @@ def _by_shard(rows: pa.Table, asked: pa.Table, key: str, schema: pa.Schema) -> I
     row_F = index.drop_null().to_numpy().astype(np.int64)
     order = np.lexsort((row_F, shard_F))
     shard_F, row_F = shard_F[order], row_F[order]
-    for shard in np.unique(shard_F):
-        chosen = rows.take(pa.array(row_F[shard_F == shard]))
+    shards, starts = np.unique(shard_F, return_index=True)
+    for shard, places in zip(shards, np.split(row_F, starts[1:]), strict=False):  # of none, split gives one
+        chosen = rows.take(pa.array(places))
         yield chosen.add_column(0, schema.field("shard"), pa.array(np.full(chosen.num_rows, shard, np.int32)))
 
 
