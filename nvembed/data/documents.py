@@ -1,4 +1,4 @@
-"""The documents of a data set while it is prepared: texts on disk, 40 bytes of memory a document.
+"""The documents of a data set while it is prepared: texts on disk, some 80 bytes of memory a document.
 
 Text goes to temporary files (of `TMPDIR`), which have no name, so nothing is left behind however the process ends, and
 is read back through the page cache. What is decided about documents is decided over arrays of their places.

@@ -210,6 +210,11 @@ MALFORMED = [
     (b'{"query": "q", "pos": ["p"], "neg": [null]}', "negative is not text"),
     (b'{"query": "q", "pos": ["p"], "pos_scores": [1, 2]}', "positive scores do not match the positives"),
     (b'{"query": "q", "pos": ["p"], "pos_scores": ["1"]}', "positive score is not a number"),
+    (b'{"query": "q", "pos": ["p"], "pos_scores": [NaN]}', "positive score is not a number"),
+    (
+        f'{{"query": "q", "positive_passages": [{{"title": "{"t" * 1_000_001}", "text": "p"}}]}}'.encode(),
+        "positive title is longer than 1,000,000 bytes",
+    ),
     (b'{"anchor": "\\ud800", "positive": "p"}', "query is not UTF-8"),
     (f'{{"anchor": "q", "positive": "{"ö" * 500_001}"}}'.encode(), "positive is longer than 1,000,000 bytes"),
 ]
@@ -350,7 +355,7 @@ def test_beir_rejects(tmp_path: Path) -> None:
         file.write('{"_id": "d0", "text": "again"}\n{"text": "no id"}\n{"_id": "e", "text": " "}\n{"_id": "f"}\n')
         file.write(json.dumps({"_id": "g", "text": "x" * 1_000_001}) + "\n")
     with (tmp_path / "qrels" / "test.tsv").open("a") as file:
-        file.write("q0\tunknown\t1\nq999\td1\t1\nq1\td1\tmany\nq1 d1 1\n")
+        file.write("q0\tunknown\t1\nq999\td1\t1\nq1\td1\tmany\nq1\td1\t\u00b2\nq1\td1\t--1\nq1\td1\tnan\nq1 d1 1\n")
     rows = read_beir(BeirSource(name="mine", instruction="web_search", uri=str(tmp_path)))
     assert rows.rejects.by_reason == {
         "_id twice": 1,
@@ -360,7 +365,7 @@ def test_beir_rejects(tmp_path: Path) -> None:
         "longer than 1,000,000 bytes": 1,
         "unknown document": 1,
         "unknown query": 1,
-        "score is not a number": 1,
+        "score is not a number": 4,
         "not three fields": 1,
     }
     assert rows.examples == examples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator
@@ -172,11 +173,20 @@ def _judgements(
             rejects.add(name, number, "unknown query")
         elif fields[1] not in documents:
             rejects.add(name, number, "unknown document")
-        elif not fields[2].lstrip("-").replace(".", "", 1).isdigit():
+        elif (score := _number(fields[2])) is None:
             rejects.add(name, number, "score is not a number")
         else:
-            found[fields[0]][fields[1]] = float(fields[2])
+            found[fields[0]][fields[1]] = score
     return dict(found)
+
+
+def _number(text: str) -> float | None:
+    """A finite number; None where the text is none."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _fields(file: IO[bytes]) -> Iterator[tuple[int, list[str]]]:

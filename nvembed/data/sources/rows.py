@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, NamedTuple, TypeVar
 
 from nvembed.data.documents import Documents, DocumentWriter
@@ -238,7 +239,7 @@ def _scored(values: Any, scores: Any, role: str) -> tuple[Passage, ...]:
         return tuple(Passage(text) for text in texts)
     if not isinstance(scores, list) or len(scores) != len(texts):
         raise MalformedRowError(f"{role} scores do not match the {role}s")
-    if not all(isinstance(score, int | float) and not isinstance(score, bool) for score in scores):
+    if not all(isinstance(score, int | float) and not isinstance(score, bool) and isfinite(score) for score in scores):
         raise MalformedRowError(f"{role} score is not a number")
     return tuple(Passage(text, float(score)) for text, score in zip(texts, scores, strict=True))
 
@@ -254,6 +255,8 @@ def _passages(values: Any, role: str) -> tuple[Passage, ...]:
         title = value.get("title") or ""
         if not isinstance(title, str) or not is_unicode(title):
             raise MalformedRowError(f"{role} title is not text")
+        if too_long(title):
+            raise MalformedRowError(f"{role} title is longer than {MAX_TEXT_BYTES:,} bytes")
         found.append(Passage(check_text(value.get("text"), role), title=title))
     return tuple(found)
 
