@@ -9,9 +9,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,3 +95,32 @@ def store(s3_front: tuple[S3Front, int], monkeypatch: pytest.MonkeyPatch) -> Ite
     client.mkdir("bucket")
     yield found
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def _mount(*arguments: str) -> bool:
+    try:
+        return subprocess.run(["mount", *arguments], capture_output=True, timeout=20, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+class SmallDisk:
+    """A file system of its own, a tmpfs, that can be full."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def resize(self, size: str) -> None:
+        """Give it another size, as mount takes it (48k, 64m)."""
+        assert _mount("-o", f"remount,size={size}", str(self.place))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """One of 1 MiB. Skips where mounting is not allowed."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if not _mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)):
+        pytest.skip("mounting a tmpfs is not allowed here")
+    yield SmallDisk(place)
+    subprocess.run(["umount", "-l", str(place)], capture_output=True, timeout=20, check=False)

@@ -266,6 +266,16 @@ def test_missing_files(tmp_path: Path) -> None:
         read_files(files_source(tmp_path / "*.jsonl"))
 
 
+def test_two_texts_with_one_id_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeated ones are no such thing."""
+    rows = [{"anchor": f"q{i}", "positive": f"p{i}", "negative": "the same for all"} for i in range(50)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    assert len(read_files(files_source(path)).documents) == 51
+    monkeypatch.setattr("nvembed.data.sources.rows.document_id", lambda title, text: f"d-{text[:2]}")
+    with pytest.raises(UserError, match="two documents have the id d-p1"):
+        read_files(files_source(path))
+
+
 def test_rows_that_cannot_be_divided(tmp_path: Path) -> None:
     rows = [{"anchor": f"q{i}", "positive": "the same for all"} for i in range(50)]
     with pytest.raises(UserError, match="a side is empty"):

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -114,35 +113,21 @@ def test_a_query_without_a_vector_stops_the_step_by_name(tmp_path, ray_session):
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
 
-def mount(*arguments):
-    try:
-        return subprocess.run(["mount", *arguments], capture_output=True, timeout=20).returncode == 0
-    except OSError:
-        return False
-
-
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("size", ["48k", "112k", "200k", "260k"])
-def test_a_full_disk_stops_mining_and_room_lets_it_finish(tmp_path, ray_session, size):
+def test_a_full_disk_stops_mining_and_room_lets_it_finish(tmp_path, ray_session, small_disk, size):
     """A real one, at several moments: the texts, the vectors, the search, the result."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if not mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)):
-        pytest.skip("mounting a tmpfs is not allowed here")
-    try:
-        prepared, out = prepare(tmp_path / "prepare"), place / "mine"
-        with pytest.raises(Exception) as raised:
-            MINE.run(CONFIG, {"prepare": prepared}, str(out))
-        print(size, sorted(str(path.relative_to(place)) for path in place.rglob("*.parquet")), repr(raised.value)[:300])
-        assert "No space left on device" in str(raised.value) and f"{out}/" in str(raised.value)
-        assert not (out / storage.MANIFEST).exists()
-        assert mount("-o", "remount,size=64m", str(place))
+    small_disk.resize(size)
+    prepared, out = prepare(tmp_path / "prepare"), small_disk.place / "mine"
+    with pytest.raises(Exception) as raised:
         MINE.run(CONFIG, {"prepare": prepared}, str(out))
-        MINE.run(CONFIG, {"prepare": prepared}, str(tmp_path / "clean"))
-        assert files(out) == files(tmp_path / "clean")
-    finally:
-        subprocess.run(["umount", "-l", str(place)], capture_output=True, timeout=20, check=False)
+    assert "No space left on device" in str(raised.value) and f"{out}/" in str(raised.value)
+    assert not (out / storage.MANIFEST).exists()
+    small_disk.resize("64m")
+    MINE.run(CONFIG, {"prepare": prepared}, str(out))
+    MINE.run(CONFIG, {"prepare": prepared}, str(tmp_path / "clean"))
+    assert files(out) == files(tmp_path / "clean")
 
 
 # -- a store that answers 5xx -----------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from nvembed.data.documents import Documents, DocumentWriter
 from nvembed.data.sources.base import (
     RejectLog,
@@ -166,17 +168,27 @@ def pairs_to_rows(raw_rows: Iterable[RawRow], dataset: str, test_share: float, l
         task=TaskType.RETRIEVAL,
         split_rule=SPLIT_RULE.format(share=test_share),
         licence=licence,
-        documents=_once(documents.close()),
+        documents=_once(documents.close(), dataset),
         examples=examples,
         documents_split=True,
         rejects=rejects,
     )
 
 
-def _once(documents: Documents) -> Documents:
-    """In the order of their ids; many rows have the same documents."""
+def _once(documents: Documents, dataset: str) -> Documents:
+    """In the order of their ids; many rows have the same documents.
+
+    Raises:
+        UserError: two texts have one id; at a billion documents the odds of 64 bits are 3 %.
+    """
     documents = documents.taken(documents.id_order())
-    return documents.taken(~documents.repeated())
+    repeated = documents.repeated()
+    again = np.flatnonzero(repeated)  # each stands behind one with its id
+    other = (documents.taken(again).digests() != documents.taken(again - 1).digests()).any(axis=1)
+    if other.any():
+        key = next(documents.ids(again[other][:1]))
+        raise UserError(f"data set {dataset}: two documents have the id {key}, a hash of their text. Leave one out.")
+    return documents.taken(~repeated)
 
 
 def require_every_split(rows: SourceRows, dataset: str, advice: str) -> None:
