@@ -16,9 +16,9 @@ from nvembed.mining.config import MineConfig
 from nvembed.mining.mined import MINED_SCHEMA
 from nvembed.mining.rules import cap_documents
 from nvembed.mining.searched import SEARCHED_SCHEMA
-from nvembed.mining.searching import MinePaths
+from nvembed.mining.searching import MinePaths, Searcher
 from nvembed.retrieval.search import search_shards
-from nvembed.retrieval.shards import iter_parquet, iter_vectors, list_shards, read_slice, read_table, table_matrix
+from nvembed.retrieval.shards import iter_parquet, list_shards, read_slice, read_table
 from nvembed.retry import retried
 from nvembed.types import Artifact, UserError
 
@@ -108,19 +108,19 @@ def _cap(rows: list[dict[str, Any]], config: MineConfig, audit: Audit) -> None:
         audit.add_example(row["negatives"], config.num_negatives)
 
 
-def index_recall(config: MineConfig, paths: MinePaths, dataset: str, work_uri: str) -> dict[str, float]:
+def index_recall(searcher: Searcher, dataset: str, work_uri: str) -> dict[str, float]:
     """Share of the exact top `depth` that the approximate index found, over the first `recall_queries` queries."""
-    root = storage.join(paths.vectors, dataset, "queries")
+    config = searcher.config
     wanted = config.search.recall_queries
     parts: list[np.ndarray] = []
-    for name in list_shards(root):
+    for name in list_shards(storage.join(searcher.paths.texts, dataset, "queries")):
         if sum(map(len, parts)) >= wanted:
             break
-        parts.append(table_matrix(read_table(storage.join(root, name))))
-    if not parts or not wanted:
+        parts.append(searcher.query_vectors({"dataset": dataset, "shards": [name]}, 0))
+    if not sum(map(len, parts)) or not wanted:
         return {"queries": 0}
     query_QD = np.concatenate(parts)[:wanted]
-    shards = iter_vectors(storage.join(paths.vectors, dataset, "documents"))
+    shards = searcher.document_vectors(dataset)
     exact = search_shards(query_QD, shards, plain=config.depth, precision=config.search.precision).plain
     assert exact is not None
     rows = read_slice(storage.join(work_uri, dataset, "searched.parquet"), 0, wanted, ["plain"]).to_pylist()

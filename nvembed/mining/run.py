@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -25,13 +27,14 @@ from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.finish import check_reuse, index_recall, merge_parts
 from nvembed.mining.layout import Laid, lay_out
 from nvembed.mining.miner import MineWorker
+from nvembed.mining.rejected import NEEDED, SIDES, Rejected, write_rejected
 from nvembed.mining.searching import MinePaths, Searcher
 from nvembed.retrieval.config import ExactIndex, PretrainedModel
-from nvembed.retrieval.encode import EncodeReport, encode_shards
+from nvembed.retrieval.encode import EncodeReport, encode_shards, read_rejected
 from nvembed.retrieval.encoders import check_model
 from nvembed.retrieval.pool import ProgressLog, run_pool
 from nvembed.retrieval.search_faiss import check_faiss
-from nvembed.retrieval.shards import iter_parquet, list_shards
+from nvembed.retrieval.shards import iter_parquet, list_shards, read_table
 from nvembed.storage import Step, StepResult
 from nvembed.types import Artifact, TaskType, UserError
 
@@ -54,7 +57,7 @@ def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) ->
     if "model" in inputs:  # mining again: the trained model takes the first miner's place
         trained = PretrainedModel(name=inputs["model"].path("model"), instruction=True)
         config = config.model_copy(update={"miner": trained, "reuse": None})
-    paths = MinePaths.under(work_uri)
+    paths = MinePaths.under(work_uri, config.reuse)
     searched = not isinstance(config.rule, RandomNegatives)
     _check(config, prepare, searched)
     info = dataset_info(prepare)
@@ -64,7 +67,12 @@ def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) ->
             continue
         laid[dataset] = lay_out(prepare, dataset, info[dataset], config, storage.join(paths.texts, dataset))
         logger.info("mine: %s: %d queries, %d documents", dataset, laid[dataset].queries, laid[dataset].documents)
-    report = _encode(config, paths) if searched and config.reuse is None else EncodeReport()
+    reports = _encode(config, paths) if searched and config.reuse is None else {}
+    for dataset, one in laid.items():
+        laid[dataset] = _without_rejected(config, paths, dataset, one, reports, work_uri)
+    report = EncodeReport()
+    for one_report in reports.values():
+        report.merge(one_report)
     tasks = _tasks(prepare, info, config, paths, searched)
     select_workers, again = _select(config, paths, tasks)
     summaries = {}
@@ -76,10 +84,13 @@ def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) ->
             audit.merge(storage.read_json(storage.join(paths.select, dataset, f"{part}.json")))
         rows[dataset] = merge_parts(config, paths, dataset, parts, work_uri, audit)
         summaries[dataset] = _summary(config, audit, info[dataset], laid.get(dataset))
+        encoded = {place: _sides(told, dataset) for place, told in reports.items()}
+        if dataset in laid and encoded:
+            summaries[dataset]["encoded"] = encoded
         shown = _first_rows(work_uri, dataset, _AUDITED_TEXTS)
         summaries[dataset]["near_copies"] = near_copies(prepare, dataset, shown)
         if searched and dataset in laid and not isinstance(config.search.index, ExactIndex):
-            summaries[dataset]["index_recall"] = index_recall(config, paths, dataset, work_uri)
+            summaries[dataset]["index_recall"] = index_recall(Searcher(config, paths), dataset, work_uri)
     miner = config.miner.model_dump(mode="json")
     if "model" in inputs:  # by what it is, not by where it lies: the same run elsewhere gives the same bytes
         miner = {"type": "trained", "model": inputs["model"].manifest_hash}
@@ -126,14 +137,40 @@ def _lane(place: str) -> int | str:
     return 0 if place == "miner" else "judge"
 
 
-def _encode(config: MineConfig, paths: MinePaths) -> EncodeReport:
-    """Vectors of all texts by every embedder, one after another; the report sums up."""
-    whole = EncodeReport()
-    for place, model in config.embedders():
-        # A document without a vector is nobody's negative; a query's would be missed.
-        vectors = paths.lane_vectors(_lane(place))
-        whole.merge(encode_shards(paths.texts, model, vectors, config.encode, may_reject=("documents",)))
-    return whole
+def _encode(config: MineConfig, paths: MinePaths) -> dict[str, EncodeReport]:
+    """Vectors of all texts by every embedder, one after another; by the model's place in the recipe's section."""
+    return {
+        place: encode_shards(paths.texts, model, paths.lane_vectors(_lane(place)), config.encode, may_reject=SIDES)
+        for place, model in config.embedders()
+    }
+
+
+def _without_rejected(
+    config: MineConfig, paths: MinePaths, dataset: str, laid: Laid, reports: Mapping[str, EncodeReport], work_uri: str
+) -> Laid:
+    """Note what the models rejected in the output, and count the examples that are left out for it."""
+    if reports:
+        reasons: dict[str, dict[str, str]] = {side: {} for side in SIDES}
+        for (place, report), side in itertools.product(reports.items(), SIDES):
+            folder = f"{dataset}/{side}"
+            if folder in report.folders and report.folders[folder].rejected:
+                reasons[side] |= read_rejected(storage.join(paths.lane_vectors(_lane(place)), folder))
+        write_rejected(work_uri, dataset, reasons)
+    rejected = Rejected.read(paths.searched, dataset)
+    if not len(rejected):
+        return laid
+    counts: Counter[str] = Counter()
+    root = storage.join(paths.texts, dataset, "queries")
+    for name in list_shards(root):
+        counts.update(rejected.dropped(read_table(storage.join(root, name), list(NEEDED))))
+    return replace(laid, queries=laid.queries - sum(counts.values()), dropped={**laid.dropped, **counts})
+
+
+def _sides(report: EncodeReport, dataset: str) -> dict[str, Any]:
+    """What is told of a data set's texts, for the audit."""
+    return {
+        side: report.folders[f"{dataset}/{side}"].counts() for side in SIDES if f"{dataset}/{side}" in report.folders
+    }
 
 
 def _write_audit(
@@ -173,7 +210,7 @@ def _tasks(
             examples = prepare.path(dataset, "examples-train.parquet")
             groups = _class_groups(examples, config)
         else:
-            groups = _query_groups(storage.join(paths.texts, dataset, "queries"), config, searched)
+            groups = _query_groups(paths, dataset, config, searched)
         for number, group in enumerate(groups):
             group |= {"dataset": dataset, "part": f"part-{number:05d}"}
             if group["way"] != "search":
@@ -195,14 +232,20 @@ def _class_groups(examples: str, config: MineConfig) -> list[dict[str, Any]]:
     ]
 
 
-def _query_groups(root: str, config: MineConfig, searched: bool) -> list[dict[str, Any]]:
-    names = list_shards(root)
-    counts = [_row_count(storage.join(root, name)) for name in names]
+def _query_groups(paths: MinePaths, dataset: str, config: MineConfig, searched: bool) -> list[dict[str, Any]]:
+    root = storage.join(paths.texts, dataset, "queries")
+    names, rejected = list_shards(root), Rejected.read(paths.searched, dataset)
+    if len(rejected):
+        counts = [int(rejected.kept(read_table(storage.join(root, name), list(NEEDED))).sum()) for name in names]
+    else:
+        counts = [_row_count(storage.join(root, name)) for name in names]
     limit = min(config.search.query_rows, max(-(-sum(counts) // config.encode.actors), 1))
     way = "random" if not searched else "search" if config.reuse is None else "reuse"
     groups: list[dict[str, Any]] = []
     start = 0
     for name, count in zip(names, counts, strict=True):
+        if not count:
+            continue
         if not groups or groups[-1]["rows"] + count > limit:
             groups.append({"way": way, "shards": [], "rows": 0, "start": start, "reuse": config.reuse})
         groups[-1]["shards"].append(name)

@@ -20,6 +20,7 @@ from nvembed import storage
 from nvembed.data.tables import SCORED_IDS
 from nvembed.mining.config import Bm25Miner, MineConfig, RandomNegatives
 from nvembed.mining.lists import flat, list_array, owners, starts
+from nvembed.mining.rejected import NEEDED, Rejected
 from nvembed.mining.rules import ceilings
 from nvembed.mining.searched import FOUND_SCHEMA, PART_SCHEMA, found_table, merged
 from nvembed.retrieval.bm25 import Bm25Index
@@ -41,12 +42,15 @@ class MinePaths:
     vectors: str
     search: str
     select: str
+    searched: str  # output of the step that searched: this one, or the one that is selected from again
 
     @classmethod
-    def under(cls, work_uri: str) -> MinePaths:
+    def under(cls, work_uri: str, reuse: str | None = None) -> MinePaths:
         """The layout below a step's `checkpoints/`."""
-        root = storage.join(work_uri, "checkpoints")
-        return cls(*(storage.join(root, name) for name in ("texts", "vectors", "search", "select")))
+        texts, vectors, search, select = (
+            storage.join(work_uri, "checkpoints", name) for name in ("texts", "vectors", "search", "select")
+        )
+        return cls(texts, vectors, search, select, reuse or work_uri)
 
     def lane_vectors(self, lane: int | str) -> str:
         """Vectors of a lane; the first miner's lie where there was only one."""
@@ -63,6 +67,7 @@ class Searcher:
         self._bm25: tuple[str, Bm25Index] | None = None
         self._texts: tuple[str, list[str], pa.Table] | None = None  # hashes last read, where a table holds them all
         self._cross: CrossScorer | None = None
+        self._rejected: dict[str, Rejected] = {}
 
     def cross_encoder(self) -> CrossScorer | None:
         """The judge, loaded when first asked for; None where there is none or it is an embedder."""
@@ -87,10 +92,18 @@ class Searcher:
         }
         return [segment for segment, names in wanted.items() if not names <= there]
 
+    def rejected(self, dataset: str) -> Rejected:
+        """What has no vector; read once."""
+        if dataset not in self._rejected:
+            self._rejected[dataset] = Rejected.read(self.paths.searched, dataset)
+        return self._rejected[dataset]
+
     def queries(self, task: dict[str, Any], columns: Sequence[str] = QUERY_COLUMNS) -> pa.Table:
-        """The group's queries with what is known about them."""
+        """The group's queries with what is known about them (at least `rejected.NEEDED`)."""
         root = storage.join(self.paths.texts, task["dataset"], "queries")
-        return pa.concat_tables([read_table(storage.join(root, name), list(columns)) for name in task["shards"]])
+        table = pa.concat_tables([read_table(storage.join(root, name), list(columns)) for name in task["shards"]])
+        rejected = self.rejected(task["dataset"])
+        return rejected.without(table) if len(rejected) else table
 
     def query_rows(self, task: dict[str, Any]) -> list[dict[str, Any]]:
         """The group's queries as Python objects, texts included."""
@@ -98,15 +111,27 @@ class Searcher:
         return rows
 
     def query_vectors(self, task: dict[str, Any], lane: int | str) -> np.ndarray:
-        """float32 [Q, D] of the group."""
+        """float32 [Q, D] of the group, in the order of `queries`."""
         root = storage.join(self.paths.lane_vectors(lane), task["dataset"], "queries")
-        return np.concatenate([table_matrix(read_table(storage.join(root, name))) for name in task["shards"]])
+        tables = [read_table(storage.join(root, name)) for name in task["shards"]]
+        query_QD = np.concatenate([table_matrix(table) for table in tables])
+        if not len(self.rejected(task["dataset"])):
+            return query_QD
+        keys = pa.chunked_array([chunk for table in tables for chunk in table.column("key").chunks])
+        wanted = self.queries(task, NEEDED).column("key").combine_chunks()
+        return query_QD[pc.index_in(wanted, value_set=keys.combine_chunks()).to_numpy()]
 
     def document_vectors(
         self, dataset: str, lane: int | str = 0, names: list[str] | None = None
     ) -> Iterator[tuple[list[str], np.ndarray]]:
-        """The corpus, or some shards of it, one shard in memory at a time."""
-        return iter_vectors(storage.join(self.paths.lane_vectors(lane), dataset, "documents"), names)
+        """The corpus, or some shards of it, one shard in memory at a time; without what any of the models rejected."""
+        gone = frozenset(self.rejected(dataset).documents.to_pylist())
+        for keys, matrix_ND in iter_vectors(storage.join(self.paths.lane_vectors(lane), dataset, "documents"), names):
+            if gone.isdisjoint(keys):
+                yield keys, matrix_ND
+            else:
+                kept = [row for row, key in enumerate(keys) if key not in gone]
+                yield [keys[row] for row in kept], matrix_ND[kept]
 
     def vectors_of(self, dataset: str, wanted: set[str], lane: int | str) -> tuple[dict[str, int], np.ndarray]:
         """Row by id and vectors of the named documents; of the other shards only the ids are read."""
@@ -158,9 +183,8 @@ class Searcher:
         for index, key in pairs:
             if key not in rows:
                 raise storage.UserError(
-                    f"example {queries[index]['key']!r} names {key!r} as its positive, which has no vector: it is "
-                    "missing from the corpus of its data set (prepare it again), or the encoder rejected its text "
-                    "(the log names what was rejected and why)."
+                    f"example {queries[index]['key']!r} names {key!r} as its positive, which is missing from the "
+                    "corpus of its data set. Prepare it again."
                 )
         found: list[dict[str, float]] = [{} for _ in queries]
         for start in range(0, len(pairs), 8192):
@@ -327,6 +351,8 @@ class Searcher:
             root = storage.join(self.paths.texts, task["dataset"], "documents")
             tables = [read_table(storage.join(root, name), ["key", "text"]) for name in list_shards(root)]
             rows = pa.concat_tables(tables)
+            gone = pc.is_in(rows.column("key"), value_set=self.rejected(task["dataset"]).documents)
+            rows = rows.filter(pc.invert(gone))
             index = Bm25Index(rows.column("key").to_pylist(), rows.column("text").to_pylist())
             self._bm25 = (task["dataset"], index)
         texts = [row["text"] for row in queries]

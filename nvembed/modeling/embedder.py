@@ -95,6 +95,7 @@ class Embedder(nn.Module):
         token_budget: int = 4096,
         precision: str = "fp32",
         max_length: int | None = None,
+        cut_N: np.ndarray | None = None,
     ) -> np.ndarray:
         """Embed texts, packed where the backbone can (`packed.FAMILIES`), else in windows of similar token length.
 
@@ -107,6 +108,7 @@ class Embedder(nn.Module):
             token_budget: tokens of one forward, padding included.
             precision: "fp32", "bf16" (autocast) or "auto".
             max_length: most tokens of a text, BOS/EOS included; None for the model's own.
+            cut_N: int8 [N] that gets 1 where a text had more tokens than that, else 0.
 
         Returns:
             float32 [N, dim or D], rows of length 1, in the order of `texts`.
@@ -130,6 +132,8 @@ class Embedder(nn.Module):
                 window = slice(start, start + WINDOW_TEXTS)
                 tokens = self.tokeniser.encode(texts[window], instructions[window], max_length)
                 self._encode_window(tokens, token_budget, resolved, matrix_ND[window])
+                if cut_N is not None:
+                    cut_N[window] = [item.cut for item in tokens]
         finally:
             self.train(was_training)
         return matrix_ND if dim is None else _matryoshka_prefix(matrix_ND, dim)

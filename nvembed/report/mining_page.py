@@ -50,6 +50,7 @@ def mining_section(report: Report) -> Section | None:
     return section(
         "Negatives",
         table("What was mined", head, rows),
+        _texts(sets),
         *_quality(report),
         _refused(sets),
         _by_rule(sets),
@@ -57,6 +58,26 @@ def mining_section(report: Report) -> Section | None:
         _repeats(sets),
         tag("div", *charts, class_="charts") if charts else None,
     )
+
+
+def _texts(sets: Mapping[str, Any]) -> Markup | None:
+    """Of which texts only the first tokens were embedded, and which have no vector, by model."""
+    rows: list[list[Content]] = [
+        [
+            name,
+            place,
+            side,
+            told["texts"],
+            percent(told["truncated_share"]) or "unknown",
+            sum(told["rejected"].values()),
+            tag("span", "; ".join(told["rejected"]), class_="wrap"),
+        ]
+        for name, audit in sets.items()
+        for place, sides in audit.get("encoded", {}).items()
+        for side, told in sides.items()
+    ]
+    head = ["data set", "model", "texts of", "texts", "truncated", "without a vector", "why"]
+    return table("Texts embedded for mining", head, rows) if rows else None
 
 
 def _quality(report: Report) -> list[Markup]:

@@ -1,8 +1,11 @@
 """Vectors of earlier runs, found again by what they were made from.
 
-    <cache>/<fingerprint of model, precision, stored type>/part-<xxh3 of its bytes>.parquet    key (16 bytes), vector
+    <cache>/<fingerprint of model, precision, stored type>/part-<xxh3 of its bytes>.parquet
 
-A row's key is a hash of (most tokens, what the model puts before the text, text). A part is written once, whole, under
+A part has the columns key (16 bytes), vector and cut.
+
+A row's key is a hash of (most tokens, what the model puts before the text, text); `cut` says whether the text had more
+tokens than that (older parts do not). A part is written once, whole, under
 a name that its bytes decide; reading checks them, and a part that does not fit its name is left out, told and computed
 anew. Nothing but finite vectors is kept.
 
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 KEY_BYTES = 16
 _HELD_PARTS = 8
+UNKNOWN = -1  # whether a text was cut
 
 
 def row_key(text: str, prefix: str, max_length: int) -> bytes:
@@ -99,7 +103,7 @@ class VectorCache:
         self._uri, self._kind = storage.join(cache_uri, found), kind
         self._parts = list(list_parts(cache_uri, found) if parts is None else parts)
         self.damaged: list[str] = []
-        self._held: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._held: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
         keys: list[np.ndarray] = []
         places: list[np.ndarray] = []
         for number in range(len(self._parts)):
@@ -120,8 +124,8 @@ class VectorCache:
         """Where the damaged parts lie."""
         return [storage.join(self._uri, name) for name in self.damaged]
 
-    def find(self, keys: Sequence[bytes]) -> dict[int, np.ndarray]:
-        """Positions in `keys` that the cache has -> float32 [D]."""
+    def find(self, keys: Sequence[bytes]) -> dict[int, tuple[np.ndarray, int]]:
+        """Positions in `keys` that the cache has -> float32 [D], and whether the text was cut (1, 0, `UNKNOWN`)."""
         if not len(self) or not keys:
             return {}
         wanted_K2 = _numbers(b"".join(keys))
@@ -135,22 +139,27 @@ class VectorCache:
                     by_part.setdefault(int(part), []).append((position, int(place)))
                     break
                 row += 1
-        found: dict[int, np.ndarray] = {}
+        found: dict[int, tuple[np.ndarray, int]] = {}
         for part, pairs in sorted(by_part.items()):
             loaded = self._load(part)
             if loaded is None:
                 continue
-            part_keys, matrix_ND = loaded
+            part_keys, matrix_ND, cut_N = loaded
             for position, place in pairs:
                 if (part_keys[place] == wanted_K2[position]).all():
-                    found[position] = matrix_ND[place]
+                    found[position] = matrix_ND[place], int(cut_N[place])
         return found
 
-    def add(self, keys: Sequence[bytes], matrix_ND: np.ndarray) -> None:
-        """Publish rows as one part; this object does not look in it."""
+    def add(self, keys: Sequence[bytes], matrix_ND: np.ndarray, cut_N: np.ndarray) -> None:
+        """Publish rows as one part; this object does not look in it.
+
+        Args:
+            cut_N: int8, whether each text was cut; see `find`.
+        """
         if not keys:
             return
         table = vector_table(pa.array(keys, pa.binary(KEY_BYTES)), matrix_ND, self._kind)
+        table = table.append_column("cut", pa.array(cut_N, pa.int8()))
         data = table_bytes(table, checksums=True)
         storage.write_bytes(storage.join(self._uri, f"part-{xxhash.xxh3_128_hexdigest(data)}.parquet"), data)
 
@@ -164,8 +173,8 @@ class VectorCache:
             self._tell(number, error)
             return np.empty((0, 2), dtype=np.uint64)
 
-    def _load(self, number: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Keys and float32 vectors of a part whose bytes are those its name states."""
+    def _load(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Keys, float32 vectors and `cut` of a part whose bytes are those its name states."""
         if number in self._held:
             self._held.move_to_end(number)
             return self._held[number]
@@ -177,7 +186,7 @@ class VectorCache:
             if name != f"part-{xxhash.xxh3_128_hexdigest(data)}.parquet":
                 raise ValueError("its bytes changed")
             table = pq.read_table(pa.BufferReader(data))
-            self._held[number] = _key_numbers(table), table_matrix(table)
+            self._held[number] = _key_numbers(table), table_matrix(table), _cut(table)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             self._tell(number, error)
             return None
@@ -197,6 +206,12 @@ def _key_numbers(table: pa.Table) -> np.ndarray:
     if column.type != pa.binary(KEY_BYTES):
         raise ValueError(f"its keys are {column.type}")
     return _numbers(b"".join(column.to_pylist()))
+
+
+def _cut(table: pa.Table) -> np.ndarray:
+    if "cut" not in table.schema.names:
+        return np.full(table.num_rows, UNKNOWN, dtype=np.int8)
+    return np.asarray(table.column("cut"))
 
 
 def _numbers(data: bytes) -> np.ndarray:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from nvembed import storage
-from nvembed.retrieval.cache import VectorCache, fingerprint, parts_at_start, remove_damaged
+from nvembed.retrieval.cache import UNKNOWN, VectorCache, fingerprint, parts_at_start, remove_damaged
 from nvembed.retrieval.config import EncodeConfig, VectorType
 from nvembed.retrieval.encode_report import EncodeReport
 from nvembed.retrieval.encoders import Encoder, Model, check_model, model_identity, open_encoder
@@ -45,6 +45,7 @@ __all__ = [
     "encode_texts",
     "iter_vectors",
     "open_encoder",
+    "read_rejected",
     "read_vectors",
     "write_shard_tables",
     "write_text_shards",
@@ -52,7 +53,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_MADE_FROM, _REJECTED = b"nvembed.made_from", b"nvembed.rejected"
+_MADE_FROM, _REJECTED, _CUT = b"nvembed.made_from", b"nvembed.rejected", b"nvembed.cut"
 _LOOKED_IN = "cache-parts.json"
 _SHOWN = 5
 
@@ -200,12 +201,12 @@ def _tasks(
     tasks: list[dict[str, Any]] = []
     for name in names:
         rows = _rows(storage.join(source_uri, name))
-        rejected = _complete(storage.join(source_uri, name), storage.join(out_uri, name), identity)
-        if rejected is None:
+        told = _complete(storage.join(source_uri, name), storage.join(out_uri, name), identity)
+        if told is None:
             tasks.append({"name": name, "rows": rows})
         else:
             report.reused_rows += rows
-            report.reject(name, rejected)
+            report.tell(name, rows, *told)
     if report.reused_rows:
         logger.info("encode: %d rows stand from an earlier run", report.reused_rows)
     return tasks
@@ -273,7 +274,12 @@ class ShardEncoder:
             _refuse(found, [f"text {key!r}" for key in keys], f"shard {name}")
         rejected = [[keys[index], reason] for index, reason in found.rejected.items()]
         table = vector_table(source.column("key").take(found.accepted_A), found.matrix_AD, self._config.vector_type)
-        metadata = {_MADE_FROM: f"{self._identity}:{xxhash.xxh3_128_hexdigest(data)}", _REJECTED: json.dumps(rejected)}
+        cut = [int((found.cut_A == 1).sum()), int((found.cut_A == UNKNOWN).sum())]
+        metadata = {
+            _MADE_FROM: f"{self._identity}:{xxhash.xxh3_128_hexdigest(data)}",
+            _REJECTED: json.dumps(rejected),
+            _CUT: json.dumps(cut),
+        }
         write_table(table.replace_schema_metadata(metadata), storage.join(self._out_uri, name))
         return {
             "name": name,
@@ -281,6 +287,7 @@ class ShardEncoder:
             "embedded": found.embedded,
             "cached": found.cached,
             "rejected": rejected,
+            "cut": cut,
             "damaged": [] if self._cache is None else self._cache.damaged_uris(),
         }
 
@@ -323,15 +330,20 @@ def _rows(uri: str) -> int:
         return int(pq.read_metadata(file).num_rows)
 
 
-def _complete(source_uri: str, target_uri: str, identity: str) -> list[list[str]] | None:
-    """(key, reason) of the rows that a complete vector shard lacks; None where it has to be made."""
+def _complete(source_uri: str, target_uri: str, identity: str) -> tuple[list[list[str]], list[int]] | None:
+    """What a complete vector shard tells (`EncodeReport.tell`); None where it has to be made."""
     if not storage.exists(target_uri):
         return None
     try:
         metadata = read_schema(target_uri).metadata or {}
         if metadata.get(_MADE_FROM) != f"{identity}:{storage.checksum(source_uri)}".encode():
             return None
-        rejected: list[list[str]] = json.loads(metadata[_REJECTED])
+        return json.loads(metadata[_REJECTED]), json.loads(metadata[_CUT])
     except (pa.ArrowInvalid, OSError, KeyError, ValueError):
         return None
-    return rejected
+
+
+def read_rejected(uri: str) -> dict[str, str]:
+    """Key and reason of every row that the vector shards under a directory lack."""
+    shards = (read_schema(storage.join(uri, name)).metadata for name in list_shards(uri))
+    return {key: reason for metadata in shards for key, reason in json.loads(metadata[_REJECTED])}

@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 _LISTED = 100  # rejected rows named in a report; all are counted
+
+
+@dataclass
+class FolderCounts:
+    """What is told of the texts of one directory, those of reused shards included.
+
+    Attributes:
+        texts: rows.
+        truncated: rows with a vector of which only the first tokens were embedded.
+        unknown: rows with a vector of which the tokenizer, or an older cache, does not tell.
+        rejected: why -> rows without a vector.
+    """
+
+    texts: int = 0
+    truncated: int = 0
+    unknown: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: FolderCounts) -> None:
+        """Count another directory's."""
+        self.texts += other.texts
+        self.truncated += other.truncated
+        self.unknown += other.unknown
+        self.rejected = _summed(self.rejected, other.rejected)
+
+    def counts(self) -> dict[str, Any]:
+        """JSON; the share is of the texts of which it is known, None where of none."""
+        known = self.texts - self.unknown - sum(self.rejected.values())
+        return {
+            "texts": self.texts,
+            "truncated": self.truncated,
+            "truncated_share": self.truncated / known if known else None,
+            "truncated_unknown": self.unknown,
+            "rejected": dict(sorted(self.rejected.items())),
+        }
 
 
 @dataclass
@@ -18,7 +54,7 @@ class EncodeReport:
         reused_rows: rows of shards that an earlier call had completed.
         embedded: texts that the model ran on in this call; equal texts of a shard count once.
         cached: different texts of a shard whose vectors came from the cache.
-        rejected: why -> rows without a vector, those of reused shards included.
+        folders: what is told of the texts of every directory of shards.
         rejects: shard, key and reason of the first of them.
         damaged: parts of the cache that could not be used and were removed.
         workers: "pid@host" of each actor process -> rows it encoded in this call.
@@ -29,7 +65,7 @@ class EncodeReport:
     reused_rows: int = 0
     embedded: int = 0
     cached: int = 0
-    rejected: dict[str, int] = field(default_factory=dict)
+    folders: dict[str, FolderCounts] = field(default_factory=dict)
     rejects: list[dict[str, str]] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     workers: dict[str, int] = field(default_factory=dict)
@@ -41,16 +77,34 @@ class EncodeReport:
         self.embedded += result["embedded"]
         self.cached += result["cached"]
         self.cpu_seconds += result["cpu_seconds"]
-        self.reject(result["name"], result["rejected"])
+        self.tell(result["name"], result["rows"], result["rejected"], result["cut"])
         self.damaged = sorted({*self.damaged, *result["damaged"]})
         self.workers = _summed(self.workers, {result["worker"]: result["rows"]})
 
-    def reject(self, shard: str, rows: Sequence[Sequence[str]]) -> None:
-        """Count (key, reason) rows of a shard."""
-        for key, reason in rows:
-            self.rejected[reason] = self.rejected.get(reason, 0) + 1
-            if len(self.rejects) < _LISTED:
-                self.rejects.append({"shard": shard, "key": key, "reason": reason})
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Why -> rows without a vector."""
+        return self.all_folders().rejected
+
+    def all_folders(self) -> FolderCounts:
+        """The directories summed up."""
+        whole = FolderCounts()
+        for counts in self.folders.values():
+            whole.add(counts)
+        return whole
+
+    def tell(self, shard: str, rows: int, rejected: Sequence[Sequence[str]], cut: Sequence[int]) -> None:
+        """Count the texts of a shard.
+
+        Args:
+            rejected: (key, reason) of those without a vector.
+            cut: how many of the others were cut, and of how many it is not known.
+        """
+        reasons = dict(Counter(reason for _, reason in rejected))
+        folder = shard.rpartition("/")[0]
+        self.folders.setdefault(folder, FolderCounts()).add(FolderCounts(rows, cut[0], cut[1], reasons))
+        room = _LISTED - len(self.rejects)
+        self.rejects += [{"shard": shard, "key": key, "reason": reason} for key, reason in rejected[:room]]
 
     def merge(self, other: EncodeReport) -> None:
         """Count what another call did, of another model say."""
@@ -61,18 +115,23 @@ class EncodeReport:
         self.cpu_seconds += other.cpu_seconds
         self.damaged = sorted({*self.damaged, *other.damaged})
         self.rejects = [*self.rejects, *other.rejects][:_LISTED]
-        self.rejected = _summed(self.rejected, other.rejected)
         self.workers = _summed(self.workers, other.workers)
+        for folder, told in other.folders.items():
+            self.folders.setdefault(folder, FolderCounts()).add(told)
 
     def counts(self) -> dict[str, Any]:
         """JSON for a step's metrics."""
+        told = self.all_folders().counts()
         return {
             "rows": self.rows,
             "reused_rows": self.reused_rows,
             "embedded": self.embedded,
             "cached": self.cached,
-            "rejected": dict(sorted(self.rejected.items())),
+            "rejected": told["rejected"],
             "rejects": self.rejects,
+            "truncated": told["truncated"],
+            "truncated_share": told["truncated_share"],
+            "truncated_unknown": told["truncated_unknown"],
             "damaged_cache_parts": len(self.damaged),
             "cpu_seconds": self.cpu_seconds,
         }

@@ -45,12 +45,21 @@ class Encoder(Protocol):
     max_length: int
     precision: str
 
-    def encode(self, texts: Sequence[str], instructions: Sequence[str], max_length: int | None = None) -> np.ndarray:
+    def encode(
+        self,
+        texts: Sequence[str],
+        instructions: Sequence[str],
+        max_length: int | None = None,
+        *,
+        cut_N: np.ndarray | None = None,
+    ) -> np.ndarray:
         """float32 [N, dim], unit norm, in the order of `texts`.
 
         Args:
             instructions: full prefixes, "" for none.
             max_length: most tokens of a text, prefix and special tokens included; None for the model's own.
+            cut_N: int8 [N] that gets 1 where a text had more tokens than that and 0 where it had not; it is left as it
+                is where the tokenizer does not tell.
 
         Raises:
             UserError: more tokens than the model has positions.
@@ -181,7 +190,14 @@ class FolderEncoder:
         self.dim = embedder.dim
         self.max_length = embedder.config.text.max_length
 
-    def encode(self, texts: Sequence[str], instructions: Sequence[str], max_length: int | None = None) -> np.ndarray:
+    def encode(
+        self,
+        texts: Sequence[str],
+        instructions: Sequence[str],
+        max_length: int | None = None,
+        *,
+        cut_N: np.ndarray | None = None,
+    ) -> np.ndarray:
         """See `Encoder.encode`."""
         return self._embedder.encode(
             list(texts),
@@ -189,6 +205,7 @@ class FolderEncoder:
             token_budget=self._token_budget,
             precision=self.precision,
             max_length=max_length,
+            cut_N=cut_N,
         )
 
     def prefix(self, instruction: str) -> str:
@@ -232,28 +249,36 @@ class SentenceEncoder:
         """See `Encoder.prefix`."""
         return instruction if self._instruction else ""
 
-    def encode(self, texts: Sequence[str], instructions: Sequence[str], max_length: int | None = None) -> np.ndarray:
+    def encode(
+        self,
+        texts: Sequence[str],
+        instructions: Sequence[str],
+        max_length: int | None = None,
+        *,
+        cut_N: np.ndarray | None = None,
+    ) -> np.ndarray:
         """See `Encoder.encode`."""
         import torch
 
+        cut_N = np.empty(len(texts), dtype=np.int8) if cut_N is None else cut_N
         joined = [self.prefix(before) + text for before, text in zip(instructions, texts, strict=True)]
         matrix_ND = np.empty((len(texts), self.dim), dtype=np.float32)
         with torch.inference_mode(), self._cut_to(max_length):
             for start in range(0, len(joined), _WINDOW_TEXTS):
                 window = slice(start, start + _WINDOW_TEXTS)
-                self._encode_window(joined[window], matrix_ND[window])
+                self._encode_window(joined[window], matrix_ND[window], cut_N[window])
         return matrix_ND
 
-    def _encode_window(self, texts: list[str], out_ND: np.ndarray) -> None:
+    def _encode_window(self, texts: list[str], out_ND: np.ndarray, cut_N: np.ndarray) -> None:
         from nvembed.modeling.packed import packing, packs
         from nvembed.text.batching import packed_chunks, token_budget_chunks
 
         backbone = self._packable()
         if backbone is None:
-            for chunk in token_budget_chunks(self._lengths(texts), self._token_budget):
+            for chunk in token_budget_chunks(self._lengths(texts, cut_N), self._token_budget):
                 out_ND[chunk] = self._unit(self._padded([texts[index] for index in chunk]))
             return
-        ids = self._token_ids(texts)
+        ids = self._token_ids(texts, cut_N)
         lengths = np.array([len(row) for row in ids], dtype=np.int64)
         if not packs(backbone, int(lengths.max())):
             for chunk in token_budget_chunks(lengths, self._token_budget):
@@ -275,12 +300,14 @@ class SentenceEncoder:
         plain = asked.get("method") == "forward" and asked.get("method_output_name") == "last_hidden_state"
         return modules[0].model if plain and "message" not in modules[0].modality_config else None
 
-    def _token_ids(self, texts: list[str]) -> list[list[int]]:
+    def _token_ids(self, texts: list[str], cut_N: np.ndarray) -> list[list[int]]:
         """What the model's own preprocessing makes of the texts, without its padding."""
         bare = {"text": {"padding": False}, "common": {"return_tensors": None}}
         ids: list[list[int]] = []
         for start in range(0, len(texts), _TOKENISED_TOGETHER):
-            features = self._model.preprocess(texts[start : start + _TOKENISED_TOGETHER], processing_kwargs=bare)
+            part = slice(start, start + _TOKENISED_TOGETHER)
+            features = self._model.preprocess(texts[part], processing_kwargs=bare)
+            _mark_cut(features, cut_N[part])
             ids += features["input_ids"]
         return ids
 
@@ -338,12 +365,21 @@ class SentenceEncoder:
         finally:
             self._model.max_seq_length = before
 
-    def _lengths(self, texts: list[str]) -> np.ndarray:
+    def _lengths(self, texts: list[str], cut_N: np.ndarray) -> np.ndarray:
         from transformers import PreTrainedTokenizerBase
 
         tokenizer = self._model.tokenizer
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # static models: length only decides the order of work
             return np.array([max(len(text) // 4, 1) for text in texts], dtype=np.int32)
         limit = self._model.max_seq_length or _DEFAULT_LENGTH
-        encoded = tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False)["input_ids"]
-        return np.array([len(ids) for ids in encoded], dtype=np.int32)
+        encoded = tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False)
+        _mark_cut(encoded, cut_N)
+        return np.array([len(ids) for ids in encoded["input_ids"]], dtype=np.int32)
+
+
+def _mark_cut(features: Any, cut_N: np.ndarray) -> None:
+    """Which texts a fast tokenizer cut: those with tokens left over. It has made them anyway; asking costs little."""
+    encodings = getattr(features, "encodings", None)
+    if encodings is not None:
+        longest = max(map(len, encodings), default=0)  # a cut text is as long as there is room: no other is asked
+        cut_N[:] = [len(encoding) == longest and bool(encoding.overflowing) for encoding in encodings]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nvembed.retrieval.cache import VectorCache, row_key
+from nvembed.retrieval.cache import UNKNOWN, VectorCache, row_key
 from nvembed.retrieval.encoders import Encoder
 from nvembed.text.checks import MAX_TEXT_BYTES, text_problem
 
@@ -27,6 +27,7 @@ class Encoded:
         rejected: place -> why, as the end of a sentence.
         embedded: texts the model ran on.
         cached: different texts whose vectors came from the cache.
+        cut_A: int8, 1 where a text had more tokens than were embedded, 0 where not, -1 where nobody knows.
     """
 
     matrix_AD: np.ndarray
@@ -34,6 +35,7 @@ class Encoded:
     rejected: dict[int, str]
     embedded: int
     cached: int
+    cut_A: np.ndarray
 
 
 def encode_checked(
@@ -67,21 +69,24 @@ def encode_checked(
     keys = [row_key(text, prefix, limit or encoder.max_length) for prefix, text, limit in unique]
     known = {} if cache is None else cache.find(keys)
     matrix_UD = np.empty((len(unique), encoder.dim), dtype=np.float32)
-    for row, vector in known.items():
-        matrix_UD[row] = vector
+    cut_U = np.full(len(unique), UNKNOWN, dtype=np.int8)
+    for row, (vector, cut) in known.items():
+        matrix_UD[row], cut_U[row] = vector, cut
     new = [row for row in range(len(unique)) if row not in known]
     for limit in dict.fromkeys(unique[row][2] for row in new):
         rows = [row for row in new if unique[row][2] == limit]
         prefixes, chosen, _ = zip(*(unique[row] for row in rows), strict=True)
-        matrix_UD[rows] = encoder.encode(chosen, prefixes, limit)
+        cut_R = np.full(len(rows), UNKNOWN, dtype=np.int8)
+        matrix_UD[rows] = encoder.encode(chosen, prefixes, limit, cut_N=cut_R)
+        cut_U[rows] = cut_R
     finite_U: np.ndarray = np.asarray(np.isfinite(matrix_UD).all(axis=1))
     if cache is not None:
         kept = [row for row in new if finite_U[row]]
-        cache.add([keys[row] for row in kept], matrix_UD[kept])
+        cache.add([keys[row] for row in kept], matrix_UD[kept], cut_U[kept])
     rejected |= {index: NOT_FINITE for index, row in inverse.items() if not finite_U[row]}
     accepted = np.array([index for index in inverse if index not in rejected], dtype=np.int64)
-    matrix_AD = matrix_UD[[inverse[int(index)] for index in accepted]]
-    return Encoded(matrix_AD, accepted, dict(sorted(rejected.items())), len(new), len(known))
+    rows = [inverse[int(index)] for index in accepted]
+    return Encoded(matrix_UD[rows], accepted, dict(sorted(rejected.items())), len(new), len(known), cut_U[rows])
 
 
 def encode_rows(encoder: Encoder, texts: Sequence[str], instructions: Sequence[str]) -> np.ndarray:

@@ -16,7 +16,7 @@ from nvembed.mining.run import MINE
 from nvembed.retrieval.config import EncodeConfig, PretrainedModel
 from nvembed.retrieval.encoders import package_folder
 from nvembed.retrieval.shards import read_table
-from nvembed.storage import Step, StepResult, UserError
+from nvembed.storage import Step, StepResult
 from nvembed.types import ScoredId, TaskType, TrainingExample
 
 NAMES = [f"{kind} {what}" for kind in ("heap", "stack", "kernel", "browser", "printer", "router")
@@ -32,14 +32,15 @@ POISON = {
 }
 
 
-def prepare(uri, poison=()):
-    """A retrieval set of 36 documents, and the poisoned ones that are wanted."""
+def prepare(uri, poison=(), more=()):
+    """A retrieval set of 36 documents, and the poisoned documents and examples that are wanted."""
     documents = [Document(f"d{index:02}", "", f"a weakness of kind {name}") for index, name in enumerate(NAMES)]
     documents += [Document(key, "", POISON[key]) for key in poison]
     examples = [
         TrainingExample(f"e{index:02}", "set", TaskType.RETRIEVAL, f"about {name}", (ScoredId(f"d{index:02}"),))
         for index, name in enumerate(NAMES)
     ]
+    examples = sorted([*examples, *more], key=lambda example: example.id)
 
     def build(config, inputs, work):
         write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, storage.join(work, "set", "corpus.parquet"))
@@ -92,22 +93,22 @@ def test_poisoned_documents_are_left_out_and_counted(tmp_path, ray_session, prec
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_query_without_a_vector_stops_the_step_by_name(tmp_path, ray_session):
-    """A query cannot be left out in silence: its example is part of the set."""
-
-    def build(config, inputs, work):
-        documents = [Document(f"d{index}", "", f"a text about {name}") for index, name in enumerate(NAMES)]
-        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, storage.join(work, "set", "corpus.parquet"))
-        example = TrainingExample("poisoned", "set", TaskType.RETRIEVAL, POISON["p-nan"], (ScoredId("d1"),))
-        write_table(examples_table([example]), storage.join(work, "set", "examples-train.parquet"))
-        return StepResult(metrics={"datasets": {"set": {"task": "retrieval", "instruction": ""}}})
-
-    source = FilesSource(name="set", instruction="web_search", uris=("nowhere.jsonl",))
-    prepared = Step("prepare", 1, build).run(PrepareConfig(sources=(source,)), {}, str(tmp_path / "prepare"))
-    config = CONFIG.model_copy(update={"miner": poisoned_model(tmp_path / "model")})
-    with pytest.raises(UserError, match="poisoned"):
-        MINE.run(config, {"prepare": prepared}, str(tmp_path / "mine"))
-    assert not (tmp_path / "mine" / storage.MANIFEST).exists()
+def test_a_query_without_a_vector_is_left_out_and_counted(tmp_path, ray_session):
+    """And an example whose only positive has none; on several actors, as `test_rejected.py` does in one process."""
+    config = CONFIG.model_copy(
+        update={
+            "miner": poisoned_model(tmp_path / "model"),
+            "encode": CONFIG.encode.model_copy(update={"actors": 2}),
+        }
+    )
+    clean = MINE.run(config, {"prepare": prepare(tmp_path / "clean")}, str(tmp_path / "mine_clean"))
+    query = TrainingExample("e00-poisoned", "set", TaskType.RETRIEVAL, POISON["p-nan"], (ScoredId("d00"),))
+    positive = TrainingExample("e20-positive", "set", TaskType.RETRIEVAL, "about a zoo", (ScoredId("p-nan"),))
+    prepared = prepare(tmp_path / "prepare", ["p-nan"], [query, positive])
+    artifact = MINE.run(config, {"prepare": prepared}, str(tmp_path / "mine"))
+    assert mined(artifact) == mined(clean)
+    audit = storage.read_json(artifact.path("audit.json"))["datasets"]["set"]
+    assert audit["dropped"] == {"positives_rejected": 1, "query_rejected": 1}
 
 
 # -- a full disk ------------------------------------------------------------------------------------------------------

@@ -247,6 +247,17 @@ def mining_audit(datasets: list[str]) -> dict[str, Any]:
             "repeats_a_kept_negative": {"count": 0, "share": 0.0},
         },
         "positive_ranks": {"1": 600, "2-5": 200, ">50": 200},
+        "encoded": {
+            "miner": {
+                "documents": {
+                    "texts": 4031,
+                    "truncated": 297,
+                    "truncated_share": 297 / 4029,
+                    "truncated_unknown": 0,
+                    "rejected": {"is empty": 2},
+                }
+            }
+        },
         "refused_by_rule": {
             "topk_abs 0.7": {"count": 500, "share": 0.025},
             "topk_perc_pos 0.95": {"count": 337, "share": 0.066},

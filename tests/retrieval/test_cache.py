@@ -5,17 +5,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from nvembed.retrieval.cache import VectorCache, remove_damaged, row_key
+from nvembed.retrieval.cache import UNKNOWN, VectorCache, remove_damaged, row_key
 from nvembed.retrieval.config import EncodeConfig, PackageModel
 from nvembed.retrieval.encode import ShardEncoder, _looked_in, encode_texts, open_encoder
 from nvembed.retrieval.rows import NOT_FINITE, encode_checked
 from nvembed.retrieval.shards import (
     iter_vectors,
     read_table,
+    table_bytes,
     table_matrix,
     vector_table,
     write_table,
@@ -38,8 +40,10 @@ class Counting:
     def prefix(self, instruction):
         return instruction
 
-    def encode(self, texts, instructions, max_length=None):
+    def encode(self, texts, instructions, max_length=None, *, cut_N=None):
         self.seen += texts
+        if cut_N is not None:
+            cut_N[:] = [len(text) > (max_length or self.max_length) for text in texts]
         pairs = zip(texts, instructions, strict=True)
         rows = [[len(text), sum(map(ord, text)) % 97, len(before), max_length or 0] for text, before in pairs]
         matrix = np.array(rows, dtype=np.float32).reshape(-1, 4)
@@ -90,6 +94,21 @@ def test_a_damaged_part_is_told_left_out_and_computed_again(tmp_path, caplog):
     parts[0].write_bytes(b"PAR1")
     remove_damaged(str(parts[0]))
     assert not parts[0].exists()
+
+
+def test_what_was_cut_is_known_from_the_cache_too(tmp_path):
+    texts, limits = ["short", "a" * 16, "b" * 17, "c" * 10], [None, None, None, 8]
+    new = encode_checked(Counting(), texts, [""] * 4, limits, cache=opened(tmp_path))
+    assert new.cut_A.tolist() == [0, 0, 1, 1] and new.embedded == 4
+    known = encode_checked(Counting(), texts, [""] * 4, limits, cache=opened(tmp_path))
+    assert known.cut_A.tolist() == [0, 0, 1, 1] and known.embedded == 0
+    for part in (tmp_path / "model").glob("part-*.parquet"):  # as an older nvembed wrote it
+        data = table_bytes(read_table(str(part), ["key", "vector"]), checksums=True)
+        part.unlink()
+        part.with_name(f"part-{xxhash.xxh3_128_hexdigest(data)}.parquet").write_bytes(data)
+    older = encode_checked(Counting(), [*texts, "new"], [""] * 5, [*limits, None], cache=opened(tmp_path))
+    assert older.cut_A.tolist() == [UNKNOWN] * 4 + [0] and older.embedded == 1
+    np.testing.assert_array_equal(older.matrix_AD[:4], new.matrix_AD)
 
 
 def test_poisoned_rows_are_named_and_the_others_have_their_vectors(tmp_path):
@@ -189,8 +208,10 @@ def test_a_shard_with_poison_separate_lengths_and_the_parts_of_the_first_start(t
 
     worker, parts = start()
     results = [worker.work({"name": name}) for name in names]
-    assert results[0]["rejected"] == [["k0", "is empty"]] and sum(found["embedded"] for found in results) == 3
-    assert worker.work({"name": "queries/part-00000.parquet"})["embedded"] == 1  # cut elsewhere, so another vector
+    assert results[0]["rejected"] == [["k0", "is empty"]] and [found["cut"] for found in results] == [[0, 0]] * 4
+    assert sum(found["embedded"] for found in results) == 3
+    query = worker.work({"name": "queries/part-00000.parquet"})
+    assert query["embedded"] == 1 and query["cut"] == [1, 0]  # cut elsewhere, so another vector
     (_, query), documents = next(iter_vectors(f"{out}/queries")), list(iter_vectors(f"{out}/documents"))
     assert [key for keys, _ in documents for key in keys] == ["k1", "k2", "k3"]
     assert query.dtype == np.float32 and np.abs(query[0] - documents[-1][1][0]).max() > 1e-3

@@ -53,6 +53,23 @@ def test_equal_rows_have_equal_vectors_and_order_is_kept(minilm):
     assert encode_rows(minilm, [], []).shape == (0, 384)
 
 
+@pytest.mark.parametrize("limit", [None, 64])
+@pytest.mark.parametrize("model", ["packed", "padded", "ours"])
+def test_which_texts_were_cut_is_told(model, limit, tiny_folder, monkeypatch):
+    """As counted by the tokenizer on the whole text, at the very edge too."""
+    encoder = open_encoder(tiny_folder if model == "ours" else PackageModel(), None, "fp32", token_budget=512)
+    if model == "padded":
+        monkeypatch.setattr("nvembed.modeling.packed.packs", lambda *_: False)
+    tokenizer = encoder._embedder.tokeniser.tokenizer if model == "ours" else encoder._model.tokenizer
+    texts = ["overflow " * count for count in (1, 20, 61, 62, 63, 64, 100, 253, 254, 255, 300, 511, 512, 600)]
+    longest = limit or encoder.max_length
+    expected = [len(tokenizer(text, truncation=False)["input_ids"]) > longest for text in texts]
+    cut_N = np.full(len(texts), -1, dtype=np.int8)
+    found = encoder.encode(texts, [""] * len(texts), limit, cut_N=cut_N)
+    assert cut_N.tolist() == [int(value) for value in expected] and 0 < sum(expected) < len(texts)
+    np.testing.assert_array_equal(encoder.encode(texts, [""] * len(texts), limit), found)
+
+
 def test_missing_models_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Run: pip install no-such-package-here"):
         check_model(PackageModel(package="no-such-package-here"))

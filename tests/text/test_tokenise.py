@@ -181,13 +181,14 @@ def shared(family):
 def test_any_text_is_one_well_formed_input(name, text, instruction):
     made = shared(name)
     tokens = made.encode([text], [instruction])[0]
-    ids, mask = tokens
+    ids, mask = tokens.input_ids, tokens.pool_mask
     assert len(ids) == len(mask) <= 24
     assert ids[0] == made.specials.bos and ids[-1] == made.specials.eos
     if name != "byte_level":
         assert ids.count(made.specials.bos) == ids.count(made.specials.eos) == 1
     assert mask[-1] == 1 and mask == sorted(mask) and set(mask) <= {0, 1}
     assert made.lengths([text], [instruction]).tolist() == [len(ids)]
+    assert tokens.cut == (made.lengths([text], [instruction], cut=False)[0] > 24)
     assert made.tokenizer(instruction + text, truncation=True, max_length=24)["input_ids"] == ids
     # The instruction acts on the mask only: the ids are those of the joined text.
     assert made.encode([instruction + text], [""])[0].input_ids == ids

