@@ -17,7 +17,7 @@ import xxhash
 
 from nvembed.data.tables import SCORED_IDS
 from nvembed.mining.blocks import CODE, KEPT, Problem, choose
-from nvembed.mining.checks import Checks
+from nvembed.mining.checks import Candidates, Checks
 from nvembed.mining.config import MineConfig, RandomNegatives, SampledTopK
 from nvembed.mining.lists import flat, interleaved, owners, starts
 from nvembed.mining.rules import Limits, drawn, rule_limits
@@ -67,8 +67,8 @@ def choices(
     """
     config = searcher.config
     if len(lanes) > 1 or config.near_duplicate is not None or config.judge is not None:
-        rows = searcher.query_rows(task)
-        return _as_arrays(Chooser(searcher, task, rows, lanes).run(), problem.plain.start_Q)
+        candidates = Candidates.of_group(searcher, task, queries, lanes)
+        return _as_arrays([*_one_by_one(searcher, task, lanes, candidates)], problem.plain.start_Q)
     assert not isinstance(config.rule, RandomNegatives)
     rule, searched = config.rule, lanes[0]
     limits = rule_limits(rule, searcher.lowest(searched.column("positives")))
@@ -87,6 +87,17 @@ def choices(
         owner_K, kept = _drawn_of_all(config, rule, task["dataset"], queries, owner_K, kept)
     sides = [(owner_K, *kept), *_deepened(searcher, task, queries, searched, needs)]
     return Choices(chosen.code_P, chosen.plain_Q, interleaved(sides, queries.num_rows))
+
+
+def _one_by_one(
+    searcher: Searcher, task: dict[str, Any], lanes: Sequence[pa.Table], candidates: Candidates | None
+) -> Iterator[Choice]:
+    """Choices of a group, few queries in memory at a time."""
+    rows = searcher.query_rows(task)
+    for start in range(0, len(rows), _AT_ONCE):
+        few = rows[start : start + _AT_ONCE]
+        known = [table.slice(start, len(few)) for table in lanes]
+        yield from Chooser(searcher, task, few, known, np.arange(start, start + len(few)), candidates).run()
 
 
 def wanted_of(config: MineConfig) -> int:
@@ -166,6 +177,7 @@ class Chooser:
         queries: its rows.
         lanes: see `choices`.
         rows: the queries' places in the group, where they are some of it.
+        candidates: what the checks read of the documents in `lanes`; None where nothing is checked.
     """
 
     def __init__(
@@ -175,6 +187,7 @@ class Chooser:
         queries: list[dict[str, Any]],
         lanes: Sequence[pa.Table],
         rows: np.ndarray | None = None,
+        candidates: Candidates | None = None,
     ) -> None:
         self._config, self._searcher, self._task = searcher.config, searcher, task
         self._queries, self._lanes = queries, [table.to_pylist() for table in lanes]
@@ -185,6 +198,7 @@ class Chooser:
             self._hashes.update(zip(ids.to_pylist(), digests.to_pylist(), strict=True))
         self._deepen = task["way"] == "search" and isinstance(self._config.search.index, ExactIndex)
         self._rows = np.arange(len(queries)) if rows is None else rows
+        self._candidates = candidates
         assert not isinstance(self._config.rule, RandomNegatives)
         self._rule = self._config.rule
         self._limits = [self._lane_limits(found) for found in self._lanes]
@@ -196,15 +210,9 @@ class Chooser:
 
     def run(self) -> list[Choice]:
         """A choice for every query, in order."""
-        choices: list[Choice] = []
-        for start in range(0, len(self._queries), _AT_ONCE):
-            choices += self._block(range(start, min(start + _AT_ONCE, len(self._queries))))
-        return choices
-
-    def _block(self, block: range) -> list[Choice]:
-        depth = self._config.depth
+        depth, block = self._config.depth, range(len(self._queries))
         rankings = [{index: ranking(rows[index], depth) for index in block} for rows in self._lanes]
-        checks = Checks.build(self._searcher, self._task, self._queries, rankings)
+        checks = self._checks(rankings, self._candidates)
         chosen: dict[int, list[tuple[str, float]]] = {}
         plain: dict[int, Selection] = {}
         short = []
@@ -232,7 +240,7 @@ class Chooser:
         """Choices for queries whose searched lists were too short, from ever deeper ones."""
         chosen, depth = {}, self._config.depth
         if not self._deepen:
-            checks = Checks.build(self._searcher, self._task, self._queries, [{index: known[index] for index in short}])
+            checks = self._checks([{index: known[index] for index in short}], self._candidates)
             return {index: self._choose(0, index, known[index], checks, lenient=True) for index in short}
         if short:
             query_QD = self._searcher.query_vectors(self._task, 0)
@@ -244,8 +252,13 @@ class Chooser:
                 index: ranking({**row, "ceiling": float(ceiling)}, depth)
                 for index, row, ceiling in zip(short, rows, ceiling_q, strict=True)
             }
-            self._read_hashes({key for known_now in found.values() for key in known_now.ids})
-            checks = Checks.build(self._searcher, self._task, self._queries, [found])
+            wanted = {key for known_now in found.values() for key in known_now.ids}
+            self._read_hashes(wanted)
+            candidates = None
+            if self._candidates is not None:
+                wanted |= {key for index in found for key in self._queries[index]["positives"]}
+                candidates = Candidates(self._searcher, self._task, pa.array(sorted(wanted), pa.string()))
+            checks = self._checks([found], candidates)
             left = []
             for index, known_now in found.items():
                 try:
@@ -254,6 +267,9 @@ class Chooser:
                     left.append(index)
             short = left
         return chosen
+
+    def _checks(self, rankings: Sequence[Mapping[int, Ranking]], candidates: Candidates | None) -> Checks | None:
+        return Checks.build(self._config, candidates, self._queries, self._rows, rankings)
 
     def _read_hashes(self, wanted: set[str]) -> None:
         missing = sorted(wanted - self._hashes.keys())

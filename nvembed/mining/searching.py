@@ -8,7 +8,7 @@ left have no text hashes and another name; they are searched again.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,32 +167,13 @@ class Searcher:
                 dict(zip(row["positives"], scores, strict=True)) for row, scores in zip(queries, lists, strict=True)
             ]
         else:
-            found = self.scores_of(task, queries, lane, [row["positives"] for row in queries])
+            ids = [row["positives"] for row in queries]
+            place, vectors = self.vectors_of(task["dataset"], {key for keys in ids for key in keys}, lane)
+            found = scores_by_id(queries, self.query_vectors(task, lane), ids, place, vectors)
         rows = [{"positives": [{"id": key, "score": score} for key, score in row.items()]} for row in found]
         table = pa.Table.from_pylist(rows, schema=pa.schema([("positives", SCORED_IDS)]))
         write_table(table, uri)
         return table.column("positives")
-
-    def scores_of(
-        self, task: dict[str, Any], queries: list[dict[str, Any]], lane: int | str, ids: Sequence[Sequence[str]]
-    ) -> list[dict[str, float]]:
-        """Exact scores of chosen documents of each query, by id."""
-        query_QD = self.query_vectors(task, lane)
-        rows, vectors = self.vectors_of(task["dataset"], {key for keys in ids for key in keys}, lane)
-        pairs = [(index, key) for index, keys in enumerate(ids) for key in keys]
-        for index, key in pairs:
-            if key not in rows:
-                raise storage.UserError(
-                    f"example {queries[index]['key']!r} names {key!r} as its positive, which is missing from the "
-                    "corpus of its data set. Prepare it again."
-                )
-        found: list[dict[str, float]] = [{} for _ in queries]
-        for start in range(0, len(pairs), 8192):
-            block = pairs[start : start + 8192]
-            left, right = query_QD[[index for index, _ in block]], vectors[[rows[key] for _, key in block]]
-            for (index, key), value in zip(block, pair_scores(left, right), strict=True):
-                found[index][key] = float(value)
-        return found
 
     def lowest(self, positives: pa.ChunkedArray) -> np.ndarray:
         """float64 [Q], the lowest score among each query's positives."""
@@ -370,3 +351,35 @@ class Searcher:
                 row["above"] = len(items) - len(below)
                 row["plain"], row["under"] = items[: self.config.depth], below[: self.config.depth]
         return pa.Table.from_pylist(rows, schema=FOUND_SCHEMA)
+
+
+def scores_by_id(
+    queries: Sequence[dict[str, Any]],
+    query_QD: np.ndarray,
+    ids: Sequence[Sequence[str]],
+    place: Mapping[str, int],
+    vectors: np.ndarray,
+) -> list[dict[str, float]]:
+    """Exact scores of chosen documents of each query, by id.
+
+    Args:
+        ids: Q lists of documents, positives among them.
+        place: the documents' rows in `vectors`.
+
+    Raises:
+        UserError: a document is not there.
+    """
+    pairs = [(index, key) for index, keys in enumerate(ids) for key in keys]
+    for index, key in pairs:
+        if key not in place:
+            raise storage.UserError(
+                f"example {queries[index]['key']!r} names {key!r} as its positive, which is missing from the "
+                "corpus of its data set. Prepare it again."
+            )
+    found: list[dict[str, float]] = [{} for _ in queries]
+    for start in range(0, len(pairs), 8192):
+        block = pairs[start : start + 8192]
+        left, right = query_QD[[index for index, _ in block]], vectors[[place[key] for _, key in block]]
+        for (index, key), value in zip(block, pair_scores(left, right), strict=True):
+            found[index][key] = float(value)
+    return found

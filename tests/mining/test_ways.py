@@ -15,7 +15,7 @@ import xxhash
 from nvembed.data.config import CweSource, PrepareConfig
 from nvembed.data.documents import Documents
 from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
-from nvembed.mining import run
+from nvembed.mining import choosing, picked, run
 from nvembed.mining.config import Judge, MineConfig, TopKAbs
 from nvembed.mining.run import MINE
 from nvembed.mining.selection import jaccard, word_triples
@@ -282,3 +282,35 @@ def test_near_copies_are_shared_word_triples():
     assert jaccard(word_triples("One two three four"), word_triples("two three four five")) == pytest.approx(1 / 3)
     assert jaccard(word_triples("缓冲区溢出漏洞"), word_triples("缓冲区溢出的漏洞")) > 0.2
     assert jaccard(word_triples(""), frozenset()) == 0.0
+
+
+@pytest.mark.parametrize(
+    "checks",
+    [
+        {"near_duplicate": 0.6},
+        {
+            "judge": {
+                "model": {"type": "package", "package": "second"},
+                "ceiling": {"type": "topk_abs", "max_score": 0.5},
+            }
+        },
+        {"near_duplicate": 0.6, "more_miners": [{"type": "bm25"}, {"type": "package", "package": "second"}]},
+    ],
+)
+def test_checks_read_the_corpus_once_a_group(prepared, tmp_path, monkeypatch, checks):
+    """However many queries are decided together."""
+    seen, read = [], picked.read_table
+
+    def counting(uri, columns=None):
+        seen.append((uri, tuple(columns)))
+        return read(uri, columns)
+
+    monkeypatch.setattr(picked, "read_table", counting)
+    one_group = {"depth": 60, "encode": EncodeConfig(actors=1, shard_rows=5)}  # and never searched deeper
+    _, expected, whole = mine(prepared, tmp_path / "all", **one_group, **checks)
+    once = len(seen)
+    assert 0 < once == len(set(seen))
+    monkeypatch.setattr(choosing, "_AT_ONCE", 2)
+    seen.clear()
+    _, rows, audit = mine(prepared, tmp_path / "two", **one_group, **checks)
+    assert (rows, audit) == (expected, whole) and len(seen) == once
