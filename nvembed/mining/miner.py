@@ -6,7 +6,7 @@ Each group of queries ends as `<select>/<dataset>/part-*.parquet` (`part-*.searc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from nvembed.mining.audit import Audit
 from nvembed.mining.blocks import Problem, members
 from nvembed.mining.choosing import Choices, choices
 from nvembed.mining.config import MineConfig
+from nvembed.mining.drawing import random_choices
 from nvembed.mining.lists import flat, one_array
 from nvembed.mining.mined import MINED_SCHEMA, best_rank, mined_table, own_positives, placed
 from nvembed.mining.rules import consistent
@@ -28,10 +29,9 @@ from nvembed.mining.selection import (
     ClassExamples,
     example_based,
     example_generator,
-    random_negatives,
     text_hash,
 )
-from nvembed.retrieval.shards import iter_parquet, list_shards, read_slice, read_table, write_table
+from nvembed.retrieval.shards import iter_parquet, read_slice, write_table
 
 __all__ = ["MinePaths", "MineWorker", "selected"]
 
@@ -168,22 +168,9 @@ class MineWorker:
     # -- random negatives ---------------------------------------------------------------------------------------------
 
     def _random(self, task: dict[str, Any], audit: Audit) -> pa.Table:
-        config = self._config
-        pairs = sorted(self._document_hashes(task["dataset"]))
-        ids, hash_N = [key for key, _ in pairs], [digest for _, digest in pairs]
-        by_id = dict(pairs)
-        kept = []
-        queries = self._searcher.queries(task)
-        for row in queries.to_pylist():
-            places = random_negatives(
-                example_generator(config.seed, task["dataset"], row["key"]),
-                ids,
-                hash_N,
-                never_ids=set(row["never"]),
-                never_hashes={row["hash"], *(by_id[key] for key in row["never"] if key in by_id)},
-                count=config.num_negatives,
-            )
-            kept.append([{"id": ids[place], "score": None} for place in places])
+        config, queries = self._config, self._searcher.queries(task)
+        drawn = random_choices(self._searcher, task, queries.to_pylist())
+        kept = [[{"id": key, "score": None} for key in keys] for keys in drawn]
         own = own_positives(queries, None)
         mined, given = mined_table(queries, own, pa.array(kept, SCORED_IDS), config.num_negatives, capped=False)
         audit.counts["given"] += given
@@ -239,9 +226,3 @@ class MineWorker:
                 }
             )
         return pa.Table.from_pylist(rows, schema=MINED_SCHEMA)
-
-    def _document_hashes(self, dataset: str) -> Iterator[tuple[str, int]]:
-        root = storage.join(self._paths.texts, dataset, "documents")
-        for name in list_shards(root):
-            table = read_table(storage.join(root, name), ["key", "hash"])
-            yield from zip(table.column("key").to_pylist(), table.column("hash").to_pylist(), strict=True)

@@ -73,7 +73,7 @@ def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) ->
     report = EncodeReport()
     for one_report in reports.values():
         report.merge(one_report)
-    tasks = _tasks(prepare, info, config, paths, searched)
+    tasks = _tasks(prepare, info, config, paths, laid)
     select_workers, again = _select(config, paths, tasks)
     summaries = {}
     rows = {}
@@ -200,7 +200,7 @@ def _example_based(info: Mapping[str, Any]) -> bool:
 
 
 def _tasks(
-    prepare: Artifact, info: Mapping[str, Any], config: MineConfig, paths: MinePaths, searched: bool
+    prepare: Artifact, info: Mapping[str, Any], config: MineConfig, paths: MinePaths, laid: Mapping[str, Laid]
 ) -> list[dict[str, Any]]:
     """Parts of the work. Results do not depend on the division (search is exact, draws are seeded per example)."""
     tasks: list[dict[str, Any]] = []
@@ -210,9 +210,11 @@ def _tasks(
             examples = prepare.path(dataset, "examples-train.parquet")
             groups = _class_groups(examples, config)
         else:
-            groups = _query_groups(paths, dataset, config, searched)
+            groups = _query_groups(paths, dataset, config)
         for number, group in enumerate(groups):
             group |= {"dataset": dataset, "part": f"part-{number:05d}"}
+            if group["way"] == "random":
+                group["corpus"] = laid[dataset].documents
             if group["way"] != "search":
                 tasks.append(group)
                 continue
@@ -232,7 +234,7 @@ def _class_groups(examples: str, config: MineConfig) -> list[dict[str, Any]]:
     ]
 
 
-def _query_groups(paths: MinePaths, dataset: str, config: MineConfig, searched: bool) -> list[dict[str, Any]]:
+def _query_groups(paths: MinePaths, dataset: str, config: MineConfig) -> list[dict[str, Any]]:
     root = storage.join(paths.texts, dataset, "queries")
     names, rejected = list_shards(root), Rejected.read(paths.searched, dataset)
     if len(rejected):
@@ -240,7 +242,9 @@ def _query_groups(paths: MinePaths, dataset: str, config: MineConfig, searched: 
     else:
         counts = [_row_count(storage.join(root, name)) for name in names]
     limit = min(config.search.query_rows, max(-(-sum(counts) // config.encode.actors), 1))
-    way = "random" if not searched else "search" if config.reuse is None else "reuse"
+    way = "search" if config.reuse is None else "reuse"
+    if isinstance(config.rule, RandomNegatives):
+        way = "random"
     groups: list[dict[str, Any]] = []
     start = 0
     for name, count in zip(names, counts, strict=True):

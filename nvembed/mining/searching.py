@@ -226,6 +226,20 @@ class Searcher:
             left_N = left_N[~here_n]
         return hash_N, found_N
 
+    def documents_at(self, dataset: str, place_U: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Ids and text hashes (int64) of documents by their places in the shards, which must rise."""
+        root = storage.join(self.paths.texts, dataset, "documents")
+        ids: list[str] = []
+        parts = [np.zeros(0, dtype=np.int64)]
+        start = 0
+        for table in self._key_hashes(dataset, list_shards(root)):
+            first, last = np.searchsorted(place_U, [start, start + table.num_rows])
+            here = table.take(pa.array(place_U[first:last] - start))
+            ids += here.column("key").to_pylist()
+            parts.append(here.column("hash").to_numpy())
+            start += table.num_rows
+        return ids, np.concatenate(parts)
+
     def hashed(
         self, task: dict[str, Any], table: pa.Table, queries: pa.Table, names: list[str] | None = None
     ) -> pa.Table:

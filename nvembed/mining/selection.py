@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import xxhash
+
+Drawn = TypeVar("Drawn")
 
 
 class Reason(enum.StrEnum):
@@ -119,43 +122,35 @@ def draw_order(generator: np.random.Generator, population: int, count: int) -> l
     return list(seen)
 
 
-def draw_accepted(
-    generator: np.random.Generator, population: int, count: int, accept: Callable[[list[int]], list[int]]
-) -> list[int]:
-    """Up to `count` positions that `accept` keeps of a random order; draws more as long as too few were kept."""
+def draw_rounds(
+    generator: np.random.Generator, population: int, count: int
+) -> Generator[list[int], list[Drawn], list[Drawn]]:
+    """Up to `count` good ones of a random order, as a coroutine, so that many examples can look up theirs together.
+
+    It yields positions of `range(population)`, is sent those that were good (as positions or as what stands there), and
+    draws more as long as too few were.
+    """
     asked = 2 * count + 8
     while True:
         order = draw_order(generator, population, asked)
-        kept = accept(order)[:count]
+        kept = (yield order)[:count]
         if len(kept) == count or len(order) == population:
             return kept
         asked *= 4
 
 
-def random_negatives(
-    generator: np.random.Generator,
-    ids: Sequence[str],
-    hashes: Sequence[int],
-    *,
-    never_ids: Set[str],
-    never_hashes: Set[int],
-    count: int,
+def draw_accepted(
+    generator: np.random.Generator, population: int, count: int, accept: Callable[[list[int]], list[int]]
 ) -> list[int]:
-    """Positions in `ids` of up to `count` uniform draws, known positives and repeated texts excluded."""
-
-    def accept(order: list[int]) -> list[int]:
-        picked = select_negatives(
-            [ids[index] for index in order],
-            [0.0] * len(order),
-            [hashes[index] for index in order],
-            below=np.inf,
-            never_ids=never_ids,
-            never_hashes=never_hashes,
-            count=count,
-        )
-        return [order[index] for index in picked.kept]
-
-    return draw_accepted(generator, len(ids), count, accept)
+    """Up to `count` positions that `accept` keeps of a random order; see `draw_rounds`."""
+    rounds: Generator[list[int], list[int], list[int]] = draw_rounds(generator, population, count)
+    order = next(rounds)
+    while True:
+        try:
+            order = rounds.send(accept(order))
+        except StopIteration as done:
+            kept: list[int] = done.value
+            return kept
 
 
 def word_triples(text: str) -> frozenset[int]:

@@ -10,10 +10,10 @@ from nvembed.mining.rules import ceilings
 from nvembed.mining.selection import (
     ClassExamples,
     Reason,
+    draw_accepted,
     draw_order,
     example_based,
     example_generator,
-    random_negatives,
     select_negatives,
     text_hash,
 )
@@ -100,34 +100,17 @@ def test_draw_order_is_distinct_and_complete(seed, population, count):
 
 
 def test_draws_depend_on_the_example_and_are_uniform():
-    ids = [f"d{index:02d}" for index in range(20)]
     counts = np.zeros(20)
     for example in range(2000):
         generator = example_generator(3, "set", f"e{example}")
-        kept = random_negatives(generator, ids, list(range(20)), never_ids={"d00"}, never_hashes={1}, count=3)
+        kept = draw_accepted(generator, 20, 3, lambda order: [place for place in order if place > 1])
         assert len(set(kept)) == 3
         counts[kept] += 1
     assert counts[0] == counts[1] == 0
     expected = 2000 * 3 / 18
     assert np.abs(counts[2:] - expected).max() < 5 * np.sqrt(expected)
-    twice = [
-        random_negatives(
-            example_generator(3, "set", "e7"), ids, list(range(20)), never_ids=set(), never_hashes=set(), count=3
-        )
-        for _ in range(2)
-    ]
-    assert twice[0] == twice[1]
-    other = random_negatives(
-        example_generator(4, "set", "e7"), ids, list(range(20)), never_ids=set(), never_hashes=set(), count=3
-    )
-    assert other != twice[0]
-
-
-def test_random_negatives_takes_all_there_are():
-    kept = random_negatives(
-        example_generator(0, "set", "e"), ["a", "b", "c"], [1, 2, 2], never_ids={"a"}, never_hashes=set(), count=5
-    )
-    assert len(kept) == 1 and kept[0] in (1, 2)
+    twice = [draw_accepted(example_generator(3, "set", "e7"), 20, 3, list) for _ in range(2)]
+    assert twice[0] == twice[1] != draw_accepted(example_generator(4, "set", "e7"), 20, 3, list)
 
 
 @given(
