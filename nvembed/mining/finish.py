@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nvembed import storage
+from nvembed.mining import capping
 from nvembed.mining.audit import Audit
 from nvembed.mining.config import MineConfig
+from nvembed.mining.lists import one_array
 from nvembed.mining.mined import MINED_SCHEMA
-from nvembed.mining.rules import cap_documents
 from nvembed.mining.searched import SEARCHED_SCHEMA
 from nvembed.mining.searching import MinePaths, Searcher
 from nvembed.retrieval.search import search_shards
@@ -32,20 +32,19 @@ def merge_parts(
 ) -> int:
     """Write `<dataset>/mined.parquet`, and `searched.parquet` where there was a search, from the parts in order.
 
-    One part is in memory at a time; with a cap on documents, all candidates of the data set are.
+    One part is in memory at a time; with a cap on documents, all candidates of the data set are (`capping.py`).
     """
     mined = [storage.join(paths.select, dataset, f"{part}.parquet") for part in parts]
-    if config.max_per_document is not None and mined:
-        rows = [row for uri in mined for row in read_table(uri).to_pylist()]
-        _cap(rows, config, audit)
-        capped = [pa.Table.from_pylist(rows, schema=MINED_SCHEMA)]
-        tables: Tables = capped.copy
-    else:
-        tables = functools.partial(_read, mined, MINED_SCHEMA)
+    with_cap = config.max_per_document is not None and bool(mined)
+    tables: Tables = functools.partial(_read, mined, MINED_SCHEMA)
+    if with_cap:
+        tables = functools.partial(capping.tables, mined, capping.capped(mined, config))
     whole = storage.join(work_uri, dataset, "mined.parquet")
     total = _write(whole, tables, MINED_SCHEMA)
     for table in iter_parquet(whole, ["negatives"]):
         audit.add_hubs(table.column("negatives"))
+        if with_cap:
+            audit.add_examples(one_array(table.column("negatives")), config.num_negatives)
     searched = [storage.join(paths.select, dataset, f"{part}.searched") for part in parts]
     if searched and config.reuse is None and storage.exists(searched[0]):
         stored = functools.partial(_read, searched, SEARCHED_SCHEMA)
@@ -81,31 +80,6 @@ def _even(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             waiting, count = [whole.slice(_GROUP_ROWS)], count - _GROUP_ROWS
     if count:
         yield pa.concat_tables(waiting).combine_chunks()
-
-
-def _cap(rows: list[dict[str, Any]], config: MineConfig, audit: Audit) -> None:
-    """No document is a mined negative of more than `max_per_document` queries; given negatives stay as they are.
-
-    Candidates are those that were searched: a query that loses too many of them is left with fewer negatives.
-    """
-    assert config.max_per_document is not None
-    mined = [[item for item in row["negatives"] if item["score"] is not None] for row in rows]
-    keys = {key: number for number, key in enumerate(sorted({item["id"] for items in mined for item in items}))}
-    width = max((len(items) for items in mined), default=0)
-    documents_QC = np.full((len(rows), width), -1, dtype=np.int64)
-    scores_QC = np.full((len(rows), width), -np.inf)
-    for index, items in enumerate(mined):
-        documents_QC[index, : len(items)] = [keys[item["id"]] for item in items]
-        scores_QC[index, : len(items)] = [item["score"] for item in items]
-    examples = [row["example_id"] for row in rows]
-    order_Q = np.empty(len(rows), dtype=np.int64)
-    order_Q[sorted(range(len(rows)), key=lambda index: examples[index])] = np.arange(len(rows))
-    columns_QK = cap_documents(documents_QC, scores_QC, config.num_negatives, config.max_per_document, order_Q)
-    for index, row in enumerate(rows):
-        given = [item for item in row["negatives"] if item["score"] is None]
-        kept = [mined[index][column] for column in columns_QK[index] if column >= 0]
-        row["negatives"] = (given + kept)[: config.num_negatives]
-        audit.add_example(row["negatives"], config.num_negatives)
 
 
 def index_recall(searcher: Searcher, dataset: str, work_uri: str) -> dict[str, float]:
