@@ -12,29 +12,32 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 
 from nvembed import storage
 from nvembed.data.tables import dataset_info
 from nvembed.fetch import local_model
 from nvembed.mining.audit import Audit, near_copies, samples, short_summary
-from nvembed.mining.config import MineConfig, RandomNegatives
+from nvembed.mining.config import Bm25Miner, MineConfig, RandomNegatives
 from nvembed.mining.finish import check_reuse, index_recall, merge_parts
 from nvembed.mining.layout import Laid, lay_out
 from nvembed.mining.miner import MineWorker
 from nvembed.mining.rejected import NEEDED, SIDES, Rejected, write_rejected
 from nvembed.mining.searching import MinePaths, Searcher
+from nvembed.retrieval.bm25 import check_memory
 from nvembed.retrieval.config import ExactIndex, PretrainedModel
 from nvembed.retrieval.encode import EncodeReport, encode_shards, read_rejected
 from nvembed.retrieval.encoders import check_model
 from nvembed.retrieval.pool import ProgressLog, run_pool
 from nvembed.retrieval.search_faiss import check_faiss
-from nvembed.retrieval.shards import iter_parquet, list_shards, read_table
+from nvembed.retrieval.shards import column_size, iter_parquet, list_shards, read_table
 from nvembed.storage import Step, StepResult
 from nvembed.types import Artifact, TaskType, UserError
 
@@ -122,6 +125,11 @@ def _check(config: MineConfig, prepare: Artifact, searched: bool) -> None:
         check_reuse(config, prepare)
         return
     check_faiss(config.search.index)
+    if any(isinstance(miner, Bm25Miner) for miner in config.more_miners) and not os.environ.get("RAY_ADDRESS"):
+        for dataset, info in dataset_info(prepare).items():
+            if not _example_based(info):  # what a cluster's nodes have is asked there
+                size = column_size(prepare.path(dataset, "corpus.parquet"), "text")
+                check_memory(dataset, *size, psutil.virtual_memory().total)
     for _, model in config.embedders():
         check_model(model)
     if config.cross_encoder is not None:

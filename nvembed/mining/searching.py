@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from nvembed import storage
 from nvembed.data.tables import SCORED_IDS
+from nvembed.mining import words
 from nvembed.mining.config import Bm25Miner, MineConfig, RandomNegatives
 from nvembed.mining.lists import flat, list_array, owners, starts
 from nvembed.mining.rejected import NEEDED, Rejected
@@ -64,7 +65,7 @@ class Searcher:
         self.config, self.paths = config, paths
         self.lanes = 1 + len(config.more_miners)
         self.again = 0  # queries of which a part was searched again in fp32
-        self._bm25: tuple[str, Bm25Index] | None = None
+        self._indexes = words.WordIndexes()
         self._texts: tuple[str, list[str], pa.Table] | None = None  # hashes last read, where a table holds them all
         self._cross: CrossScorer | None = None
         self._rejected: dict[str, Rejected] = {}
@@ -162,10 +163,7 @@ class Searcher:
             return read_table(uri).column("positives")
         queries = self.query_rows(task)
         if self._is_bm25(lane):
-            lists = self._bm25_search(task, queries, 1)[2]
-            found = [
-                dict(zip(row["positives"], scores, strict=True)) for row, scores in zip(queries, lists, strict=True)
-            ]
+            found = words.positive_scores(self._words(task["dataset"]), queries)
         else:
             ids = [row["positives"] for row in queries]
             place, vectors = self.vectors_of(task["dataset"], {key for keys in ids for key in keys}, lane)
@@ -339,32 +337,14 @@ class Searcher:
     def _is_bm25(self, lane: int) -> bool:
         return lane > 0 and isinstance(self.config.more_miners[lane - 1], Bm25Miner)
 
-    def _bm25_search(
-        self, task: dict[str, Any], queries: list[dict[str, Any]], k: int
-    ) -> tuple[list[list[str]], list[np.ndarray], list[list[float]]]:
-        if self._bm25 is None or self._bm25[0] != task["dataset"]:
-            root = storage.join(self.paths.texts, task["dataset"], "documents")
-            tables = [read_table(storage.join(root, name), ["key", "text"]) for name in list_shards(root)]
-            rows = pa.concat_tables(tables)
-            gone = pc.is_in(rows.column("key"), value_set=self.rejected(task["dataset"]).documents)
-            rows = rows.filter(pc.invert(gone))
-            index = Bm25Index(rows.column("key").to_pylist(), rows.column("text").to_pylist())
-            self._bm25 = (task["dataset"], index)
-        texts = [row["text"] for row in queries]
-        return self._bm25[1].search(texts, k, [row["positives"] for row in queries])
+    def _words(self, dataset: str) -> Bm25Index:
+        uri = storage.join(self.paths.texts, dataset, "documents")
+        return self._indexes.of(uri, dataset, self.rejected(dataset).documents)
 
     def _bm25_part(self, task: dict[str, Any], ceiling_Q: np.ndarray) -> pa.Table:
-        """Word statistics are the whole corpus', so its first part stands for all of it; the others hold nothing."""
-        queries = self.query_rows(task)
-        rows: list[dict[str, Any]] = [{"above": 0, "plain": [], "under": []} for _ in queries]
-        if task["segment"] == 0:
-            ids, scores, _ = self._bm25_search(task, queries, 4 * self.config.depth)
-            for row, keys, values, ceiling in zip(rows, ids, scores, ceiling_Q, strict=True):
-                items = [{"id": key, "score": float(value)} for key, value in zip(keys, values, strict=True)]
-                below = [item for item in items if item["score"] < ceiling]
-                row["above"] = len(items) - len(below)
-                row["plain"], row["under"] = items[: self.config.depth], below[: self.config.depth]
-        return pa.Table.from_pylist(rows, schema=FOUND_SCHEMA)
+        if task["segment"] != 0:
+            return words.nothing(len(ceiling_Q))
+        return words.best(self._words(task["dataset"]), self.query_rows(task), ceiling_Q, self.config.depth)
 
 
 def scores_by_id(

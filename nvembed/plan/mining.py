@@ -24,6 +24,7 @@ from nvembed.plan.searching import (
 from nvembed.plan.sizes import Model
 from nvembed.plan.units import flops_text, size_text, time_text
 from nvembed.recipe import Recipe
+from nvembed.retrieval.bm25 import index_bytes
 from nvembed.retrieval.config import ExactIndex, PackageModel
 
 MANY_PASSES, MANY_TASKS, MANY_SHARDS = 16, 100_000, 100_000
@@ -132,7 +133,7 @@ def plan_mining(
         unknown=[corpus.name for corpus in sets if corpus.rows is None],
         missing=missing,
         starts=hardware.start_seconds * max(len(lanes), 1),
-        notes=_notes(config, known, cuts, hardware) if searched else ["nothing is encoded or searched"],
+        notes=_notes(config, known, cuts, lengths[1], hardware) if searched else ["nothing is encoded or searched"],
     )
 
 
@@ -166,7 +167,10 @@ def _lane(
     )
 
 
-def _notes(config: MineConfig, known: Sequence[Corpus], cuts: Mapping[str, Division], hardware: Hardware) -> list[str]:
+def _notes(
+    config: MineConfig, known: Sequence[Corpus], cuts: Mapping[str, Division], length: float, hardware: Hardware
+) -> list[str]:
+    """`length`: mean tokens of a document."""
     notes = []
     for corpus in known:
         cut = cuts[corpus.name]
@@ -181,7 +185,9 @@ def _notes(config: MineConfig, known: Sequence[Corpus], cuts: Mapping[str, Divis
             notes.append(f"{corpus.name}: {cut.document_shards:,} shards; a larger mine.encode.shard_rows makes fewer")
     for miner in config.more_miners:
         if isinstance(miner, Bm25Miner):
-            notes.append("bm25 holds a whole corpus in each actor's memory; its time is not planned")
+            largest = max((corpus.documents or 0 for corpus in known), default=0)
+            held = index_bytes(largest, int(largest * length * TEXT_BYTES))
+            notes.append(f"bm25 takes {size_text(held)} of each actor's memory; its time is not planned")
     if config.cross_encoder is not None:
         notes.append(f"the cross-encoder reads up to {config.depth} pairs of every query; its time is not planned")
     if not isinstance(config.search.index, ExactIndex):

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nvembed.types import UserError
+
 STOP_WORDS = "en"
 # Han with its extensions and compatibility forms, the iteration mark, hiragana, katakana (full and half width)
 _CJK_RUN = re.compile(
@@ -81,6 +83,29 @@ def _best(score_N: np.ndarray, k: int) -> np.ndarray:
         kth = np.partition(score_N[hits], len(hits) - k)[len(hits) - k]
         hits = hits[score_N[hits] >= kth]
     return hits[np.argsort(-score_N[hits], kind="stable")][:k]
+
+
+def index_bytes(documents: int, text_bytes: int) -> int:
+    """Memory that building an index takes at its peak, the texts included.
+
+    Measured from 100,000 to 300,000 texts of 230 and 1,150 characters: 8.3 to 9.1 and 7.6 bytes a character.
+    """
+    return 8 * text_bytes + 300 * documents
+
+
+def check_memory(dataset: str, documents: int, text_bytes: int, free: int) -> None:
+    """Refuse an index that `free` bytes do not hold, before the machine runs out of them.
+
+    Raises:
+        UserError: with what it would take.
+    """
+    need = index_bytes(documents, text_bytes)
+    if need > free:
+        raise UserError(
+            f"BM25 over {dataset!r}: an index of {documents:,} documents takes about {need / 2**30:.1f} GiB in every "
+            f"actor, here {free / 2**30:.1f} GiB can be had. Leave bm25 out of mine.more_miners for such a corpus, or "
+            "use machines with more memory (fewer mine.encode.actors on each)."
+        )
 
 
 def search_bm25(

@@ -101,6 +101,16 @@ def read_schema(uri: str) -> pa.Schema:
         return pq.read_schema(file)
 
 
+@retried
+def column_size(uri: str, column: str) -> tuple[int, int]:
+    """Rows of a parquet file, and bytes of one of its columns before compression; only the footer is read."""
+    with storage.open_reader(uri) as file:
+        metadata = pq.read_metadata(file)
+    place = [metadata.schema.column(number).path for number in range(len(metadata.schema))].index(column)
+    groups = range(metadata.num_row_groups)
+    return metadata.num_rows, sum(metadata.row_group(group).column(place).total_uncompressed_size for group in groups)
+
+
 def iter_parquet(uri: str, columns: list[str] | None = None, batch_rows: int = 4096) -> Iterator[pa.Table]:
     """Stream a parquet file as tables of at most `batch_rows` rows, in order."""
     with storage.open_reader(uri) as file:

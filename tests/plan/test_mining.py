@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from nvembed.cli import app
 from nvembed.mining.config import MineConfig
+from nvembed.mining.searching import MinePaths
 from nvembed.plan.corpora import division, parse_rows, searched_sets, shard_count
 from nvembed.plan.encoding import EncoderSizes, encode_seconds
 from nvembed.plan.hardware import find_hardware
@@ -139,12 +141,13 @@ def test_mining_cuts_its_work_as_planned(
         }
     )
     for name, count in (("queries", queries), ("documents", documents)):
-        write_text_shards(((str(i), "t", "") for i in range(count)), str(tmp_path / name), shard_rows)
+        write_text_shards(((str(i), "t", "") for i in range(count)), str(tmp_path / "set" / name), shard_rows)
     cut = division(queries, documents, config)
-    assert cut.query_shards == len(list_shards(str(tmp_path / "queries"))) == shard_count(queries, shard_rows)
-    assert cut.document_shards == len(list_shards(str(tmp_path / "documents")))
-    groups = _query_groups(str(tmp_path / "queries"), config, True)
-    segments, _ = _document_segments(str(tmp_path / "documents"), config)
+    assert cut.query_shards == len(list_shards(str(tmp_path / "set/queries"))) == shard_count(queries, shard_rows)
+    assert cut.document_shards == len(list_shards(str(tmp_path / "set/documents")))
+    paths = replace(MinePaths.under(str(tmp_path)), texts=str(tmp_path))
+    groups = _query_groups(paths, "set", config)
+    segments, _ = _document_segments(str(tmp_path / "set/documents"), config)
     assert (cut.passes, cut.parts) == (len(groups), len(segments))
     assert cut.tasks == len(groups) * len(segments)
     assert max(group["rows"] for group in groups) == cut.group_rows
