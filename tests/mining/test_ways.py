@@ -254,11 +254,11 @@ def test_an_index_that_memory_cannot_hold_is_refused_before_anything_is_laid_out
         total = 20_000
 
     monkeypatch.setattr(run.psutil, "virtual_memory", Small)
-    with pytest.raises(UserError, match="BM25 over 'set': an index of 42 documents takes about 0.0 GiB"):
+    with pytest.raises(UserError, match=r"BM25 over 'set': an index of 42 documents takes about 0\.0 GiB"):
         mine(prepared, tmp_path / "refused", more_miners=[{"type": "bm25"}])
     assert not (tmp_path / "refused" / "checkpoints").exists()
     Small.total, Small.available = 1 << 30, 20_000  # the actor's machine has not as much left
-    with pytest.raises(UserError, match="Leave bm25 out of mine.more_miners"):
+    with pytest.raises(UserError, match=r"Leave bm25 out of mine\.more_miners"):
         mine(prepared, tmp_path / "later", more_miners=[{"type": "bm25"}])
     Small.available = 1 << 30
     mine(prepared, tmp_path / "later", more_miners=[{"type": "bm25"}])
