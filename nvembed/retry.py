@@ -1,8 +1,8 @@
 """Storage that answers badly for a while is asked again (layer 0): what counts as such, how often, how long.
 
 s3fs and its kin retry what they know to be passing; this is one layer above, for what they hand on: answers of 5xx,
-throttling, connections that break. What is wrong for good (not found, not allowed, disk full) is never tried again;
-a full disk is named.
+throttling, connections that break, bodies that end early. What is wrong for good (not found, not allowed, disk full) is
+never tried again; a full disk is named.
 """
 
 from __future__ import annotations
@@ -30,16 +30,21 @@ _PASSING = {
 _PASSING_NAMES = {  # of the HTTP clients below fsspec, which are not OSErrors
     "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "HTTPClientError",
     "ClientConnectorError", "ServerDisconnectedError", "ServerTimeoutError",
+    # an answer whose body ends early
+    "ClientPayloadError", "ResponseStreamingError", "ResponseParserError", "IncompleteReadError", "IncompleteRead",
+    "ChunkedEncodingError",
 }  # fmt: skip
 
 
 def passing(error: BaseException) -> bool:
-    """Whether trying again may help: 5xx (as s3fs tells it, by errno), throttling, broken connections."""
+    """Whether trying again may help: 5xx (as s3fs tells it, by errno), throttling, broken connections, cut answers."""
     if isinstance(
         error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | FileExistsError
     ):
         return False
-    if isinstance(error, ConnectionError | TimeoutError) or type(error).__name__ in _PASSING_NAMES:
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    if any(kind.__name__ in _PASSING_NAMES for kind in type(error).__mro__):
         return True
     code = getattr(error, "code", None)  # gcsfs
     if isinstance(code, int) and (code == 429 or 500 <= code < 600):

@@ -35,19 +35,25 @@ def ray_session() -> Iterator[None]:
 
 
 class S3Front:
-    """Stands before the S3 server and answers some requests itself, with 503 or 500."""
+    """Stands before the S3 server and answers some requests itself, with 503 or 500, or sends half of the answer."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
         self._lock = threading.Lock()
         self.refuse: Callable[[str, str], bool] = lambda method, path: False
         self.answer = "503 Service Unavailable"
+        self.cut: Callable[[str, str], bool] = lambda method, path: False
         self.refused: Counter[str] = Counter()
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         with self._lock:
             refuse = self.refuse(environ["REQUEST_METHOD"], environ["PATH_INFO"])
             self.refused[environ["REQUEST_METHOD"]] += refuse
+            cut = not refuse and self.cut(environ["REQUEST_METHOD"], environ["PATH_INFO"])
+            self.refused["cut"] += cut
+        if cut:  # the headers promise the whole body
+            body = b"".join(self._app(environ, start_response))
+            return [body[: len(body) // 2]]
         if not refuse:
             return self._app(environ, start_response)  # type: ignore[no-any-return]
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -87,7 +93,8 @@ def store(s3_front: tuple[S3Front, int], monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(retry, "LONGEST_WAIT", 0.05)
-    found.refuse, found.answer, found.refused = (lambda method, path: False), "503 Service Unavailable", Counter()
+    found.refuse = found.cut = lambda method, path: False
+    found.answer, found.refused = "503 Service Unavailable", Counter()
     s3fs.S3FileSystem.clear_instance_cache()
     client = s3fs.S3FileSystem()
     if client.exists("bucket"):

@@ -1,6 +1,7 @@
 """What is tried again, how often, and what never is."""
 
 import errno
+import http.client
 import io
 
 import pytest
@@ -21,6 +22,14 @@ class EndpointConnectionError(Exception):
     """As botocore raises it."""
 
 
+class ClientPayloadError(Exception):
+    """As aiohttp raises it, or a subclass, where a body ends early."""
+
+
+class Cut(ClientPayloadError):
+    pass
+
+
 @pytest.mark.parametrize(
     ("error", "again"),
     [
@@ -31,6 +40,8 @@ class EndpointConnectionError(Exception):
         (HttpError(503), True),
         (HttpError(429), True),
         (EndpointConnectionError(), True),
+        (Cut(), True),
+        (http.client.IncompleteRead(b"half", 4), True),
         (HttpError(404), False),
         (FileNotFoundError(errno.ENOENT, "no"), False),
         (PermissionError(errno.EACCES, "no"), False),
