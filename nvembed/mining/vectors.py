@@ -101,7 +101,7 @@ def mine_vectors(
 
     Raises:
         UserError: a rule that is not known, shapes that do not fit, a query without a positive, a row number that no
-            document has.
+            document has, a vector with NaN or infinity.
 
     Source: NV-Retriever (arXiv 2407.15831), section 3.
     """
@@ -145,6 +145,9 @@ class _Known:
         unique, place_P = np.unique(row_P, return_inverse=True)
         vectors_UD = np.asarray(documents[unique], dtype=np.float32)
         score_P = gathered_scores(query_QD, owner_P, vectors_UD, place_P)
+        if not np.isfinite(score_P).all():
+            bad = int(np.argmin(np.isfinite(score_P)))
+            raise UserError(f"query {owner_P[bad]} or its positive, document {row_P[bad]}, is not finite")
         column_P = np.arange(len(owner_P)) - (np.cumsum(count_Q) - count_Q)[owner_P]
         self.rows_QM = np.full((len(positives), self.most), FREE, dtype=np.int64)
         self.scores_QM = np.full((len(positives), self.most), np.nan)

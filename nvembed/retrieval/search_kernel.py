@@ -39,7 +39,8 @@ class Segment:
         self.ids_S, self.vectors = ids_S, Vectors(matrix_SD, precision, device)
         bad = self.vectors.unusable()
         if bad is not None:
-            raise UserError(f"the document vector with id {ids_S[bad]!r} is not finite, or longer than {LARGEST:.0e}")
+            name = ids_S[bad : bad + 1].tolist()[0]
+            raise UserError(f"the document vector with id {name!r} is not finite, or longer than {LARGEST:.0e}")
 
     def __len__(self) -> int:
         return len(self.ids_S)

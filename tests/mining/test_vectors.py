@@ -135,3 +135,21 @@ def test_what_is_wrong_is_named():
     assert mine_vectors(query, matrix, [[], *positives[1:]], 3, {"type": "topk"}).shape == (20, 3)
     with pytest.raises(AttributeError, match="no attribute 'mine'"):
         nvembed.mining.mine  # noqa: B018
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_vectors_that_are_not_finite_are_named(value):
+    rng = np.random.default_rng(0)
+    queries, documents = (rng.normal(size=(count, 8)).astype(np.float32) for count in (5, 40))
+    rule = {"type": "topk_percpos", "max_negative_to_positive_ratio": 0.95}
+    for matrix, row, said in (
+        (queries, 2, "query 2 or its positive, document 2, is not finite"),
+        (documents, 3, "query 3 or its positive, document 3, is not finite"),
+        (documents, 30, "the document vector with id 30 is not finite"),
+    ):
+        before = matrix[row, 3]
+        matrix[row, 3] = value
+        with pytest.raises(UserError, match=said):
+            mine_vectors(queries, documents, [[number] for number in range(5)], 3, rule)
+        matrix[row, 3] = before
