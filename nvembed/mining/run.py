@@ -285,6 +285,8 @@ def _select(config: MineConfig, paths: MinePaths, tasks: list[dict[str, Any]]) -
     """Run the tasks that an earlier run has not completed; rows by worker, and queries searched again in fp32."""
     waiting = _waiting(config, paths, tasks)
     total = {(task["dataset"], task["part"]): task["rows"] for task in waiting}
+    if not isinstance(config.search.index, ExactIndex):  # an index is built once for all groups that an actor gets
+        waiting.sort(key=lambda task: (task["dataset"], task.get("segment") or 0))
     progress = ProgressLog("select", sum(total.values()), "queries")
     workers: dict[str, int] = {}
     again = 0

@@ -28,7 +28,7 @@ from nvembed.retrieval.bm25 import Bm25Index
 from nvembed.retrieval.config import ExactIndex
 from nvembed.retrieval.cross_encoder import CrossScorer
 from nvembed.retrieval.search import Found, pair_scores, search_shards
-from nvembed.retrieval.search_faiss import search_with_faiss
+from nvembed.retrieval.search_faiss import FaissPart
 from nvembed.retrieval.shards import iter_vectors, list_shards, read_table, table_matrix, write_table
 
 QUERY_COLUMNS = ("key", "hash", "positives", "own", "never", "given")
@@ -66,6 +66,7 @@ class Searcher:
         self.lanes = 1 + len(config.more_miners)
         self.again = 0  # queries of which a part was searched again in fp32
         self._indexes = words.WordIndexes()
+        self._parts: dict[int, tuple[tuple[str, tuple[str, ...]], FaissPart]] = {}  # by lane
         self._texts: tuple[str, list[str], pa.Table] | None = None  # hashes last read, where a table holds them all
         self._cross: CrossScorer | None = None
         self._rejected: dict[str, Rejected] = {}
@@ -284,11 +285,10 @@ class Searcher:
         config, search = self.config, self.config.search
         under = config.depth if np.isfinite(ceiling_Q).any() else 0
         query_QD = self.query_vectors(task, lane)
-        shards = self.document_vectors(task["dataset"], lane, task["documents"])
         if isinstance(search.index, ExactIndex):
             return search_shards(
                 query_QD,
-                shards,
+                self.document_vectors(task["dataset"], lane, task["documents"]),
                 plain=config.depth,
                 under=under,
                 ceiling_Q=ceiling_Q,
@@ -297,19 +297,21 @@ class Searcher:
                 device=search.device,
                 tile=search.block_documents,
             )
-        parts = list(shards)
-        ids_N = np.array([key for keys, _ in parts for key in keys], dtype=object)
-        matrix_ND = np.concatenate([part for _, part in parts])
-        return search_with_faiss(
-            search.index,
-            query_QD,
-            ids_N,
-            matrix_ND,
-            plain=config.depth,
-            under=under,
-            ceiling_Q=ceiling_Q,
-            threads=config.encode.threads_per_actor,
-        )
+        return self._part(task, lane).search(query_QD, plain=config.depth, under=under, ceiling_Q=ceiling_Q)
+
+    def _part(self, task: dict[str, Any], lane: int) -> FaissPart:
+        """The index of the task's part of the corpus; that of the last task where it is the same."""
+        index = self.config.search.index
+        assert not isinstance(index, ExactIndex)
+        wanted = task["dataset"], tuple(task["documents"])
+        if lane not in self._parts or self._parts[lane][0] != wanted:
+            self._parts.pop(lane, None)  # freed before the next is built
+            parts = list(self.document_vectors(task["dataset"], lane, task["documents"]))
+            ids_N = np.array([key for keys, _ in parts for key in keys], dtype=object)
+            matrix_ND = np.concatenate([part for _, part in parts])
+            part = FaissPart(index, ids_N, matrix_ND, self.config.encode.threads_per_actor)
+            self._parts[lane] = wanted, part
+        return self._parts[lane][1]
 
     def deeper(self, task: dict[str, Any], query_qD: np.ndarray, ceiling_q: np.ndarray, depth: int) -> pa.Table:
         """Both lists of some queries to another depth, over the whole corpus, by the first miner."""

@@ -55,39 +55,42 @@ def build_index(config: FaissFlat | FaissIvf | FaissHnsw, document_ND: np.ndarra
     return index
 
 
-def search_with_faiss(
-    config: FaissFlat | FaissIvf | FaissHnsw,
-    query_QD: np.ndarray,
-    ids_N: np.ndarray,
-    document_ND: np.ndarray,
-    *,
-    plain: int,
-    under: int = 0,
-    ceiling_Q: np.ndarray | None = None,
-    threads: int = 1,
-) -> Found:
-    """`search_shards` over one part of the corpus that is in memory, by FAISS.
+class FaissPart:
+    """One part of the corpus in memory, and its index: built once, searched for any number of query groups.
 
-    Candidates are the best `plain + under` that FAISS finds; the list below the ceiling and the count above it are made
-    from these, so both are lower bounds of the truth.
+    Args:
+        ids_N: N ids.
+        document_ND: float32 vectors, kept for the scores; FAISS has its own copy.
     """
-    queries = len(query_QD)
-    query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
-    document_ND = np.ascontiguousarray(document_ND, dtype=np.float32)
-    best = Best(queries, plain)
-    below = Best(queries, under) if under and ceiling_Q is not None else None
-    above_Q = np.zeros(queries, dtype=np.int64)
-    if len(ids_N) and queries:
-        index = build_index(config, document_ND, threads)
-        if isinstance(config, FaissHnsw):
-            index.hnsw.efSearch = max(config.search_width, plain + under)
-        _, columns_QC = index.search(query_QD, min(plain + under, len(ids_N)))
-        rows_P, places_P = np.nonzero(columns_QC >= 0)
-        columns_P = columns_QC[rows_P, places_P]
-        scores_P = gathered_scores(query_QD, rows_P, document_ND, columns_P)
-        best.add(rows_P, scores_P, ids_N[columns_P])
-        if below is not None and ceiling_Q is not None:
-            below_P = scores_P < ceiling_Q[rows_P]
-            below.add(rows_P[below_P], scores_P[below_P], ids_N[columns_P[below_P]])
-            above_Q += np.bincount(rows_P[~below_P], minlength=queries)
-    return Found(best, below, above_Q, np.full(queries, -np.inf), 0, len(ids_N))
+
+    def __init__(
+        self, config: FaissFlat | FaissIvf | FaissHnsw, ids_N: np.ndarray, document_ND: np.ndarray, threads: int = 1
+    ) -> None:
+        self._config, self._ids_N = config, ids_N
+        self._document_ND = np.ascontiguousarray(document_ND, dtype=np.float32)
+        self._index = build_index(config, self._document_ND, threads) if len(ids_N) else None
+
+    def search(self, query_QD: np.ndarray, *, plain: int, under: int = 0, ceiling_Q: np.ndarray | None = None) -> Found:
+        """`search_shards` over this part, by FAISS.
+
+        Candidates are the best `plain + under` that FAISS finds; the list below the ceiling and the count above it are
+        made from these, so both are lower bounds of the truth.
+        """
+        queries, ids_N = len(query_QD), self._ids_N
+        query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
+        best = Best(queries, plain)
+        below = Best(queries, under) if under and ceiling_Q is not None else None
+        above_Q = np.zeros(queries, dtype=np.int64)
+        if self._index is not None and queries:
+            if isinstance(self._config, FaissHnsw):
+                self._index.hnsw.efSearch = max(self._config.search_width, plain + under)
+            _, columns_QC = self._index.search(query_QD, min(plain + under, len(ids_N)))
+            rows_P, places_P = np.nonzero(columns_QC >= 0)
+            columns_P = columns_QC[rows_P, places_P]
+            scores_P = gathered_scores(query_QD, rows_P, self._document_ND, columns_P)
+            best.add(rows_P, scores_P, ids_N[columns_P])
+            if below is not None and ceiling_Q is not None:
+                below_P = scores_P < ceiling_Q[rows_P]
+                below.add(rows_P[below_P], scores_P[below_P], ids_N[columns_P[below_P]])
+                above_Q += np.bincount(rows_P[~below_P], minlength=queries)
+        return Found(best, below, above_Q, np.full(queries, -np.inf), 0, len(ids_N))

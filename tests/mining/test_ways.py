@@ -19,7 +19,7 @@ from nvembed.mining import choosing, picked, run
 from nvembed.mining.config import Judge, MineConfig, TopKAbs
 from nvembed.mining.run import MINE
 from nvembed.mining.selection import jaccard, word_triples
-from nvembed.retrieval import shards
+from nvembed.retrieval import search_faiss, shards
 from nvembed.retrieval.config import EncodeConfig, FaissFlat, FaissHnsw, PackageModel, SearchConfig
 from nvembed.retrieval.encode import EncodeReport
 from nvembed.storage import Step, StepResult, UserError
@@ -290,6 +290,22 @@ def test_faiss_flat_finds_the_same_and_the_audit_tells_the_recall(tmp_path, prep
         prepared, tmp_path / "hnsw", search=SearchConfig(index=FaissHnsw(links=2, search_width=1)).model_dump()
     )
     assert 0.0 < audit["index_recall"]["mean"] <= 1.0
+
+
+def test_an_index_is_built_once_for_all_groups_of_an_actor(tmp_path, prepared, monkeypatch):
+    pytest.importorskip("faiss")
+    built, build = [], search_faiss.build_index
+
+    def counting(config, matrix, threads):
+        built.append(len(matrix))
+        return build(config, matrix, threads)
+
+    monkeypatch.setattr(search_faiss, "build_index", counting)
+    cut = SearchConfig(index=FaissFlat(), query_rows=6, document_rows=20, recall_queries=0)
+    _, rows, _ = mine(prepared, tmp_path / "cut", search=cut)
+    _, whole, _ = mine(prepared, tmp_path / "whole", search=SearchConfig(index=FaissFlat(), recall_queries=0))
+    assert rows == whole
+    assert len(built) <= 2 * (3 + 1)  # two actors, three parts and the whole; there are seven groups
 
 
 def test_near_copies_are_shared_word_triples():

@@ -5,7 +5,7 @@ import pytest
 
 from nvembed.retrieval.config import FaissFlat, FaissHnsw, FaissIvf
 from nvembed.retrieval.search import search_shards
-from nvembed.retrieval.search_faiss import search_with_faiss
+from nvembed.retrieval.search_faiss import FaissPart
 
 pytest.importorskip("faiss")
 
@@ -19,7 +19,8 @@ def test_candidates_are_rescored_and_most_are_there(config):
     exact = search_shards(query, [(ids, documents)], plain=10)
     ceiling = exact.plain.scores_QK[:, 4].copy()
     exact = search_shards(query, [(ids, documents)], plain=10, under=5, ceiling_Q=ceiling, count_above=True)
-    found = search_with_faiss(config, query, ids, documents, plain=10, under=5, ceiling_Q=ceiling)
+    part = FaissPart(config, ids, documents)
+    found = part.search(query, plain=10, under=5, ceiling_Q=ceiling)
     if isinstance(config, FaissFlat):
         for ours, theirs in ((found.plain, exact.plain), (found.under, exact.under)):
             assert ours.ids_QK.tolist() == theirs.ids_QK.tolist()
@@ -27,10 +28,12 @@ def test_candidates_are_rescored_and_most_are_there(config):
         assert found.above_Q.tolist() == exact.above_Q.tolist() == [5] * 50
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.plain.ids_QK, exact.plain.ids_QK, strict=True)])
     assert recall > 0.8
-    again = search_with_faiss(config, query, ids, documents, plain=10, under=5, ceiling_Q=ceiling)
-    assert again.plain.ids_QK.tolist() == found.plain.ids_QK.tolist()
+    part.search(query, plain=50, under=0)  # another depth in between changes nothing
+    for again in (part, FaissPart(config, ids, documents)):
+        same = again.search(query, plain=10, under=5, ceiling_Q=ceiling)
+        assert same.plain.ids_QK.tolist() == found.plain.ids_QK.tolist()
 
 
 def test_an_empty_part_finds_nothing():
-    found = search_with_faiss(FaissFlat(), np.ones((2, 3)), np.array([], dtype=object), np.ones((0, 3)), plain=2)
+    found = FaissPart(FaissFlat(), np.array([], dtype=object), np.ones((0, 3))).search(np.ones((2, 3)), plain=2)
     assert np.isneginf(found.plain.scores_QK).all() and found.documents == 0
