@@ -22,6 +22,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 KEY_BYTES = 16
 _HELD_PARTS = 8
+_READERS = 16
 UNKNOWN = -1  # whether a text was cut
 
 
@@ -104,11 +106,11 @@ class VectorCache:
         self._parts = list(list_parts(cache_uri, found) if parts is None else parts)
         self.damaged: list[str] = []
         self._held: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
-        keys: list[np.ndarray] = []
+        with ThreadPoolExecutor(_READERS) as pool:  # a part on an object store is a wait, and there may be thousands
+            keys = list(pool.map(self._read_keys, range(len(self._parts))))
+        self.damaged.sort()
         places: list[np.ndarray] = []
-        for number in range(len(self._parts)):
-            part_keys = self._read_keys(number)
-            keys.append(part_keys)
+        for number, part_keys in enumerate(keys):
             rows = np.arange(len(part_keys))
             places.append(np.stack([np.full_like(rows, number), rows], axis=1).astype(np.int32))
         # Of a row that stands in several parts the first counts; names are sorted, so every process takes the same.
