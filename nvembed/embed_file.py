@@ -101,6 +101,8 @@ def write_vectors(job: EmbedJob, say: Callable[[str], None]) -> tuple[int, int]:
             if (now := time.monotonic()) - said >= _SAY_SECONDS:
                 said, rate = now, done / (now - started)
                 say(f"{done:,} of {total:,} texts, {rate:,.0f}/s, {(total - done) / rate:,.0f} s left")
+    if cache is not None:
+        cache.settle()
     return total, dim
 
 

@@ -7,7 +7,7 @@ A part has the columns key (16 bytes), vector and cut.
 A row's key is a hash of (most tokens, what the model puts before the text, text); `cut` says whether the text had more
 tokens than that (older parts do not). A part is written once, whole, under
 a name that its bytes decide; reading checks them, and a part that does not fit its name is left out, told and computed
-anew. Nothing but finite vectors is kept.
+anew. Nothing but finite vectors is kept. Many small parts become large ones (`cache_merge.py`).
 
 What is promised: a vector from the cache is the one that an earlier run computed, rounded to the stored type. Against
 a run without the cache it differs by that rounding and by float noise (which texts shared its forward; about 1e-6 in
@@ -21,15 +21,17 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Lock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from nvembed import storage
+from nvembed.retrieval.cache_merge import READERS, Section, list_parts, merge_small, part_name, read_part, sections
 from nvembed.retrieval.config import VectorType
 from nvembed.retrieval.shards import table_bytes, table_matrix, vector_table
 
@@ -38,7 +40,6 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 KEY_BYTES = 16
 _HELD_PARTS = 8
-_READERS = 16
 UNKNOWN = -1  # whether a text was cut
 
 
@@ -52,12 +53,6 @@ def fingerprint(model: str, precision: str, kind: VectorType) -> str:
     """Directory of the vectors of one model (the hash of its files and settings) in one arithmetic and stored type."""
     parts = {"model": model, "precision": precision, "kind": kind, "format": FORMAT_VERSION}
     return storage.hash_json(parts)[:32]
-
-
-def list_parts(cache_uri: str, found: str) -> list[str]:
-    """Names of the parts below a fingerprint, sorted."""
-    names = storage.list_directory(storage.join(cache_uri, found))
-    return [name for name in names if name.startswith("part-") and name.endswith(".parquet")]
 
 
 def parts_at_start(cache_uri: str, found: Sequence[str], note_uri: str, work: str) -> dict[str, list[str]]:
@@ -77,14 +72,14 @@ def parts_at_start(cache_uri: str, found: Sequence[str], note_uri: str, work: st
         if noted.get("started") == started:
             parts: dict[str, list[str]] = noted["parts"]
             return parts
-    parts = {name: list_parts(cache_uri, name) for name in found}
+    parts = {name: list_parts(storage.join(cache_uri, name)) for name in found}
     storage.write_json(note_uri, {"started": started, "parts": parts})
     return parts
 
 
 def remove_damaged(part_uri: str) -> None:
     """Delete a part that does not fit its name; one that was computed again under the same name stays."""
-    if storage.exists(part_uri) and not part_uri.endswith(f"/part-{storage.checksum(part_uri)}.parquet"):
+    if storage.exists(part_uri) and not part_uri.endswith(f"/{part_name(storage.read_bytes(part_uri))}"):
         storage.remove(part_uri)
 
 
@@ -103,10 +98,12 @@ class VectorCache:
 
     def __init__(self, cache_uri: str, found: str, kind: VectorType, parts: Sequence[str] | None = None) -> None:
         self._uri, self._kind = storage.join(cache_uri, found), kind
-        self._parts = list(list_parts(cache_uri, found) if parts is None else parts)
+        self._parts = list(list_parts(self._uri) if parts is None else parts)
+        self._merged: dict[str, Section] | None = None  # read when a part is gone
+        self._lock = Lock()
         self.damaged: list[str] = []
         self._held: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
-        with ThreadPoolExecutor(_READERS) as pool:  # a part on an object store is a wait, and there may be thousands
+        with ThreadPoolExecutor(READERS) as pool:
             keys = list(pool.map(self._read_keys, range(len(self._parts))))
         self.damaged.sort()
         places: list[np.ndarray] = []
@@ -163,14 +160,16 @@ class VectorCache:
         table = vector_table(pa.array(keys, pa.binary(KEY_BYTES)), matrix_ND, self._kind)
         table = table.append_column("cut", pa.array(cut_N, pa.int8()))
         data = table_bytes(table, checksums=True)
-        storage.write_bytes(storage.join(self._uri, f"part-{xxhash.xxh3_128_hexdigest(data)}.parquet"), data)
+        storage.write_bytes(storage.join(self._uri, part_name(data)), data)
+
+    def settle(self) -> None:
+        """To be called when nothing more is added: many small parts become large ones."""
+        merge_small(self._uri)
 
     def _read_keys(self, number: int) -> np.ndarray:
         """uint64 [R, 2] of a part; none where it cannot be read."""
         try:
-            with storage.open_reader(storage.join(self._uri, self._parts[number])) as file:
-                table = pq.read_table(file, columns=["key"], page_checksum_verification=True)
-            return _key_numbers(table)
+            return _key_numbers(self._rows_of(number, self._only_keys))
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             self._tell(number, error)
             return np.empty((0, 2), dtype=np.uint64)
@@ -184,10 +183,7 @@ class VectorCache:
         if name in self.damaged:
             return None
         try:
-            data = storage.read_bytes(storage.join(self._uri, name))
-            if name != f"part-{xxhash.xxh3_128_hexdigest(data)}.parquet":
-                raise ValueError("its bytes changed")
-            table = pq.read_table(pa.BufferReader(data))
+            table = self._rows_of(number, lambda part: read_part(self._uri, part))
             self._held[number] = _key_numbers(table), table_matrix(table), _cut(table)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             self._tell(number, error)
@@ -195,6 +191,33 @@ class VectorCache:
         while len(self._held) > _HELD_PARTS:
             self._held.popitem(last=False)
         return self._held[number]
+
+    def _only_keys(self, name: str) -> pa.Table:
+        with storage.open_reader(storage.join(self._uri, name)) as file:
+            return pq.read_table(file, columns=["key"], page_checksum_verification=True)
+
+    def _rows_of(self, number: int, read: Callable[[str], pa.Table]) -> pa.Table:
+        """A part, or its rows in the part that it was merged into since it was listed.
+
+        Raises:
+            FileNotFoundError: it is nowhere.
+        """
+        name = self._parts[number]
+        try:
+            return read(name)
+        except FileNotFoundError:
+            for again in (False, True):  # what was merged may be merged once more
+                found = self._section(name, again)
+                if found is not None:
+                    with suppress(FileNotFoundError):
+                        return read(found[0]).slice(*found[1:])
+            raise
+
+    def _section(self, name: str, again: bool) -> Section | None:
+        with self._lock:
+            if self._merged is None or again:
+                self._merged = sections(self._uri)
+            return self._merged.get(name)
 
     def _tell(self, number: int, error: Exception) -> None:
         name = self._parts[number]

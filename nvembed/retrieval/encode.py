@@ -22,6 +22,7 @@ import xxhash
 
 from nvembed import storage
 from nvembed.retrieval.cache import UNKNOWN, VectorCache, fingerprint, parts_at_start, remove_damaged
+from nvembed.retrieval.cache_merge import merge_small
 from nvembed.retrieval.config import EncodeConfig, VectorType
 from nvembed.retrieval.encode_report import EncodeReport
 from nvembed.retrieval.encoders import Encoder, Model, check_model, model_identity, open_encoder
@@ -111,6 +112,8 @@ def encode_texts(
         encoder = open_encoder(model, None, precision, token_budget=token_budget, device=device)
     known = None if cache is None or isinstance(model, Encoder) else open_cache(cache, model, encoder.precision)
     found = encode_checked(encoder, texts, instructions, [max_length] * len(texts), cache=known)
+    if known is not None and found.embedded:
+        known.settle()
     _refuse(found, [f"texts[{index}]" for index in range(len(texts))], "encode_texts")
     return found.matrix_AD
 
@@ -186,12 +189,20 @@ def encode_shards(
         _check_share(report, total, config)
         progress.add(result["rows"])
     _check_share(report, total, config)
-    for part in report.damaged:  # only now: a restart looks in the same parts as the run it continues
-        remove_damaged(part)
+    _settle_cache(report, model_hash, config)
     if report.rejected:
         count = sum(report.rejected.values())
         logger.warning("encode: %d of %d texts have no vector: %s", count, total, report.rejected)
     return report
+
+
+def _settle_cache(report: EncodeReport, model_hash: str, config: EncodeConfig) -> None:
+    """Only when all is encoded: a restart looks in the same parts as the run it continues."""
+    if config.cache is not None and report.embedded:
+        for found in _fingerprints(model_hash, config):
+            merge_small(storage.join(config.cache, found))
+    for part in report.damaged:
+        remove_damaged(part)
 
 
 def _tasks(
@@ -305,12 +316,17 @@ def _device(config: EncodeConfig) -> str:
 def _looked_in(
     source_uri: str, names: Sequence[str], model_hash: str, out_uri: str, config: EncodeConfig
 ) -> dict[str, list[str]]:
-    """The cache's parts by fingerprint, for both precisions, as the actors' processors decide."""
+    """The cache's parts by fingerprint."""
     if config.cache is None:
         return {}
     sizes = {name: storage.size(storage.join(source_uri, name)) for name in names}
-    found = [fingerprint(model_hash, precision, config.vector_type) for precision in ("fp32", "bf16")]
+    found = _fingerprints(model_hash, config)
     return parts_at_start(config.cache, found, storage.join(out_uri, _LOOKED_IN), storage.hash_json(sizes))
+
+
+def _fingerprints(model_hash: str, config: EncodeConfig) -> list[str]:
+    """For both precisions: the actors' processors decide."""
+    return [fingerprint(model_hash, precision, config.vector_type) for precision in ("fp32", "bf16")]
 
 
 def _check_share(report: EncodeReport, total: int, config: EncodeConfig) -> None:

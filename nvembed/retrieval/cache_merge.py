@@ -1,0 +1,143 @@
+"""Small parts of a vector cache made into large ones, so that looking in it does not slow down with every addition.
+
+A merged part is a part like any other, and says in its metadata which parts it was made from and where their rows are.
+It is written before they are deleted; whoever still knows one of them by name finds its rows there, so a run that was
+killed and goes on, or goes on beside the merging, sees the same parts as before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from nvembed import storage
+from nvembed.retrieval.shards import read_schema, table_bytes
+from nvembed.retry import retried
+
+logger = logging.getLogger(__name__)
+
+READERS = 16  # parts read side by side: on an object store each is a wait
+SMALL_BYTES, MANY = 1 << 20, 64  # so many parts of fewer bytes are merged
+MERGED_BYTES = 32 << 20
+_MADE_OF = b"nvembed.merged_from"  # [[name, first row, rows], ...]
+
+Section = tuple[str, int, int]  # name of a part, first row, rows
+
+
+def list_parts(uri: str) -> list[str]:
+    """Names of the parts in a directory, sorted."""
+    names = storage.list_directory(uri)
+    return [name for name in names if name.startswith("part-") and name.endswith(".parquet")]
+
+
+def part_name(data: bytes) -> str:
+    """The name that a part's bytes decide."""
+    return f"part-{xxhash.xxh3_128_hexdigest(data)}.parquet"
+
+
+def read_part(uri: str, name: str) -> pa.Table:
+    """A part whose bytes are those its name states.
+
+    Raises:
+        ValueError: they are not. FileNotFoundError: it is not there; see `sections`.
+    """
+    data = storage.read_bytes(storage.join(uri, name))
+    if name != part_name(data):
+        raise ValueError("its bytes changed")
+    return pq.read_table(pa.BufferReader(data))
+
+
+def sections(uri: str) -> dict[str, Section]:
+    """Parts that were merged -> (the part they are in, first row, rows)."""
+
+    def made_of(name: str) -> list[tuple[str, Section]]:
+        try:
+            found = (read_schema(storage.join(uri, name)).metadata or {}).get(_MADE_OF)
+        except (pa.ArrowException, OSError, ValueError):
+            return []
+        return [] if found is None else [(source, (name, first, rows)) for source, first, rows in json.loads(found)]
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(pair for pairs in pool.map(made_of, list_parts(uri)) for pair in pairs)
+
+
+def merge_small(uri: str) -> int:
+    """Merge the small parts of one fingerprint's directory where there are many; returns how many were.
+
+    A part that cannot be read is left where it is.
+    """
+    sizes = _sizes(uri)
+    small = [name for name in list_parts(uri) if sizes.get(name, SMALL_BYTES) < SMALL_BYTES]
+    if len(small) < MANY:
+        return 0
+    merged = sections(uri)
+    done = [name for name in small if name in merged]  # an earlier merging was stopped before it deleted them
+    made = 0
+    for group in _groups(_tables(uri, [name for name in small if name not in merged]), sizes):
+        if len(group) > 1:
+            _write(uri, group, merged)
+            done += [name for name, _ in group]
+            made += 1
+    for name in done:
+        with suppress(FileNotFoundError):  # another process merges too
+            storage.remove(storage.join(uri, name))
+    logger.info("vector cache: %d small parts are %d now", len(done), made)
+    return len(done)
+
+
+@retried
+def _sizes(uri: str) -> dict[str, int]:
+    """Name -> bytes of the files directly under a URI, by one listing; empty if it does not exist."""
+    fs, path = storage.filesystem(uri)
+    fs.invalidate_cache()
+    if not fs.exists(path):
+        return {}
+    found = (item for item in fs.ls(path, detail=True) if item["type"] == "file")
+    return {str(item["name"]).rsplit("/", 1)[-1]: int(item["size"]) for item in found}
+
+
+def _tables(uri: str, names: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+    def read(name: str) -> pa.Table | None:
+        try:
+            return read_part(uri, name)
+        except (pa.ArrowException, OSError, ValueError):
+            return None  # whoever looks in it will tell
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(names), MANY):
+            some = names[start : start + MANY]
+            yield from ((name, table) for name, table in zip(some, pool.map(read, some), strict=True) if table)
+
+
+def _groups(tables: Iterable[tuple[str, pa.Table]], sizes: Mapping[str, int]) -> Iterator[list[tuple[str, pa.Table]]]:
+    """Parts of the same columns (older ones have fewer) that together have about `MERGED_BYTES`."""
+    waiting: dict[tuple[str, ...], list[tuple[str, pa.Table]]] = {}
+    for name, table in tables:
+        group = waiting.setdefault(tuple(table.schema.names), [])
+        group.append((name, table))
+        if sum(sizes[each] for each, _ in group) >= MERGED_BYTES:
+            yield waiting.pop(tuple(table.schema.names))
+    yield from waiting.values()
+
+
+def _write(uri: str, group: Sequence[tuple[str, pa.Table]], merged: dict[str, Section]) -> None:
+    """One part from several. Of a part that was itself merged, its sources are named too."""
+    inner: dict[str, list[tuple[str, int, int]]] = {}
+    for source, (name, first, rows) in merged.items():
+        inner.setdefault(name, []).append((source, first, rows))
+    made_of: list[tuple[str, int, int]] = []
+    start = 0
+    for name, table in group:
+        made_of.append((name, start, len(table)))
+        made_of += [(source, start + first, rows) for source, first, rows in inner.get(name, [])]
+        start += len(table)
+    whole = pa.concat_tables([table.replace_schema_metadata(None) for _, table in group]).combine_chunks()
+    data = table_bytes(whole.replace_schema_metadata({_MADE_OF: json.dumps(made_of)}), checksums=True)
+    storage.write_bytes(storage.join(uri, part_name(data)), data)
