@@ -22,7 +22,6 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import Lock
 
@@ -31,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nvembed import storage
-from nvembed.retrieval.cache_merge import READERS, Section, list_parts, merge_small, part_name, read_part, sections
+from nvembed.retrieval.cache_merge import Section, list_parts, merge_small, part_name, read_part, readers, sections
 from nvembed.retrieval.config import VectorType
 from nvembed.retrieval.shards import table_bytes, table_matrix, vector_table
 
@@ -103,7 +102,7 @@ class VectorCache:
         self._lock = Lock()
         self.damaged: list[str] = []
         self._held: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
-        with ThreadPoolExecutor(READERS) as pool:
+        with readers(self._uri) as pool:
             keys = list(pool.map(self._read_keys, range(len(self._parts))))
         self.damaged.sort()
         places: list[np.ndarray] = []

@@ -23,7 +23,7 @@ from nvembed.retry import retried
 
 logger = logging.getLogger(__name__)
 
-READERS = 16  # parts read side by side: on an object store each is a wait
+_READERS = 16
 SMALL_BYTES, MANY = 1 << 20, 64  # so many parts of fewer bytes are merged
 MERGED_BYTES = 32 << 20
 _MADE_OF = b"nvembed.merged_from"  # [[name, first row, rows], ...]
@@ -35,6 +35,11 @@ def list_parts(uri: str) -> list[str]:
     """Names of the parts in a directory, sorted."""
     names = storage.list_directory(uri)
     return [name for name in names if name.startswith("part-") and name.endswith(".parquet")]
+
+
+def readers(uri: str) -> ThreadPoolExecutor:
+    """Threads that read parts side by side where each is a wait; on a disk they would stand in each other's way."""
+    return ThreadPoolExecutor(1 if storage.is_local(uri) else _READERS)
 
 
 def part_name(data: bytes) -> str:
@@ -64,7 +69,7 @@ def sections(uri: str) -> dict[str, Section]:
             return []
         return [] if found is None else [(source, (name, first, rows)) for source, first, rows in json.loads(found)]
 
-    with ThreadPoolExecutor(READERS) as pool:
+    with readers(uri) as pool:
         return dict(pair for pairs in pool.map(made_of, list_parts(uri)) for pair in pairs)
 
 
@@ -110,7 +115,7 @@ def _tables(uri: str, names: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
         except (pa.ArrowException, OSError, ValueError):
             return None  # whoever looks in it will tell
 
-    with ThreadPoolExecutor(READERS) as pool:
+    with readers(uri) as pool:
         for start in range(0, len(names), MANY):
             some = names[start : start + MANY]
             yield from ((name, table) for name, table in zip(some, pool.map(read, some), strict=True) if table)
