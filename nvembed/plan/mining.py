@@ -28,6 +28,10 @@ from nvembed.retrieval.bm25 import index_bytes
 from nvembed.retrieval.config import ExactIndex, PackageModel
 
 MANY_PASSES, MANY_TASKS, MANY_SHARDS = 16, 100_000, 100_000
+PREPARED_DOCUMENT, PREPARED_EXAMPLE = (
+    78,
+    3_000,
+)  # bytes of `prepare`'s memory; measured (DECISIONS.md), it has one process
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,9 @@ def _notes(
             notes.append(f"{corpus.name}: {cut.tasks:,} tasks; a larger mine.search.document_rows makes fewer")
         if cut.document_shards > MANY_SHARDS:
             notes.append(f"{corpus.name}: {cut.document_shards:,} shards; a larger mine.encode.shard_rows makes fewer")
+    held = max((PREPARED_DOCUMENT * (c.documents or 0) + PREPARED_EXAMPLE * (c.queries or 0) for c in known), default=0)
+    if held > 2**30:
+        notes.append(f"prepare, one process, takes {size_text(held)} for the largest of these sets")
     for miner in config.more_miners:
         if isinstance(miner, Bm25Miner):
             largest = max((corpus.documents or 0 for corpus in known), default=0)
