@@ -31,6 +31,7 @@ from nvembed.text.checks import text_problem
 if TYPE_CHECKING:
     from nvembed.retrieval.cache import VectorCache
     from nvembed.retrieval.encoders import Encoder, Model
+    from nvembed.retrieval.rows import Encoded
 
 INPUTS, OUTPUTS = (".txt", ".jsonl", ".ndjson", ".parquet"), (".parquet", ".npy")
 BLOCK_ROWS = 2048
@@ -75,8 +76,23 @@ class EmbedJob:
     cache: str | None = None
 
 
-def write_vectors(job: EmbedJob, say: Callable[[str], None]) -> tuple[int, int]:
-    """Embed a file; rows and width of what was written.
+@dataclass(frozen=True)
+class Written:
+    """What `write_vectors` wrote.
+
+    Attributes:
+        rows, dim: its shape.
+        truncated: texts with more tokens than `max_length`, of which the first were embedded.
+    """
+
+    rows: int
+    dim: int
+    truncated: int
+    max_length: int
+
+
+def write_vectors(job: EmbedJob, say: Callable[[str], None]) -> Written:
+    """Embed a file.
 
     Raises:
         UserError: bad rows (with their lines), an unknown format, an existing target, an impossible `dim`.
@@ -92,18 +108,20 @@ def write_vectors(job: EmbedJob, say: Callable[[str], None]) -> tuple[int, int]:
         raise UserError(f"--dim {dim}: this model's vectors have {encoder.dim} numbers; choose 1 to {encoder.dim}.")
     with _published(job.target) as file, closing(_writer(target_kind, file, total, dim)) as writer:
         started = said = time.monotonic()
-        done = 0
+        done = truncated = 0
         rows = iter_rows(job, source_kind)
         while block := list(islice(rows, BLOCK_ROWS)):
             ids, texts = zip(*block, strict=True)
-            writer.write(ids, cut(_vectors(job, encoder, cache, ids, texts), dim))
+            found = _encoded(job, encoder, cache, ids, texts)
+            writer.write(ids, cut(found.matrix_AD, dim))
+            truncated += int((found.cut_A == 1).sum())
             done += len(block)
             if (now := time.monotonic()) - said >= _SAY_SECONDS:
                 said, rate = now, done / (now - started)
                 say(f"{done:,} of {total:,} texts, {rate:,.0f}/s, {(total - done) / rate:,.0f} s left")
     if cache is not None:
         cache.settle()
-    return total, dim
+    return Written(total, dim, truncated, encoder.max_length)
 
 
 def input_kind(uri: str) -> str:
@@ -352,10 +370,10 @@ def _known(job: EmbedJob, encoder: Encoder) -> VectorCache | None:
     return None if job.cache is None else open_cache(job.cache, _model(job), encoder.precision)
 
 
-def _vectors(
+def _encoded(
     job: EmbedJob, encoder: Encoder, cache: VectorCache | None, ids: Sequence[str], texts: Sequence[str]
-) -> np.ndarray:
-    """float32 [N, D] of a block.
+) -> Encoded:
+    """Vectors of a block, none of them missing.
 
     Raises:
         UserError: a vector is not finite (the texts were checked before the model was loaded).
@@ -366,4 +384,4 @@ def _vectors(
     if found.rejected:
         place, problem = next(iter(found.rejected.items()))
         raise UserError(f"{job.source}: text {ids[place]!r} {problem}. Try --precision fp32.")
-    return found.matrix_AD
+    return found

@@ -134,6 +134,18 @@ def test_a_cache_knows_the_texts_of_the_last_run(model: Path, tmp_path: Path, mo
     assert seen[len(set(TEXTS)) :] == ["a new one"]
 
 
+def test_texts_that_were_cut_are_told_from_the_cache_too(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text("\n".join([*TEXTS, "the sea " * 3000, "text " * 4000]) + "\n")
+    for name in ("first", "second"):
+        code, said = run("embed", model, source, "--out", tmp_path / f"{name}.npy", "--cache", tmp_path / "cache")
+        assert code == 0 and "; 2 texts were longer than 512 tokens and cut there" in said
+    code, said = run("embed", model, source, "--out", tmp_path / "third.npy", "--json")
+    assert code == 0 and json.loads(said[said.index("{") :])["truncated"] == 2
+    code, said = run("embed", model, write_input(tmp_path, "txt"), "--out", tmp_path / "short.npy")
+    assert code == 0 and "cut there" not in said
+
+
 @given(st.integers(1, 6), st.integers(1, 5))
 def test_cut_keeps_directions_and_gives_unit_rows(dim: int, rows: int) -> None:
     matrix = np.random.default_rng(dim * 10 + rows).normal(size=(rows, 6)).astype(np.float32)

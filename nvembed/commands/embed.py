@@ -50,8 +50,12 @@ def embed_command(
         job = EmbedJob(
             folder, source, out, prefix, dim, batch_tokens, text_column, title_column, precision, threads, force, cache
         )
-        rows, width = write_vectors(job, Console().transient)
-        show({"out": out, "rows": rows, "dim": width}, f"{out}: {rows:,} vectors of {width} numbers", as_json)
+        written = write_vectors(job, Console().transient)
+        text = f"{out}: {written.rows:,} vectors of {written.dim} numbers"
+        if written.truncated:
+            text += f"; {written.truncated:,} texts were longer than {written.max_length} tokens and cut there"
+        values = {"out": out, "rows": written.rows, "dim": written.dim, "truncated": written.truncated}
+        show(values, text, as_json)
         return ExitCode.DONE
 
     raise ended(action)
