@@ -143,11 +143,12 @@ class Searcher:
         parts: list[np.ndarray] = []
         for name in list_shards(root):
             uri = storage.join(root, name)
-            rows = pc.indices_nonzero(pc.is_in(read_table(uri, ["key"]).column("key"), value_set=values))
+            # not pc.indices_nonzero, which dies on a shard without rows
+            rows = np.flatnonzero(np.asarray(pc.is_in(read_table(uri, ["key"]).column("key"), value_set=values)))
             if len(rows):
                 table = read_table(uri, ["key", "vector"])
-                keys += table.column("key").take(rows).to_pylist()
-                parts.append(table_matrix(table)[rows.to_numpy()])
+                keys += table.column("key").take(pa.array(rows)).to_pylist()
+                parts.append(table_matrix(table)[rows])
         matrix = np.concatenate(parts) if parts else np.empty((0, 1), dtype=np.float32)
         return {key: row for row, key in enumerate(keys)}, matrix
 

@@ -188,6 +188,20 @@ def test_what_a_model_rejects_is_left_out_and_counted(sets, poisoned_model, tmp_
         assert audit["index_recall"] == {"queries": 38, "depth": 8, "mean": 1.0, "min": 1.0}
 
 
+@pytest.mark.parametrize("index", ["exact", "faiss_flat"])
+def test_a_part_of_the_corpus_of_which_nothing_is_left(sets, poisoned_model, tmp_path, index):
+    """One document to a shard, one shard to a part; queries alone in their shards too."""
+    search = {"document_rows": 1, "index": {"type": index}, "recall_queries": 5}
+    config = {**CONFIG, "miner": poisoned_model}
+    cut = {**config, "encode": {**CONFIG["encode"], "shard_rows": 1}, "search": search}
+    artifact, rows, audit = mined(cut, sets["poisoned"], tmp_path / "cut")
+    whole, expected, _ = mined(config, sets["poisoned"], tmp_path / "whole")
+    assert rows.keys() == expected.keys() and audit["dropped"] == {"positives_rejected": 1, "query_rejected": 1}
+    for key, row in rows.items():  # other company in the encoder: float noise, near-ties aside
+        assert [item["id"] for item in row["negatives"]] == [item["id"] for item in expected[key]["negatives"]]
+    assert artifact.manifest["files"]["set/rejected.json"] == whole.manifest["files"]["set/rejected.json"]
+
+
 def test_another_model_of_the_step_may_be_the_one_that_rejects(sets, poisoned_model, tmp_path):
     config = {**CONFIG, "more_miners": [{"type": "bm25"}], "judge": {"model": poisoned_model}}
     _, rows, audit = mined(config, sets["poisoned"], tmp_path / "mine")
