@@ -165,7 +165,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", list(WAYS))
+SLOW = ("near copies", "a judge")
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in SLOW)) for way in WAYS])
 def test_what_a_model_rejects_is_left_out_and_counted(sets, poisoned_model, tmp_path, way):
     """Whichever of the step's models rejects it: also one that only judges or adds candidates."""
     config = {**CONFIG, "miner": poisoned_model, **WAYS[way]}
@@ -188,7 +191,7 @@ def test_what_a_model_rejects_is_left_out_and_counted(sets, poisoned_model, tmp_
         assert audit["index_recall"] == {"queries": 38, "depth": 8, "mean": 1.0, "min": 1.0}
 
 
-@pytest.mark.parametrize("index", ["exact", "faiss_flat"])
+@pytest.mark.parametrize("index", ["exact", pytest.param("faiss_flat", marks=pytest.mark.slow)])
 def test_a_part_of_the_corpus_of_which_nothing_is_left(sets, poisoned_model, tmp_path, index):
     """One document to a shard, one shard to a part; queries alone in their shards too."""
     search = {"document_rows": 1, "index": {"type": index}, "recall_queries": 5}
