@@ -14,10 +14,11 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from nvembed import storage
 from nvembed.data import decontaminate
@@ -33,16 +34,16 @@ from nvembed.data.sources.hub import read_hub
 from nvembed.data.sources.stdlib_code import read_stdlib_code
 from nvembed.data.tables import (
     CORPUS_SCHEMA,
+    EXAMPLE_SCHEMA,
     HELD_OUT,
     ROW_GROUP_ROWS,
     SPLITS,
     examples_table,
-    write_table,
     write_tables,
 )
 from nvembed.storage import Step, StepResult, UserError
 from nvembed.text.instructions import instruction_prefix
-from nvembed.types import Artifact, TaskType
+from nvembed.types import Artifact, TaskType, TrainingExample
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +207,14 @@ def _write(rows: SourceRows, uri: str) -> None:
     tables = functools.partial(rows.documents.tables, ROW_GROUP_ROWS)
     write_tables(tables, CORPUS_SCHEMA, storage.join(uri, "corpus.parquet"))
     for split in SPLITS:
-        write_table(examples_table(rows.examples[split]), storage.join(uri, f"examples-{split}.parquet"))
+        groups = functools.partial(_examples, rows.examples[split])
+        write_tables(groups, EXAMPLE_SCHEMA, storage.join(uri, f"examples-{split}.parquet"))
+
+
+def _examples(examples: list[TrainingExample]) -> Iterator[pa.Table]:
+    """Row groups: the examples as Python objects take less than as what Arrow is made from."""
+    for start in range(0, max(len(examples), 1), ROW_GROUP_ROWS):
+        yield examples_table(examples[start : start + ROW_GROUP_ROWS])
 
 
 def _describe(rows: SourceRows, prefix: str) -> dict[str, Any]:
