@@ -30,7 +30,7 @@ from nvembed.retrieval.config import ExactIndex, PackageModel
 MANY_PASSES, MANY_TASKS, MANY_SHARDS = 16, 100_000, 100_000
 PREPARED_DOCUMENT, PREPARED_EXAMPLE = (
     78,
-    3_000,
+    5_000,
 )  # bytes of `prepare`'s memory; measured (DECISIONS.md), it has one process
 
 
