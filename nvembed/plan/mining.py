@@ -28,10 +28,7 @@ from nvembed.retrieval.bm25 import index_bytes
 from nvembed.retrieval.config import ExactIndex, PackageModel
 
 MANY_PASSES, MANY_TASKS, MANY_SHARDS = 16, 100_000, 100_000
-PREPARED_DOCUMENT, PREPARED_EXAMPLE = (
-    78,
-    5_000,
-)  # bytes of `prepare`'s memory; measured (DECISIONS.md), it has one process
+PREPARED_DOCUMENT, PREPARED_EXAMPLE = 78, 5_000  # bytes that `prepare`, one process, holds at its peak; measured
 
 
 @dataclass(frozen=True)
