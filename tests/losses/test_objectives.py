@@ -162,7 +162,7 @@ def test_learned_temperature_starts_at_the_configured_one_and_has_its_gradient(l
     config = ContrastiveConfig(temperature=0.07, learned_temperature=learned)
     objective = build_objective(config, dim=8, teacher_dim=None).double()
     loss = objective(vectors, batch, slice(0, 4))
-    assert float(loss.detach()) == pytest.approx(plain_contrastive(config, vectors.numpy(), batch), rel=1e-6)
+    assert loss.item() == pytest.approx(plain_contrastive(config, vectors.numpy(), batch), rel=1e-6)
     parameters = dict(objective.named_parameters())
     assert set(parameters) == ({"log_temperature"} if learned else set())
     if learned:
@@ -197,7 +197,7 @@ def test_parts_of_ranks_add_up_to_the_loss_and_gradient_of_one_process(config, g
         leaf = vectors.clone().requires_grad_()
         total = sum(objective(leaf, batch, rows) for rows in slices)
         inputs = [leaf, *objective.parameters()]
-        return float(total), list(torch.autograd.grad(total, inputs))
+        return total.item(), list(torch.autograd.grad(total, inputs))
 
     whole_loss, whole = gradients([slice(0, 6)])
     parts_loss, parts = gradients([slice(r * 6 // ranks, (r + 1) * 6 // ranks) for r in range(ranks)])
