@@ -282,7 +282,7 @@ def test_distillation_equals_plain_loops() -> None:
                 o = vectors.numpy()[j, :width] / np.linalg.norm(vectors.numpy()[j, :width])
                 theirs = teacher[i] @ teacher[j] / np.linalg.norm(teacher[i]) / np.linalg.norm(teacher[j])
                 total += 0.3 * (s @ o - theirs) ** 2 / 5
-    assert float(objective(vectors, batch, slice(0, 5))) == pytest.approx(total / 5 / 3, rel=1e-7)
+    assert objective(vectors, batch, slice(0, 5)).item() == pytest.approx(total / 5 / 3, rel=1e-7)
 
 
 def test_projections_start_as_the_identity_on_the_first_coordinates() -> None:
