@@ -295,7 +295,7 @@ def test_projections_start_as_the_identity_on_the_first_coordinates() -> None:
     batch = make_batch(rng, 3, 1, teacher_dim=8)
     same = torch.nn.functional.normalize(torch.from_numpy(batch.teacher_vectors), dim=1)
     full = build_objective(DistillConfig(), dim=8, teacher_dim=8)
-    assert float(full(same, batch, slice(0, 3))) == pytest.approx(0.0, abs=1e-6)
+    assert full(same, batch, slice(0, 3)).item() == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize(
