@@ -53,7 +53,7 @@ def embed_command(
         written = write_vectors(job, Console().transient)
         text = f"{out}: {written.rows:,} vectors of {written.dim} numbers"
         if written.truncated:
-            text += f"; {written.truncated:,} texts were longer than {written.max_length} tokens and cut there"
+            text += f"; longer than {written.max_length} tokens and cut there: {written.truncated:,}"
         values = {"out": out, "rows": written.rows, "dim": written.dim, "truncated": written.truncated}
         show(values, text, as_json)
         return ExitCode.DONE
