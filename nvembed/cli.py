@@ -6,7 +6,7 @@ nvembed recipe validate pipelines/recipes/quickstart.yaml
 
 from __future__ import annotations
 
-import nvembed.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest loads)
+import nvembed.pipeline.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest loads)
 
 import typer
 

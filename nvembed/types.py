@@ -8,10 +8,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
+
+VectorType = Literal["fp32", "fp16", "bf16", "int8"]  # how embeddings are stored
 
 
 class UserError(ValueError):

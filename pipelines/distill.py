@@ -5,15 +5,16 @@
 The student is the teacher's first layers, mean pooled; it learns to point where the teacher points.
 """
 
-import nvembed.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest loads ends quietly)
+import nvembed.pipeline.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest loads ends quietly)
 
 from nvembed.data.prepare import PREPARE
-from nvembed.data.stream import DISTILL_STREAM
 from nvembed.distill.student import COMPARE_STUDENT
-from nvembed.distill.teach import TEACH
+from nvembed.distill.teacher_embeddings import TEACH
 from nvembed.evaluation.run import EVALUATE
-from nvembed.modeling.initialise import STUDENT_INIT
-from nvembed.story import Road, tell
+from nvembed.pipeline.command_line import tell
+from nvembed.pipeline.run import Road
+from nvembed.stream.steps import DISTILL_STREAM
+from nvembed.training.initialise import STUDENT_INIT
 from nvembed.training.launch import TRAIN
 from nvembed.types import Artifact
 

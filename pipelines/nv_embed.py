@@ -5,15 +5,16 @@
 Every line is one pipeline step: a directory below the output, skipped when it is there, resumed when it was killed.
 """
 
-import nvembed.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest loads ends quietly)
+import nvembed.pipeline.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest loads ends quietly)
 
 from nvembed.data.prepare import PREPARE
-from nvembed.data.stream import STREAM
 from nvembed.evaluation.baselines import BASELINES
 from nvembed.evaluation.run import EVALUATE
 from nvembed.mining.run import MINE
-from nvembed.modeling.initialise import INITIALISE
-from nvembed.story import Road, tell
+from nvembed.pipeline.command_line import tell
+from nvembed.pipeline.run import Road
+from nvembed.stream.steps import STREAM
+from nvembed.training.initialise import INITIALISE
 from nvembed.training.launch import TRAIN
 from nvembed.types import Artifact
 

@@ -5,12 +5,13 @@
 `pipelines/recipes/tiny.yaml` walks the same road with a random 2-layer LLM in a few minutes.
 """
 
-import nvembed.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest loads ends quietly)
+import nvembed.pipeline.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest loads ends quietly)
 
 from distill import train_student
 from nv_embed import train_teacher
 
-from nvembed.story import Road, tell
+from nvembed.pipeline.command_line import tell
+from nvembed.pipeline.run import Road
 
 
 def quickstart(road: Road) -> None:

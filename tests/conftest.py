@@ -83,7 +83,7 @@ def store(s3_front: tuple[S3Front, int], monkeypatch: pytest.MonkeyPatch) -> Ite
     """An empty bucket `s3://bucket`; retries of the client below are off, ours wait less."""
     import s3fs
 
-    from nvembed import retry
+    from nvembed.core import retry
 
     found, port = s3_front
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from nvembed.commands.complete import recipe_files
-from nvembed.interrupt import Interrupts
-from nvembed.secrets import mask
-from nvembed.storage import UserError
-from nvembed.story import ExitCode, report_error
-from nvembed.terminal import Console
+from nvembed.core.secrets import mask
+from nvembed.core.terminal import Console
+from nvembed.pipeline.command_line import ExitCode, report_error
+from nvembed.pipeline.signals import Interrupts
+from nvembed.types import UserError
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a value of the recipe; repeatable.")

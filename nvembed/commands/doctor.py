@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from nvembed.commands.common import AsJson, ended, show
-from nvembed.story import ExitCode
+from nvembed.pipeline.command_line import ExitCode
 
 
 def doctor_command(as_json: AsJson = False) -> None:
     """Look at this machine: versions, packages, processor, memory, Ray. Exit code 0, or 3 when something is wrong."""
 
     def action() -> int:
-        from nvembed import doctor
-        from nvembed.findings import PROBLEM, as_text
-        from nvembed.findings import as_json as plain
+        from nvembed.preflight import doctor
+        from nvembed.preflight.findings import PROBLEM, as_text
+        from nvembed.preflight.findings import as_json as plain
 
         findings = doctor.examine()
         show(plain(findings), as_text(findings), as_json)

@@ -8,9 +8,9 @@ import typer
 
 from nvembed.commands.common import AsJson, Registry, ended, near_registry, show
 from nvembed.commands.complete import model_folders
-from nvembed.storage import UserError
-from nvembed.story import ExitCode
-from nvembed.terminal import Console
+from nvembed.core.terminal import Console
+from nvembed.pipeline.command_line import ExitCode
+from nvembed.types import UserError
 
 
 def embed_command(
@@ -35,8 +35,8 @@ def embed_command(
     """Embed a file of texts."""
 
     def action() -> int:
-        from nvembed.embed_file import EmbedJob, prompt_prefix, write_vectors
         from nvembed.registry.resolve import resolve_model
+        from nvembed.retrieval.encode_file import EmbedJob, prompt_prefix, write_vectors
         from nvembed.text.instructions import instruction_prefix
 
         if instruction is not None and prompt_name is not None:

@@ -12,8 +12,8 @@ import typer
 
 from nvembed.commands.common import AsJson, ended, show
 from nvembed.commands.embed import near_registry
-from nvembed.storage import UserError
-from nvembed.story import ExitCode, GatePreconditionError
+from nvembed.pipeline.command_line import ExitCode, GatePreconditionError
+from nvembed.types import UserError
 
 
 def export_command(
@@ -34,7 +34,7 @@ def export_command(
     """Write another form of a model, with its vectors compared. Exit code 5 when they differ too much."""
 
     def action() -> int:
-        from nvembed.modeling.exports.write import ExportJob, ParityError, export_model
+        from nvembed.modeling.exports.export import ExportJob, ParityError, export_model
         from nvembed.registry.resolve import resolve_model
 
         given = _lines(texts) if texts is not None else ()

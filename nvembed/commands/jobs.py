@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nvembed.commands.common import AsJson, ended, show
-from nvembed.story import ExitCode
-from nvembed.terminal import Console
+from nvembed.core.terminal import Console
+from nvembed.pipeline.command_line import ExitCode
 
 if TYPE_CHECKING:
     from nvembed.jobs.backend import Backend, JobState, Say

@@ -8,8 +8,8 @@ import typer
 
 from nvembed.commands.common import AsJson, RecipePath, Settings, ended, show
 from nvembed.commands.complete import hardware_names
-from nvembed.storage import UserError
-from nvembed.story import ExitCode
+from nvembed.pipeline.command_line import ExitCode
+from nvembed.types import UserError
 
 
 def plan_command(
@@ -37,7 +37,7 @@ def plan_command(
         from nvembed.plan.hardware import CATALOGUE, find_hardware
         from nvembed.plan.recipe_plan import as_json as plain
         from nvembed.plan.recipe_plan import as_text, plan_recipe, with_price
-        from nvembed.recipe import load_recipe
+        from nvembed.recipe.schema import load_recipe
 
         if machines:
             values = [machine.model_dump(mode="json") for machine in CATALOGUE.values()]

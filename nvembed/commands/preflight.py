@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from nvembed.commands.common import AsJson, RecipePath, Settings, ended, show
-from nvembed.story import ExitCode
+from nvembed.pipeline.command_line import ExitCode
 
 
 def preflight_command(
@@ -19,12 +19,12 @@ def preflight_command(
     """Check this machine and the cluster at RAY_ADDRESS against a recipe. Exit code 0, or 3 with every problem."""
 
     def action() -> int:
-        from nvembed import storage
-        from nvembed.cluster_check.ready import check_reachable, examine
-        from nvembed.findings import PROBLEM, as_text
-        from nvembed.findings import as_json as plain
-        from nvembed.recipe import load_recipe
-        from nvembed.story import shut_down_ray
+        from nvembed.core import storage
+        from nvembed.pipeline.command_line import shut_down_ray
+        from nvembed.preflight.findings import PROBLEM, as_text
+        from nvembed.preflight.findings import as_json as plain
+        from nvembed.preflight.ready import check_reachable, examine
+        from nvembed.recipe.schema import load_recipe
 
         recipe = load_recipe(path, settings or [])
         place = out or f"runs/{recipe.name}"

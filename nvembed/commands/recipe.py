@@ -9,10 +9,10 @@ import typer
 
 from nvembed.commands.common import AsJson, RecipePath, Settings, ended, show
 from nvembed.commands.complete import recipe_files
-from nvembed.recipe import Recipe, RecipeError, load_recipe, resolved_yaml
-from nvembed.recipe_diff import difference_lines, differences
-from nvembed.recipe_text import dotted
-from nvembed.story import ExitCode
+from nvembed.pipeline.command_line import ExitCode
+from nvembed.recipe.diff import difference_lines, differences
+from nvembed.recipe.document import dotted
+from nvembed.recipe.schema import Recipe, RecipeError, load_recipe, resolved_yaml
 
 app = typer.Typer(no_args_is_help=True, help="Read, check and compare recipes.")
 

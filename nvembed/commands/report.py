@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from nvembed import storage
 from nvembed.commands.common import AsJson, ended, show
-from nvembed.story import ExitCode
+from nvembed.core import storage
+from nvembed.pipeline.command_line import ExitCode
+from nvembed.types import UserError
 
 COMPARISON = "comparison.html"
 
@@ -91,6 +92,6 @@ def _check_page(uri: str) -> None:
 
     fs, path = storage.filesystem(uri)
     if fs.isdir(path):
-        raise storage.UserError(f"--out {uri} is a directory; name a file, for example {storage.join(uri, COMPARISON)}")
+        raise UserError(f"--out {uri} is a directory; name a file, for example {storage.join(uri, COMPARISON)}")
     if storage.exists(uri) and f'content="{GENERATOR}"'.encode() not in storage.read_bytes(uri)[:2000]:
-        raise storage.UserError(f"{uri} is there and is no report page of nvembed; choose another --out.")
+        raise UserError(f"{uri} is there and is no report page of nvembed; choose another --out.")

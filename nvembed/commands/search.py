@@ -12,9 +12,9 @@ import typer
 
 from nvembed.commands.common import AsJson, Registry, ended, near_registry, show
 from nvembed.commands.complete import model_folders
-from nvembed.storage import UserError
-from nvembed.story import ExitCode
-from nvembed.terminal import Console
+from nvembed.core.terminal import Console
+from nvembed.pipeline.command_line import ExitCode
+from nvembed.types import UserError
 
 
 def search_command(
@@ -43,9 +43,9 @@ def search_command(
     """Show the documents of a corpus that are nearest to a query: score, id, text. Nothing is written."""
 
     def action() -> int:
-        from nvembed.embed_file import EmbedJob, prompt_prefix
         from nvembed.registry.resolve import resolve_model
-        from nvembed.search_corpus import SearchJob, as_text, corpus_source, search
+        from nvembed.retrieval.encode_file import EmbedJob, prompt_prefix
+        from nvembed.retrieval.search_corpus import SearchJob, as_text, corpus_source, search
         from nvembed.text.instructions import instruction_prefix
 
         if instruction is not None and prompt_name is not None:

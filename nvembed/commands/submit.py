@@ -12,9 +12,9 @@ import typer
 
 from nvembed.commands.common import AsJson, ended, show
 from nvembed.commands.jobs import TargetPath, follow
-from nvembed.storage import UserError
-from nvembed.story import ExitCode
-from nvembed.terminal import Console
+from nvembed.core.terminal import Console
+from nvembed.pipeline.command_line import ExitCode
+from nvembed.types import UserError
 
 SEEN_HERE = "# (outputs as this machine sees them; the job looks again where it runs)"
 DETACH = "detaching from the job, which goes on"
@@ -39,11 +39,11 @@ def submit_command(
     """Submit a story to a Ray cluster, KubeRay, Slurm or a cloud; the same command again resumes it."""
 
     def action() -> int:
+        from nvembed.core.secrets import mask
         from nvembed.jobs.backends import open_backend
         from nvembed.jobs.command import read_job
         from nvembed.jobs.rehearsal import rehearse
         from nvembed.jobs.target import load_target
-        from nvembed.secrets import mask
 
         console = Console()
         try:

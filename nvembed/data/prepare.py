@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from nvembed import storage
-from nvembed.data import decontaminate
+from nvembed.core import storage
+from nvembed.core.steps import Step, StepResult
 from nvembed.data.config import PrepareConfig, SourceConfig
+from nvembed.data.dedup import decontaminate
 from nvembed.data.documents import sides_of
 from nvembed.data.fit import cap_examples, fit_corpus, unique_texts
 from nvembed.data.sources.base import SourceRows
@@ -41,9 +42,8 @@ from nvembed.data.tables import (
     examples_table,
     write_tables,
 )
-from nvembed.storage import Step, StepResult, UserError
 from nvembed.text.instructions import instruction_prefix
-from nvembed.types import Artifact, TaskType, TrainingExample
+from nvembed.types import Artifact, TaskType, TrainingExample, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nvembed import storage
-from nvembed.retry import retried
-from nvembed.types import Artifact, ScoredId, TaskType, TrainingExample
+from nvembed.core import storage
+from nvembed.core.retry import retried
+from nvembed.core.steps import CorruptArtifactError
+from nvembed.types import Artifact, ScoredId, TaskType, TrainingExample, UserError
 
 SPLITS = ("train", "dev", "test")
 HELD_OUT = ("dev", "test")
@@ -90,13 +91,13 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read one parquet file at any URI.
 
     Raises:
-        storage.CorruptArtifactError: it is missing or is no parquet file.
+        CorruptArtifactError: it is missing or is no parquet file.
     """
     try:
         with storage.open_reader(uri) as file:
             return pq.read_table(file, columns=list(columns) if columns is not None else None)
     except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise storage.CorruptArtifactError(f"{uri} cannot be read ({error}). Build its artifact again.") from error
+        raise CorruptArtifactError(f"{uri} cannot be read ({error}). Build its artifact again.") from error
 
 
 @retried
@@ -162,11 +163,11 @@ def check_dataset(artifact: Artifact, dataset: str) -> None:
     """Refuse a data set that `prepare` did not make.
 
     Raises:
-        storage.UserError: naming those there are.
+        UserError: naming those there are.
     """
     known = dataset_info(artifact)
     if dataset not in known:
-        raise storage.UserError(f"data set {dataset!r} is not in {artifact.uri}; it holds {', '.join(known)}.")
+        raise UserError(f"data set {dataset!r} is not in {artifact.uri}; it holds {', '.join(known)}.")
 
 
 def read_corpus(artifact: Artifact, dataset: str) -> pa.Table:
@@ -179,5 +180,5 @@ def read_examples(artifact: Artifact, dataset: str, split: str) -> list[Training
     """The examples of one split (train, dev, test) of a data set."""
     check_dataset(artifact, dataset)
     if split not in SPLITS:
-        raise storage.UserError(f"split {split!r} of {dataset}: choose one of {', '.join(SPLITS)}.")
+        raise UserError(f"split {split!r} of {dataset}: choose one of {', '.join(SPLITS)}.")
     return list(examples_of(read_table(artifact.path(dataset, f"examples-{split}.parquet"))))

@@ -22,14 +22,14 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load as load_safetensors
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.model_cache import local_model
+from nvembed.core.steps import Step, StepResult
 from nvembed.distill.config import CompareConfig
-from nvembed.distill.teach import read_part
+from nvembed.distill.teacher_embeddings import read_part
 from nvembed.evaluation.significance import bootstrap, mean_statistic
-from nvembed.fetch import local_model
 from nvembed.modeling.precision import resolve_precision
 from nvembed.retrieval.encoders import Encoder, open_encoder
-from nvembed.storage import Step, StepResult
 from nvembed.types import Artifact
 
 logger = logging.getLogger(__name__)

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.steps import Step, StepResult
 from nvembed.evaluation.config import BaselineConfig
 from nvembed.evaluation.run import lay_out_texts, load_sets, notes, settings_of, stored_vectors, write_scores
 from nvembed.evaluation.tasks import Caps, HeldOut, Row, Vectors
 from nvembed.evaluation.variants import REFERENCE, VARIANTS, EncodeTask, encode_systems
 from nvembed.retrieval.encode import read_vectors, write_text_shards
 from nvembed.retrieval.encoders import check_model
-from nvembed.storage import Step, StepResult
 from nvembed.types import Artifact
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from nvembed.modeling.folder import describe_folder, load_embedder
-from nvembed.storage import UserError
 from nvembed.text.instructions import instruction_prefix, task_sentence
+from nvembed.types import UserError
 
 # mteb's tasks whose wording our catalogue has; keys of `text.instructions.CATALOGUE`
 TASKS = {

@@ -14,7 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.model_cache import local_model
+from nvembed.core.steps import Step, StepResult
 from nvembed.data.tables import dataset_info, write_table
 from nvembed.evaluation.config import EvaluateConfig
 from nvembed.evaluation.tasks import (
@@ -27,11 +29,9 @@ from nvembed.evaluation.tasks import (
     load_held_out,
     prefix_vectors,
 )
-from nvembed.fetch import local_model
 from nvembed.modeling.folder import describe_folder
 from nvembed.retrieval.encode import encode_shards, iter_vectors, write_text_shards
-from nvembed.storage import Step, StepResult, UserError
-from nvembed.types import Artifact
+from nvembed.types import Artifact, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from nvembed import storage
+from nvembed.core import storage
 from nvembed.data.tables import read_table
 from nvembed.evaluation.metrics import contingency, spearman, v_measure
-from nvembed.types import Artifact
+from nvembed.types import Artifact, UserError
 
 Interval = dict[str, float]  # value, low, high
 Statistic = Callable[[np.ndarray], np.ndarray]  # item positions [S, N] -> the metric on each draw [S]
@@ -221,7 +221,7 @@ def read_items(artifact: Artifact, system: str) -> dict[tuple[str, str], Items]:
             found.setdefault((row["dataset"], row["metric"]), {})[row["item_id"]] = (row["value"], row["gold"])
     if not found:
         known = sorted(set(table.column("system").to_pylist()))
-        raise storage.UserError(f"{artifact.uri} has no scores of {system!r}; it has {', '.join(known)}.")
+        raise UserError(f"{artifact.uri} has no scores of {system!r}; it has {', '.join(known)}.")
     return dict(found)
 
 
@@ -244,7 +244,7 @@ def paired_items(
         if datasets is not None and dataset not in datasets:
             continue
         if hashes[0][dataset] != hashes[1][dataset] or ours[key].keys() != theirs[key].keys():
-            raise storage.UserError(
+            raise UserError(
                 f"{a.uri} and {b.uri} were not scored on the same items of {dataset}; evaluate both on one `prepare`."
             )
         ids = sorted(ours[key])

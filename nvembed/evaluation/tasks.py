@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from nvembed import storage
+from nvembed.core.vectors import iter_parquet
 from nvembed.data.fit import cap_examples
 from nvembed.data.sources.base import stable_hash
 from nvembed.data.tables import document_text, read_examples, read_table
@@ -33,9 +33,8 @@ from nvembed.evaluation.significance import (
     spearman_statistic,
 )
 from nvembed.retrieval.bm25 import search_bm25
-from nvembed.retrieval.search import search_exact
-from nvembed.retrieval.shards import iter_parquet
-from nvembed.types import Artifact, TaskType, TrainingExample
+from nvembed.retrieval.exact.search import search_exact
+from nvembed.types import Artifact, TaskType, TrainingExample, UserError
 
 Row = tuple[str, str, str]  # key, text, instruction
 Vectors = Callable[[str], Iterator[tuple[list[str], np.ndarray]]]  # role -> shards of (keys, float32 [N, D])
@@ -195,7 +194,7 @@ class LabelledSet(HeldOut):
             turns[label] = turns.get(label, -1) + 1
             halves[turns[label] % 2].append(index)
         if not halves[1]:
-            raise storage.UserError(f"data set {self.dataset}: no held-out class has two texts; k-NN needs some.")
+            raise UserError(f"data set {self.dataset}: no held-out class has two texts; k-NN needs some.")
         return halves
 
     def _accuracy(self, test: list[int], found: Sequence[str | None], settings: Settings) -> Scored:

@@ -16,8 +16,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from nvembed import storage
-from nvembed.fetch import local_model
+from nvembed.core import storage
+from nvembed.core.model_cache import local_model
+from nvembed.core.ray_pool import ProgressLog, run_pool
+from nvembed.core.vectors import list_shards, read_table, vector_table, write_table
 from nvembed.modeling.bidirectional import set_bidirectional
 from nvembed.modeling.config import MeanConfig
 from nvembed.modeling.embedder import Embedder
@@ -27,9 +29,8 @@ from nvembed.modeling.precision import autocast, resolve_precision
 from nvembed.retrieval.config import EncodeConfig, MinerConfig
 from nvembed.retrieval.encode import encode_rows
 from nvembed.retrieval.encoders import open_encoder
-from nvembed.retrieval.pool import ProgressLog, run_pool
-from nvembed.retrieval.shards import list_shards, read_table, vector_table, write_table
 from nvembed.text.batching import token_budget_chunks
+from nvembed.types import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class SystemEncoder:
             )
         for name, matrix_ND in found.items():
             if not np.isfinite(matrix_ND).all():
-                raise storage.UserError(f"{name} gives a vector with NaN or infinity. Try `precision: fp32`.")
+                raise UserError(f"{name} gives a vector with NaN or infinity. Try `precision: fp32`.")
             write_table(vector_table(source.column("key"), matrix_ND), task["outs"][name])
         return {"rows": task["rows"]}
 

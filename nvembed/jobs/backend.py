@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from nvembed.jobs.command import Job
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED = "pending", "running", "succeeded", "failed", "stopped"
 ALIVE = (PENDING, RUNNING)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from nvembed.jobs.backend import Backend
-from nvembed.jobs.cloud import CloudBackend
+from nvembed.jobs.cloud.backend import CloudBackend
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget
-from nvembed.jobs.kuberay import KubeRayBackend
-from nvembed.jobs.ray_jobs import RayBackend
-from nvembed.jobs.slurm import SlurmBackend
+from nvembed.jobs.kuberay.backend import KubeRayBackend
+from nvembed.jobs.ray.backend import RayBackend
+from nvembed.jobs.slurm.backend import SlurmBackend
 from nvembed.jobs.target import Target
 
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.runtime import git_revision
+from nvembed.core.secrets import texts_in
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget, SlurmTarget
 from nvembed.jobs.sendable import leaks
 from nvembed.jobs.target import Target, inside, is_loopback
-from nvembed.recipe import Recipe, load_recipe
-from nvembed.revision import git_revision
-from nvembed.secrets import texts_in
-from nvembed.storage import UserError
+from nvembed.recipe.schema import Recipe, load_recipe
+from nvembed.types import UserError
 
 USAGE = "nvembed submit TARGET -- python pipelines/nv_embed.py RECIPE [--set a.b=c]... [--out URI]"
 WITH_VALUE = ("--set", "--out")  # the story's options that take a value
@@ -182,7 +182,9 @@ def _story(path: Path) -> tuple[str, list[str]]:
             except (KeyError, ValueError) as error:
                 raise UserError(f"{path}: tell(...) needs default= and needs= written out") from error
             return str(default), [str(name) for name in needs]
-    raise UserError(f"{path}: not a story: it does not call nvembed.story.tell(...). See pipelines/ for examples.")
+    raise UserError(
+        f"{path}: not a story: it does not call nvembed.pipeline.command_line.tell(...). See pipelines/ for examples."
+    )
 
 
 def _options(rest: Sequence[str]) -> tuple[str | None, list[str], str | None, list[str]]:

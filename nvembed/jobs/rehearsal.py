@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 from nvembed.jobs.command import Job
-from nvembed.preflight import PreflightError
-from nvembed.storage import UserError
+from nvembed.preflight.packages import PreflightError
+from nvembed.types import UserError
 
 ERRORS: dict[int, type[Exception]] = {2: UserError, 3: PreflightError}  # a story's exit codes; `submit` ends with them
 

@@ -1,4 +1,4 @@
-"""What must not be sent with a job: secrets, found by `nvembed.secrets`.
+"""What must not be sent with a job: secrets, found by `nvembed.core.secrets`.
 
 A secret reaches a job only as a reference: the name of a variable that the cluster provides, a key of a Kubernetes
 Secret, a file on the cluster.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from nvembed.secrets import has_credentials, has_token, is_secret_name, secret_values
+from nvembed.core.secrets import has_credentials, has_token, is_secret_name, secret_values
 
 
 def leaks(texts: Iterable[str], environment: Mapping[str, str] | None = None) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
-from nvembed.preflight import PreflightError
+from nvembed.preflight.packages import PreflightError
 
 SECONDS = 120.0
 PATIENCE_SECONDS = 600.0

@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget, SlurmTarget
 from nvembed.jobs.sendable import leaks, wrong_variables
 from nvembed.jobs.shm import memory_bytes
-from nvembed.recipe import RecipeError, read_yaml
-from nvembed.recipe_text import Document, Path, Problem, nearest, parse
-from nvembed.recipe_validate import validate
+from nvembed.recipe.document import Document, Path, Problem, nearest, parse
+from nvembed.recipe.schema import RecipeError, read_yaml
+from nvembed.recipe.validation import validate
 
 Target = RayTarget | KubeRayTarget | SlurmTarget | CloudTarget
 KINDS: dict[str, type[Target]] = {

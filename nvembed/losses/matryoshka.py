@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 
 def check_prefixes(dims: Sequence[int], width: int) -> tuple[int, ...]:

@@ -20,8 +20,7 @@ from nvembed.losses.config import ContrastiveConfig, DistillConfig, ObjectiveCon
 from nvembed.losses.contrastive import document_mask, info_nce, query_mask, separation
 from nvembed.losses.distillation import cosine_distance, similarity_distance
 from nvembed.losses.matryoshka import check_prefixes, prefix
-from nvembed.storage import UserError
-from nvembed.types import Batch
+from nvembed.types import Batch, UserError
 
 
 class Objective(nn.Module, ABC):

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from nvembed.core.vectors import read_table
 from nvembed.mining.config import MineConfig
 from nvembed.mining.lists import flat, owners, scored_array, starts
 from nvembed.mining.mined import MINED_SCHEMA
 from nvembed.mining.rules import FREE, cap_documents
-from nvembed.retrieval.shards import read_table
 
 
 def capped(uris: Sequence[str], config: MineConfig) -> list[np.ndarray]:

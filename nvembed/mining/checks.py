@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.vectors import table_matrix
 from nvembed.mining.config import MineConfig
 from nvembed.mining.lists import flat
 from nvembed.mining.picked import Picked
@@ -17,7 +18,6 @@ from nvembed.mining.rules import ceilings
 from nvembed.mining.searched import Ranking
 from nvembed.mining.searching import Searcher, scores_by_id
 from nvembed.mining.selection import Reason, jaccard, word_triples
-from nvembed.retrieval.shards import table_matrix
 
 
 class Candidates:

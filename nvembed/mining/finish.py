@@ -9,7 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.retry import retried
+from nvembed.core.steps import load_artifact
+from nvembed.core.vectors import iter_parquet, list_shards, read_slice, read_table
 from nvembed.mining import capping
 from nvembed.mining.audit import Audit
 from nvembed.mining.config import MineConfig
@@ -17,9 +20,7 @@ from nvembed.mining.lists import one_array
 from nvembed.mining.mined import MINED_SCHEMA
 from nvembed.mining.searched import SEARCHED_SCHEMA
 from nvembed.mining.searching import MinePaths, Searcher
-from nvembed.retrieval.search import search_shards
-from nvembed.retrieval.shards import iter_parquet, list_shards, read_slice, read_table
-from nvembed.retry import retried
+from nvembed.retrieval.exact.search import search_shards
 from nvembed.types import Artifact, UserError
 
 _GROUP_ROWS = 8192
@@ -112,7 +113,7 @@ def check_reuse(config: MineConfig, prepare: Artifact) -> None:
         UserError: the earlier step is no mine step of the same data, had other settings, or kept no search.
     """
     assert config.reuse is not None
-    earlier = storage.load_artifact(config.reuse)
+    earlier = load_artifact(config.reuse)
     manifest = earlier.manifest
     if manifest.get("kind") != "mine":
         raise UserError(f"mine.reuse {config.reuse} is a {manifest.get('kind')!r} step, not a mine step")

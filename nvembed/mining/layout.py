@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.vectors import iter_parquet, write_shard_tables
 from nvembed.data.tables import document_text
 from nvembed.mining.config import MineConfig
 from nvembed.mining.selection import text_hash
-from nvembed.retrieval.shards import iter_parquet, write_shard_tables
 from nvembed.types import Artifact, TaskType
 
 STS_NEVER = (

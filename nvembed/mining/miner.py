@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.vectors import iter_parquet, read_slice, write_table
 from nvembed.data.tables import SCORED_IDS
 from nvembed.mining.audit import Audit
 from nvembed.mining.blocks import Problem, members
@@ -25,13 +26,8 @@ from nvembed.mining.mined import MINED_SCHEMA, best_rank, mined_table, own_posit
 from nvembed.mining.rules import consistent
 from nvembed.mining.searched import SEARCHED_SCHEMA
 from nvembed.mining.searching import MinePaths, Searcher
-from nvembed.mining.selection import (
-    ClassExamples,
-    example_based,
-    example_generator,
-    text_hash,
-)
-from nvembed.retrieval.shards import iter_parquet, read_slice, write_table
+from nvembed.mining.selection import ClassExamples, example_based, example_generator, text_hash
+from nvembed.types import UserError
 
 __all__ = ["MinePaths", "MineWorker", "selected"]
 
@@ -148,7 +144,7 @@ class MineWorker:
             listed = [{item["id"] for item in items} for items in table.column("positives").to_pylist()]
             same = listed == [set(keys) for keys in queries.column("positives").to_pylist()]
         if not same:
-            raise storage.UserError(
+            raise UserError(
                 f"{task['reuse']} did not search for the examples of {task['dataset']!r} with the positives they have "
                 "now. Mine again without `reuse`."
             )
@@ -185,7 +181,7 @@ class MineWorker:
         table = pa.concat_tables(iter_parquet(task["examples"], columns))
         ids, labels = table.column("id").to_pylist(), table.column("label").to_pylist()
         if None in labels:
-            raise storage.UserError(
+            raise UserError(
                 f"{task['examples']}: example {ids[labels.index(None)]!r} has no label; every example of a "
                 "classification set needs one."
             )

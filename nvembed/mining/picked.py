@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nvembed import storage
-from nvembed.retrieval.shards import list_shards, read_table
-from nvembed.retry import placed
+from nvembed.core import storage
+from nvembed.core.retry import placed
+from nvembed.core.vectors import list_shards, read_table
 
 _KEY = "key"
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nvembed import storage
+from nvembed.core import storage
 from nvembed.mining.lists import flat, list_array, owners, starts
 
 SIDES = ("queries", "documents")

@@ -21,9 +21,12 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.model_cache import local_model
+from nvembed.core.ray_pool import ProgressLog, run_pool
+from nvembed.core.steps import Step, StepResult
+from nvembed.core.vectors import column_size, iter_parquet, list_shards, read_table
 from nvembed.data.tables import dataset_info
-from nvembed.fetch import local_model
 from nvembed.mining.audit import Audit, near_copies, samples, short_summary
 from nvembed.mining.config import Bm25Miner, MineConfig, RandomNegatives
 from nvembed.mining.finish import check_reuse, index_recall, merge_parts
@@ -31,14 +34,11 @@ from nvembed.mining.layout import Laid, lay_out
 from nvembed.mining.miner import MineWorker
 from nvembed.mining.rejected import NEEDED, SIDES, Rejected, write_rejected
 from nvembed.mining.searching import MinePaths, Searcher
+from nvembed.retrieval.ann import check_faiss
 from nvembed.retrieval.bm25 import check_memory
 from nvembed.retrieval.config import ExactIndex, PretrainedModel
 from nvembed.retrieval.encode import EncodeReport, encode_shards, read_rejected
 from nvembed.retrieval.encoders import check_model
-from nvembed.retrieval.pool import ProgressLog, run_pool
-from nvembed.retrieval.search_faiss import check_faiss
-from nvembed.retrieval.shards import column_size, iter_parquet, list_shards, read_table
-from nvembed.storage import Step, StepResult
 from nvembed.types import Artifact, TaskType, UserError
 
 logger = logging.getLogger(__name__)

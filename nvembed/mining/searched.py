@@ -18,8 +18,8 @@ import pyarrow as pa
 from nvembed.data.tables import SCORED_IDS
 from nvembed.mining.lists import Lists, flat, joined, list_array, scored_array, starts
 from nvembed.mining.rules import Limits
-from nvembed.retrieval.search import Found
-from nvembed.retrieval.search_merge import Best, tree_merge
+from nvembed.retrieval.exact.search import Found
+from nvembed.retrieval.exact.topk import Best, tree_merge
 from nvembed.types import UserError
 
 SEARCHED_SCHEMA = pa.schema(

@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.vectors import iter_vectors, list_shards, read_table, table_matrix, write_table
 from nvembed.data.tables import SCORED_IDS
 from nvembed.mining import words
 from nvembed.mining.config import Bm25Miner, MineConfig, RandomNegatives
@@ -24,12 +25,12 @@ from nvembed.mining.lists import flat, list_array, owners, starts
 from nvembed.mining.rejected import NEEDED, Rejected
 from nvembed.mining.rules import ceilings
 from nvembed.mining.searched import FOUND_SCHEMA, PART_SCHEMA, found_table, merged
+from nvembed.retrieval.ann import FaissPart
 from nvembed.retrieval.bm25 import Bm25Index
 from nvembed.retrieval.config import ExactIndex
 from nvembed.retrieval.cross_encoder import CrossScorer
-from nvembed.retrieval.search import Found, pair_scores, search_shards
-from nvembed.retrieval.search_faiss import FaissPart
-from nvembed.retrieval.shards import iter_vectors, list_shards, read_table, table_matrix, write_table
+from nvembed.retrieval.exact.search import Found, pair_scores, search_shards
+from nvembed.types import UserError
 
 QUERY_COLUMNS = ("key", "hash", "positives", "own", "never", "given")
 _HASHES_AT_ONCE = 1 << 20  # documents whose ids and text hashes are in memory together: some 40 MB
@@ -369,7 +370,7 @@ def scores_by_id(
     pairs = [(index, key) for index, keys in enumerate(ids) for key in keys]
     for index, key in pairs:
         if key not in place:
-            raise storage.UserError(
+            raise UserError(
                 f"example {queries[index]['key']!r} names {key!r} as its positive, which is missing from the "
                 "corpus of its data set. Prepare it again."
             )

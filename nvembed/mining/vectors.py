@@ -25,8 +25,8 @@ from nvembed.mining.config import (
 )
 from nvembed.mining.rules import FREE, Limits, cap_documents, drawn, eligible, first_allowed, mix, rule_limits
 from nvembed.mining.selection import draw_accepted, example_generator
-from nvembed.retrieval.search import as_matrix, numbered, search_shards
-from nvembed.retrieval.search_merge import Best, gathered_scores, pair_scores
+from nvembed.retrieval.exact.search import as_matrix, numbered, search_shards
+from nvembed.retrieval.exact.topk import Best, gathered_scores, pair_scores
 from nvembed.types import UserError
 
 # The names that other tools and papers use, and ours

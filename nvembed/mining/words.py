@@ -14,10 +14,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.vectors import column_size, list_shards, read_table
 from nvembed.mining.searched import FOUND_SCHEMA
 from nvembed.retrieval.bm25 import Bm25Index, check_memory
-from nvembed.retrieval.shards import column_size, list_shards, read_table
 
 
 class WordIndexes:

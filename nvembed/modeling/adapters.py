@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nvembed.formats import check_format, stamp
+from nvembed.core.formats import check_format, stamp
 from nvembed.modeling.config import AdapterConfig, FoldedLatentAttentionConfig, LoraConfig
 from nvembed.modeling.embedder import Embedder
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 
 def apply_adapter(embedder: Embedder, config: AdapterConfig) -> None:

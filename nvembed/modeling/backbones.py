@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from nvembed.fetch import local_model
+from nvembed.core.model_cache import local_model
+from nvembed.core.runtime import no_progress_bars
 from nvembed.modeling.config import BackboneConfig, FolderBackbone, GgufBackbone, NvembedBackbone, RandomBackbone
-from nvembed.modeling.quiet import no_progress_bars
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 logger = logging.getLogger(__name__)
 

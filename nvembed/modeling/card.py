@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from nvembed.modeling.config import EmbedderConfig
-from nvembed.modeling.export import CODE, needs_code
 from nvembed.modeling.licences import HUB_LICENCES
+from nvembed.modeling.sentence_folder import CODE, needs_code
 
 METRIC_NAMES = {
     "ndcg_at_10": "nDCG@10",

@@ -20,9 +20,9 @@ from nvembed.modeling.latent_attention import FoldedLatentAttention, LatentAtten
 from nvembed.modeling.packed import packed_states, packing, packs
 from nvembed.modeling.pooling import last_token_pool, mean_pool, normalise
 from nvembed.modeling.precision import autocast, resolve_precision
-from nvembed.storage import UserError
 from nvembed.text.batching import packed_chunks, token_budget_chunks
 from nvembed.text.tokenise import Tokeniser, Tokens
+from nvembed.types import UserError
 
 WINDOW_TEXTS = 4096  # tokenised at a time, so that memory does not grow with the number of texts
 

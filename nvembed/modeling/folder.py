@@ -27,17 +27,17 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nvembed.formats import check_format, stamp
+from nvembed.core.formats import check_format, stamp
+from nvembed.core.runtime import no_progress_bars
 from nvembed.modeling import probes
 from nvembed.modeling.adapters import ADAPTER_FOLDER, KeptAdapter, has_adapter
 from nvembed.modeling.card import model_card
 from nvembed.modeling.config import HEADS, EmbedderConfig, PoolingConfig
 from nvembed.modeling.embedder import Embedder
-from nvembed.modeling.export import POOLING_FOLDER, library_versions, write_modules, write_prompts
 from nvembed.modeling.origin import CARD
-from nvembed.modeling.quiet import no_progress_bars
-from nvembed.storage import UserError
+from nvembed.modeling.sentence_folder import POOLING_FOLDER, library_versions, write_modules, write_prompts
 from nvembed.text.tokenise import Tokeniser
+from nvembed.types import UserError
 
 logger = logging.getLogger(__name__)
 

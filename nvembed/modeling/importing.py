@@ -21,15 +21,15 @@ import yaml
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
+from nvembed.modeling.assemble import build_embedder
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.folder import save_embedder
-from nvembed.modeling.initialise import build_embedder
 from nvembed.modeling.licences import UNKNOWN
 from nvembed.modeling.origin import card_facts
-from nvembed.storage import UserError
 from nvembed.text.config import TextConfig
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
+from nvembed.types import UserError
 
 FAMILIES = ("mistral", "llama", "qwen2", "qwen3")
 _DEFAULT_WIDTH = 4096  # of hidden_dim, latent_dim and cross_dim_head in the published configuration

@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.steps import describe_files
+from nvembed.types import UserError
 
 CARD = "README.md"  # says more of a model as more is known, and changes no vector: no part of its content
 
@@ -24,9 +26,9 @@ def folder_content(folder: str) -> str:
     Raises:
         UserError: it is empty or missing.
     """
-    files = storage.describe_files(folder)
+    files = describe_files(folder)
     if not files:
-        raise storage.UserError(f"{folder}: no model folder (it is empty or missing)")
+        raise UserError(f"{folder}: no model folder (it is empty or missing)")
     return content_hash({name: entry["xxh3_128"] for name, entry in files.items()})
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 Precision = Literal["fp32", "bf16"]
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from nvembed.modeling.embedder import Embedder
-from nvembed.storage import UserError
 from nvembed.text.instructions import instruction_prefix
+from nvembed.types import UserError
 
 PROBES_JSON = "probes.json"
 PROBES_TENSORS = "probes.safetensors"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from nvembed.data.config import HpoClassesSource, HpoSimilaritySource, RowSource, SourceConfig
 from nvembed.mining.config import MineConfig
-from nvembed.recipe import Recipe
-from nvembed.storage import UserError
+from nvembed.recipe.schema import Recipe
+from nvembed.types import UserError
 
 MIN_SHARDS = 8  # of a small set; `retrieval/shards.py`, which needs pyarrow, says the same
 

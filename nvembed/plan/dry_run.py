@@ -9,15 +9,14 @@ from typing import Any, Protocol
 
 import yaml
 
+from nvembed.core.secrets import mask, mask_all
 from nvembed.plan.memory import GIB, Memory, stage_memory
 from nvembed.plan.recipe_plan import precision_of
 from nvembed.plan.sizes import StageSizes, stage_sizes
-from nvembed.plan.units import flops_text
-from nvembed.plan.work import stage_flops
-from nvembed.recipe import Recipe
-from nvembed.recipe_text import Document, Path, dotted
-from nvembed.secrets import mask, mask_all
-from nvembed.training.zero import deepspeed_config
+from nvembed.plan.work import flops_text, stage_flops
+from nvembed.recipe.document import Document, Path, dotted
+from nvembed.recipe.schema import Recipe
+from nvembed.training.arithmetic import deepspeed_config
 
 DEFAULT = "default"
 _WHAT = {"skip": "skipped", "resume": "resumed"}

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvembed.hub_shapes import hub_shape
+from nvembed.modeling.hub_shapes import hub_shape
 from nvembed.plan.hardware import CORE, Hardware
 from nvembed.plan.memory import PROCESS_BYTES
 from nvembed.plan.sizes import Model
 from nvembed.plan.work import compute_seconds, forward_flops
 from nvembed.retrieval.config import EncodeConfig, MinerConfig, PackageModel
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 # A packed forward alone reaches this many times the share of the peak that training does. On a core: MiniLM 2.2 on 10 k
 # and 2.1 on 100 k short texts through shards (`tests/benchmarks/plan_mining_against_measured.py`), the quickstart's

@@ -17,9 +17,9 @@ from typing import Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from nvembed import storage
-from nvembed.recipe_text import nearest
-from nvembed.types import Config
+from nvembed.core import storage
+from nvembed.recipe.document import nearest
+from nvembed.types import Config, UserError
 
 ASSUMED_MFU = 0.35
 ASSUMED_SOURCE = (
@@ -101,13 +101,13 @@ def find_hardware(name: str) -> Hardware:
         return CATALOGUE[name]
     if not name.endswith((".yaml", ".yml")):
         known = ", ".join(CATALOGUE)
-        raise storage.UserError(
+        raise UserError(
             f"--hardware {name}: not in the catalogue.{nearest(name, list(CATALOGUE))} It has: {known}. "
             "A YAML file describes another machine."
         )
     try:
         return Hardware.model_validate(yaml.safe_load(storage.read_bytes(name)))
     except FileNotFoundError as error:
-        raise storage.UserError(f"--hardware {name}: no such file.") from error
+        raise UserError(f"--hardware {name}: no such file.") from error
     except (ValidationError, yaml.YAMLError, ValueError) as error:
-        raise storage.UserError(f"--hardware {name}: {error}") from error
+        raise UserError(f"--hardware {name}: {error}") from error

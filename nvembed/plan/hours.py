@@ -17,7 +17,7 @@ from nvembed.plan.hardware import Hardware
 from nvembed.plan.mining import MinePlan
 from nvembed.plan.sizes import Model, StageSizes
 from nvembed.plan.work import compute_seconds, lanes, launch_seconds, stage_flops, update_seconds
-from nvembed.recipe import Recipe
+from nvembed.recipe.schema import Recipe
 from nvembed.retrieval.config import EncodeConfig
 
 PREPARE_SECONDS, INITIALISE_SECONDS, SMALL_SECONDS = 20.0, 25.0, 2.0  # of the quickstart, whatever the hardware

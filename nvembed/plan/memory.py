@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass
 from nvembed.modeling.config import LatentAttentionConfig, LoraConfig
 from nvembed.plan.hardware import Hardware
 from nvembed.plan.sizes import StageSizes
-from nvembed.training.slices import slice_budget
-from nvembed.training.zero import MAX_BUCKET, deepspeed_config
+from nvembed.training.arithmetic import MAX_BUCKET, deepspeed_config, slice_budget
 
 GIB = 2**30
 PROCESS_BYTES = 0.55 * GIB  # a worker with torch, transformers, ray and deepspeed loaded and used once

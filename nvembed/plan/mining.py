@@ -14,16 +14,10 @@ from nvembed.mining.config import Bm25Miner, MineConfig
 from nvembed.plan.corpora import Corpus, Division, Rows, division, searched_sets
 from nvembed.plan.encoding import TEXT_BYTES, EncoderSizes, encode_memory, encode_seconds, encoder_sizes, on_gpus
 from nvembed.plan.hardware import Hardware
-from nvembed.plan.searching import (
-    NUMBER,
-    search_flops,
-    search_memory,
-    search_seconds,
-    shard_bytes,
-)
+from nvembed.plan.searching import NUMBER, search_flops, search_memory, search_seconds, shard_bytes
 from nvembed.plan.sizes import Model
-from nvembed.plan.units import flops_text, size_text, time_text
-from nvembed.recipe import Recipe
+from nvembed.plan.work import flops_text, size_text, time_text
+from nvembed.recipe.schema import Recipe
 from nvembed.retrieval.bm25 import index_bytes
 from nvembed.retrieval.config import ExactIndex, PackageModel
 

@@ -14,9 +14,8 @@ from nvembed.plan.mining import MinePlan, plan_mining
 from nvembed.plan.mining import as_json as mining_json
 from nvembed.plan.mining import as_text as mining_text
 from nvembed.plan.sizes import StageSizes, stage_sizes
-from nvembed.plan.units import flops_text, size_text, time_text
-from nvembed.plan.work import stage_flops, stage_storage, stage_tokens
-from nvembed.recipe import Recipe
+from nvembed.plan.work import flops_text, size_text, stage_flops, stage_storage, stage_tokens, time_text
+from nvembed.recipe.schema import Recipe
 from nvembed.retrieval.config import EncodeConfig
 
 FILL = 0.5  # mean tokens of a text over max_length: 0.47 on the quickstart

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from nvembed.losses.config import ContrastiveConfig
 from nvembed.modeling.config import LoraConfig, MeanConfig, PoolingConfig
-from nvembed.recipe import Recipe
-from nvembed.shapes import Shape, known_shape, pooling_parameters
+from nvembed.modeling.shapes import Shape, known_shape, pooling_parameters
+from nvembed.recipe.schema import Recipe
 from nvembed.training.config import TrainConfig
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from nvembed import storage
-from nvembed.formats import WRITER as WRITER_KEY
-from nvembed.formats import check_format
-from nvembed.mlflow_store import prepare_environment, probe
+from nvembed.core.formats import WRITER as WRITER_KEY
+from nvembed.core.formats import check_format
+from nvembed.tracking.store import prepare_environment, probe
+from nvembed.types import UserError
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 LOCK = ".nvembed-lock."  # a registered model whose name ends so is a lock, see `champion.py`
@@ -28,7 +28,7 @@ HISTORY = "nvembed.champion_history"
 GATE = "gate."
 
 
-class RegistryAwayError(storage.UserError):
+class RegistryAwayError(UserError):
     """The registry does not answer. Nothing is wrong with the run: what was to be told waits."""
 
 
@@ -63,7 +63,7 @@ def answering(uri: str) -> Iterator[None]:
     """
     try:
         yield
-    except storage.UserError:
+    except UserError:
         raise
     except Exception as error:
         try:
@@ -138,7 +138,7 @@ def get_model(client: Any, name: str) -> Any:
     except MlflowException as error:
         _raise_unless_missing(error)
         known = ", ".join(model_names(client)) or "none"
-        raise storage.UserError(f"the registry has no model {name}; it has: {known}") from error
+        raise UserError(f"the registry has no model {name}; it has: {known}") from error
 
 
 def aliases(client: Any, name: str) -> dict[str, str]:
@@ -157,16 +157,16 @@ def find_version(client: Any, reference: str) -> Any:
     if not at:
         name, _, number = name.partition("/")
     if not name or not (alias or number):
-        raise storage.UserError(f"{reference}: write models:/name@alias or models:/name/version")
+        raise UserError(f"{reference}: write models:/name@alias or models:/name/version")
     try:
         found = aliases(client, name)
-    except storage.UserError as error:
-        raise storage.UserError(f"{reference}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{reference}: {error}") from error
     if alias:
         number = found.get(alias, "")
         if not number:
             known = ", ".join(f"@{key} (version {value})" for key, value in sorted(found.items()))
-            raise storage.UserError(f"{reference}: {name} has no alias {alias}; it has: {known or 'none'}")
+            raise UserError(f"{reference}: {name} has no alias {alias}; it has: {known or 'none'}")
     return get_version(client, name, number, reference)
 
 
@@ -184,7 +184,7 @@ def get_version(client: Any, name: str, number: str, reference: str | None = Non
         _raise_unless_missing(error)
         known = ", ".join(str(version.version) for version in list_versions(client, name)) or "none"
         said = f"{reference or f'{name}/{number}'}: {name} has no version {number}; it has: {known}"
-        raise storage.UserError(said) from error
+        raise UserError(said) from error
 
 
 def _raise_unless_missing(error: Any) -> None:

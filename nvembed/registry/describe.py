@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from nvembed import storage
+from nvembed.core.steps import CorruptArtifactError
 from nvembed.modeling.origin import CARD, folder_content
 from nvembed.registry import client as tags
 from nvembed.registry import provenance as chains
@@ -18,6 +18,7 @@ from nvembed.registry.evidence import both_records, differences
 from nvembed.registry.gate import CHECKS, Interval
 from nvembed.registry.resolve import fetch_version
 from nvembed.registry.versions import folder_source, is_here, read_provenance, source_of, version_records
+from nvembed.types import UserError
 
 
 def list_models(client: Any, name: str | None = None) -> list[dict[str, Any]]:
@@ -38,7 +39,7 @@ def _summary(version: Any, aliases: dict[str, str]) -> dict[str, Any]:
         "version": number,
         "aliases": sorted(alias for alias, found in aliases.items() if found == number),
         "score": None if score is None else float(score),
-        "recipe": version.tags.get("nvembed.recipe"),
+        "recipe": version.tags.get("nvembed.recipe.schema"),
         "gate": version.tags.get(f"{tags.GATE}result"),
         "registered": int(version.creation_timestamp) // 1000,
     }
@@ -52,7 +53,7 @@ def show_version(client: Any, uri: str, version: Any) -> dict[str, Any]:
             provenance = read_provenance(records)
         chain = [{"step": step, "manifest_hash": found} for step, found in chains.chain(provenance)]
         problems = chains.chain_problems(provenance, version.tags.get(tags.CONTENT))
-    except storage.UserError as error:  # a version of an older nvembed
+    except UserError as error:  # a version of an older nvembed
         chain, problems = [], [str(error)]
     entries = read_history(client, version.name)
     current = aliases.get(tags.CHAMPION)
@@ -109,17 +110,17 @@ def export_version(client: Any, uri: str, version: Any, target: Path) -> dict[st
         CorruptArtifactError: the files are not those that were registered.
     """
     if target.exists() or target.is_symlink():
-        raise storage.UserError(f"{target} exists and is not overwritten. Choose another place.")
+        raise UserError(f"{target} exists and is not overwritten. Choose another place.")
     folder = fetch_version(client, uri, version)
     partial = target.absolute().parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         shutil.copytree(folder, partial)
         _newest_card(client, uri, version, partial)
         if folder_content(str(partial)) != folder_content(folder):
-            raise storage.CorruptArtifactError(f"{target}: the copy differs from {folder}; is the disk full?")
+            raise CorruptArtifactError(f"{target}: the copy differs from {folder}; is the disk full?")
         os.rename(partial, target)
     except OSError as error:
-        raise storage.UserError(f"{target} cannot be written: {error}") from error
+        raise UserError(f"{target} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     files = [path for path in target.rglob("*") if path.is_file()]

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nvembed import storage
+from nvembed.core import storage
 from nvembed.registry import client as tags
 from nvembed.registry import provenance as chains
 from nvembed.registry.config import GateConfig
 from nvembed.registry.gate import Check, Comparison, Evidence, Interval, as_plain, passed, refusals, run_gate
 from nvembed.registry.resolve import fetch_version
 from nvembed.registry.versions import SCORES, primary_scores, read_provenance, version_records
-from nvembed.types import Artifact
+from nvembed.types import Artifact, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def _evidence(client: Any, uri: str, version: Any, rival: Any, config: GateConfi
     try:
         with version_records(client, uri, version) as records:
             scores, provenance = storage.read_json(str(records / SCORES)), read_provenance(records)
-    except storage.UserError as error:
+    except UserError as error:
         hashes = tags.json_tag(version, tags.EVALUATION) or {}
         return Evidence(hashes, {}, None, comparison, None, (), loaded, (str(error),))
     problems = chains.chain_problems(provenance, version.tags.get(tags.CONTENT))
@@ -121,7 +121,7 @@ def _probe_problem(client: Any, uri: str, version: Any) -> str:
 
     try:
         load_embedder(fetch_version(client, uri, version))
-    except storage.UserError as error:
+    except UserError as error:
         return str(error)
     except (OSError, ValueError, RuntimeError) as error:  # a gate says what is wrong, whatever it is
         return f"its files cannot be loaded ({type(error).__name__}: {error})"
@@ -150,7 +150,7 @@ def differences(a: Path, b: Path, samples: int, seed: int) -> Differences:
 
     pairs = list(paired_items(Artifact(str(a), {}), Artifact(str(b), {})))
     if not pairs:
-        raise storage.UserError("the two versions share no scored data set")
+        raise UserError("the two versions share no scored data set")
     found = {pair.dataset: (pair.metric, paired_bootstrap(pair, samples, seed)) for pair in pairs}
     scored = [set(primary_scores(storage.read_json(str(side / SCORES)))) for side in (a, b)]
     return Differences(paired_bootstrap_mean(pairs, samples, seed), found, sorted(scored[0] ^ scored[1]))
@@ -165,7 +165,7 @@ def retrieval_interval(client: Any, uri: str, name: str, number: str) -> dict[st
     try:
         with version_records(client, uri, version) as records:
             found = retrieval_mean(Artifact(str(records), {}), samples=config.samples, seed=config.seed)
-    except storage.UserError as error:
+    except UserError as error:
         logger.warning("version %s of %s: no interval for its mean: %s", number, name, error)
         return None
     return None if found is None else dict(found)
@@ -184,6 +184,6 @@ def _compared(client: Any, uri: str, version: Any, rival: Any, config: GateConfi
     try:
         with both_records(client, uri, version, rival) as (ours, theirs):
             found = differences(ours, theirs, config.samples, config.seed)
-    except storage.UserError as error:
+    except UserError as error:
         return Comparison(number, hashes, problem=f"it cannot be compared with champion {number}: {error}")
     return Comparison(number, hashes, found.mean, found.datasets)

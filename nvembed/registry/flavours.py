@@ -33,9 +33,9 @@ def write_flavours(target: Path, folder: Path, name: str) -> None:
     from mlflow.models import Model
 
     from nvembed.modeling.config import EmbedderConfig
-    from nvembed.modeling.export import CODE, needs_code
     from nvembed.modeling.folder import describe_folder
     from nvembed.modeling.probes import TOLERANCE
+    from nvembed.modeling.sentence_folder import CODE, needs_code
 
     description = describe_folder(folder)
     config = EmbedderConfig.model_validate(description["embedder"])

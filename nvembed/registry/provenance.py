@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nvembed import storage
-from nvembed.formats import FormatError, check_format, stamp
+from nvembed.core import storage
+from nvembed.core.formats import FormatError, check_format, stamp
+from nvembed.core.steps import MANIFEST, load_artifact
 from nvembed.modeling.licences import UNKNOWN, model_licence
 from nvembed.modeling.origin import card_facts, content_hash
 from nvembed.types import Artifact
@@ -58,8 +59,8 @@ def _inputs(artifact: Artifact) -> Iterator[Artifact]:
         uri = str(uris.get(role, ""))
         parent = artifact.uri.rsplit("/", 1)[0]
         for place in (uri, storage.join(parent, uri.rsplit("/", 1)[-1])):  # the output may have been moved
-            if place and storage.exists(storage.join(place, storage.MANIFEST)):
-                found = storage.load_artifact(place, verify=False)
+            if place and storage.exists(storage.join(place, MANIFEST)):
+                found = load_artifact(place, verify=False)
                 if found.manifest_hash == wanted:
                     yield found
                     break

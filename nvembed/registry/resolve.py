@@ -8,18 +8,20 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.steps import CorruptArtifactError, describe_files
 from nvembed.modeling.origin import folder_content
 from nvembed.registry import client as tags
 from nvembed.registry.client import answering, find_version, open_registry
 from nvembed.registry.versions import folder_source, is_here
+from nvembed.types import UserError
 
 
 def hash_folder(folder: str) -> str:
     """Hash of a model folder's file names and checksums, the card included."""
-    files = storage.describe_files(folder)
+    files = describe_files(folder)
     if not files:
-        raise storage.UserError(f"{folder}: no model folder (it is empty or missing)")
+        raise UserError(f"{folder}: no model folder (it is empty or missing)")
     return storage.hash_json({name: entry["xxh3_128"] for name, entry in files.items()})
 
 
@@ -31,7 +33,7 @@ def registry_uri(uri: str | None, reference: str) -> str:
     """
     found = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not found:
-        raise storage.UserError(
+        raise UserError(
             f"{reference}: which registry? Set MLFLOW_TRACKING_URI, for example sqlite:////path/of/the/output/mlflow.db"
         )
     return found
@@ -54,7 +56,7 @@ def resolve_model(reference: str, tracking_uri: str | None = None, cache: Path |
     """
     if not reference.startswith("models:/"):
         if not Path(reference).is_dir():
-            raise storage.UserError(f"{reference}: no such model folder; give a folder or models:/name@alias")
+            raise UserError(f"{reference}: no such model folder; give a folder or models:/name@alias")
         return str(Path(reference).absolute())
     uri = registry_uri(tracking_uri, reference)
     client = open_registry(uri)
@@ -79,7 +81,7 @@ def _checked(folder: str, version: Any, reference: str) -> str:
     expected = version.tags.get(tags.CONTENT)
     measure = folder_content if tags.version_format(version) > 1 else hash_folder
     if expected is not None and measure(folder) != expected:
-        raise storage.CorruptArtifactError(f"{reference}: the files at {folder} are not those that were registered")
+        raise CorruptArtifactError(f"{reference}: the files at {folder} are not those that were registered")
     return folder
 
 

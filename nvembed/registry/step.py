@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nvembed import storage
-from nvembed.mlflow_store import Store
+from nvembed.core import storage
+from nvembed.core.runtime import git_revision
+from nvembed.core.steps import Step, StepResult
 from nvembed.registry import client as tags
 from nvembed.registry import provenance as chains
 from nvembed.registry.champion import PromotionRefusedError, champion_before, promote_judged, read_history
@@ -15,7 +16,7 @@ from nvembed.registry.client import RegistryAwayError, answering, open_registry
 from nvembed.registry.config import RegisterConfig, RegistrationConfig
 from nvembed.registry.evidence import judge, retrieval_interval
 from nvembed.registry.versions import ITEMS, SCORES, Submission, add_version, champion_facts
-from nvembed.revision import git_revision
+from nvembed.tracking.store import Store
 from nvembed.types import Artifact
 
 REGISTRATION = "registration.json"
@@ -93,7 +94,7 @@ def _register(client: Any, config: RegistrationConfig, submission: Submission) -
     }
 
 
-def _build(config: RegistrationConfig, inputs: Mapping[str, Artifact], work_uri: str) -> storage.StepResult:
+def _build(config: RegistrationConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     model, scores = inputs["model"], inputs["scores"]
     submission = Submission(
         folder=str(storage.local_path(model.path(chains.MODEL_FOLDER))),
@@ -109,7 +110,7 @@ def _build(config: RegistrationConfig, inputs: Mapping[str, Artifact], work_uri:
     registration = register_model(config, submission)
     storage.write_json(storage.join(work_uri, REGISTRATION), registration)
     done = {"score": registration["score"], "promoted": registration["promoted"], "registry": config.registry}
-    return storage.StepResult(metrics=done)
+    return StepResult(metrics=done)
 
 
-REGISTER = storage.Step("register", 2, _build)
+REGISTER = Step("register", 2, _build)

@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nvembed import storage
-from nvembed.formats import own_version
+from nvembed.core import storage
+from nvembed.core.formats import own_version
 from nvembed.modeling.origin import CARD, folder_content
 from nvembed.registry import client as tags
 from nvembed.registry import provenance as chains
 from nvembed.registry.config import RegistrationConfig
 from nvembed.registry.flavours import FOLDER, write_flavours
+from nvembed.types import UserError
 
 PRIMARY_METRICS = ("ndcg_at_10", "accuracy", "spearman")
 RECORDS = "nvembed"
@@ -101,7 +102,7 @@ def _tags(config: RegistrationConfig, submission: Submission, content: str) -> d
     return {
         **{f"nvembed.{key}": value for key, value in submission.tags.items()},
         tags.EVALUATED: submission.tags.get("evaluation_manifest_hash", storage.hash_json(scores)),
-        "nvembed.recipe": config.recipe_name,
+        "nvembed.recipe.schema": config.recipe_name,
         tags.FORMAT: str(tags.FORMAT_VERSION),
         tags.WRITER: own_version(),
         tags.CONTENT: content,
@@ -219,7 +220,7 @@ def version_records(client: Any, uri: str, version: Any) -> Iterator[Path]:
         UserError: the version has none: it was registered by an older nvembed; or this one is too old for it.
     """
     if tags.version_format(version) == 1:
-        raise storage.UserError(
+        raise UserError(
             f"version {version.version} of {version.name} was registered by an older nvembed, without items and chain. "
             "Run its recipe again into another --out, or promote another version over it by hand in MLflow."
         )

@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.secrets import mask_all
 from nvembed.modeling.precision import resolve_precision
 from nvembed.registry.step import REGISTRATION
 from nvembed.registry.versions import primary_metric
@@ -31,8 +32,7 @@ from nvembed.report.schema import (
 )
 from nvembed.report.sizes import model_sizes
 from nvembed.report.training_data import data_mixes, negatives_quality
-from nvembed.secrets import mask_all
-from nvembed.tracking import METRICS
+from nvembed.tracking.tracker import METRICS
 from nvembed.types import Artifact
 
 logger = logging.getLogger(__name__)

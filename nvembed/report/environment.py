@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from nvembed.core.runtime import git_revision
 from nvembed.report.schema import Environment
-from nvembed.revision import git_revision
 
 PACKAGES = (
     "nvembed", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "mlflow", "sentence-transformers",

@@ -8,12 +8,13 @@ from typing import Any
 
 import yaml
 
-from nvembed import storage
-from nvembed.records import RECORDS, read_records
+from nvembed.core import storage
+from nvembed.core.steps import MANIFEST, load_artifact
+from nvembed.report.attempts import RECORDS, read_records
 from nvembed.report.collect import collect_report
 from nvembed.report.schema import Report
 from nvembed.report.write import REPORT_JSON, read_report
-from nvembed.types import Artifact
+from nvembed.types import Artifact, UserError
 
 RECIPE = "recipe.yaml"
 LABELS = "ABCDE"  # as many as the charts have line styles
@@ -43,17 +44,17 @@ def open_runs(sources: Sequence[str]) -> list[Run]:
         UserError: too many, the same twice, or one that has no report.
     """
     if len(sources) > len(LABELS):
-        raise storage.UserError(f"{len(sources)} runs are too many for one page; compare at most {len(LABELS)}.")
+        raise UserError(f"{len(sources)} runs are too many for one page; compare at most {len(LABELS)}.")
     runs: list[Run] = []
     for label, source in zip(LABELS, sources, strict=False):
         root, uri = locate(source)
         if not storage.exists(uri):
-            raise storage.UserError(
+            raise UserError(
                 f"{source} has no {REPORT_JSON}. If it is the output of a run, write its report first: nvembed report "
                 f"{source}"
             )
         if root in (run.source for run in runs):
-            raise storage.UserError(f"{source} is given twice; name different runs.")
+            raise UserError(f"{source} is given twice; name different runs.")
         report = read_report(uri)
         runs.append(Run(label, root, report, dict(_artifacts(root, report))))
     return runs
@@ -67,7 +68,7 @@ def locate(source: str) -> tuple[str, str]:
     """
     uri = storage.absolute(source)
     if not storage.exists(uri):
-        raise storage.UserError(f"{source}: there is no such run. Give the output of a run, or its {REPORT_JSON}.")
+        raise UserError(f"{source}: there is no such run. Give the output of a run, or its {REPORT_JSON}.")
     fs, path = storage.filesystem(uri)
     if fs.isdir(path):
         return uri, storage.join(uri, REPORT_JSON)
@@ -80,9 +81,9 @@ def _artifacts(root: str, report: Report) -> dict[str, Artifact]:
     for step in report.steps:
         known = report.lineage.get(step.name)
         for uri in (storage.join(root, step.name), step.artifact):
-            if known is None or uri is None or not storage.exists(storage.join(uri, storage.MANIFEST)):
+            if known is None or uri is None or not storage.exists(storage.join(uri, MANIFEST)):
                 continue
-            artifact = storage.load_artifact(uri, verify=False)
+            artifact = load_artifact(uri, verify=False)
             if artifact.manifest_hash == known.manifest_hash:
                 found[step.name] = artifact
                 break
@@ -99,12 +100,12 @@ def collect_again(root: str) -> Report:
     """
     recipe, past = _recipe(root), read_records(root)
     if past is None:
-        raise storage.UserError(f"{root} has a {RECIPE} but no {RECORDS}: no run has begun there.")
+        raise UserError(f"{root} has a {RECIPE} but no {RECORDS}: no run has begun there.")
     artifacts = {}
     for step in past.steps:
         uri = storage.join(root, step["name"])
-        if storage.exists(storage.join(uri, storage.MANIFEST)):
-            artifacts[step["name"]] = storage.load_artifact(uri, verify=False)
+        if storage.exists(storage.join(uri, MANIFEST)):
+            artifacts[step["name"]] = load_artifact(uri, verify=False)
             step["artifact"] = uri
     order = {name: artifact.manifest["timing"]["started"] for name, artifact in artifacts.items()}
     steps = sorted(past.steps, key=lambda step: order.get(step["name"], float("inf")))  # the file sorts them by name
@@ -117,18 +118,18 @@ def collect_again(root: str) -> Report:
         )
     except FileNotFoundError as error:
         missing = error.filename or error
-        raise storage.UserError(f"{root}: a published step lacks a file: {missing}. Run its story again.") from error
+        raise UserError(f"{root}: a published step lacks a file: {missing}. Run its story again.") from error
 
 
 def _recipe(root: str) -> dict[str, Any]:
     """The resolved recipe of an output."""
     uri = storage.join(root, RECIPE)
     if not storage.exists(uri):
-        raise storage.UserError(f"{root} is not the output of a run: it has no {RECIPE}.")
+        raise UserError(f"{root} is not the output of a run: it has no {RECIPE}.")
     try:
         found = yaml.safe_load(storage.read_bytes(uri))
     except (yaml.YAMLError, ValueError) as error:
-        raise storage.UserError(f"{uri} cannot be read ({error}).") from error
+        raise UserError(f"{uri} cannot be read ({error}).") from error
     if not isinstance(found, dict) or "name" not in found:
-        raise storage.UserError(f"{uri} is not a recipe: it has no name.")
+        raise UserError(f"{uri} is not a recipe: it has no name.")
     return found

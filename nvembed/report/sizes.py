@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nvembed import storage
+from nvembed.core import storage
 from nvembed.report.schema import Size
-from nvembed.types import Artifact
+from nvembed.types import Artifact, UserError
 
 POOLING = "1_Pooling"  # left out of the untrained backbone, which is scored with plain pooling
 
@@ -75,5 +75,5 @@ def _reference(baselines: Mapping[str, Any]) -> Path | None:
         return _local(reference["name"]) if reference.get("name") else None
     try:
         return package_folder(reference["package"])
-    except storage.UserError:
+    except UserError:
         return None

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from nvembed import storage
+from nvembed.core.steps import differences as recipe_differences
 from nvembed.evaluation.significance import MEAN, RETRIEVAL_METRIC, compare
 from nvembed.report.collect import BASELINES, in_reading_order, scored_systems
 from nvembed.report.comparisons import Scored
 from nvembed.report.runs import Run
 from nvembed.report.schema import Difference, Interval, Model, Part, Report, Table
+from nvembed.types import UserError
 
 
 class RunEntry(Part):
@@ -93,7 +94,7 @@ def _pair(first: Run, later: Run) -> RunPair:
     return RunPair(
         first=first.label,
         later=later.label,
-        recipe=storage.differences(_named(first.report.resolved_recipe), _named(later.report.resolved_recipe)),
+        recipe=recipe_differences(_named(first.report.resolved_recipe), _named(later.report.resolved_recipe)),
         differences=differences,
         other_sets=other_sets(first.report, later.report),
         left_out=left_out,
@@ -126,7 +127,7 @@ def _differences(first: Run, later: Run) -> tuple[list[Difference], list[str]]:
         else:
             try:
                 found += _paired(first, later, system, (ours[system], theirs[system]), differing)
-            except (storage.UserError, OSError) as error:
+            except (UserError, OSError) as error:
                 left_out.append(f"{system}: {error}")
     return found, left_out
 

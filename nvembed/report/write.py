@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nvembed import storage
+from nvembed.core import storage
 from nvembed.report.collect import collect_report, read_curve
 from nvembed.report.page import render
 from nvembed.report.schema import Report
-from nvembed.types import Artifact
+from nvembed.types import Artifact, UserError
 
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
@@ -66,7 +66,7 @@ def read_report(uri: str) -> Report:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise storage.UserError(
+        raise UserError(
             f"{uri} is not a report this nvembed reads ({where}: {first['msg']}). It may be of a newer version, or "
             "no report.json at all."
         ) from error

@@ -29,10 +29,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.vectors import table_bytes, table_matrix, vector_table
 from nvembed.retrieval.cache_merge import Section, list_parts, merge_small, part_name, read_part, readers, sections
-from nvembed.retrieval.config import VectorType
-from nvembed.retrieval.shards import table_bytes, table_matrix, vector_table
+from nvembed.types import VectorType
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from nvembed import storage
-from nvembed.retrieval.shards import read_schema, table_bytes
-from nvembed.retry import retried
+from nvembed.core import storage
+from nvembed.core.retry import retried
+from nvembed.core.vectors import read_schema, table_bytes
 
 logger = logging.getLogger(__name__)
 

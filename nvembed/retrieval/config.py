@@ -5,9 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from nvembed.modeling.config import PoolingConfig
-from nvembed.types import Config
-
-VectorType = Literal["fp32", "fp16", "bf16", "int8"]
+from nvembed.types import Config, VectorType
 
 
 class EncodeConfig(Config):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nvembed.fetch import local_model
+from nvembed.core.model_cache import local_model
 from nvembed.retrieval.config import CrossEncoderModel
 from nvembed.types import UserError
 
@@ -24,7 +24,7 @@ class CrossScorer:
     def __init__(self, model: CrossEncoderModel, device: str = "cpu") -> None:
         from sentence_transformers import CrossEncoder
 
-        from nvembed.modeling.quiet import no_progress_bars
+        from nvembed.core.runtime import no_progress_bars
 
         folder = str(local_model(model.name, model.revision))
         try:

@@ -20,15 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from nvembed import storage
-from nvembed.retrieval.cache import UNKNOWN, VectorCache, fingerprint, parts_at_start, remove_damaged
-from nvembed.retrieval.cache_merge import merge_small
-from nvembed.retrieval.config import EncodeConfig, VectorType
-from nvembed.retrieval.encode_report import EncodeReport
-from nvembed.retrieval.encoders import Encoder, Model, check_model, model_identity, open_encoder
-from nvembed.retrieval.pool import ProgressLog, run_pool
-from nvembed.retrieval.rows import NOT_FINITE, Encoded, encode_checked, encode_rows
-from nvembed.retrieval.shards import (
+from nvembed.core import storage
+from nvembed.core.ray_pool import ProgressLog, run_pool
+from nvembed.core.vectors import (
     iter_vectors,
     list_shards,
     read_schema,
@@ -38,6 +32,13 @@ from nvembed.retrieval.shards import (
     write_table,
     write_text_shards,
 )
+from nvembed.retrieval.cache import UNKNOWN, VectorCache, fingerprint, parts_at_start, remove_damaged
+from nvembed.retrieval.cache_merge import merge_small
+from nvembed.retrieval.config import EncodeConfig
+from nvembed.retrieval.encode_report import EncodeReport
+from nvembed.retrieval.encoders import Encoder, Model, check_model, model_identity, open_encoder
+from nvembed.retrieval.rows import NOT_FINITE, Encoded, encode_checked, encode_rows
+from nvembed.types import UserError, VectorType
 
 __all__ = [
     "EncodeReport",
@@ -99,15 +100,15 @@ def encode_texts(
             the model's positions.
     """
     if isinstance(texts, str):
-        raise storage.UserError("encode_texts takes a list of texts, not one string: write encode_texts([text], ...).")
+        raise UserError("encode_texts takes a list of texts, not one string: write encode_texts([text], ...).")
     texts = list(texts)
     instructions = [instruction] * len(texts) if isinstance(instruction, str) else list(instruction)
     if len(instructions) != len(texts):
-        raise storage.UserError(f"encode_texts: {len(texts)} texts but {len(instructions)} instructions.")
+        raise UserError(f"encode_texts: {len(texts)} texts but {len(instructions)} instructions.")
     if isinstance(model, Encoder):
         encoder = model
         if cache is not None:
-            raise storage.UserError("encode_texts: a cache needs the model's name or folder, not an open encoder.")
+            raise UserError("encode_texts: a cache needs the model's name or folder, not an open encoder.")
     else:
         encoder = open_encoder(model, None, precision, token_budget=token_budget, device=device)
     known = None if cache is None or isinstance(model, Encoder) else open_cache(cache, model, encoder.precision)
@@ -131,7 +132,7 @@ def _refuse(found: Encoded, names: Sequence[str], where: str) -> None:
     advice = "Mend or remove them."
     if NOT_FINITE in found.rejected.values():
         advice += " For vectors that are not finite try `precision: fp32`, or check the model's weights."
-    raise storage.UserError(f"{where}: {len(found.rejected)} texts cannot be embedded: {listed}. {advice}")
+    raise UserError(f"{where}: {len(found.rejected)} texts cannot be embedded: {listed}. {advice}")
 
 
 # -- directories ------------------------------------------------------------------------------------------------------
@@ -335,7 +336,7 @@ def _check_share(report: EncodeReport, total: int, config: EncodeConfig) -> None
         return
     reasons = "; ".join(f"{number} x {reason}" for reason, number in sorted(report.rejected.items()))
     first = "; ".join(f"{row['key']!r} in {row['shard']}" for row in report.rejects[:_SHOWN])
-    raise storage.UserError(
+    raise UserError(
         f"encode: {count} of {total} texts cannot be embedded ({reasons}), more than max_rejected_share "
         f"{config.max_rejected_share:g}. First: {first}. Mend the data, or allow more."
     )

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from nvembed import storage
-from nvembed.fetch import local_model
+from nvembed.core import storage
+from nvembed.core.model_cache import local_model
 from nvembed.retrieval.config import FolderModel, MinerConfig, PackageModel, PretrainedModel
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -222,7 +222,7 @@ class SentenceEncoder:
     def __init__(self, folder: str, instruction: bool, precision: str, token_budget: int, device: str) -> None:
         from sentence_transformers import SentenceTransformer
 
-        from nvembed.modeling.quiet import no_progress_bars
+        from nvembed.core.runtime import no_progress_bars
 
         try:
             with no_progress_bars():

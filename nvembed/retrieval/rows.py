@@ -12,7 +12,7 @@ import numpy as np
 
 from nvembed.retrieval.cache import UNKNOWN, VectorCache, row_key
 from nvembed.retrieval.encoders import Encoder
-from nvembed.text.checks import MAX_TEXT_BYTES, text_problem
+from nvembed.text.identity import MAX_TEXT_BYTES, text_problem
 
 NOT_FINITE = "has a vector with NaN or infinity"
 

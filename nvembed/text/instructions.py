@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 CATALOGUE: dict[str, str] = {
     # the quickstart's own data sets

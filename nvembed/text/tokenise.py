@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nvembed.storage import UserError
 from nvembed.text.config import TextConfig
 from nvembed.text.encoding import Specials, Tokens, count_tokens, encode_with_mask, pad_batch
+from nvembed.types import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import save
 
-from nvembed import storage
-from nvembed.fetch import local_model, written_folder
+from nvembed.core import storage
+from nvembed.core.model_cache import local_model, written_folder
 from nvembed.losses.objectives import build_objective
 from nvembed.modeling.adapters import apply_adapter, keep_adapter, merge_adapter
 from nvembed.modeling.folder import describe_folder, load_embedder, save_embedder

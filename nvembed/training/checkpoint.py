@@ -30,14 +30,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nvembed import storage
-from nvembed.changes import differences
-from nvembed.distributed import WorkerContext, broadcast_object
-from nvembed.formats import check_format, stamp, with_defaults
+from nvembed.core import storage
+from nvembed.core.distributed import WorkerContext, broadcast_object
+from nvembed.core.formats import check_format, stamp, with_defaults
+from nvembed.core.steps import ChangedRecipeError, CorruptArtifactError, describe_files, differences, verify_files
 from nvembed.modeling.precision import Precision
-from nvembed.storage import ChangedRecipeError, CorruptArtifactError, UserError
 from nvembed.training.config import TrainConfig
 from nvembed.training.engine import Engine
+from nvembed.types import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -294,7 +294,7 @@ def _write_file(tensors: dict[str, torch.Tensor], uri: str) -> None:
 
 def _publish(uri: str) -> None:
     """Write the manifest: from here on the checkpoint exists."""
-    storage.write_json(storage.join(uri, MANIFEST), {**stamp(FORMAT_VERSION), "files": storage.describe_files(uri)})
+    storage.write_json(storage.join(uri, MANIFEST), {**stamp(FORMAT_VERSION), "files": describe_files(uri)})
 
 
 def _verify(uri: str) -> None:
@@ -313,4 +313,4 @@ def _verify(uri: str) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptArtifactError(f"{manifest_uri} cannot be read ({error})") from error
     check_format(manifest, manifest_uri, newest=FORMAT_VERSION)
-    storage.verify_files(uri, files)
+    verify_files(uri, files)

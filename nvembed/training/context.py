@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nvembed import distributed, lease
+from nvembed.core import distributed, lease
 
 
 @dataclass

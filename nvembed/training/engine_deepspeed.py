@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nvembed.training.arithmetic import deepspeed_config
 from nvembed.training.config import EngineConfig, OptimiserConfig
 from nvembed.training.engine import Engine, build_optimiser, set_learning_rate
 from nvembed.training.model import Mode, TrainedModel
-from nvembed.training.zero import deepspeed_config
 
 
 class DeepSpeedEngine(Engine):

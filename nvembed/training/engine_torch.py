@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nvembed.distributed import world_size
+from nvembed.core.distributed import world_size
 from nvembed.training.config import EngineConfig, OptimiserConfig
 from nvembed.training.engine import Engine, build_optimiser, set_learning_rate
 from nvembed.training.model import Mode, TrainedModel

@@ -16,11 +16,11 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from nvembed import lease, storage
-from nvembed.storage import Step, StepResult, UserError
+from nvembed.core import lease, storage
+from nvembed.core.steps import Step, StepResult
 from nvembed.training.config import TrainConfig
 from nvembed.training.errors import TrainingError
-from nvembed.types import Artifact
+from nvembed.types import Artifact, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ START_TIMEOUT_SECONDS = "300"  # Ray's default of 60 is too short for an autosca
 
 
 def _build(config: TrainConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
-    from nvembed.data.stream_reader import StreamReader
+    from nvembed.stream.reader import StreamReader
     from nvembed.training.build import Job
     from nvembed.training.checkpoint import CheckpointStore, Identity
     from nvembed.training.loop import METRICS, check_batch

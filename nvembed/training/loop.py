@@ -20,22 +20,20 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from nvembed import storage
-from nvembed.distributed import WorkerContext, broadcast_object
-from nvembed.heap import trim
+from nvembed.core import storage
+from nvembed.core.distributed import WorkerContext, broadcast_object
+from nvembed.core.runtime import trim
 from nvembed.losses.objectives import Objective
 from nvembed.modeling.precision import resolve_precision
-from nvembed.storage import UserError
+from nvembed.training.arithmetic import learning_rate_factor, slice_budget
 from nvembed.training.build import Job, build_model, export
 from nvembed.training.checkpoint import Checkpoint, CheckpointStore, Identity
 from nvembed.training.chunked import backward_global_batch
 from nvembed.training.engine import Engine, build_engine
 from nvembed.training.errors import NonFiniteError
 from nvembed.training.metrics import MetricsLog, hash_ids, record_start
-from nvembed.training.schedule import learning_rate_factor
 from nvembed.training.sharding import Sharding, shard
-from nvembed.training.slices import slice_budget
-from nvembed.types import Batch
+from nvembed.types import Batch, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nvembed import storage
+from nvembed.core import storage
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nvembed import storage, terminal
-from nvembed.terminal import Console, clock, fitted
+from nvembed.core import storage, terminal
+from nvembed.core.terminal import Console, clock, fitted
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 5.0

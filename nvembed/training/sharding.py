@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from nvembed.distributed import all_gather_with_grad
+from nvembed.core.distributed import all_gather_with_grad
 from nvembed.text.batching import plan_chunks
 from nvembed.types import Batch
 

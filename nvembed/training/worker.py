@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from nvembed import lease
-from nvembed.data.stream_reader import StreamReader
+from nvembed.core import lease
+from nvembed.stream.reader import StreamReader
 from nvembed.training.build import Job
 from nvembed.training.loop import train
 

@@ -115,9 +115,9 @@ def memory(arguments: argparse.Namespace) -> None:
 
 def grow(count: int) -> None:
     """Encode `count` short texts shard by shard; the growth of the peak after the first 4 shards."""
+    from nvembed.core.vectors import list_shards, write_text_shards
     from nvembed.retrieval.config import EncodeConfig, PackageModel
     from nvembed.retrieval.encode import ShardEncoder
-    from nvembed.retrieval.shards import list_shards, write_text_shards
 
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

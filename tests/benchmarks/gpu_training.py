@@ -22,17 +22,17 @@ import torch
 
 from nvembed.losses.objectives import build_objective
 from nvembed.modeling.adapters import apply_adapter
+from nvembed.modeling.assemble import build_embedder
 from nvembed.modeling.backbones import load_backbone
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, RandomBackbone
 from nvembed.modeling.embedder import Embedder
-from nvembed.modeling.initialise import build_embedder
 from nvembed.text.config import TextConfig
+from nvembed.training.arithmetic import slice_budget
 from nvembed.training.config import TrainConfig
 from nvembed.training.engine import build_engine
 from nvembed.training.loop import optimiser_step
 from nvembed.training.model import TrainedModel
 from nvembed.training.sharding import shard
-from nvembed.training.slices import slice_budget
 from nvembed.types import Batch
 
 WORDS = ["".join(pair) for pair in zip("abcdefghij" * 10, "klmnopqrst" * 10, strict=True)]

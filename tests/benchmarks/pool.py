@@ -21,11 +21,11 @@ from typing import Any
 
 from encode import texts
 
-from nvembed.retrieval.cluster import ensure_ray
+from nvembed.core.ray_cluster import ensure_ray
+from nvembed.core.ray_pool import run_pool
+from nvembed.core.vectors import list_shards, write_text_shards
 from nvembed.retrieval.config import EncodeConfig, PackageModel
 from nvembed.retrieval.encode import ShardEncoder
-from nvembed.retrieval.pool import run_pool
-from nvembed.retrieval.shards import list_shards, write_text_shards
 
 
 def loop(arguments: dict[str, Any], tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -63,16 +63,17 @@ def measure(folder: Path, documents: int, queries: int, steps: int) -> list[tupl
     """(step, seconds, peak MiB) of one size; run in a process of its own."""
     import ray
 
-    from nvembed.data.config import BeirSource, PrepareConfig, StreamConfig
+    from nvembed.core.steps import Step
+    from nvembed.data.config import BeirSource, PrepareConfig
     from nvembed.data.prepare import PREPARE
-    from nvembed.data.stream import STREAM
-    from nvembed.memory import MemoryMeter
     from nvembed.mining.config import MineConfig
     from nvembed.mining.run import MINE
-    from nvembed.modeling.initialise import INITIALISE
-    from nvembed.recipe import load_recipe
+    from nvembed.pipeline.memory_meter import MemoryMeter
+    from nvembed.recipe.schema import load_recipe
     from nvembed.retrieval.config import EncodeConfig, PretrainedModel
-    from nvembed.storage import Step
+    from nvembed.stream.config import StreamConfig
+    from nvembed.stream.steps import STREAM
+    from nvembed.training.initialise import INITIALISE
     from nvembed.types import Config
 
     write_beir(folder / "beir", documents, queries, np.random.default_rng(0))

@@ -103,8 +103,8 @@ def group(queries: int, documents: int, depth: int) -> tuple[pa.Table, pa.Table,
 
 def files(root: str, searched: pa.Table, mined: pa.Table) -> None:
     """Write and read again what a group's selection writes and reads."""
+    from nvembed.core.vectors import read_table, write_table
     from nvembed.mining.searched import PART_SCHEMA, SEARCHED_SCHEMA
-    from nvembed.retrieval.shards import read_table, write_table
 
     write_table(searched.select(SEARCHED_SCHEMA.names), f"{root}/part.searched")
     write_table(mined, f"{root}/part.parquet")
@@ -121,10 +121,10 @@ def main() -> None:
     arguments = parser.parse_args()
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
+    from nvembed.core.vectors import write_table
     from nvembed.mining.config import MineConfig, TopKPercPos
     from nvembed.mining.miner import selected
     from nvembed.mining.searching import MinePaths, Searcher
-    from nvembed.retrieval.shards import write_table
 
     bench, plain = sibling("search.py"), sibling("../mining/query_by_query.py")
     queries, searched, corpus = group(arguments.queries, arguments.documents, arguments.depth)

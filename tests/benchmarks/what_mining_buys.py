@@ -30,9 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nvembed import storage
-from nvembed.data.stream import STREAM
-from nvembed.data.stream_reader import StreamReader
+from nvembed.core import storage
+from nvembed.core.steps import Step, StepResult, load_artifact
 from nvembed.evaluation.config import EvaluateConfig
 from nvembed.evaluation.run import load_sets, notes, settings_of, write_scores
 from nvembed.evaluation.significance import (
@@ -45,15 +44,16 @@ from nvembed.evaluation.significance import (
 )
 from nvembed.evaluation.tasks import HeldOut, Vectors
 from nvembed.mining.config import RandomNegatives, TopK
-from nvembed.recipe import Recipe, load_recipe, resolved_yaml
+from nvembed.recipe.schema import Recipe, load_recipe, resolved_yaml
 from nvembed.retrieval.encode import encode_texts
 from nvembed.retrieval.encoders import Encoder, open_encoder
-from nvembed.storage import Step, StepResult, UserError
+from nvembed.stream.reader import StreamReader
+from nvembed.stream.steps import STREAM
 from nvembed.training.build import Job
 from nvembed.training.config import EngineConfig, TrainConfig
 from nvembed.training.context import PlainContext
 from nvembed.training.loop import METRICS, train
-from nvembed.types import Artifact
+from nvembed.types import Artifact, UserError
 
 logger = logging.getLogger("what_mining_buys")
 
@@ -70,7 +70,7 @@ def make_arms(recipe_uri: str, out: str, seeds: Sequence[int]) -> None:
     """Prepare and mine (with Ray), and draw the untrained models."""
     from nvembed.data.prepare import PREPARE
     from nvembed.mining.run import MINE
-    from nvembed.modeling.initialise import INITIALISE
+    from nvembed.training.initialise import INITIALISE
 
     recipe = load_recipe(recipe_uri, needs=("initialise", "stage_1", "stage_2"))
     prepared = PREPARE.run(recipe.prepare, {}, f"{out}/prepare")
@@ -131,8 +131,8 @@ class Here(PlainContext):
 
 def train_arm(arm: Arm, recipe: Recipe, device: torch.device, precision: str) -> None:
     """Streams, stage 1, stage 2 and scores of one arm."""
-    prepared, mined = (storage.load_artifact(f"{arm.out}/{name}") for name in ("prepare", f"mine_{arm.rule}"))
-    model = storage.load_artifact(f"{arm.out}/start_{arm.seed}")
+    prepared, mined = (load_artifact(f"{arm.out}/{name}") for name in ("prepare", f"mine_{arm.rule}"))
+    model = load_artifact(f"{arm.out}/start_{arm.seed}")
     assert recipe.stage_2 is not None
     shift = arm.seed - recipe.stage_1.stream.seed  # the first seed of the recipe is the recipe's own run
     for name, stage in (("stage_1", recipe.stage_1), ("stage_2", recipe.stage_2)):
@@ -220,7 +220,7 @@ def print_table(out: str) -> None:
     seeds = [seed for seed in sorted({seed for _, seed in found}) if all((rule, seed) in done for rule in RULES)]
     if not seeds:
         raise UserError(f"{out}: no seed is trained under all of {', '.join(RULES)}; run `train` first.")
-    scores = {(rule, seed): storage.load_artifact(done[rule, seed]) for rule in RULES for seed in seeds}
+    scores = {(rule, seed): load_artifact(done[rule, seed]) for rule in RULES for seed in seeds}
     made = (artifact.manifest for artifact in scores.values())
     facts = {(*(row["metrics"][name] for name in _where(CPU)), row["config"]["encode"]["precision"]) for row in made}
     print(f"Seeds {', '.join(map(str, seeds))}. Computed on {'; '.join(', '.join(fact) for fact in sorted(facts))}.")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.steps import load_artifact
 
 # an extra of its own: in the extra `test` pip takes very long to fit its pins to the rest
 pytest.importorskip("moto", reason="the S3 server of this test: pip install 'nvembed[s3test]'")
@@ -68,4 +69,4 @@ def test_the_road_on_object_storage(bucket: str, tmp_path: Path) -> None:
     assert not any(name.startswith(".preflight") for name in names)
     assert {path.name for path in tmp_path.iterdir()} == {"cache"}, "nothing but fetched models lies on the disk"
     for step in ("prepare", "mine", "train_stage_1", "evaluate_student", "compare_student"):
-        storage.load_artifact(f"{out}/{step}")
+        load_artifact(f"{out}/{step}")

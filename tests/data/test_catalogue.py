@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from nvembed.data.catalogue import load_catalogue
-from nvembed.recipe import load_recipe
+from nvembed.recipe.schema import load_recipe
 from nvembed.text.instructions import CATALOGUE
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"

@@ -12,21 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvembed.data.config import BeirSource, FilesSource, HubSource
-from nvembed.data.export import (
-    write_beir,
-    write_flag_embedding,
-    write_rows,
-    write_sentence_transformers,
-    write_tevatron,
-)
 from nvembed.data.sources.base import RejectLog, SourceRows
 from nvembed.data.sources.beir import read_beir
 from nvembed.data.sources.files import read_file, read_files
 from nvembed.data.sources.hub import read_hub
 from nvembed.data.sources.rows import PairRow, RawRow, good_rows, pairs_to_rows, parse_row, rows_of_records
 from nvembed.data.tables import Document
-from nvembed.storage import UserError
-from nvembed.types import ScoredId, TaskType, TrainingExample
+from nvembed.data.writers import (
+    write_beir,
+    write_flag_embedding,
+    write_rows,
+    write_sentence_transformers,
+    write_tevatron,
+)
+from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
 ROWS = [
     {"anchor": f"question {i}", "positive": f"answer {i}", "negative_1": f"wrong {i}", "negative_2": f"bad {i}"}

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.steps import MANIFEST, CorruptArtifactError, load_artifact
 from nvembed.data.config import FilesSource, PrepareConfig
-from nvembed.data.export import write_rows
 from nvembed.data.prepare import PREPARE
+from nvembed.data.writers import write_rows
 from nvembed.types import Artifact
 
 
@@ -36,9 +37,9 @@ def test_a_full_disk_stops_prepare_and_room_lets_it_finish(rows: Path, small_dis
     with pytest.raises(OSError) as raised:
         prepare(rows, out)
     assert raised.value.errno == errno.ENOSPC and f"{out}/" in str(raised.value)
-    assert not (out / storage.MANIFEST).exists()
-    with pytest.raises(storage.CorruptArtifactError, match="not a published artifact"):
-        storage.load_artifact(str(out))
+    assert not (out / MANIFEST).exists()
+    with pytest.raises(CorruptArtifactError, match="not a published artifact"):
+        load_artifact(str(out))
     small_disk.resize("64m")
     mended, clean = prepare(rows, out), prepare(rows, tmp_path / "clean")
     assert mended.manifest["files"] == clean.manifest["files"]
@@ -52,7 +53,7 @@ def test_a_full_temporary_folder_is_named(
     with pytest.raises(OSError, match="set TMPDIR") as raised:
         prepare(rows, tmp_path / "out")
     assert raised.value.errno == errno.ENOSPC and str(small_disk.place) in str(raised.value)
-    assert not (tmp_path / "out" / storage.MANIFEST).exists() and not list(small_disk.place.iterdir())
+    assert not (tmp_path / "out" / MANIFEST).exists() and not list(small_disk.place.iterdir())
     monkeypatch.undo()
     prepare(rows, tmp_path / "out")
 

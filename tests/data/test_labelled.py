@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from nvembed.data.config import FilesSource, HubSource, PrepareConfig
-from nvembed.data.export import write_graded, write_labelled
 from nvembed.data.prepare import PREPARE
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.sources.files import read_files
@@ -18,8 +17,8 @@ from nvembed.data.sources.hub import read_hub
 from nvembed.data.sources.labelled import graded_to_rows, labelled_to_rows
 from nvembed.data.sources.rows import RawRow
 from nvembed.data.tables import SPLITS, dataset_info, read_corpus, read_examples
-from nvembed.storage import UserError
-from nvembed.types import TaskType
+from nvembed.data.writers import write_graded, write_labelled
+from nvembed.types import TaskType, UserError
 
 LABELS = ("joy", "anger", "fear")
 LABELLED = [{"text": f"a sentence about {i} things", "label": LABELS[i % 3]} for i in range(90)]

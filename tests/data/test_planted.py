@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.steps import MANIFEST
 from nvembed.data.config import (
     CweSource,
     DecontaminateConfig,
@@ -22,19 +23,18 @@ from nvembed.data.config import (
     PrepareConfig,
     StdlibCodeSource,
 )
-from nvembed.data.decontaminate import deduplicate, find_leaks, settle_leaks
+from nvembed.data.dedup.decontaminate import deduplicate, find_leaks, settle_leaks
+from nvembed.data.dedup.minhash import jaccard, shingles, words_of
 from nvembed.data.documents import Documents
-from nvembed.data.export import write_beir
 from nvembed.data.fit import cap_examples, unique_texts
-from nvembed.data.minhash import jaccard, shingles, words_of
 from nvembed.data.prepare import PREPARE
 from nvembed.data.sources.base import SourceRows, empty_splits
 from nvembed.data.sources.cwe import read_cwe
 from nvembed.data.sources.hpo import read_hpo_retrieval
 from nvembed.data.sources.stdlib_code import read_stdlib_code
 from nvembed.data.tables import Document, dataset_info, document_text, read_examples
-from nvembed.storage import UserError
-from nvembed.types import ScoredId, TaskType, TrainingExample
+from nvembed.data.writers import write_beir
+from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
 PLANTED = 20
 NEAR = NearCopyConfig()
@@ -223,7 +223,7 @@ def test_a_leak_fails_the_run_unless_dropped_or_allowed(tmp_path: Path) -> None:
     out = str(tmp_path / "fails")
     with pytest.raises(UserError, match=r"leak .*cwe: \d+ near copies of benchmark.*on_leak: drop.*allow: \[cwe\]"):
         PREPARE.run(config(), {}, out)
-    assert not storage.exists(storage.join(out, storage.MANIFEST))
+    assert not storage.exists(storage.join(out, MANIFEST))
     assert not storage.exists(storage.join(out, ".tmp", "near"))
     with pytest.raises(UserError, match=r"allow names cve; sources: cwe"):
         PREPARE.run(config(allow=("cve",)), {}, str(tmp_path / "unknown"))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.steps import MANIFEST, load_artifact
 from nvembed.data.config import (
     CweSource,
     FilesSource,
@@ -21,11 +22,10 @@ from nvembed.data.config import (
     PrepareConfig,
     StdlibCodeSource,
 )
-from nvembed.data.minhash import jaccard, shingles
+from nvembed.data.dedup.minhash import jaccard, shingles
 from nvembed.data.prepare import PREPARE
 from nvembed.data.tables import SPLITS, dataset_info, document_text, read_corpus, read_examples
-from nvembed.storage import UserError
-from nvembed.types import Artifact, TaskType
+from nvembed.types import Artifact, TaskType, UserError
 
 CAPS = {"max_documents": 400, "max_train": 200, "max_test": 60}
 CONFIG = PrepareConfig(
@@ -119,7 +119,7 @@ def test_another_process_gives_the_same_bytes(prepared: Artifact, tmp_path: Path
     subprocess.run(
         [sys.executable, "-c", script, CONFIG.model_dump_json(), out], check=True, env=environment, timeout=250
     )
-    again = storage.load_artifact(out)
+    again = load_artifact(out)
     assert again.manifest["files"] == prepared.manifest["files"]
     assert again.manifest_hash == prepared.manifest_hash
     assert again.manifest["metrics"] == prepared.manifest["metrics"]
@@ -174,7 +174,7 @@ def test_too_many_malformed_rows_publish_nothing(tmp_path: Path) -> None:
     message = str(raised.value)
     assert "150 of 350 rows" in message and "150 x positive missing" in message
     assert "rows.jsonl:6 positive missing" in message and "max_reject_share" in message and "secret" not in message
-    assert not storage.exists(storage.join(out, storage.MANIFEST))
+    assert not storage.exists(storage.join(out, MANIFEST))
     assert len(storage.read_bytes(storage.join(out, "mine", "rejects.jsonl")).splitlines()) == 100
     with pytest.raises(UserError, match="150 of 350"):
         PREPARE.run(config, {}, out)

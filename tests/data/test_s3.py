@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from nvembed import retry, storage
+from nvembed.core import retry, storage
+from nvembed.core.steps import CorruptArtifactError, load_artifact
 from nvembed.data.config import BeirSource, FilesSource, PrepareConfig
-from nvembed.data.export import write_beir, write_flag_embedding, write_rows
 from nvembed.data.prepare import PREPARE
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.sources.beir import read_beir
 from nvembed.data.sources.files import read_files
 from nvembed.data.tables import dataset_info
+from nvembed.data.writers import write_beir, write_flag_embedding, write_rows
 from nvembed.types import Artifact
 
 ROWS = [{"query": f"question {i}", "pos": [f"answer {i}"], "neg": [f"wrong {i}"]} for i in range(120)]
@@ -76,7 +77,7 @@ def test_prepare_on_s3_gives_the_bytes_of_prepare_on_a_disk(store: Any, tmp_path
     here, there = prepare(str(tmp_path / "out")), prepare("s3://bucket/out")
     assert there.manifest["files"] == here.manifest["files"]
     assert there.manifest_hash == here.manifest_hash
-    assert storage.load_artifact("s3://bucket/out").manifest_hash == here.manifest_hash
+    assert load_artifact("s3://bucket/out").manifest_hash == here.manifest_hash
     assert storage.list_directory("s3://bucket/out") == ["manifest.json", "mine"]
 
 
@@ -94,7 +95,7 @@ def test_answers_of_5xx_are_tried_again(store: Any, answer: str, caplog: pytest.
         return asked[method] % 5 == 0
 
     store.answer, store.refuse = answer, refuse
-    with caplog.at_level("WARNING", "nvembed.retry"):
+    with caplog.at_level("WARNING", "nvembed.core.retry"):
         artifact = prepare("s3://bucket/out")
     store.refuse = lambda method, path: False
     assert store.refused.total() > 15 and store.refused["PUT"] > 0 and store.refused["GET"] > 0
@@ -119,7 +120,7 @@ def test_answers_that_end_early_are_asked_for_again(
         return method == "GET" and "." in path.rsplit("/", 1)[-1] and asked[method] % 3 == 0
 
     store.cut = cut
-    with caplog.at_level("WARNING", "nvembed.retry"):
+    with caplog.at_level("WARNING", "nvembed.core.retry"):
         artifact = prepare("s3://bucket/out")
         tables = [storage.read_bytes(artifact.path(name)) for name in artifact.manifest["files"]]
     store.cut = lambda method, path: False
@@ -140,8 +141,8 @@ def test_a_store_that_stays_away_stops_the_run_with_nothing_published(store: Any
     assert store.refused.total() >= retry.ATTEMPTS
     store.refuse = lambda method, path: False
     assert not storage.exists("s3://bucket/out/manifest.json")
-    with pytest.raises(storage.CorruptArtifactError, match="not a published artifact"):
-        storage.load_artifact("s3://bucket/out")
+    with pytest.raises(CorruptArtifactError, match="not a published artifact"):
+        load_artifact("s3://bucket/out")
     mended = prepare("s3://bucket/out")
     assert mended.manifest["files"] == prepare("s3://bucket/clean").manifest["files"]
-    assert storage.load_artifact("s3://bucket/out").manifest_hash == mended.manifest_hash
+    assert load_artifact("s3://bucket/out").manifest_hash == mended.manifest_hash

@@ -19,7 +19,7 @@ from nvembed.data.sources.cwe import read_cwe
 from nvembed.data.sources.hpo import MIN_CLASS_MEMBERS, read_hpo_classes, read_hpo_retrieval, read_hpo_similarity
 from nvembed.data.sources.ontology import DEV_BRANCHES, ROOT, TEST_BRANCHES, load_ontology
 from nvembed.data.sources.stdlib_code import _documented_functions, read_stdlib_code
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 READERS = {
     "cwe": (read_cwe, CweSource),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nvembed.core.steps import Step, StepResult
 from nvembed.data.config import CweSource, HpoClassesSource, HpoSimilaritySource, PrepareConfig
 from nvembed.data.documents import Documents
 from nvembed.data.tables import CORPUS_SCHEMA, SPLITS, Document, examples_table, write_table, write_tables
@@ -16,9 +17,8 @@ from nvembed.modeling.config import (
     RandomBackbone,
     TruncateConfig,
 )
-from nvembed.modeling.initialise import INITIALISE, STUDENT_INIT
-from nvembed.storage import Step, StepResult
 from nvembed.text.config import TextConfig
+from nvembed.training.initialise import INITIALISE, STUDENT_INIT
 from nvembed.types import Artifact, Config, ScoredId, TaskType, TrainingExample
 
 TASKS = {"links": TaskType.RETRIEVAL, "kinds": TaskType.CLASSIFICATION, "pairs": TaskType.STS}

@@ -8,16 +8,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import ndcg_score, v_measure_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from nvembed.evaluation.metrics import (
-    contingency,
-    knn_labels,
-    ndcg,
-    recall,
-    reciprocal_rank,
-    spearman,
-    v_measure,
-    vote,
-)
+from nvembed.evaluation.metrics import contingency, knn_labels, ndcg, recall, reciprocal_rank, spearman, v_measure, vote
 
 IDS = [f"d{index:02d}" for index in range(30)]
 judged = st.dictionaries(st.sampled_from(IDS), st.sampled_from([1.0, 2.0, 3.0]), min_size=1)

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from nvembed.evaluation.mteb_adapter import TASKS, TYPES, MtebEncoder
+from nvembed.modeling.assemble import build_embedder
 from nvembed.modeling.backbones import random_decoder, train_byte_level_bpe
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, RandomBackbone
 from nvembed.modeling.folder import save_embedder
-from nvembed.modeling.initialise import build_embedder
-from nvembed.storage import UserError
 from nvembed.text.config import TextConfig
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
+from nvembed.types import UserError
 
 pytestmark = [
     pytest.mark.slow,  # importing mteb takes seconds, so it is done inside the tests

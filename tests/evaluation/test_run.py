@@ -21,8 +21,7 @@ from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.folder import load_embedder
 from nvembed.retrieval.config import EncodeConfig, PackageModel
 from nvembed.retrieval.encoders import open_encoder
-from nvembed.storage import UserError
-from nvembed.types import Artifact
+from nvembed.types import Artifact, UserError
 
 CONFIG = EvaluateConfig(
     dims=(16,),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.metrics import v_measure_score
 
+from nvembed.core.steps import Step, StepResult
 from nvembed.data.tables import write_table
 from nvembed.evaluation import significance
 from nvembed.evaluation.run import ITEMS_SCHEMA
@@ -28,8 +29,7 @@ from nvembed.evaluation.significance import (
     paired_bootstrap_runs,
     spearman_statistic,
 )
-from nvembed.storage import Step, StepResult, UserError
-from nvembed.types import Artifact, Config
+from nvembed.types import Artifact, Config, UserError
 
 values = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 

@@ -25,8 +25,9 @@ STORY = '''
 import os
 import time
 
-from nvembed import storage
-from nvembed.story import PlannedRoad, Road, tell
+from nvembed.core import storage
+from nvembed.pipeline.command_line import PlannedRoad, Road, tell
+from nvembed.types import UserError
 
 
 def look_for_the_token() -> tuple[str, int]:
@@ -47,7 +48,7 @@ def light(road: Road | PlannedRoad) -> None:
 
     import ray
 
-    from nvembed.retrieval.cluster import ensure_ray
+    from nvembed.core.ray_cluster import ensure_ray
 
     marks = f"{road.out}/attempts"
     attempts = int(storage.read_bytes(marks)) + 1 if storage.exists(marks) else 1
@@ -69,7 +70,7 @@ def light(road: Road | PlannedRoad) -> None:
         print("count", number, flush=True)
         time.sleep(1)
     if road.recipe.name == "wrong":
-        raise storage.UserError("this story was told to fail")
+        raise UserError("this story was told to fail")
     while road.recipe.name == "waits":
         road.interrupts.check()
         time.sleep(0.2)

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.jobs import ray_jobs
+from nvembed.core.secrets import is_secret_name, mask
 from nvembed.jobs.backend import FAILED, RUNNING, STOPPED, SUCCEEDED, JobState, choose, next_try, refuse_if_alive
 from nvembed.jobs.command import Job, read_job
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget, SlurmTarget
-from nvembed.jobs.working_dir import NEVER, collect
-from nvembed.preflight import PreflightError
-from nvembed.secrets import is_secret_name, mask
-from nvembed.storage import UserError
+from nvembed.jobs.ray import backend
+from nvembed.jobs.uploads import NEVER, collect
+from nvembed.preflight.packages import PreflightError
+from nvembed.types import UserError
 
 LOCAL = RayTarget(address="http://127.0.0.1:8265")
 REMOTE = RayTarget(address="https://ray.example.org", shared_paths=("/shared",))
@@ -82,7 +82,7 @@ BAD: list[tuple[Any, list[str], str]] = [
     (LOCAL, ["python", "no.py"], "no.py: no such file"),
     (LOCAL, ["python", "../x.py"], "outside the working directory"),
     (LOCAL, ["python", "/etc/x.py"], "outside the working directory"),
-    (LOCAL, ["python", "plain.py"], "not a story: it does not call nvembed.story.tell"),
+    (LOCAL, ["python", "plain.py"], "not a story: it does not call nvembed.pipeline.command_line.tell"),
     (LOCAL, ["python", "broken.py"], "not a Python file"),
     (LOCAL, [*STORY], "no --out: the job runs on other machines"),
     (LOCAL, [*STORY, "--out"], "--out needs a value"),
@@ -200,7 +200,7 @@ def test_a_recipe_that_would_stay_here_is_told(checkout: Path) -> None:
     recipe.write_text((checkout / "recipes/light.yaml").read_text())
     job = read_job(LOCAL, [*STORY, "ignored.txt", "--out", "/o"])
     with pytest.raises(UserError, match=r"recipe ignored.txt: does not travel"):
-        ray_jobs.RayBackend(LOCAL).preview(job)
+        backend.RayBackend(LOCAL).preview(job)
 
 
 def test_never_holds_what_names_secrets() -> None:
@@ -268,27 +268,27 @@ def test_choosing_a_job() -> None:
      (STOPPED, None, 130)],
 )  # fmt: skip
 def test_exit_codes(how: str, code: int | None, expected: int) -> None:
-    assert ray_jobs.exit_code(JobState("a", how, exit_code=code)) == expected
+    assert backend.exit_code(JobState("a", how, exit_code=code)) == expected
 
 
 def test_where_the_token_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "named").write_text(" from-path\n")
-    assert ray_jobs.read_token({"RAY_AUTH_TOKEN": "direct", "RAY_AUTH_TOKEN_PATH": "/no"}) == "direct"
-    assert ray_jobs.read_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "named")}) == "from-path"
+    assert backend.read_token({"RAY_AUTH_TOKEN": "direct", "RAY_AUTH_TOKEN_PATH": "/no"}) == "direct"
+    assert backend.read_token({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "named")}) == "from-path"
     with pytest.raises(PreflightError, match="RAY_AUTH_TOKEN_PATH: /no/such cannot be read"):
-        ray_jobs.read_token({"RAY_AUTH_TOKEN_PATH": "/no/such"})
+        backend.read_token({"RAY_AUTH_TOKEN_PATH": "/no/such"})
     with pytest.raises(PreflightError, match="no token for the cluster"):
-        ray_jobs.read_token({})
+        backend.read_token({})
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("of-ray")
-    assert ray_jobs.read_token({}) == "of-ray"
+    assert backend.read_token({}) == "of-ray"
 
 
 def test_the_driver_looks_for_its_secrets_first(checkout: Path) -> None:
     target = LOCAL.model_copy(update={"secrets": ("NV_A", "NV_B")})
     job = read_job(target, ["python", "light.py", "--out", "/o with space"])
-    entry = ray_jobs.render_entrypoint(target, job)
+    entry = backend.render_entrypoint(target, job)
     assert entry.endswith("exec python light.py --out '/o with space'")
     probe = entry.rpartition("exec ")[0] + "echo all there"
     for environment, code, said in [

@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from nvembed.jobs import node_secrets
+from nvembed.jobs.cloud import node_secrets
 from nvembed.jobs.config import CloudTarget
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN, PASSWORD, KEY = "canary-aa11bb22", "canary-cc33dd44", "canary-ee55ff66"
@@ -73,7 +73,7 @@ print(json.dumps([os.environ["NV_TOKEN"], os.environ["NV_PASSWORD"], os.environ[
 def test_a_command_gets_its_secrets_by_the_environment_only(aws: CloudTarget, tmp_path: Path) -> None:
     (tmp_path / "sees.py").write_text(SEES)
     line = node_secrets.command_with_secrets(aws, f"{sys.executable} {tmp_path}/sees.py")
-    assert "canary" not in line and line.startswith("python -m nvembed.jobs.node_secrets NV_TOKEN=aws-secret:")
+    assert "canary" not in line and line.startswith("python -m nvembed.jobs.cloud.node_secrets NV_TOKEN=aws-secret:")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
     done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True)
@@ -187,7 +187,7 @@ def test_google_gives_a_machine_what_its_account_may_read(
 
 
 def test_only_model_folders_are_copied_to_machines(tmp_path: Path) -> None:
-    from nvembed.jobs.cloud import check_models, render_cluster
+    from nvembed.jobs.cloud.backend import check_models, render_cluster
 
     folder = tmp_path / "base"
     target = cloud({"type": "aws", "region": "r"}, models={"/home/ray/models/base": str(folder)})

@@ -281,8 +281,8 @@ def test_a_cluster_behind_tls_with_an_authority_of_its_own(nvembed: Nvembed, hea
 def test_a_cluster_that_answers_without_a_token_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server is a stub that answers everybody, as a Ray head with RAY_AUTH_MODE=disabled does."""
     from nvembed.jobs.config import RayTarget
-    from nvembed.jobs.ray_jobs import RayBackend
-    from nvembed.preflight import PreflightError
+    from nvembed.jobs.ray.backend import RayBackend
+    from nvembed.preflight.packages import PreflightError
 
     class Open(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

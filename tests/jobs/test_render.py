@@ -12,16 +12,16 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.jobs.cloud import render_cluster
+from nvembed.jobs.cloud.backend import render_cluster
 from nvembed.jobs.command import Job
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, SlurmTarget
-from nvembed.jobs.kuberay import _state, render_manifests
-from nvembed.jobs.kuberay_pods import CHECK_FILES
+from nvembed.jobs.kuberay.backend import _state, render_manifests
+from nvembed.jobs.kuberay.pods import CHECK_FILES
 from nvembed.jobs.plain_yaml import as_yaml
 from nvembed.jobs.shm import memory_bytes, object_store_bytes, quantity_bytes
-from nvembed.jobs.slurm import render_script
+from nvembed.jobs.slurm.backend import render_script
 from nvembed.jobs.target import load_target
-from nvembed.recipe import load_recipe
+from nvembed.recipe.schema import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT.parent / "shared/data/kuberay/ray.io_rayjobs.yaml"
@@ -298,6 +298,6 @@ def test_ray_up_files_fit_rays_own_schema(name: str) -> None:
     assert not any(cluster[f"{kind}setup_commands"] for kind in ("", "head_", "worker_"))
     assert cluster["file_mounts"] == {"/home/ray/.ray/auth_token": "/home/me/.ray/auth_token"}
     for starts in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
-        assert " python -m nvembed.jobs.node_secrets HF_TOKEN=" in starts[1] and " -- ray start " in starts[1]
+        assert " python -m nvembed.jobs.cloud.node_secrets HF_TOKEN=" in starts[1] and " -- ray start " in starts[1]
     assert any("rclone mount" in line and target.bucket.partition("://")[2] in line
                for line in cluster["initialization_commands"])  # fmt: skip

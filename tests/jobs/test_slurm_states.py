@@ -30,7 +30,7 @@ def slurm(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         (stubs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{stubs}:/usr/bin:/bin")
     monkeypatch.setenv("SLURM_STUB", str(stubs))
-    monkeypatch.setattr("nvembed.jobs.slurm.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("nvembed.jobs.slurm.backend.POLL_SECONDS", 0.05)
     target(checkout)
     return stubs
 

@@ -6,8 +6,8 @@ import pytest
 
 from nvembed.jobs.config import RayTarget
 from nvembed.jobs.target import KINDS, load_target
-from nvembed.recipe import RecipeError
-from nvembed.storage import UserError
+from nvembed.recipe.schema import RecipeError
+from nvembed.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "cluster").glob("*.yaml"))

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from nvembed.losses.config import ContrastiveConfig, DistillConfig
 from nvembed.losses.contrastive import document_mask, query_mask
 from nvembed.losses.objectives import build_objective
-from nvembed.storage import UserError
-from nvembed.types import Batch
+from nvembed.types import Batch, UserError
 
 
 def make_batch(

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nvembed.core.vectors import write_table
 from nvembed.mining.capping import capped, tables
 from nvembed.mining.config import MineConfig
 from nvembed.mining.mined import MINED_SCHEMA
-from nvembed.retrieval.shards import write_table
 
 IDS = [f"d{number}" for number in range(8)]
 SCORES = [0.1, 0.2, 0.5, 0.5, 0.9]

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nvembed.core.vectors import write_table
 from nvembed.mining import searching
 from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.drawing import random_choices
 from nvembed.mining.searching import MinePaths, Searcher
 from nvembed.mining.selection import draw_accepted, example_generator, select_negatives
-from nvembed.retrieval.shards import write_table
 
 
 def alone(config, row, documents):

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from nvembed import retry, storage
+from nvembed.core import retry, storage
+from nvembed.core.steps import MANIFEST, CorruptArtifactError, load_artifact
+from nvembed.core.vectors import read_table
 from nvembed.mining.config import MineConfig
 from nvembed.mining.run import MINE
 from nvembed.retrieval.config import EncodeConfig, PretrainedModel
-from nvembed.retrieval.shards import read_table
 
 spec = importlib.util.spec_from_file_location("weaknesses", Path(__file__).with_name("weaknesses.py"))
 weaknesses = importlib.util.module_from_spec(spec)
@@ -43,7 +44,7 @@ def mined(artifact):
 
 
 def files(out):
-    return dict(storage.load_artifact(str(out)).manifest["files"])
+    return dict(load_artifact(str(out)).manifest["files"])
 
 
 @pytest.mark.slow
@@ -96,7 +97,7 @@ def test_a_full_disk_stops_mining_and_room_lets_it_finish(tmp_path, ray_session,
     with pytest.raises(Exception) as raised:
         MINE.run(CONFIG, {"prepare": prepared}, str(out))
     assert "No space left on device" in str(raised.value) and f"{out}/" in str(raised.value)
-    assert not (out / storage.MANIFEST).exists()
+    assert not (out / MANIFEST).exists()
     small_disk.resize("64m")
     MINE.run(CONFIG, {"prepare": prepared}, str(out))
     MINE.run(CONFIG, {"prepare": prepared}, str(tmp_path / "clean"))
@@ -130,7 +131,7 @@ def test_a_store_that_answers_5xx_changes_nothing(ways, store, caplog):
         return asked[method] % 7 == 0
 
     store.refuse = refuse
-    with caplog.at_level("WARNING", "nvembed.retry"):
+    with caplog.at_level("WARNING", "nvembed.core.retry"):
         ways.MINE.run(ways.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
     store.refuse = lambda method, path: False
     assert store.refused["PUT"] > 3 and store.refused["GET"] > 3 and "trying again" in caplog.text
@@ -156,8 +157,8 @@ def test_a_store_that_stays_away_stops_mining_with_nothing_published(ways, store
     assert store.refused.total() >= retry.ATTEMPTS
     store.refuse = lambda method, path: False
     assert not storage.exists("s3://bucket/mine/manifest.json")
-    with pytest.raises(storage.CorruptArtifactError, match="not a published artifact"):
-        storage.load_artifact("s3://bucket/mine")
+    with pytest.raises(CorruptArtifactError, match="not a published artifact"):
+        load_artifact("s3://bucket/mine")
     ways.MINE.run(ways.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
     ways.MINE.run(ways.CONFIG, {"prepare": prepared}, "s3://bucket/clean")
     assert files("s3://bucket/mine") == files("s3://bucket/clean")

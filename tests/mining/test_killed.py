@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 spec = importlib.util.spec_from_file_location("ways", sys.argv[1])
 ways = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ways)
-from nvembed import storage
+from nvembed.core import storage
 prepared, out, phase, moment, left = *sys.argv[2:6], int(sys.argv[6])
 ways.run.run_pool, ways.run.check_model = ways.pool, lambda model: None
 ways.run.encode_shards = ways.encode
@@ -46,11 +46,12 @@ def dying_table(self, *arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return write_table(self, *arguments, **options)
 
+from nvembed.core.steps import load_artifact
 storage.write_bytes, pq.ParquetWriter.write_table = dying, dying_table
 config = ways.MineConfig.model_validate(
     {**ways.CONFIG.model_dump(), "more_miners": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows": 15}}
 )
-ways.MINE.run(config, {"prepare": storage.load_artifact(prepared)}, out)
+ways.MINE.run(config, {"prepare": load_artifact(prepared)}, out)
 """
 WAYS = Path(__file__).with_name("test_ways.py")
 PHASES = (

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.vectors import read_table
 from nvembed.data.config import FilesSource, PrepareConfig
 from nvembed.data.prepare import PREPARE
-from nvembed.data.stream import _files
 from nvembed.data.tables import dataset_info, read_corpus
 from nvembed.mining.config import MineConfig
 from nvembed.mining.miner import MinePaths, MineWorker
-from nvembed.retrieval.shards import read_table
+from nvembed.stream.steps import _files
 from nvembed.types import Artifact
 
 LABELS = [f"label {number}" for number in range(6)]

@@ -7,12 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from nvembed.core.storage import join, read_json
+from nvembed.core.vectors import list_shards, read_table, vector_table, write_table
 from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.layout import DOCUMENT_SCHEMA, QUERY_SCHEMA
 from nvembed.mining.miner import MinePaths, MineWorker, selected
 from nvembed.retrieval.config import SearchConfig
-from nvembed.retrieval.shards import list_shards, read_table, vector_table, write_table
-from nvembed.storage import UserError, join, read_json
+from nvembed.types import UserError
 
 spec = importlib.util.spec_from_file_location("query_by_query", Path(__file__).with_name("query_by_query.py"))
 query_by_query = importlib.util.module_from_spec(spec)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nvembed.core.vectors import iter_vectors, table_matrix, vector_table, write_table
 from nvembed.mining.picked import Picked
-from nvembed.retrieval.shards import iter_vectors, table_matrix, vector_table, write_table
 
 KEYS = [f"k{number:02}" for number in range(40)]
 chosen = st.lists(st.sampled_from([*KEYS, "nowhere", ""]), max_size=50)

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.steps import MANIFEST
+from nvembed.core.vectors import read_table
 from nvembed.mining import run
 from nvembed.mining.config import MineConfig
 from nvembed.mining.layout import QUERY_SCHEMA
@@ -20,9 +22,7 @@ from nvembed.mining.run import MINE
 from nvembed.retrieval import encode
 from nvembed.retrieval.encoders import package_folder
 from nvembed.retrieval.rows import NOT_FINITE
-from nvembed.retrieval.shards import read_table
-from nvembed.storage import UserError
-from nvembed.types import ScoredId
+from nvembed.types import ScoredId, UserError
 
 spec = importlib.util.spec_from_file_location("weaknesses", Path(__file__).with_name("weaknesses.py"))
 weaknesses = importlib.util.module_from_spec(spec)
@@ -210,7 +210,7 @@ def test_more_than_the_allowed_share_stops_the_step(sets, poisoned_model, tmp_pa
     config = {**CONFIG, "miner": poisoned_model, "encode": {**CONFIG["encode"], "max_rejected_share": 0.01}}
     with pytest.raises(UserError, match=r"max_rejected_share 0\.01\. First: '(m-query|p-nan)'"):
         mined(config, sets["poisoned"], tmp_path / "mine")
-    assert not (tmp_path / "mine" / storage.MANIFEST).exists()
+    assert not (tmp_path / "mine" / MANIFEST).exists()
 
 
 def test_the_share_of_cut_texts_is_told(sets, tmp_path):

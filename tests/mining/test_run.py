@@ -13,6 +13,8 @@ import numpy as np
 import psutil
 import pytest
 
+from nvembed.core.steps import Step, StepResult
+from nvembed.core.vectors import read_table
 from nvembed.data.config import CweSource, HpoClassesSource, HpoSimilaritySource, PrepareConfig
 from nvembed.data.documents import Documents
 from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
@@ -20,9 +22,7 @@ from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.run import MINE
 from nvembed.retrieval.config import EncodeConfig, PackageModel, PretrainedModel, SearchConfig
 from nvembed.retrieval.encoders import open_encoder, package_folder
-from nvembed.retrieval.shards import read_table
-from nvembed.storage import Step, StepResult, UserError
-from nvembed.types import ScoredId, TaskType, TrainingExample
+from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
 TOPICS = {
     "memory": ["heap buffer overflow", "stack buffer overflow", "use after free", "double free", "out of bounds read"],
@@ -229,7 +229,7 @@ DRIVER = """
 import sys
 from nvembed.mining.config import MineConfig
 from nvembed.mining.run import MINE
-from nvembed.storage import load_artifact
+from nvembed.core.steps import load_artifact
 MINE.run(MineConfig.model_validate_json(sys.argv[1]), {"prepare": load_artifact(sys.argv[2])}, sys.argv[3])
 """
 

@@ -12,7 +12,7 @@ from nvembed.mining.config import RankWindow, TopK, TopKAbs, TopKMarginPos, TopK
 from nvembed.mining.rules import ceilings, rule_limits
 from nvembed.mining.searched import PART_SCHEMA, NeedsSearchError, found_table, merged, ranking
 from nvembed.mining.selection import select_negatives
-from nvembed.retrieval.search import search_shards
+from nvembed.retrieval.exact.search import search_shards
 
 RULES = st.one_of(
     st.just(TopK()),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import nvembed.mining
 from nvembed.mining import mine_vectors
 from nvembed.mining.rules import cap_documents
-from nvembed.retrieval.search_merge import pair_scores
+from nvembed.retrieval.exact.topk import pair_scores
 from nvembed.types import UserError
 
 PERC = {"type": "topk_percpos", "max_negative_to_positive_ratio": 0.95}

@@ -12,6 +12,9 @@ import pytest
 import torch
 import xxhash
 
+from nvembed.core.steps import Step, StepResult
+from nvembed.core.vectors import list_shards, read_table, vector_table
+from nvembed.core.vectors import write_table as write_vectors
 from nvembed.data.config import CweSource, PrepareConfig
 from nvembed.data.documents import Documents
 from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
@@ -19,11 +22,10 @@ from nvembed.mining import choosing, picked, run
 from nvembed.mining.config import Judge, MineConfig, TopKAbs
 from nvembed.mining.run import MINE
 from nvembed.mining.selection import jaccard, word_triples
-from nvembed.retrieval import search_faiss, shards
+from nvembed.retrieval import ann
 from nvembed.retrieval.config import EncodeConfig, FaissFlat, FaissHnsw, PackageModel, SearchConfig
 from nvembed.retrieval.encode import EncodeReport
-from nvembed.storage import Step, StepResult, UserError
-from nvembed.types import ScoredId, TaskType, TrainingExample
+from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
 PLACES = ["heap", "stack", "kernel", "browser", "server", "parser", "driver", "socket"]
 FAULTS = ["overflow", "leak", "race", "injection", "traversal"]
@@ -54,10 +56,10 @@ def pool(factory, arguments, tasks, **_):
 
 def encode(source, model, out, config, may_reject=()):
     """`encode_shards` with made-up vectors, text shard by text shard."""
-    for name in shards.list_shards(source):
-        table = shards.read_table(f"{source}/{name}", ["key", "text"])
+    for name in list_shards(source):
+        table = read_table(f"{source}/{name}", ["key", "text"])
         matrix = vectors(table.column("text").to_pylist(), getattr(model, "package", "trained"))
-        shards.write_table(shards.vector_table(table.column("key"), matrix), f"{out}/{name}")
+        write_vectors(vector_table(table.column("key"), matrix), f"{out}/{name}")
     return EncodeReport()
 
 
@@ -96,7 +98,7 @@ def prepared(tmp_path_factory):
 
 def mine(prepared, out, **changes):
     artifact = MINE.run(MineConfig.model_validate({**CONFIG.model_dump(), **changes}), {"prepare": prepared}, str(out))
-    table = shards.read_table(artifact.path("set", "mined.parquet"))
+    table = read_table(artifact.path("set", "mined.parquet"))
     return (
         artifact,
         {row["example_id"]: row for row in table.to_pylist()},
@@ -162,7 +164,7 @@ def test_a_trained_model_mines_in_the_miners_place_and_its_search_is_not_the_min
     )
     again = MINE.run(CONFIG, {"prepare": prepared, "model": trained}, str(tmp_path / "again"))
     _, named, _ = mine(prepared, tmp_path / "named", miner={"type": "package", "package": "trained"})
-    rows = shards.read_table(again.path("set", "mined.parquet")).to_pylist()
+    rows = read_table(again.path("set", "mined.parquet")).to_pylist()
     assert {row["example_id"]: row for row in rows} == named
     assert named != mine(prepared, tmp_path / "plain")[1]
     audit = (tmp_path / "again" / "audit.json").read_text()
@@ -294,13 +296,13 @@ def test_faiss_flat_finds_the_same_and_the_audit_tells_the_recall(tmp_path, prep
 
 def test_an_index_is_built_once_for_all_groups_of_an_actor(tmp_path, prepared, monkeypatch):
     pytest.importorskip("faiss")
-    built, build = [], search_faiss.build_index
+    built, build = [], ann.build_index
 
     def counting(config, matrix, threads):
         built.append(len(matrix))
         return build(config, matrix, threads)
 
-    monkeypatch.setattr(search_faiss, "build_index", counting)
+    monkeypatch.setattr(ann, "build_index", counting)
     cut = SearchConfig(index=FaissFlat(), query_rows=6, document_rows=20, recall_queries=0)
     _, rows, _ = mine(prepared, tmp_path / "cut", search=cut)
     _, whole, _ = mine(prepared, tmp_path / "whole", search=SearchConfig(index=FaissFlat(), recall_queries=0))

@@ -3,11 +3,12 @@
 import json
 import shutil
 
+from nvembed.core.steps import Step, StepResult
+from nvembed.core.storage import join
 from nvembed.data.config import FilesSource, PrepareConfig
 from nvembed.data.documents import Documents
 from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
 from nvembed.retrieval.encoders import package_folder
-from nvembed.storage import Step, StepResult, join
 from nvembed.types import ScoredId, TaskType, TrainingExample
 
 NAMES = [f"{kind} {what}" for kind in ("heap", "stack", "kernel", "browser", "printer", "router")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nvembed.modeling.assemble import build_embedder
 from nvembed.modeling.backbones import random_decoder, train_byte_level_bpe
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, RandomBackbone
 from nvembed.modeling.embedder import Embedder
-from nvembed.modeling.initialise import build_embedder
 from nvembed.text.config import TextConfig
 
 for folder in (Path(__file__).parent, Path(__file__).parents[1] / "training"):

@@ -7,7 +7,7 @@ import torch
 from nvembed.modeling.adapters import apply_adapter, has_adapter, merge_adapter
 from nvembed.modeling.config import FullConfig, LoraConfig, MeanConfig
 from nvembed.modeling.folder import load_embedder, save_embedder
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 TEXTS = ["how do I sort a list", "heap overflow"]
 

@@ -15,7 +15,7 @@ from nvembed.modeling.backbones import (
     train_byte_level_bpe,
 )
 from nvembed.modeling.config import FolderBackbone, GgufBackbone, RandomBackbone
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 TEXTS = [f"text number {number} about {word}" for number in range(50) for word in ("lists", "überläufe", "東京")]
 

@@ -6,8 +6,8 @@ import torch
 
 from nvembed.modeling.config import LastTokenConfig, MeanConfig
 from nvembed.modeling.precision import resolve_precision
-from nvembed.storage import UserError
 from nvembed.text.instructions import instruction_prefix
+from nvembed.types import UserError
 
 PREFIX = instruction_prefix("web_search")
 TEXTS = ["how do I sort a list", "", "heap overflow", "a " * 200, "Größe 東京 🙂", "heap overflow", "x"]

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from nvembed.modeling.config import LastTokenConfig, LatentAttentionConfig, MeanConfig
 from nvembed.modeling.folder import describe_folder, load_embedder, save_embedder
-from nvembed.storage import UserError
 from nvembed.text.instructions import instruction_prefix
+from nvembed.types import UserError
 
 PREFIX = instruction_prefix("web_search")
 TEXTS = ["how do I sort a list", "", "heap overflow " * 30, "Größe 東京"]

@@ -13,15 +13,15 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from nvembed.cli import app
+from nvembed.modeling.assemble import continue_embedder
 from nvembed.modeling.config import EmbedderConfig, InitialiseConfig, NvembedBackbone
-from nvembed.modeling.exports.write import ExportJob, export_model
+from nvembed.modeling.exports.export import ExportJob, export_model
 from nvembed.modeling.folder import load_embedder
 from nvembed.modeling.importing import import_nv_embed
-from nvembed.modeling.initialise import INITIALISE, continue_embedder
 from nvembed.registry.provenance import imported, licences, trace
-from nvembed.storage import UserError
 from nvembed.text.instructions import instruction_prefix
-from nvembed.types import Artifact
+from nvembed.training.initialise import INITIALISE
+from nvembed.types import Artifact, UserError
 
 D, LAYERS, HEADS, KV, INTER, VOCAB = 32, 2, 4, 2, 48, 400
 LATENTS, CROSS, WIDTH = 6, 2, 32

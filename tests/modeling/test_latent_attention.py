@@ -9,9 +9,9 @@ from nv_embed_kit import NV_EMBED, transcription
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.latent_attention import LatentAttention
-from nvembed.storage import UserError
 from nvembed.text.config import TextConfig
 from nvembed.text.tokenise import Tokeniser
+from nvembed.types import UserError
 
 
 def test_nv_embeds_keys_shapes_and_size_at_7b(tokenizer):

@@ -114,9 +114,9 @@ def test_the_switch_is_undone_and_nothing_else_gets_through():
 
 @pytest.mark.parametrize("pooling", ["mean", "last_token", "latent_attention"])
 def test_pooling_and_the_instruction_mask(pooling, monkeypatch):
+    from nvembed.modeling.assemble import build_embedder
     from nvembed.modeling.backbones import load_backbone
     from nvembed.modeling.config import RandomBackbone
-    from nvembed.modeling.initialise import build_embedder
 
     words = [f"{verb} {noun}" for verb in ("find", "open", "close") for noun in ("buffer", "overflow", "session")] * 9
     options = {"num_latents": 8, "num_heads": 2} if pooling == "latent_attention" else {}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nvembed.modeling.precision import autocast, resolve_precision
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 
 @pytest.mark.parametrize(

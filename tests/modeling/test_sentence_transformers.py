@@ -83,10 +83,10 @@ def run_without_nvembed(child, arguments, folder):
 
 @pytest.fixture(scope="module")
 def made(tokenizer, tmp_path_factory):
+    from nvembed.modeling.assemble import build_embedder
     from nvembed.modeling.backbones import random_decoder
     from nvembed.modeling.config import EmbedderConfig, RandomBackbone
     from nvembed.modeling.exports.folding import fold_embedder
-    from nvembed.modeling.initialise import build_embedder
     from nvembed.text.config import TextConfig
 
     root = tmp_path_factory.mktemp("folders")

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 
+from nvembed.modeling.assemble import build_embedder
 from nvembed.modeling.backbones import load_backbone
 from nvembed.modeling.config import EmbedderConfig, GgufBackbone, LatentAttentionConfig
 from nvembed.modeling.folder import load_embedder, save_embedder
-from nvembed.modeling.initialise import build_embedder
 from nvembed.text.config import TextConfig
 from nvembed.text.instructions import instruction_prefix
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from nvembed.modeling.config import LatentAttentionConfig
+from nvembed.modeling.shapes import Shape
 from nvembed.plan.hardware import Hardware, find_hardware
 from nvembed.plan.hours import train_seconds
 from nvembed.plan.recipe_plan import as_text, plan_recipe, with_price
 from nvembed.plan.sizes import Model, StageSizes, stage_sizes
 from nvembed.plan.work import compute_seconds, launch_seconds, stage_flops
-from nvembed.recipe import load_recipe
-from nvembed.shapes import Shape
+from nvembed.recipe.schema import load_recipe
 from nvembed.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]

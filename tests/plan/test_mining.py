@@ -20,9 +20,9 @@ from nvembed.plan.hardware import find_hardware
 from nvembed.plan.mining import plan_mining
 from nvembed.plan.recipe_plan import as_json, as_text, plan_recipe
 from nvembed.plan.searching import search_core_seconds, search_flops, shard_bytes
-from nvembed.recipe import Recipe, load_recipe
+from nvembed.recipe.schema import Recipe, load_recipe
 from nvembed.retrieval.config import EncodeConfig
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART, NV_EMBED = (ROOT / f"pipelines/recipes/{name}.yaml" for name in ("quickstart", "nv_embed_v1_7b"))
@@ -131,8 +131,8 @@ def test_mining_cuts_its_work_as_planned(
     query_rows: int,
     document_rows: int,
 ) -> None:
+    from nvembed.core.vectors import list_shards, write_text_shards
     from nvembed.mining.run import _document_segments, _query_groups
-    from nvembed.retrieval.shards import list_shards, write_text_shards
 
     config = MineConfig.model_validate(
         {
@@ -209,7 +209,7 @@ def test_a_search_on_gpus_that_nobody_gets_is_told() -> None:
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16", "int8"])
 def test_bytes_of_a_shard_are_those_that_are_written(kind: Any) -> None:
-    from nvembed.retrieval.shards import table_bytes, vector_table
+    from nvembed.core.vectors import table_bytes, vector_table
 
     matrix = np.random.default_rng(0).standard_normal((1024, 384)).astype(np.float32)
     matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)

@@ -10,20 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvembed import shapes
-from nvembed.hub_shapes import HUB_SHAPES
+from nvembed.modeling import shapes
 from nvembed.modeling.config import FolderBackbone, GgufBackbone, LatentAttentionConfig, MeanConfig, RandomBackbone
+from nvembed.modeling.hub_shapes import HUB_SHAPES
 from nvembed.plan.hardware import CATALOGUE, find_hardware
 from nvembed.plan.hours import count_texts, road_times
 from nvembed.plan.memory import stage_memory
 from nvembed.plan.recipe_plan import as_json, as_text, plan_recipe, with_price
 from nvembed.plan.sizes import Model, StageSizes, stage_sizes
 from nvembed.plan.work import forward_flops, stage_flops
-from nvembed.recipe import load_recipe
-from nvembed.storage import UserError
+from nvembed.recipe.schema import load_recipe
 from nvembed.text.batching import plan_chunks
+from nvembed.training.arithmetic import deepspeed_config
 from nvembed.training.config import TrainConfig
-from nvembed.training.zero import deepspeed_config
+from nvembed.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "pipelines/recipes/tiny.yaml"
@@ -163,9 +163,9 @@ STAGES = [
 def test_the_planned_deepspeed_config_is_the_one_the_engine_would_use(settings: list[str], which: int) -> None:
     from nvembed.losses.objectives import build_objective
     from nvembed.modeling.adapters import apply_adapter
+    from nvembed.modeling.assemble import build_embedder
     from nvembed.modeling.backbones import load_backbone
     from nvembed.modeling.config import EmbedderConfig
-    from nvembed.modeling.initialise import build_embedder
     from nvembed.plan.dry_run import stage_config
     from nvembed.training.model import TrainedModel
 
@@ -301,9 +301,9 @@ def test_counted_activations_are_what_autograd_keeps() -> None:
     import torch
 
     from nvembed.modeling.adapters import apply_adapter
+    from nvembed.modeling.assemble import build_embedder
     from nvembed.modeling.backbones import keep_first_layers, load_backbone
     from nvembed.modeling.config import EmbedderConfig, FullConfig, LoraConfig
-    from nvembed.modeling.initialise import build_embedder
     from nvembed.modeling.precision import autocast
     from nvembed.plan.memory import layer_bytes
 

@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.steps import Step, StepResult
 from nvembed.data.tables import write_table
 from nvembed.evaluation.run import ITEMS_SCHEMA
-from nvembed.mlflow_store import resolve_store
 from nvembed.registry.client import aliases, list_versions, open_registry
 from nvembed.registry.config import GateConfig, RegisterConfig, RegistrationConfig
 from nvembed.registry.step import REGISTER, registration_config
+from nvembed.tracking.store import resolve_store
 from nvembed.types import Artifact, Config
 
 NAME = "nvembed-teacher"
@@ -30,10 +31,10 @@ TEXTS = ["the first text", "a second, somewhat longer text about the sea", "Vier
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two real model folders: `masked` needs its own code, `stock` does not."""
+    from nvembed.modeling.assemble import build_embedder
     from nvembed.modeling.backbones import load_backbone
     from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, MeanConfig, RandomBackbone
     from nvembed.modeling.folder import save_embedder
-    from nvembed.modeling.initialise import build_embedder
     from nvembed.text.config import TextConfig
 
     root = tmp_path_factory.mktemp("folders")
@@ -83,11 +84,11 @@ class Kit:
     def step(self, name: str, kind: str, config: dict[str, Any], build: Any = None, **inputs: Artifact) -> Artifact:
         """Publish a step; `build(uri)` writes its files and may return its metrics."""
 
-        def write(_: Config, __: Any, uri: str) -> storage.StepResult:
-            return storage.StepResult(metrics=(build(uri) if build else None) or {})
+        def write(_: Config, __: Any, uri: str) -> StepResult:
+            return StepResult(metrics=(build(uri) if build else None) or {})
 
         settings = AnyConfig.model_validate(config)
-        return storage.Step(kind, 1, write).run(settings, inputs, storage.join(self.out, name))
+        return Step(kind, 1, write).run(settings, inputs, storage.join(self.out, name))
 
     def prepare(self, hashes: dict[str, str] | None = None, near_copies: int = 0) -> Artifact:
         tag = storage.hash_json([hashes, near_copies])[:6]

@@ -18,10 +18,10 @@ STORY = '''
 import json, shutil
 from pathlib import Path
 import pyarrow as pa
-from nvembed import storage
+from nvembed.core import storage
 from nvembed.data.tables import write_table
-from nvembed.storage import Step, StepResult
-from nvembed.story import tell
+from nvembed.core.steps import Step, StepResult
+from nvembed.pipeline.command_line import tell
 
 def model(config, inputs, uri):
     shutil.copytree(FOLDER, Path(uri, "model"))

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.steps import load_artifact
 from nvembed.modeling.card import CardFacts, model_card
 from nvembed.modeling.config import EmbedderConfig
 from nvembed.modeling.licences import model_licence
 from nvembed.modeling.origin import folder_content
 from nvembed.registry import provenance as chains
-from nvembed.storage import load_artifact
 
 
 @pytest.fixture

@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 
-from nvembed import storage, tracking
-from nvembed.mlflow_store import Store
+from nvembed.core import storage
 from nvembed.registry.champion import roll_back
 from nvembed.registry.client import RegistryAwayError, aliases, list_versions, model_names, open_registry
 from nvembed.registry.config import GateConfig, RegisterConfig
 from nvembed.registry.describe import export_version
 from nvembed.registry.resolve import resolve_model
 from nvembed.registry.step import registration_config
-from nvembed.tracking import Tracker, TrackingConfig
+from nvembed.tracking import tracker
+from nvembed.tracking.config import TrackingConfig
+from nvembed.tracking.store import Store
+from nvembed.tracking.tracker import Tracker
 from nvembed.types import Config
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -109,7 +111,7 @@ def test_a_server_killed_in_mid_run_gets_the_backlog_once(
     served: Any, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training goes on without it; what was to be told is sent when it is back, each row once."""
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.5)
+    monkeypatch.setattr(tracker, "RETRY_SECONDS", 0.5)
     live = storage.join(served.out, "train", "metrics.jsonl")
 
     def write(rows: int) -> None:

@@ -70,8 +70,8 @@ def registered(kit: Any) -> Any:
 
 
 def expected(folder: Path, prefix: str, texts: list[str], dim: int | None) -> np.ndarray:
-    from nvembed.embed_file import cut
     from nvembed.modeling.folder import load_embedder
+    from nvembed.retrieval.encode_file import cut
 
     vectors_ND = load_embedder(folder).encode(texts, prefix)
     return vectors_ND if dim is None else cut(vectors_ND, dim)

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
-from nvembed import storage
-from nvembed.formats import FormatError
+from nvembed.core import storage
+from nvembed.core.formats import FormatError
+from nvembed.core.steps import CorruptArtifactError, describe_files
 from nvembed.registry import step as register_step
 from nvembed.registry.client import RegistryAwayError, open_registry
 from nvembed.registry.resolve import resolve_model
 from nvembed.registry.step import REGISTER
 from nvembed.registry.versions import mean_primary_score
-from nvembed.storage import CorruptArtifactError, UserError
+from nvembed.types import UserError
 
 NAME = "nvembed-teacher"
 HASHES = {"cwe": "aa", "hpo": "bb"}
@@ -49,7 +50,7 @@ def test_a_version_has_the_files_the_scores_and_the_run(kit: Any, files: Files) 
     assert json.loads(version.tags["nvembed.evaluation_hash"]) == HASHES
     assert version.tags["nvembed.manifest_hash"] == model.manifest_hash
     assert version.tags["nvembed.evaluation_manifest_hash"] == scores.manifest_hash
-    assert version.tags["nvembed.recipe"] == "tiny" and version.tags["gate.result"] == "passed"
+    assert version.tags["nvembed.recipe.schema"] == "tiny" and version.tags["gate.result"] == "passed"
     assert version.run_id == done["run_id"]
     assert without_card(files(folder_of(version))) == without_card(files(storage.local_path(model.path("model"))))
     assert files(scores.uri)["items.parquet"] == files(folder_of(version).parent)["nvembed/items.parquet"]
@@ -243,7 +244,7 @@ def test_damaged_files_are_refused(kit: Any) -> None:
 
 def test_a_version_of_the_first_format_is_still_read(kit: Any, files: Files, folders: dict[str, Path]) -> None:
     """Format 1: the source is the model folder itself, its hash with the card, no format tag."""
-    files_of_folder = storage.describe_files(str(folders["stock"]))
+    files_of_folder = describe_files(str(folders["stock"]))
     content = storage.hash_json({name: entry["xxh3_128"] for name, entry in files_of_folder.items()})
     client = kit.client
     client.create_registered_model(NAME)

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.steps import Step, StepResult
 from nvembed.types import Artifact, Config
 
 sys.path.insert(0, str(Path(__file__).parent))  # for report_kit
@@ -73,7 +74,7 @@ class Road:
     ) -> None:
         """Publish a step; bytes, pyarrow tables and JSON values become files."""
 
-        def build(config: Config, _: Any, uri: str) -> storage.StepResult:
+        def build(config: Config, _: Any, uri: str) -> StepResult:
             for path, content in files.items():
                 target = storage.join(uri, path)
                 if isinstance(content, bytes):
@@ -83,10 +84,10 @@ class Road:
                     pq.write_table(content, target)
                 else:
                     storage.write_json(target, content)
-            return storage.StepResult(metrics=metrics or {})
+            return StepResult(metrics=metrics or {})
 
         given = {role: self.artifacts[source] for role, source in inputs.items()}
-        self.artifacts[name] = storage.Step(name, 1, build).run(config, given, storage.join(self.out, name))
+        self.artifacts[name] = Step(name, 1, build).run(config, given, storage.join(self.out, name))
 
     @property
     def records(self) -> list[dict[str, Any]]:

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from report_kit import RECIPE, Page, raw, write_road
 
-from nvembed import storage
+from nvembed.core import storage
 from nvembed.report.comparisons import MEAN
 from nvembed.report.lineage_page import ancestors
 from nvembed.report.page import render
 from nvembed.report.schema import Report
 from nvembed.report.training_data import negatives_quality, quantile, share_above
 from nvembed.report.write import read_curves, read_report, write_report
+from nvembed.types import UserError
 
 CONTRACT = ["schema_version", "recipe", "steps", "baselines", "scores", "models", "wall_seconds", "peak_pss_mb"]
 
@@ -316,7 +317,7 @@ def test_reports_of_earlier_versions_are_read(written: Path, tmp_path: Path) -> 
     assert "Data mix" not in page.text and "Size and quality" not in page.text and "★ best: " in page.text
     older["schema_version"] = 2
     (tmp_path / "report.json").write_text(json.dumps(older))
-    with pytest.raises(storage.UserError, match="schema_version"):
+    with pytest.raises(UserError, match="schema_version"):
         read_report(str(tmp_path / "report.json"))
 
 

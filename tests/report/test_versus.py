@@ -11,13 +11,14 @@ import yaml
 from report_kit import RECIPE, Page, raw
 from typer.testing import CliRunner
 
-from nvembed import storage
 from nvembed.cli import app
+from nvembed.core import storage
 from nvembed.evaluation.significance import MEAN
-from nvembed.records import Records
+from nvembed.pipeline.attempts import Records
 from nvembed.report.runs import LABELS, collect_again, open_runs
 from nvembed.report.versus import compare_runs
 from nvembed.report.write import write_report
+from nvembed.types import UserError
 
 SOURCES = [{"name": "cwe", "max_train": 5}, {"name": "hpo", "max_train": 5}]
 BASE = {**RECIPE, "prepare": {"sources": SOURCES}}
@@ -178,5 +179,5 @@ def test_wrong_input_is_told(
 
 def test_a_step_that_lost_a_file_is_told(copy: Path) -> None:
     (copy / "evaluate_teacher" / "scores.json").unlink()
-    with pytest.raises(storage.UserError, match=r"lacks a file: .*scores\.json"):
+    with pytest.raises(UserError, match=r"lacks a file: .*scores\.json"):
         collect_again(str(copy))

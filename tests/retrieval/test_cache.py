@@ -10,11 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from nvembed.retrieval.cache import UNKNOWN, VectorCache, remove_damaged, row_key
-from nvembed.retrieval.config import EncodeConfig, PackageModel
-from nvembed.retrieval.encode import ShardEncoder, _looked_in, encode_texts, open_encoder
-from nvembed.retrieval.rows import NOT_FINITE, encode_checked
-from nvembed.retrieval.shards import (
+from nvembed.core.vectors import (
     iter_vectors,
     read_table,
     table_bytes,
@@ -23,7 +19,11 @@ from nvembed.retrieval.shards import (
     write_table,
     write_text_shards,
 )
-from nvembed.storage import UserError
+from nvembed.retrieval.cache import UNKNOWN, VectorCache, remove_damaged, row_key
+from nvembed.retrieval.config import EncodeConfig, PackageModel
+from nvembed.retrieval.encode import ShardEncoder, _looked_in, encode_texts, open_encoder
+from nvembed.retrieval.rows import NOT_FINITE, encode_checked
+from nvembed.types import UserError
 
 # largest error against float32, as a share of the row's largest number
 ROUNDING = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8, "int8": 0.51 / 127}

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.vectors import read_table, table_bytes
 from nvembed.retrieval import cache_merge
 from nvembed.retrieval.cache import VectorCache, row_key
 from nvembed.retrieval.cache_merge import list_parts, merge_small, sections
-from nvembed.retrieval.shards import read_table, table_bytes
 
 DIM = 6
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nvembed.core.vectors import list_shards, read_table, read_vectors, table_matrix, write_table
 from nvembed.retrieval.config import EncodeConfig, PackageModel
 from nvembed.retrieval.encode import encode_rows, encode_shards, write_text_shards
 from nvembed.retrieval.encoders import open_encoder
-from nvembed.retrieval.shards import list_shards, read_table, read_vectors, table_matrix, write_table
 
 pytestmark = pytest.mark.ray
 

@@ -8,8 +8,14 @@ import pytest
 
 from nvembed.retrieval.config import FolderModel, PackageModel, PretrainedModel
 from nvembed.retrieval.encode import encode_rows
-from nvembed.retrieval.encoders import QUICKSTART_PACKAGES, check_model, open_encoder, package_folder, resolve_model
-from nvembed.storage import UserError
+from nvembed.retrieval.encoders import (
+    QUICKSTART_PACKAGES,
+    check_model,
+    open_encoder,
+    package_folder,
+    resolve_model,
+)
+from nvembed.types import UserError
 
 TEXTS = ["heap overflow in a parser", "short", "SQL injection in a login form " * 30, "", "short"]
 
@@ -106,10 +112,10 @@ def test_our_own_folders_are_recognised(tmp_path):
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
     """A random 2-layer model folder as `initialise` publishes it."""
+    from nvembed.modeling.assemble import build_embedder
     from nvembed.modeling.backbones import load_backbone
     from nvembed.modeling.config import EmbedderConfig, RandomBackbone
     from nvembed.modeling.folder import save_embedder
-    from nvembed.modeling.initialise import build_embedder
 
     words = [f"{verb} {noun}" for verb in ("find", "open", "close") for noun in ("buffer", "overflow", "session")] * 9
     backbone, tokenizer = load_backbone(RandomBackbone(vocab_size=300), words, 0)

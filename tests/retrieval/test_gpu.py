@@ -9,7 +9,7 @@ import torch
 from nvembed.mining import mine_vectors
 from nvembed.retrieval import encode_texts, search_vectors
 from nvembed.retrieval.config import FolderModel
-from nvembed.retrieval.search_bounds import _keeps_the_bound, has_bf16
+from nvembed.retrieval.exact.bounds import _keeps_the_bound, has_bf16
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,10 +65,10 @@ def test_texts_are_embedded_on_the_device_as_on_the_cpu(gpu_folder: Path) -> Non
 @pytest.fixture(scope="module")
 def gpu_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder of random weights."""
+    from nvembed.modeling.assemble import build_embedder
     from nvembed.modeling.backbones import load_backbone
     from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, RandomBackbone
     from nvembed.modeling.folder import save_embedder
-    from nvembed.modeling.initialise import build_embedder
     from nvembed.text.config import TextConfig
 
     backbone = RandomBackbone(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nvembed.storage import UserError
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
+from nvembed.types import UserError
 
 
 def test_template_is_nv_embeds_with_its_trailing_space():

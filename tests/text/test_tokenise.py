@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from nvembed.storage import UserError
 from nvembed.text.config import TextConfig
 from nvembed.text.instructions import instruction_prefix
 from nvembed.text.tokenise import Tokeniser
+from nvembed.types import UserError
 
 PREFIX = instruction_prefix("web_search")
 LEARNED = [

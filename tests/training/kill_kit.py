@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nvembed.core.steps import load_artifact
+
 HERE = Path(__file__).parent
 ENVIRONMENT = "KILL_KIT"
 
@@ -65,8 +67,7 @@ def drive() -> None:
     """The driver process: a lease, a local Ray, the train step. Exit code 130 on Ctrl-C."""
     import ray
 
-    from nvembed import storage
-    from nvembed.lease import Lease
+    from nvembed.core.lease import Lease
     from nvembed.training import worker
     from nvembed.training.config import TrainConfig
     from nvembed.training.launch import TRAIN
@@ -77,8 +78,8 @@ def drive() -> None:
         kill |= {"driver": os.getpid(), "marker": str(folder / "killed")}
         worker.run_worker = functools.partial(run_armed_worker, kill)
     inputs = {
-        "stream": storage.load_artifact(str(folder / "stream")),
-        "model": storage.load_artifact(str(folder / "start")),
+        "stream": load_artifact(str(folder / "stream")),
+        "model": load_artifact(str(folder / "start")),
     }
     try:
         ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20)
@@ -125,7 +126,7 @@ def strike(kill: Mapping[str, Any]) -> None:
     The worker of a killed driver waits here for its own end (Ray's processes die with the driver), so that the step
     the next run starts at is certain; victim "driver, orphans go on" lets it run on instead.
     """
-    from nvembed.distributed import rank
+    from nvembed.core.distributed import rank
 
     victim, marker = kill["victim"], Path(kill["marker"])
     if marker.exists() or rank() != (1 if victim == "rank1" else 0):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from training_kit import CPU, MemoryStream, tiny_folder, tiny_model, train_job
 
-from nvembed import storage
-from nvembed.lease import Lease, LeaseLostError
-from nvembed.storage import ChangedRecipeError, CorruptArtifactError, UserError
+from nvembed.core import storage
+from nvembed.core.lease import Lease, LeaseLostError
+from nvembed.core.steps import ChangedRecipeError, CorruptArtifactError
 from nvembed.training import checkpoint as checkpoint_module
 from nvembed.training.build import Job
 from nvembed.training.checkpoint import CheckpointStore, Identity
@@ -24,6 +24,7 @@ from nvembed.training.engine import build_engine
 from nvembed.training.errors import NonFiniteError
 from nvembed.training.loop import check_batch, optimiser_step, seed_step, train
 from nvembed.training.sharding import shard
+from nvembed.types import UserError
 
 CONFIG: dict[str, Any] = {
     "adapter": {"type": "full"},

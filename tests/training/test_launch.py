@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from training_kit import tiny_start, tiny_stream
 
-from nvembed.lease import LeaseLostError
+from nvembed.core.lease import LeaseLostError
 from nvembed.modeling.folder import load_embedder
-from nvembed.storage import UserError
 from nvembed.training.config import TrainConfig
 from nvembed.training.errors import NonFiniteError, TrainingError
 from nvembed.training.launch import TRAIN, connect, explain, worker_environment
+from nvembed.types import UserError
 
 CONFIG: dict[str, Any] = {
     "objective": {"type": "contrastive", "learned_temperature": True, "temperature": 0.1},

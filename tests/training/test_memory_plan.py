@@ -13,9 +13,9 @@ import pytest
 from memory_kit import Case, measure
 
 from nvembed.modeling.config import LatentAttentionConfig, MeanConfig
+from nvembed.modeling.shapes import Shape
 from nvembed.plan.memory import Memory, stage_memory
 from nvembed.plan.sizes import Model, StageSizes
-from nvembed.shapes import Shape
 from nvembed.training.config import TrainConfig
 
 LORA = {"type": "lora", "r": 16, "alpha": 32, "dropout": 0.1}

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from nvembed.terminal import Console
+from nvembed.core.terminal import Console
 from nvembed.training.progress import WINDOW, Progress, describe, read_rows
 
 

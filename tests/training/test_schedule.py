@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nvembed.training.arithmetic import learning_rate_factor
 from nvembed.training.config import OptimiserConfig
-from nvembed.training.schedule import learning_rate_factor
 
 
 @given(

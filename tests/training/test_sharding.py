@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_kit import make_batch, tiny_embedder
 
+from nvembed.training.arithmetic import MIN_SLICE, slice_budget
 from nvembed.training.sharding import Sharding, shard
-from nvembed.training.slices import MIN_SLICE, slice_budget
 from nvembed.types import Batch
 
 TEMPLATE = make_batch(tiny_embedder().tokeniser, 0)

@@ -24,14 +24,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from nvembed.data.stream_layout import STREAM_SCHEMA
-from nvembed.distributed import rank, world_size
+from nvembed.core.distributed import rank, world_size
+from nvembed.core.steps import Step, StepResult
 from nvembed.losses.objectives import build_objective
 from nvembed.modeling.adapters import apply_adapter
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.folder import save_embedder
-from nvembed.storage import Step, StepResult
+from nvembed.stream.layout import STREAM_SCHEMA
 from nvembed.text.config import TextConfig
 from nvembed.text.tokenise import Tokeniser
 from nvembed.training.build import Job

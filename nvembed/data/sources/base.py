@@ -12,9 +12,8 @@ import xxhash
 
 from nvembed.data.documents import Documents
 from nvembed.data.tables import SPLITS
-from nvembed.storage import UserError
-from nvembed.text.checks import MAX_TEXT_BYTES
-from nvembed.types import TaskType, TrainingExample
+from nvembed.text.identity import MAX_TEXT_BYTES
+from nvembed.types import TaskType, TrainingExample, UserError
 
 MAX_LISTED = 100  # rejects written out per data set; all are counted
 

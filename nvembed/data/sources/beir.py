@@ -10,15 +10,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from nvembed import storage
+from nvembed.core import storage
 from nvembed.data.config import BeirSource
 from nvembed.data.documents import Documents, DocumentWriter
 from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, is_unicode, split_by_hash, too_long
 from nvembed.data.sources.files import COMPRESSIONS, json_lines, open_bytes
 from nvembed.data.tables import SPLITS, Document
-from nvembed.storage import UserError
-from nvembed.text.checks import MAX_TEXT_BYTES
-from nvembed.types import ScoredId, TaskType, TrainingExample
+from nvembed.text.identity import MAX_TEXT_BYTES
+from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
 DEV_SHARE = 0.1  # of the training queries, where the folder has no dev.tsv
 SPLIT_RULE = (

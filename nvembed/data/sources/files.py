@@ -13,7 +13,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.retry import retried
 from nvembed.data.config import FilesSource, RowSource
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.sources.labelled import (
@@ -30,8 +31,7 @@ from nvembed.data.sources.rows import (
     require_every_split,
     rows_of_records,
 )
-from nvembed.retry import retried
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")

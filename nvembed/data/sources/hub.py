@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from nvembed import storage
+from nvembed.core import storage
 from nvembed.data.config import HubSource
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.sources.files import column_check, rows_of_task
 from nvembed.data.sources.rows import rows_of_records
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 SAVED = ("dataset_dict.json", "dataset_info.json")  # what `save_to_disk` writes
 

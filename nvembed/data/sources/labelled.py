@@ -16,8 +16,7 @@ from nvembed.data.documents import Documents
 from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, split_by_hash, stable_hash
 from nvembed.data.sources.rows import MalformedRowError, RawRow, check_text, good_rows, linked_sides
 from nvembed.data.tables import Document
-from nvembed.storage import UserError
-from nvembed.types import ScoredId, TaskType, TrainingExample
+from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
 LABELLED_RULE = "by hash of the text ({share:.0%} test, {share:.0%} dev); all classes stand on all sides"
 GRADED_RULE = (

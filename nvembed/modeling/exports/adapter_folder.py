@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nvembed.formats import check_format, stamp
+from nvembed.core.formats import check_format, stamp
+from nvembed.core.runtime import no_progress_bars
 from nvembed.modeling import probes
 from nvembed.modeling.adapters import (
     ADAPTER_BASE,
@@ -34,9 +35,8 @@ from nvembed.modeling.config import EmbedderConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.exports.backbone_folder import HEAD_FILE
 from nvembed.modeling.folder import describe_folder
-from nvembed.modeling.quiet import no_progress_bars
-from nvembed.storage import UserError
 from nvembed.text.tokenise import Tokeniser
+from nvembed.types import UserError
 
 DESCRIPTION = "adapter.json"
 FORMAT_VERSION = 1

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from nvembed.core.runtime import no_progress_bars
 from nvembed.modeling.bidirectional import attends_ahead
 from nvembed.modeling.config import LastTokenConfig
 from nvembed.modeling.embedder import Embedder
-from nvembed.modeling.export import needs_code, write_prompts
 from nvembed.modeling.exports.parity import ParityError
-from nvembed.modeling.quiet import no_progress_bars
+from nvembed.modeling.sentence_folder import needs_code, write_prompts
 
 POOLING_FILE, HEAD_FILE = "pooling.json", "head/model.safetensors"
 

@@ -25,7 +25,7 @@ from nvembed.modeling.latent_attention import (
     LatentAttention,
     PreNorm,
 )
-from nvembed.storage import UserError
+from nvembed.types import UserError
 
 
 @torch.no_grad()

@@ -23,10 +23,10 @@ from torch import nn
 
 from nvembed.modeling.config import LastTokenConfig
 from nvembed.modeling.embedder import Embedder
-from nvembed.modeling.export import needs_code
 from nvembed.modeling.exports.parity import ParityError
 from nvembed.modeling.pooling import last_token_pool, mean_pool, normalise
-from nvembed.storage import UserError
+from nvembed.modeling.sentence_folder import needs_code
+from nvembed.types import UserError
 
 ONNX_FILE = "model.onnx"
 OPSET = 18

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nvembed.modeling.export import runs_only_our_code
+from nvembed.core.runtime import no_progress_bars
 from nvembed.modeling.exports.parity import Encode
 from nvembed.modeling.folder import load_embedder
-from nvembed.modeling.quiet import no_progress_bars
+from nvembed.modeling.sentence_folder import runs_only_our_code
 
 
 def folder_encoder(folder: Path, *, code: bool) -> tuple[Encode, str]:

@@ -15,17 +15,17 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from nvembed import storage
+from nvembed.core import storage
+from nvembed.core.steps import FORMAT_VERSION, Step, StepResult
 from nvembed.losses.objectives import build_objective
 from nvembed.modeling import folder as model_folder
 from nvembed.modeling.adapters import apply_adapter, keep_adapter, merge_adapter
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.exports import adapter_folder
-from nvembed.modeling.exports.write import ExportJob, export_model
+from nvembed.modeling.exports.export import ExportJob, export_model
 from nvembed.modeling.folder import load_embedder, save_embedder
-from nvembed.recipe import RECIPE_VERSION, load_recipe, resolved_yaml
-from nvembed.storage import Step, StepResult
+from nvembed.recipe.schema import RECIPE_VERSION, load_recipe, resolved_yaml
 from nvembed.text.config import TextConfig
 from nvembed.text.tokenise import Tokeniser
 from nvembed.training import checkpoint
@@ -124,7 +124,7 @@ def main() -> None:
             "model_folder": (model_folder.FORMAT_VERSION, lambda to: shutil.copytree(work / "model", to)),
             "adapter": (adapter_folder.FORMAT_VERSION, lambda to: shutil.copytree(work / "adapter", to)),
             "checkpoint": (checkpoint.FORMAT_VERSION, make_checkpoint),
-            "artifact": (storage.FORMAT_VERSION, make_artifact),
+            "artifact": (FORMAT_VERSION, make_artifact),
             "recipe": (RECIPE_VERSION, make_recipe),
         }
         for kind, (number, make) in samples.items():

@@ -13,8 +13,8 @@ from nvembed.modeling.config import FullConfig, LatentAttentionConfig, MeanConfi
 from nvembed.modeling.exports.folding import fold_embedder, fold_head
 from nvembed.modeling.folder import load_embedder, save_embedder
 from nvembed.modeling.latent_attention import FoldedLatentAttention, LatentAttention
-from nvembed.storage import UserError
 from nvembed.text.instructions import instruction_prefix
+from nvembed.types import UserError
 
 TEXTS = ["how do I sort a list", "", "Größe 東京 🙂", "heap overflow " * 30]
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from nvembed.modeling.config import LatentAttentionConfig
-from nvembed.modeling.export import runs_only_our_code
 from nvembed.modeling.exports.stock import folder_encoder
 from nvembed.modeling.folder import save_embedder
+from nvembed.modeling.sentence_folder import runs_only_our_code
 
 
 @pytest.mark.parametrize("what", ["ours", "changed", "added", "module", "auto_map"])

@@ -13,12 +13,12 @@ from nvembed.modeling.adapters import apply_adapter, keep_adapter, merge_adapter
 from nvembed.modeling.config import LastTokenConfig, LatentAttentionConfig, LoraConfig, MeanConfig
 from nvembed.modeling.exports import backbone_folder
 from nvembed.modeling.exports.adapter_folder import load_adapter_folder
+from nvembed.modeling.exports.export import ExportJob, export_model
 from nvembed.modeling.exports.onnx_graph import ONNX_FILE, check_attention
 from nvembed.modeling.exports.parity import Parity, ParityError, compare, refuse_beyond
-from nvembed.modeling.exports.write import ExportJob, export_model
 from nvembed.modeling.folder import load_embedder, save_embedder
-from nvembed.storage import UserError
 from nvembed.text.instructions import instruction_prefix
+from nvembed.types import UserError
 
 PREFIX = instruction_prefix("web_search")
 TEXTS = ("how do I sort a list", "x", "Größe 東京 🙂", "heap overflow " * 30)

@@ -1,0 +1,55 @@
+"""This process and the code it runs: git revision, freed memory, progress bars of transformers."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def git_revision(folder: Path | None = None) -> str | None:
+    """Revision of a checkout (by default the one this package runs from), `-dirty` added when it has changes.
+
+    None outside a checkout. Writes nothing: `git describe --dirty` would refresh git's index.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", *arguments]
+        place = folder or Path(__file__).parent
+        return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        revision = git("rev-parse", "HEAD")
+        return f"{revision}-dirty" if git("status", "--porcelain", "--untracked-files=no") else revision
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def trim() -> None:
+    """Return freed pages to the system; nothing where the C library is not glibc."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def give_back() -> None:
+    """Collect garbage, then `trim` (395 MiB after the quickstart's `initialise`)."""
+    gc.collect()
+    trim()
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Switch transformers' own bars off inside the block, and back to what they were."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

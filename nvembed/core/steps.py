@@ -1,0 +1,256 @@
+"""Pipeline steps and the publication of their results.
+
+A pipeline step turns a config and input artifacts into a directory. `manifest.json` is written last: only it makes the
+artifact exist. A step whose manifest carries the expected fingerprint is skipped; one with another fingerprint is
+refused with the difference; what has no manifest is never read as a result.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nvembed.core import storage
+from nvembed.core.formats import check_format, stamp, with_defaults
+from nvembed.core.retry import retried
+from nvembed.core.runtime import git_revision
+from nvembed.types import Artifact, Config, UserError
+
+MANIFEST = "manifest.json"
+
+
+STARTED = ".step.json"  # written when a step starts; lets a changed recipe be refused before anything is published
+
+
+WORKING = ("checkpoints", STARTED, ".tmp")  # never part of an artifact
+
+
+FORMAT_VERSION = 1
+
+
+class CorruptArtifactError(UserError):
+    """A file of an artifact is missing, truncated, or does not have the checksum its manifest states."""
+
+
+class ChangedRecipeError(UserError):
+    """The output belongs to another recipe than the one given now."""
+
+
+@retried
+def describe_files(uri: str) -> dict[str, dict[str, Any]]:
+    """`{relative path: {size, xxh3_128}}` of everything under a directory but working files and the manifest."""
+    fs, root = storage.filesystem(uri)
+    fs.invalidate_cache()
+    prefix = root.rstrip("/") + "/"
+    found = {}
+    for path in sorted(fs.find(root)):
+        relative = str(path)[len(prefix) :]
+        if relative == MANIFEST or relative.split("/", 1)[0] in WORKING or relative.endswith(".tmp"):
+            continue
+        full = storage.join(uri, relative)
+        found[relative] = {"size": int(fs.size(path)), "xxh3_128": storage.checksum(full)}
+    return found
+
+
+@retried
+def verify_files(uri: str, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check sizes and checksums of a directory's files.
+
+    Raises:
+        CorruptArtifactError: naming every file that is missing or differs.
+    """
+    problems = []
+    for name, expected in files.items():
+        full = storage.join(uri, name)
+        fs, path = storage.filesystem(full)
+        if not fs.exists(path):
+            problems.append(f"{name}: missing")
+        elif (size := int(fs.size(path))) != expected["size"]:
+            problems.append(f"{name}: {size} bytes, expected {expected['size']}")
+        elif storage.checksum(full) != expected["xxh3_128"]:
+            problems.append(f"{name}: checksum differs")
+    if problems:
+        listed = "; ".join(problems)
+        raise CorruptArtifactError(f"{uri} is corrupt: {listed}. Move the directory away and run again to rebuild it.")
+
+
+def load_artifact(uri: str, *, verify: bool = True) -> Artifact:
+    """Open a published artifact.
+
+    Raises:
+        CorruptArtifactError: no manifest, an unreadable one, or (with `verify`) files that do not match it.
+        FormatError: a format this nvembed does not read.
+    """
+    uri = storage.absolute(uri)
+    manifest_uri = storage.join(uri, MANIFEST)
+    if not storage.exists(manifest_uri):
+        raise CorruptArtifactError(f"{uri} has no {MANIFEST}: it is not a published artifact. Run its step first.")
+    manifest = _read_record(manifest_uri)
+    check_format(manifest, manifest_uri, newest=FORMAT_VERSION)
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise CorruptArtifactError(f"{manifest_uri} lists no files. Move the directory away.")
+    if verify:
+        verify_files(uri, files)
+    return Artifact(uri, manifest)
+
+
+def _read_record(uri: str) -> dict[str, Any]:
+    """A manifest or start file; anything but a JSON object is corruption."""
+    try:
+        found = storage.read_json(uri)
+    except ValueError as error:
+        raise CorruptArtifactError(f"{uri} cannot be read ({error}). Move the directory away.") from error
+    if not isinstance(found, dict):
+        raise CorruptArtifactError(f"{uri} is not a JSON object. Move the directory away.")
+    return found
+
+
+@dataclass
+class StepResult:
+    """What a step tells beyond its files."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A named kind of pipeline step.
+
+    Attributes:
+        kind: what it does ("mine"); a road may hold several steps of one kind under different names.
+        logic_version: bumped when the meaning of the result changes; part of the fingerprint.
+        build: `build(config, inputs, work_uri) -> StepResult`, writes its files under `work_uri`, which is the final
+            directory: until the manifest is there, nobody reads it. Must cope with what a killed run left behind.
+        cleared: True to empty the directory before building (steps without resumable working files).
+    """
+
+    kind: str
+    logic_version: int
+    build: Callable[[Any, Mapping[str, Artifact], str], StepResult]
+    cleared: bool = True
+
+    def fingerprint(self, config: Config, inputs: Mapping[str, Artifact]) -> str:
+        """Hash of everything that decides the result."""
+        return storage.hash_json(self._identity(config, inputs))
+
+    def _identity(self, config: Config, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "logic_version": self.logic_version,
+            "config": config.model_dump(mode="json"),
+            "inputs": {name: artifact.manifest_hash for name, artifact in sorted(inputs.items())},
+        }
+
+    def find(self, config: Config, inputs: Mapping[str, Artifact], uri: str) -> Artifact | None:
+        """The artifact already published at `uri` for exactly this identity, verified; None if none was published.
+
+        Raises:
+            ChangedRecipeError: `uri` holds, or was started as, something else.
+            CorruptArtifactError: it was published and is damaged.
+        """
+        uri = storage.absolute(uri)
+        identity = self._identity(config, inputs)
+        for name in (MANIFEST, STARTED):
+            if storage.exists(storage.join(uri, name)):
+                found = with_defaults(_read_record(storage.join(uri, name)), type(config))
+                _refuse_other_identity(found, identity, uri)
+        return load_artifact(uri) if storage.exists(storage.join(uri, MANIFEST)) else None
+
+    def run(
+        self,
+        config: Config,
+        inputs: Mapping[str, Artifact],
+        uri: str,
+        *,
+        fence: int = 0,
+        guard: Callable[[], None] | None = None,
+    ) -> Artifact:
+        """Return the published artifact, building it first when it does not exist yet.
+
+        Args:
+            fence: fencing number of the lease under which this runs; recorded.
+            guard: called right before publication; raises when the output was taken over by another run.
+        """
+        uri = storage.absolute(uri)
+        published = self.find(config, inputs, uri)
+        if published is not None:
+            remove_working_files(uri)
+            return published
+        identity = self._identity(config, inputs)
+        _prepare_directory(uri, clear=self.cleared)
+        storage.write_json(storage.join(uri, STARTED), identity)
+        started = time.time()
+        result = self.build(config, inputs, uri)
+        files = describe_files(uri)
+        manifest = {
+            **stamp(FORMAT_VERSION),
+            **identity,
+            "fingerprint": self.fingerprint(config, inputs),
+            "content_hash": storage.hash_json({"fingerprint": self.fingerprint(config, inputs), "files": files}),
+            "input_uris": {name: artifact.uri for name, artifact in sorted(inputs.items())},
+            "files": files,
+            "rows": result.rows,
+            "metrics": result.metrics,
+            "timing": {"started": started, "seconds": time.time() - started},
+            "git_revision": git_revision(),
+            "fence": fence,
+        }
+        if guard is not None:
+            guard()
+        storage.write_json(storage.join(uri, MANIFEST), manifest)
+        remove_working_files(uri)
+        return Artifact(uri, manifest)
+
+
+def remove_working_files(uri: str) -> None:
+    """Delete what a published step no longer needs (also what a run killed right after publication left)."""
+    for name in WORKING:
+        storage.remove(storage.join(uri, name))
+
+
+def _prepare_directory(uri: str, *, clear: bool) -> None:
+    """Make a step's directory, or take over what a killed run of ours left; refuse one that no run of ours started.
+
+    The start file goes last: killed half-way through, the rest is still known to be ours.
+    """
+    names = storage.list_directory(uri)
+    if names and STARTED not in names:
+        raise UserError(f"{uri} holds files this run did not make ({', '.join(names[:5])}). Choose another --out.")
+    if clear:
+        for name in sorted(names, key=lambda name: name == STARTED):
+            storage.remove(storage.join(uri, name))
+    storage.make_directory(uri)
+
+
+def _refuse_other_identity(found: Mapping[str, Any], expected: Mapping[str, Any], uri: str) -> None:
+    changes = differences({key: found.get(key) for key in expected}, expected)
+    if changes:
+        listed = "\n  ".join(changes)
+        raise ChangedRecipeError(
+            f"{uri} was made with another recipe:\n  {listed}\n"
+            "Use another --out, restore the recipe, or move the directory away."
+        )
+
+
+_ABSENT = object()
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lines `path: old -> new` for every leaf in which two JSON values differ; a key that is not there is `(none)`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = []
+        for key in sorted(set(old) | set(new), key=str):
+            here = f"{path}.{key}" if path else str(key)
+            lines += differences(old.get(key, _ABSENT), new.get(key, _ABSENT), here)
+        return lines
+    before, after = (_shown(value) for value in (old, new))  # as text: in JSON 1, 1.0 and true are not the same
+    return [] if before == after else [f"{path}: {before} -> {after}"]
+
+
+def _shown(value: Any) -> str:
+    return "(none)" if value is _ABSENT else json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,180 @@
+"""Files at any fsspec URI, and the publication of pipeline steps (layer 0).
+
+A pipeline step turns a config and input artifacts into a directory. `manifest.json` is written last: only it makes the
+artifact exist. A step whose manifest carries the expected fingerprint is skipped; one with another fingerprint is
+refused with the difference; what has no manifest is never read as a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import xxhash
+from fsspec.implementations.local import LocalFileSystem
+
+from nvembed.core.retry import RetriedFile, placed, retried
+from nvembed.types import UserError
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The fsspec filesystem of a URI and the path inside it."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    return fs, path
+
+
+def is_local(uri: str) -> bool:
+    """True when the URI is on this machine's file system."""
+    return isinstance(filesystem(uri)[0], LocalFileSystem)
+
+
+def local_path(uri: str) -> Path:
+    """The local path of a URI.
+
+    Raises:
+        UserError: the URI is not on this machine's file system.
+    """
+    if not is_local(uri):
+        raise UserError(f"{uri}: this needs a local path; mount the storage or copy the folder first")
+    return Path(filesystem(uri)[1])
+
+
+def absolute(uri: str) -> str:
+    """The URI with a local relative path made absolute, no trailing slash."""
+    return os.path.abspath(filesystem(uri)[1]) if is_local(uri) else uri.rstrip("/")
+
+
+def join(uri: str, *parts: str) -> str:
+    """Child of a URI."""
+    return "/".join((uri.rstrip("/"), *parts))
+
+
+@retried
+def exists(uri: str) -> bool:
+    """Whether something is at the URI."""
+    fs, path = filesystem(uri)
+    return bool(fs.exists(path))
+
+
+@retried
+def make_directory(uri: str) -> None:
+    """Create a directory and its parents."""
+    fs, path = filesystem(uri)
+    fs.makedirs(path, exist_ok=True)
+
+
+@retried
+def remove(uri: str) -> None:
+    """Delete a file or a tree that this run made; nothing happens if it is not there."""
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+@retried
+def list_directory(uri: str) -> list[str]:
+    """Names directly under a URI, sorted; empty if it does not exist."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    if not fs.exists(path):
+        return []
+    return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
+
+
+@retried
+def read_bytes(uri: str) -> bytes:
+    """Contents of a file."""
+    fs, path = filesystem(uri)
+    with fs.open(path, "rb") as file:
+        data: bytes = file.read()
+    return data
+
+
+@retried
+def size(uri: str) -> int:
+    """Bytes of a file."""
+    fs, path = filesystem(uri)
+    return int(fs.size(path))
+
+
+@retried
+def open_reader(uri: str) -> io.BufferedReader:
+    """A file to read, seekable; from a remote store a read that fails for a while is repeated."""
+    fs, path = filesystem(uri)
+    file = fs.open(path, "rb")
+    return io.BufferedReader(file if isinstance(fs, LocalFileSystem) else RetriedFile(file), _CHUNK)
+
+
+@contextmanager
+def open_writer(uri: str) -> Iterator[IO[bytes]]:
+    """A file to write at any URI, its folder made. Not atomic: for what a manifest or a later pass vouches for."""
+    fs, path = filesystem(uri)
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    with placed(uri), fs.open(path, "wb") as file:
+        yield file
+
+
+@retried
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a file atomically: readers see the old contents or the new, never a part (local: temp file + rename)."""
+    fs, path = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):  # object stores publish a whole object on close
+        with fs.open(path, "wb") as file:
+            file.write(data)
+        return
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        with placed(uri), open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(uri: str) -> Any:
+    """Parsed JSON of a file."""
+    return json.loads(read_bytes(uri))
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Write JSON atomically, keys sorted, indented."""
+    write_bytes(uri, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+@retried
+def checksum(uri: str) -> str:
+    """xxh3-128 of a file's bytes, as hex: finds corruption; it is not a defence against an attacker."""
+    digest = xxhash.xxh3_128()
+    fs, path = filesystem(uri)
+    with fs.open(path, "rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()).hexdigest()
+
+
+# -- artifacts ------------------------------------------------------------------------------------------------------

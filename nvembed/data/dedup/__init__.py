@@ -1,0 +1,1 @@
+"""Near duplicates, contained texts and decontamination."""

@@ -1,0 +1,1 @@
+"""Jobs on virtual machines of a cloud, through `ray up`."""

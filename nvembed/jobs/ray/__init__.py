@@ -1,0 +1,1 @@
+"""Jobs on an existing Ray cluster, through the Ray Jobs API."""

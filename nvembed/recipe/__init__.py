@@ -1,0 +1,1 @@
+"""The recipe: schema, document with line marks, validation, cross-checks, differences."""

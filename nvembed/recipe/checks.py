@@ -1,0 +1,230 @@
+"""What has to fit together across a recipe's sections (layer 6). Pure: valid sections in, problems out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nvembed.core.secrets import why_refused
+from nvembed.mining.config import RandomNegatives
+from nvembed.modeling.config import FoldedLatentAttentionConfig, LatentAttentionConfig, RandomBackbone
+from nvembed.modeling.shapes import known_shape
+from nvembed.recipe.document import Document, Path, Problem, nearest
+from nvembed.text.instructions import CATALOGUE
+
+Sections = Mapping[Path, Any]
+
+
+def check(found: Sections, document: Document) -> list[Problem]:
+    """Everything that does not fit, of the sections that are valid by themselves."""
+
+    def problem(path: Path, message: str) -> Problem:
+        return Problem(document.position(path), path, message)
+
+    wrong = [
+        *_datasets(document),
+        *_instructions(document),
+        *_leaks(found, document),
+        *_backbone(found),
+        *_student(found),
+        *_mining(found),
+        *_remining(found, document),
+        *_names(found),
+        *_secrets(document.data, ()),
+        *_floors(found, document),
+    ]
+    for stage in ("stage_1", "stage_2", "student"):
+        wrong += [*_stage(stage, found), *_widths((stage, "train", "objective", "matryoshka_dims"), found)]
+    for stage in ("stage_1", "stage_2"):
+        wrong += _weights(stage, found, document)
+    for path in (("evaluate", "dims"), ("student", "evaluate", "dims"), ("baselines", "evaluate", "dims")):
+        wrong += _widths(path, found)
+    if document.data.get("stage_1") is not None and document.data.get("initialise") is None:
+        wrong.append((("initialise",), "missing; stage_1 trains the model that it makes"))
+    if document.data.get("stage_2") is not None and document.data.get("stage_1") is None:
+        wrong.append((("stage_1",), "missing; stage_2 goes on from it"))
+    return [problem(path, message) for path, message in wrong]
+
+
+Found = Iterator[tuple[Path, str]]
+
+
+def _attribute(found: Sections, path: Path) -> Any:
+    """The value at a path, through the deepest valid section on the way; None where there is none."""
+    for end in range(len(path), 0, -1):
+        if path[:end] in found:
+            value = found[path[:end]]
+            for part in path[end:]:
+                value = getattr(value, str(part), None)
+            return value
+    return None
+
+
+def _secrets(value: Any, path: Path) -> Found:
+    """A recipe is stored in every artifact, so no value of it may be a secret."""
+    if isinstance(value, str):
+        if why := why_refused(value):
+            yield path, why
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _secrets(item, (*path, key))
+
+
+def _source_names(document: Document) -> list[tuple[Path, str]]:
+    sources = document.get(("prepare", "sources"))
+    listed = enumerate(sources) if isinstance(sources, list) else ()
+    return [
+        (("prepare", "sources", index, "name"), source["name"])
+        for index, source in listed
+        if isinstance(source, dict) and isinstance(source.get("name"), str)
+    ]
+
+
+def _datasets(document: Document) -> Found:
+    if document.get(("prepare", "sources")) == []:
+        yield ("prepare", "sources"), "empty; name at least one data set"
+    seen: set[str] = set()
+    for path, name in _source_names(document):
+        if name in seen:
+            yield path, f"{name!r} names two data sets; names must differ"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            yield path, f"{name!r} cannot name a folder; use letters, digits, _ . -"
+        seen.add(name)
+
+
+def _instructions(document: Document) -> Found:
+    sources = document.get(("prepare", "sources"))
+    for index, source in enumerate(sources) if isinstance(sources, list) else ():
+        instruction = source.get("instruction") if isinstance(source, dict) else None
+        if not isinstance(instruction, str) or instruction in CATALOGUE or " " in instruction.strip():
+            continue
+        hint = f"{nearest(instruction, list(CATALOGUE))} Keys: {', '.join(CATALOGUE)}."
+        message = f"{instruction!r} is no key of the catalogue and no sentence.{hint}"
+        yield ("prepare", "sources", index, "instruction"), message
+
+
+def _leaks(found: Sections, document: Document) -> Found:
+    names = [name for _, name in _source_names(document)]
+    for index, name in enumerate(_attribute(found, ("prepare", "decontaminate", "allow")) or ()):
+        if names and name not in names:
+            path: Path = ("prepare", "decontaminate", "allow", index)
+            yield path, f"no data set of this name.{nearest(name, names)} prepare.sources has: {', '.join(names)}."
+
+
+def _weights(stage: str, found: Sections, document: Document) -> Found:
+    weights = _attribute(found, (stage, "stream", "weights"))
+    names = [name for _, name in _source_names(document)]
+    if not weights or not names:
+        return
+    for name, weight in weights.items():
+        path: Path = (stage, "stream", "weights", name)
+        if name not in names:
+            yield path, f"no data set of this name.{nearest(name, names)} prepare.sources has: {', '.join(names)}."
+        if not 0 < weight < float("inf"):
+            yield path, f"{weight}: must be a number above 0; leave the data set out instead"
+    for name in _attribute(found, (stage, "stream", "caps")) or {}:
+        if name not in weights:
+            yield (stage, "stream", "caps", name), f"not among {stage}.stream.weights.{nearest(name, list(weights))}"
+
+
+def _floors(found: Sections, document: Document) -> Found:
+    names = [name for _, name in _source_names(document)]
+    for name in _attribute(found, ("register", "gate", "floors")) or {}:
+        if names and name not in names:
+            path: Path = ("register", "gate", "floors", name)
+            yield path, f"no data set of this name.{nearest(name, names)} prepare.sources has: {', '.join(names)}."
+
+
+def _stage(stage: str, found: Sections) -> Found:
+    def value(*path: str) -> Any:
+        return _attribute(found, (stage, *path))
+
+    wanted = "distill" if stage == "student" else "contrastive"
+    objective = value("train", "objective", "type")
+    if objective not in (None, wanted):
+        yield (stage, "train", "objective", "type"), f"{objective!r}: {stage} takes the objective {wanted!r}"
+    size, workers = value("stream", "global_batch_size"), value("train", "num_workers")
+    if size and workers and size % workers:
+        fits = sorted({size - size % workers, size + workers - size % workers} - {0})
+        yield (
+            (stage, "stream", "global_batch_size"),
+            f"{size} examples cannot be divided over {stage}.train.num_workers = {workers}; "
+            f"nearest that can: {' or '.join(map(str, fits))}",
+        )
+    steps, warmup = value("stream", "steps"), value("train", "optimiser", "warmup_steps")
+    if steps and warmup and warmup > steps:
+        yield (stage, "train", "optimiser", "warmup_steps"), f"{warmup} is more than {stage}.stream.steps = {steps}"
+    if value("train", "objective", "in_batch") is False and value("stream", "num_negatives") == 0:
+        message = f"0 negatives with {stage}.train.objective.in_batch false: there is nothing to tell a positive from"
+        yield (stage, "stream", "num_negatives"), message
+
+
+def _widths(path: Path, found: Sections) -> Found:
+    dims = _attribute(found, path)
+    backbone = _attribute(found, ("initialise", "backbone"))
+    shape = known_shape(backbone) if backbone is not None else None
+    for index, dim in enumerate(dims or ()):
+        if dim < 1 or (shape is not None and dim > shape.hidden):
+            bound = f" to {shape.hidden}, the backbone's width" if shape is not None else ""
+            yield (*path, index), f"{dim}: a Matryoshka prefix is from 1{bound}"
+        if dim in dims[:index]:
+            yield (*path, index), f"{dim}: listed twice"
+
+
+def _backbone(found: Sections) -> Found:
+    backbone, pooling = (_attribute(found, ("initialise", *path)) for path in (("backbone",), ("embedder", "pooling")))
+    if isinstance(pooling, FoldedLatentAttentionConfig):
+        yield ("initialise", "embedder", "pooling", "type"), "a folded head cannot be trained; use latent_attention"
+    shape = known_shape(backbone) if backbone is not None else None
+    if shape is None:
+        return
+    here: Path = ("initialise", "backbone")
+    if backbone.num_layers is not None and backbone.num_layers > shape.layers_available:
+        yield (*here, "num_layers"), f"{backbone.num_layers}: the backbone has {shape.layers_available} layers"
+    if isinstance(backbone, RandomBackbone):
+        if backbone.hidden_size % backbone.num_heads:
+            yield (*here, "num_heads"), f"{backbone.num_heads} does not divide hidden_size = {backbone.hidden_size}"
+        if backbone.num_heads % backbone.num_key_value_heads:
+            message = f"{backbone.num_key_value_heads} does not divide num_heads = {backbone.num_heads}"
+            yield (*here, "num_key_value_heads"), message
+    if isinstance(pooling, LatentAttentionConfig) and pooling.head_dim is None and shape.hidden % pooling.num_heads:
+        message = f"{pooling.num_heads} does not divide the width {shape.hidden}; choose another, or give head_dim"
+        yield ("initialise", "embedder", "pooling", "num_heads"), message
+
+
+def _student(found: Sections) -> Found:
+    backbone, layers = (
+        _attribute(found, ("initialise", "backbone")),
+        _attribute(found, ("student", "init", "num_layers")),
+    )
+    shape = known_shape(backbone) if backbone is not None else None
+    if layers is not None and shape is not None and layers >= shape.layers:
+        message = f"{layers}: a student has fewer layers than its teacher, which has {shape.layers}"
+        yield ("student", "init", "num_layers"), message
+
+
+def _mining(found: Sections) -> Found:
+    kept, depth = _attribute(found, ("mine", "num_negatives")), _attribute(found, ("mine", "depth"))
+    if kept and depth and kept > depth:
+        yield ("mine", "num_negatives"), f"{kept}: only mine.depth = {depth} candidates are searched"
+    for stage in ("stage_1", "stage_2"):
+        wanted = _attribute(found, (stage, "stream", "num_negatives"))
+        if wanted and kept and wanted > kept:
+            message = f"{wanted}: mine.num_negatives keeps only {kept} per example"
+            yield (stage, "stream", "num_negatives"), message
+
+
+def _remining(found: Sections, document: Document) -> Found:
+    if document.data.get("remine") is not True:
+        return
+    if document.data.get("stage_2") is None:
+        yield ("remine",), "true: only stage_2 learns from what is mined again, and there is none"
+    if isinstance(_attribute(found, ("mine", "rule")), RandomNegatives):
+        yield ("remine",), "true: mine.rule draws at random, which no model changes"
+
+
+def _names(found: Sections) -> Found:
+    teacher, student = (_attribute(found, ("register", f"{model}_name")) for model in ("teacher", "student"))
+    if teacher is not None and teacher == student:
+        yield ("register", "student_name"), f"{student!r} is the teacher's name too; models need their own"

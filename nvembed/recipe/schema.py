@@ -1,0 +1,189 @@
+"""The recipe: every section of a run in one YAML file, checked whole before anything runs (layer 6).
+
+Pydantic only: reading and checking a recipe needs neither torch nor ray nor mlflow. The recipe composes the sections
+that the packages own; a step is given its own section and never sees this class.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import Field
+
+from nvembed.core import storage
+from nvembed.core.formats import own_version
+from nvembed.core.secrets import mask
+from nvembed.data.config import PrepareConfig
+from nvembed.distill.config import CompareConfig, TeachConfig
+from nvembed.evaluation.config import BaselineConfig, EvaluateConfig
+from nvembed.mining.config import MineConfig
+from nvembed.modeling.config import InitialiseConfig, TruncateConfig
+from nvembed.recipe.checks import check
+from nvembed.recipe.document import Document, Position, Problem, override, parse
+from nvembed.recipe.validation import validate
+from nvembed.registry.config import RegisterConfig
+from nvembed.stream.config import DistillStreamConfig, StreamConfig
+from nvembed.tracking.config import TrackingConfig
+from nvembed.training.config import TrainConfig
+from nvembed.types import Config, UserError
+
+T = TypeVar("T")
+if TYPE_CHECKING:  # a story's `needs` guarantees the sections it reads, so its code need not ask each time
+    Given = Annotated[T, "absent where no story needs it"]
+else:
+    Given = T | None
+ABSENT: Any = None
+RECIPE_VERSION = 1
+
+
+class Stage(Config):
+    """A stage of training: its stream and how it is trained."""
+
+    stream: StreamConfig
+    train: TrainConfig
+
+
+class StudentStage(Config):
+    """The student: how it starts, its stream of teacher vectors, its training and evaluation."""
+
+    init: TruncateConfig
+    stream: DistillStreamConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    compare: CompareConfig = CompareConfig()
+
+
+class ClusterConfig(Config):
+    """The local Ray cluster a run starts when RAY_ADDRESS names none. Never changes a result."""
+
+    local_cpus: int | None = Field(None, ge=1, description="Logical CPUs; null: enough for the recipe's workers.")
+    object_store_mb: int = Field(200, ge=80)
+
+
+warnings.filterwarnings("ignore", message='Field name "register" in "Recipe" shadows')  # of the metaclass; unharmed
+
+
+class Recipe(Config):
+    """One run. Sections that no story of the run needs may be left out."""
+
+    version: Literal[1] = Field(1, description="Of this file's format; left out, it is 1.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Also names the default output, runs/<name>."
+    )
+    description: str = ""
+    prepare: PrepareConfig
+    initialise: Given[InitialiseConfig] = ABSENT
+    mine: MineConfig = MineConfig()
+    stage_1: Given[Stage] = ABSENT
+    stage_2: Stage | None = None
+    remine: bool = Field(
+        False, description="Mine again with the stage-1 model, by the settings of `mine`; stage 2 learns from that."
+    )
+    baselines: BaselineConfig = BaselineConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    teacher: Given[str] = Field(ABSENT, min_length=1, description="Model folder or models:/name@alias to distil from.")
+    teach: Given[TeachConfig] = ABSENT
+    student: Given[StudentStage] = ABSENT
+    tracking: TrackingConfig = TrackingConfig()
+    register: RegisterConfig = RegisterConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be run; `problems` holds everything wrong with it."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(sorted(set(problems), key=_order))
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(mask("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in self.problems)])))
+
+
+def load_recipe(path: str, overrides: Sequence[str] = (), needs: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: YAML file, local or any fsspec URI.
+        overrides: `a.b=c` settings, the value in YAML.
+        needs: names of sections that must be there.
+
+    Raises:
+        RecipeError: listing everything that is wrong, each with its path, line, value, what is allowed, nearest match.
+        UserError: there is no such file.
+    """
+    return read_recipe(path, overrides, needs)[0]
+
+
+def read_recipe(path: str, overrides: Sequence[str] = (), needs: Sequence[str] = ()) -> tuple[Recipe, Document]:
+    """A checked recipe, and the document that says where each of its values was written; see `load_recipe`."""
+    document, problems = parse(read_yaml(path), path)
+    if problems and not document.data:
+        raise RecipeError(path, problems)
+    _refuse_newer(document, path)
+    problems += override(document, overrides)
+    found, wrong = validate(Recipe, document)
+    problems += wrong
+    for name in needs:
+        if document.data.get(name) is None:
+            problems.append(Problem(document.position(()), (name,), "missing; this story needs the section"))
+    problems += check(found, document)
+    if problems:
+        raise RecipeError(path, problems)
+    return Recipe.model_validate(document.data), document
+
+
+def _refuse_newer(document: Document, path: str) -> None:
+    """A recipe of a later format is refused as a whole: what this nvembed does not know in it says nothing."""
+    found = document.data.get("version")
+    if isinstance(found, int) and found > RECIPE_VERSION:
+        said = (
+            f"{found}: this recipe is for a newer nvembed; {own_version()} reads version {RECIPE_VERSION}. "
+            "Run: pip install --upgrade nvembed"
+        )
+        raise RecipeError(path, [Problem(document.position(("version",)), ("version",), said)])
+
+
+def _order(problem: Problem) -> tuple[bool, int, int, str]:
+    position: Position = problem.position
+    return (position.line == 0, position.line, position.column, str(problem))
+
+
+def read_yaml(path: str, what: str = "recipe") -> str:
+    """The text of a recipe (or another file of ours); a UserError with the nearest name where there is none."""
+    try:
+        return storage.read_bytes(path).decode("utf-8")
+    except FileNotFoundError as error:
+        folder, _, name = path.rpartition("/")
+        try:
+            there = [found for found in storage.list_directory(folder or ".") if found.endswith((".yaml", ".yml"))]
+        except (OSError, ValueError):
+            there = []
+        near = difflib.get_close_matches(name, there, n=1)
+        hint = f" Did you mean {storage.join(folder, near[0]) if folder else near[0]}?" if near else ""
+        raise UserError(f"{path}: no such {what}.{hint}") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path}: cannot be read as a {what} ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 (byte {error.start})") from error
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe with every default written out; reading it gives the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+__all__ = [
+    "ClusterConfig",
+    "Document",
+    "Recipe",
+    "RecipeError",
+    "Stage",
+    "StudentStage",
+    "load_recipe",
+    "read_recipe",
+    "read_yaml",
+    "resolved_yaml",
+]

@@ -1,0 +1,49 @@
+"""`<out>/steps.json`: what every attempt of a run did, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nvembed.core import storage
+
+RECORDS = "steps.json"
+
+
+@dataclass(frozen=True)
+class Past:
+    """What `steps.json` says of an output, for reading only; `steps` are of all runs, each as it stood last."""
+
+    steps: list[dict[str, Any]]
+    wall_seconds: float
+    peak_mb: float
+
+
+def read_records(out: str) -> Past | None:
+    """The records of an output, None where it has none."""
+    file = storage.join(out, RECORDS)
+    if not storage.exists(file):
+        return None
+    attempts = storage.read_json(file)["attempts"]
+    latest = {name: entry for attempt in attempts for name, entry in attempt["steps"].items()}
+    return Past(
+        steps=[whole_step(attempts, name, entry) for name, entry in latest.items()],
+        wall_seconds=float(sum(attempt["seconds"] for attempt in attempts)),
+        peak_mb=float(max((attempt["peak_pss_mb"] for attempt in attempts), default=0.0)),
+    )
+
+
+def whole_step(attempts: Sequence[Mapping[str, Any]], name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A step over all attempts."""
+    parts = [attempt["steps"][name] for attempt in attempts if name in attempt["steps"]]
+    worked = [part for part in parts if part["status"] != "skipped"] or parts
+    peaks = [part["peak_pss_mb"] for part in worked if part["peak_pss_mb"] is not None]
+    return {
+        "name": name,
+        "status": entry["status"],
+        "seconds": sum(part["seconds"] for part in worked) if worked is not parts else worked[-1]["seconds"],
+        "peak_pss_mb": max(peaks) if peaks else None,
+        "artifact": entry["artifact"],
+        "attempts": len(worked),
+    }

@@ -1,0 +1,289 @@
+"""Exact inner-product top-k over document shards, in bounded memory, the same bytes for any division of the work.
+
+Documents stream through in segments, queries stay. Products in bf16 (fp32 where the processor has no bf16) propose;
+what counts is the fp64 dot of each pair, added up in a fixed order. A document is left out only on proof
+(`search_bounds.py`), every query carries a certificate of that, and ties of any number are settled by id.
+
+Shapes: Q queries, N documents, D dimensions, k results.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nvembed.retrieval.exact.bounds import has_bf16
+from nvembed.retrieval.exact.scan import QUERY_BLOCK, TILE, QueryBlock, Segment
+from nvembed.retrieval.exact.topk import Best, order_by_score, pair_scores
+from nvembed.types import UserError
+
+__all__ = ["Found", "order_by_score", "pair_scores", "search_exact", "search_shards", "search_vectors"]
+
+SEGMENT_BYTES = 96 * 2**20  # fp32 bytes of the documents that are searched together; bf16 adds half of it
+Shards = Iterable[tuple[Sequence[str] | np.ndarray, np.ndarray]]
+
+
+@dataclass
+class Found:
+    """What a search found for Q queries.
+
+    Attributes:
+        plain: the best documents; None when none were asked for.
+        under: the best strictly below each query's ceiling; None without ceilings.
+        above_Q: int64 [Q], documents at or above the ceiling; zeros when they were not counted.
+        certificate_Q: float64 [Q], the k-th score less the best possible score of anything left out. Never negative;
+            +inf where nothing was left out. How large it is depends on how the work was divided, its sign does not.
+        again: queries that were searched again with fp32 products.
+        documents: how many were searched.
+    """
+
+    plain: Best | None
+    under: Best | None
+    above_Q: np.ndarray
+    certificate_Q: np.ndarray
+    again: int
+    documents: int
+
+
+def search_vectors(
+    queries: np.ndarray,
+    documents: np.ndarray | Iterable[np.ndarray],
+    k: int,
+    *,
+    ceiling: np.ndarray | None = None,
+    precision: str = "auto",
+    device: str = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k documents with the highest inner product for every query, exactly; ties by row number, ascending.
+
+    Args:
+        queries: float [Q, D]; used as float32.
+        documents: float [N, D], a memory-mapped array included (no more than a segment of it is in memory), or an
+            iterable of such arrays in order, read once.
+        k: results per query.
+        ceiling: float [Q]; only documents whose score is strictly below count. For positive-aware mining.
+        precision: of the products that propose: "bf16", "fp32", or "auto" (bf16 where the processor has it). It changes
+            the time, never the result.
+        device: "cpu", "cuda" or "cuda:1".
+
+    Returns:
+        int64 [Q, k] row numbers, best first, -1 where fewer than k documents qualify, and float64 [Q, k] inner
+        products, -inf there.
+
+    Raises:
+        UserError: shapes that do not fit, k < 1, vectors that are not finite, a precision the device lacks.
+
+    Source: TPU-KNN (arXiv 2206.14286) for exact search at the speed of the product; the bounds are our own use of
+    Higham, Accuracy and Stability of Numerical Algorithms, 3.1.
+    """
+    query_QD = as_matrix(queries, "queries")
+    ceiling_Q = None if ceiling is None else np.asarray(ceiling, dtype=np.float64)
+    if ceiling_Q is not None and ceiling_Q.shape != (len(query_QD),):
+        raise UserError(f"ceiling has shape {ceiling_Q.shape}; one number per query, ({len(query_QD)},), is needed")
+    found = search_shards(
+        query_QD,
+        numbered(documents),
+        plain=k if ceiling_Q is None else 0,
+        under=k if ceiling_Q is not None else 0,
+        ceiling_Q=ceiling_Q,
+        precision=precision,
+        device=device,
+        id_type=np.int64,
+    )
+    best = found.plain or found.under
+    assert best is not None
+    return np.where(np.isfinite(best.scores_QK), best.ids_QK, -1), best.scores_QK
+
+
+def search_exact(
+    query_QD: np.ndarray, shards: Shards, k: int, block: int = TILE, *, below_Q: np.ndarray | None = None
+) -> tuple[list[list[str]], np.ndarray]:
+    """`search_vectors` for documents with ids of their own; ties by id, ascending.
+
+    Args:
+        query_QD: float32 [Q, D].
+        shards: `(ids, float32 [N, D])`, read once; ids are unique over all shards.
+        k: results per query.
+        block: documents multiplied at once.
+        below_Q: float64 [Q]; only documents whose score is strictly below count (the mining rule's ceiling).
+
+    Returns:
+        ids [Q][<= k] best first, and float64 scores [Q, k], -inf where fewer than k documents exist (k is cut to the
+        number of documents).
+    """
+    found = search_shards(
+        query_QD,
+        shards,
+        plain=k if below_Q is None else 0,
+        under=k if below_Q is not None else 0,
+        ceiling_Q=below_Q,
+        tile=block,
+    )
+    best = found.plain or found.under
+    assert best is not None
+    width = min(k, found.documents)
+    scores_QK = best.scores_QK[:, :width]
+    ids = [list(row[: int(count)]) for row, count in zip(best.ids_QK, np.isfinite(scores_QK).sum(axis=1), strict=True)]
+    return ids, scores_QK
+
+
+def search_shards(
+    query_QD: np.ndarray,
+    shards: Shards,
+    *,
+    plain: int,
+    under: int = 0,
+    ceiling_Q: np.ndarray | None = None,
+    count_above: bool = False,
+    precision: str = "auto",
+    device: str = "cpu",
+    tile: int = TILE,
+    id_type: np.dtype | type = object,
+) -> Found:
+    """Search every shard for every query: the whole of it, or one part whose `Best` lists are merged with others.
+
+    Args:
+        query_QD: float32 [Q, D].
+        shards: `(ids, float32 [N, D])`, read once; ids are unique over all shards.
+        plain: length of the plain list; 0 for none.
+        under: length of the list below `ceiling_Q`; 0 for none.
+        ceiling_Q: float64 [Q]; +inf for queries without a ceiling.
+        count_above: whether documents at or above the ceiling are counted, exactly.
+        tile: documents multiplied at once.
+        id_type: numpy type of the ids: object for strings, int64 for row numbers.
+    """
+    if max(plain, under) < 1:
+        raise UserError(f"k is {max(plain, under)}; at least one result per query is needed")
+    precision = choose_precision(precision, device)
+    query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
+    blocks = [
+        QueryBlock(
+            query_QD[start : start + QUERY_BLOCK],
+            plain=plain,
+            under=under,
+            ceiling_Q=None if ceiling_Q is None else np.asarray(ceiling_Q[start : start + QUERY_BLOCK], np.float64),
+            count_above=count_above,
+            precision=precision,
+            device=device,
+            tile=tile,
+            id_type=id_type,
+        )
+        for start in range(0, max(len(query_QD), 1), QUERY_BLOCK)
+    ]
+    documents = 0
+    for ids_S, matrix_SD in _segments(shards, query_QD.shape[1], id_type):
+        segment = Segment(ids_S, matrix_SD, precision, device)
+        documents += len(segment)
+        for block in blocks:
+            block.add(segment)
+    return Found(
+        _joined([block.plain for block in blocks]),
+        _joined([block.under for block in blocks]),
+        np.concatenate([block.above_Q for block in blocks]),
+        np.concatenate([block.certificates() for block in blocks]),
+        int(sum(block.again_Q.sum() for block in blocks)),
+        documents,
+    )
+
+
+def choose_precision(precision: str, device: str) -> str:
+    """bf16 or fp32 for the products that propose, and torch told to keep to them.
+
+    Raises:
+        UserError: bf16 was asked for and the device has none; another device than cpu or cuda.
+    """
+    if device != "cpu":
+        if not device.startswith("cuda") or not torch.cuda.is_available():
+            raise UserError(f"device {device!r} is not here; use cpu, or cuda where torch finds a GPU")
+        torch.backends.cuda.matmul.allow_tf32 = False  # 10-bit products would break the fp32 bound
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    elif torch.get_float32_matmul_precision() != "highest":
+        torch.set_float32_matmul_precision("highest")
+    if precision == "bf16" and not has_bf16(device):
+        raise UserError("precision bf16: this processor has no bf16 products; use auto or fp32")
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"precision {precision!r}: choose auto, bf16 or fp32")
+    return ("bf16" if has_bf16(device) else "fp32") if precision == "auto" else precision
+
+
+def as_matrix(vectors: np.ndarray, name: str) -> np.ndarray:
+    """float32 [Q, D] of what a user hands in.
+
+    Raises:
+        UserError: not two-dimensional.
+    """
+    matrix = np.asarray(vectors)
+    if matrix.ndim != 2:
+        raise UserError(f"{name} has shape {matrix.shape}; a matrix of one vector per row is needed")
+    return np.ascontiguousarray(matrix, dtype=np.float32)
+
+
+def numbered(documents: np.ndarray | Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`(row numbers, vectors)` of an array or of a stream of arrays; what was read of a map of a file is let go."""
+    parts = [documents] if isinstance(documents, np.ndarray) else documents
+    first = 0
+    for part in parts:
+        if part.ndim != 2:
+            raise UserError(f"documents has shape {part.shape}; a matrix of one vector per row is needed")
+        rows = segment_rows(part.shape[1])
+        for start in range(0, len(part), rows):
+            piece = part[start : start + rows]
+            yield np.arange(first + start, first + start + len(piece)), piece
+            _let_go(part)
+        first += len(part)
+
+
+def _let_go(array: np.ndarray) -> None:
+    """Pages of a memory-mapped file count as ours until the kernel wants them back; hand them back at once."""
+    mapped = getattr(array, "_mmap", None)
+    if isinstance(array, np.memmap) and array.mode == "r" and isinstance(mapped, mmap.mmap):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def segment_rows(dim: int) -> int:
+    """Documents of a segment."""
+    return max(SEGMENT_BYTES // (4 * max(dim, 1)), 1)
+
+
+def _segments(shards: Shards, dim: int, id_type: np.dtype | type) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Shards cut and joined into segments; a whole segment inside one shard is not copied."""
+    rows = segment_rows(dim)
+    waiting: list[tuple[np.ndarray, np.ndarray]] = []
+    count = 0
+    for ids, matrix_ND in shards:
+        if len(ids) != len(matrix_ND):
+            raise ValueError(f"a shard has {len(ids)} ids and {len(matrix_ND)} vectors")
+        if matrix_ND.ndim != 2 or matrix_ND.shape[1] != dim:
+            raise UserError(f"documents have shape {matrix_ND.shape}, queries have {dim} dimensions")
+        ids_N = np.asarray(ids, dtype=id_type)
+        start = 0
+        while count + len(ids_N) - start >= rows:
+            end = start + rows - count
+            yield _join([*waiting, (ids_N[start:end], matrix_ND[start:end])])
+            waiting, count, start = [], 0, end
+        if start < len(ids_N):
+            waiting.append((ids_N[start:], matrix_ND[start:]))
+            count += len(ids_N) - start
+    if count:
+        yield _join(waiting)
+
+
+def _join(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    if len(parts) == 1:
+        return parts[0][0], np.ascontiguousarray(parts[0][1], dtype=np.float32)
+    matrix_SD = np.concatenate([part for _, part in parts], dtype=np.float32, casting="unsafe")
+    return np.concatenate([ids for ids, _ in parts]), matrix_SD
+
+
+def _joined(parts: Sequence[Best | None]) -> Best | None:
+    lists = [part for part in parts if part is not None]
+    if not lists:
+        return None
+    whole = Best(0, lists[0].k, lists[0].ids_QK.dtype)
+    whole.scores_QK = np.concatenate([part.scores_QK for part in lists])
+    whole.ids_QK = np.concatenate([part.ids_QK for part in lists])
+    return whole

@@ -1,0 +1,1 @@
+"""The training stream: sampling, layout, joined texts, reader."""

