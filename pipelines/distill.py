@@ -1,4 +1,4 @@
-"""The student: teach (teacher vectors, written once) -> train student -> evaluate -> register.
+"""The student: teacher_embeddings (teacher vectors, written once) -> train student -> evaluate -> register.
 
     python pipelines/distill.py [RECIPE] [--set teacher=models:/nvembed-teacher@champion] [--out URI] [--dry-run]
 
@@ -9,7 +9,7 @@ import nvembed.pipeline.early  # isort: skip  # noqa: F401  (first: Ctrl-C while
 
 from nvembed.data.prepare import PREPARE
 from nvembed.distill.student import COMPARE_STUDENT
-from nvembed.distill.teacher_embeddings import TEACH
+from nvembed.distill.teacher_embeddings import TEACHER_EMBEDDINGS
 from nvembed.evaluation.run import EVALUATE
 from nvembed.pipeline.command_line import tell
 from nvembed.pipeline.run import Road
@@ -22,16 +22,24 @@ from nvembed.types import Artifact
 def train_student(road: Road, prepared: Artifact, teacher: Artifact) -> Artifact:
     """Walk the road from a teacher to its student; returns the student's artifact (model folder at `model/`)."""
     recipe, student = road.recipe, road.recipe.student
-    taught = road.step("teach", TEACH, recipe.teach, prepare=prepared, model=teacher)
+    taught = road.step(
+        "teacher_embeddings", TEACHER_EMBEDDINGS, recipe.teacher_embeddings, prepare=prepared, model=teacher
+    )
     before = road.step("student_init", STUDENT_INIT, student.init, model=teacher)
     road.step("evaluate_student_init", EVALUATE, student.evaluate, prepare=prepared, model=before)
 
-    stream = road.step("stream_student", DISTILL_STREAM, student.stream, teach=taught, model=before)
+    stream = road.step("stream_student", DISTILL_STREAM, student.stream, teacher_embeddings=taught, model=before)
     after = road.step("train_student", TRAIN, student.train, stream=stream, model=before)
 
     scores = road.step("evaluate_student", EVALUATE, student.evaluate, prepare=prepared, model=after)
     road.step(
-        "compare_student", COMPARE_STUDENT, student.compare, teach=taught, teacher=teacher, before=before, student=after
+        "compare_student",
+        COMPARE_STUDENT,
+        student.compare,
+        teacher_embeddings=taught,
+        teacher=teacher,
+        before=before,
+        student=after,
     )
     road.register("register_student", recipe.register.student_name, model=after, scores=scores)
     return after
@@ -45,4 +53,4 @@ def distill(road: Road) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(tell(distill, default="distill.yaml", needs=("teacher", "teach", "student")))
+    raise SystemExit(tell(distill, default="distill.yaml", needs=("teacher", "teacher_embeddings", "student")))

@@ -32,8 +32,8 @@ def train_teacher(road: Road) -> tuple[Artifact, Artifact]:
 
     if recipe.stage_2 is not None:
         stage_2 = recipe.stage_2
-        if recipe.remine:
-            mined = road.step("remine", MINE, recipe.mine, prepare=prepared, model=teacher)
+        if recipe.mine_again:
+            mined = road.step("mine_again", MINE, recipe.mine, prepare=prepared, model=teacher)
         stream = road.step("stream_stage_2", STREAM, stage_2.stream, prepare=prepared, mine=mined, model=teacher)
         teacher = road.step("train_stage_2", TRAIN, stage_2.train, stream=stream, model=teacher)
 

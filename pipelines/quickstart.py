@@ -22,4 +22,4 @@ def quickstart(road: Road) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(tell(quickstart, default="quickstart.yaml", needs=("stage_1", "teach", "student")))
+    raise SystemExit(tell(quickstart, default="quickstart.yaml", needs=("stage_1", "teacher_embeddings", "student")))

@@ -125,7 +125,7 @@ SourceConfig = Annotated[
 ]
 
 
-class NearCopyConfig(Config):
+class NearDuplicateConfig(Config):
     """MinHash over word shingles; train rows that nearly copy a held-out query or its positive are dropped."""
 
     threshold: float = Field(0.8, gt=0, le=1)
@@ -133,7 +133,7 @@ class NearCopyConfig(Config):
     shingle_words: int = Field(3, ge=1)
 
 
-class DeduplicateConfig(NearCopyConfig):
+class DeduplicateConfig(NearDuplicateConfig):
     """Near duplicates inside each data set: of a group of documents the first by id stays and takes over what the
     others answered; of a group of training queries the first stays."""
 
@@ -145,8 +145,8 @@ class DecontaminateConfig(Config):
     """Evaluation sets whose texts must not be trained on; compared are training queries and their positives with their
     held-out queries and those queries' positives.
 
-    A leak is a near copy (as `near_copies` says), or a held-out query inside a training text, or the reverse (as
-    `contained_words` says).
+    A leak is a near duplicate (as `near_duplicates` says), or a held-out query inside a training text, or the reverse
+    (as `contained_words` says).
     """
 
     against: tuple[SourceConfig, ...] = Field(min_length=1, description="Only their held-out sides are read.")
@@ -159,7 +159,7 @@ class PrepareConfig(Config):
 
     sources: tuple[SourceConfig, ...]
     seed: int = 0
-    near_copies: NearCopyConfig = NearCopyConfig()
+    near_duplicates: NearDuplicateConfig = NearDuplicateConfig()
     contained_words: int | None = Field(
         8,
         ge=1,

@@ -3,8 +3,8 @@
     <prepare>/<dataset>/corpus.parquet  examples-{train,dev,test}.parquet  [rejects.jsonl]
 
 Order: read all sources; make texts unique; cap the held-out sides; drop duplicates inside a set (where asked); drop
-near copies of the held-out sides from training; settle leaks of evaluation sets (where given); cap training; fit the
-corpus under its cap. Every choice is by hash of ids and the seed, so it depends on nothing else.
+near duplicates of the held-out sides from training; settle leaks of evaluation sets (where given); cap training; fit
+the corpus under its cap. Every choice is by hash of ids and the seed, so it depends on nothing else.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def _build(config: PrepareConfig, inputs: Mapping[str, Artifact], work_uri: str)
     for source in config.sources:
         datasets[source.name] = _read(source, config, work_uri)
     duplicates = {name: _deduplicate(rows, config, work_uri) for name, rows in datasets.items()}
-    dropped = decontaminate.drop_near_copies(datasets, config.near_copies, work_uri, config.contained_words)
+    dropped = decontaminate.drop_near_duplicates(datasets, config.near_duplicates, work_uri, config.contained_words)
     leaks = _settle_leaks(datasets, config, work_uri)
     for source in config.sources:
         rows = datasets[source.name]
         rows.examples["train"] = cap_examples(rows.examples["train"], source.max_train, config.seed)
         fit_corpus(rows, source.max_documents, config.seed)
         _check_sides(source, rows)
-    left = decontaminate.count_left(datasets, config.near_copies, work_uri)
+    left = decontaminate.count_left(datasets, config.near_duplicates, work_uri)
     metrics: dict[str, dict[str, Any]] = {}
     for source in config.sources:
         name, rows = source.name, datasets[source.name]
@@ -83,8 +83,8 @@ def _build(config: PrepareConfig, inputs: Mapping[str, Artifact], work_uri: str)
             **_describe(rows, prefixes[name]),
             "characters": _characters(rows, config.long_characters),
             "duplicates_dropped": duplicates[name],
-            "near_copies_dropped": dropped[name],
-            "near_copies_left": left[name],
+            "near_duplicates_dropped": dropped[name],
+            "near_duplicates_left": left[name],
             **leaks[name],
             "evaluation_hash": _evaluation_hash(storage.join(work_uri, name)),
         }
@@ -95,7 +95,7 @@ def _build(config: PrepareConfig, inputs: Mapping[str, Artifact], work_uri: str)
     )
 
 
-PREPARE = Step("prepare", 3, _build)
+PREPARE = Step("prepare", 4, _build)
 
 
 def _check_names(config: PrepareConfig) -> None:
@@ -153,7 +153,7 @@ def _settle_leaks(datasets: dict[str, SourceRows], config: PrepareConfig, work_u
         logger.info(
             "evaluation set %s: %d held-out examples", source.name, sum(len(rows.examples[s]) for s in HELD_OUT)
         )
-    leaks = decontaminate.find_leaks(datasets, evaluation, config.near_copies, config.contained_words, work_uri)
+    leaks = decontaminate.find_leaks(datasets, evaluation, config.near_duplicates, config.contained_words, work_uri)
     dropped = decontaminate.settle_leaks(datasets, leaks, asked)
     found = {name: {"leaks": leaks.of(name), "leaks_dropped": dropped[name]} for name in datasets}
     for name, row in found.items():
@@ -242,6 +242,7 @@ def _line(name: str, row: Mapping[str, Any]) -> str:
     kind = f"{row['task']}, synthetic labels" if row["synthetic"] else row["task"]
     return (
         f"{name} ({kind}): {row['train']} train, {row['dev']} dev, {row['test']} test examples, {row['documents']} "
-        f"documents; near copies across the split: {row['near_copies_dropped']} dropped, {row['near_copies_left']} "
-        f"left; {row['documents_shared']} documents shared by both sides; {row['rejected']} rows rejected"
+        f"documents; near duplicates across the split: {row['near_duplicates_dropped']} dropped, "
+        f"{row['near_duplicates_left']} left; {row['documents_shared']} documents shared by both sides; "
+        f"{row['rejected']} rows rejected"
     )

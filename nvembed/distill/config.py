@@ -6,8 +6,8 @@ from nvembed.retrieval.config import EncodeConfig
 from nvembed.types import Config
 
 
-class TeachConfig(Config):
-    """The `teach` step: the teacher's vectors of training queries and documents, written once to shards.
+class TeacherEmbeddingsConfig(Config):
+    """The `teacher_embeddings` step: the teacher's vectors of training queries and documents, written once to shards.
 
     `holdout_share` of the texts is kept out of the student's stream to measure the cosine to the teacher.
     """

@@ -40,7 +40,7 @@ PROBES = "probes.safetensors"
 
 
 def _build(config: CompareConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
-    rows, teacher_NT = read_part(inputs["teach"], "holdout", config.holdout_texts)
+    rows, teacher_NT = read_part(inputs["teacher_embeddings"], "holdout", config.holdout_texts)
     texts, instructions = [row["text"] for row in rows], [row["instruction"] for row in rows]
     folders = {name: local_model(inputs[name].path("model")) for name in ("teacher", "before", "student")}
     with _threads(config.threads):
@@ -71,7 +71,7 @@ def _build(config: CompareConfig, inputs: Mapping[str, Artifact], work_uri: str)
     return StepResult(rows={"texts": len(rows)}, metrics=comparison)
 
 
-COMPARE_STUDENT = Step("compare_student", 1, _build)
+COMPARE_STUDENT = Step("compare_student", 2, _build)
 
 
 @contextmanager

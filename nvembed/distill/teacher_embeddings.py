@@ -1,4 +1,4 @@
-"""The `teach` step: the teacher's vectors of training-side texts, each text embedded once, written to shards.
+"""The `teacher_embeddings` step: embeddings of the training-side texts by the teacher, each text embedded once.
 
 `vectors/part-*.parquet` is what the student learns from, `holdout/part-*.parquet` what its cosine to the teacher is
 measured on. Rows: `key, text, instruction, vector`. Train queries carry the data set's instruction; documents are
@@ -23,7 +23,7 @@ from nvembed.core import storage
 from nvembed.core.steps import Step, StepResult
 from nvembed.core.vectors import iter_parquet, list_shards, read_table, table_matrix, vector_table, write_table
 from nvembed.data.tables import HELD_OUT, SPLITS, dataset_info, document_text
-from nvembed.distill.config import TeachConfig
+from nvembed.distill.config import TeacherEmbeddingsConfig
 from nvembed.retrieval.encode import encode_shards, write_text_shards
 from nvembed.types import Artifact, TaskType, UserError
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 PARTS = ("vectors", "holdout")
 
 
-def _build(config: TeachConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
+def _build(config: TeacherEmbeddingsConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     prepare = inputs["prepare"]
     held_out = held_out_texts(prepare)
     counts: Counter[str] = Counter()
@@ -50,7 +50,9 @@ def _build(config: TeachConfig, inputs: Mapping[str, Artifact], work_uri: str) -
         rows[part] = write_text_shards(
             _chosen_rows(prepare, held_out, chosen, taken[part]), storage.join(texts, part), config.encode.shard_rows
         )
-    logger.info("teach: %d texts for the student, %d held out for the cosine", rows["vectors"], rows["holdout"])
+    logger.info(
+        "teacher_embeddings: %d texts for the student, %d held out for the cosine", rows["vectors"], rows["holdout"]
+    )
     report = encode_shards(texts, inputs["model"].path("model"), encoded, config.encode)
     for name in list_shards(texts):
         _join(storage.join(texts, name), storage.join(encoded, name), storage.join(work_uri, name))
@@ -71,7 +73,7 @@ def _build(config: TeachConfig, inputs: Mapping[str, Artifact], work_uri: str) -
     )
 
 
-TEACH = Step("teach", 1, _build, cleared=False)
+TEACHER_EMBEDDINGS = Step("teacher_embeddings", 2, _build, cleared=False)
 
 
 # -- which texts ------------------------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ class Choice:
     unique: int
 
 
-def choose_texts(digest_N: np.ndarray, config: TeachConfig) -> Choice:
+def choose_texts(digest_N: np.ndarray, config: TeacherEmbeddingsConfig) -> Choice:
     """Under `max_texts` those with the smallest seeded hash; of these, the first `holdout_share` is the holdout.
 
     Raises:
@@ -179,7 +181,9 @@ def choose_texts(digest_N: np.ndarray, config: TeachConfig) -> Choice:
     hash_U = np.array([xxhash.xxh3_64_intdigest(digest.tobytes(), config.seed) for digest in unique_U], dtype=np.uint64)
     ordered = unique_U[np.lexsort((unique_U, hash_U))][: config.max_texts]
     if len(ordered) < 2:
-        raise UserError(f"teach: the training side has {len(ordered)} texts; a student needs some to learn from.")
+        raise UserError(
+            f"teacher_embeddings: the training side has {len(ordered)} texts; a student needs some to learn from."
+        )
     count = min(max(1, round(config.holdout_share * len(ordered))), len(ordered) - 1)
     return Choice(np.sort(ordered[count:]), np.sort(ordered[:count]), len(unique_U))
 
@@ -213,12 +217,14 @@ def _join(texts_uri: str, vectors_uri: str, out_uri: str) -> None:
     write_table(table.replace_schema_metadata(None), out_uri)
 
 
-def read_part(teach: Artifact, part: str, limit: int | None = None) -> tuple[list[dict[str, Any]], np.ndarray]:
+def read_part(
+    teacher_embeddings: Artifact, part: str, limit: int | None = None
+) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Rows (`key, text, instruction`) and vectors float32 [N, D] of the first `limit` rows of a part."""
     tables: list[pa.Table] = []
     count = 0
-    for name in list_shards(teach.path(part)):
-        tables.append(read_table(teach.path(part, name)))
+    for name in list_shards(teacher_embeddings.path(part)):
+        tables.append(read_table(teacher_embeddings.path(part, name)))
         count += tables[-1].num_rows
         if limit is not None and count >= limit:
             break

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from nvembed.retrieval.config import EncodeConfig, MinerConfig, PackageModel
+from nvembed.retrieval.config import EncodeConfig, PackageModel, RetrieverConfig
 from nvembed.types import Config
 
 
@@ -23,7 +23,7 @@ class EvaluateConfig(Config):
 class BaselineConfig(Config):
     """The `baselines` step: BM25, an off-the-shelf embedder, the untrained backbone at its best (chosen on dev)."""
 
-    reference: MinerConfig = PackageModel()
+    reference: RetrieverConfig = PackageModel()
     dev_documents: int = Field(300, ge=10, description="Corpus cap in the dev comparison of the untrained variants.")
     dev_queries: int = Field(100, ge=5)
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -26,7 +26,7 @@ from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.folder import load_embedder
 from nvembed.modeling.pooling import last_token_pool, mean_pool, normalise
 from nvembed.modeling.precision import autocast, resolve_precision
-from nvembed.retrieval.config import EncodeConfig, MinerConfig
+from nvembed.retrieval.config import EncodeConfig, RetrieverConfig
 from nvembed.retrieval.encode import encode_rows
 from nvembed.retrieval.encoders import open_encoder
 from nvembed.text.batching import token_budget_chunks
@@ -65,7 +65,7 @@ class EncodeTask:
     out_uris: Mapping[str, str]
 
 
-def encode_systems(tasks: Sequence[EncodeTask], folder: str, reference: MinerConfig, config: EncodeConfig) -> float:
+def encode_systems(tasks: Sequence[EncodeTask], folder: str, reference: RetrieverConfig, config: EncodeConfig) -> float:
     """Encode every shard of every task; vector shards that an earlier call completed are kept.
 
     Returns:
@@ -106,7 +106,7 @@ def _shard_tasks(tasks: Sequence[EncodeTask]) -> Iterator[dict[str, Any]]:
 class SystemEncoder:
     """The worker inside an actor."""
 
-    def __init__(self, folder: str, reference: MinerConfig, config: EncodeConfig) -> None:
+    def __init__(self, folder: str, reference: RetrieverConfig, config: EncodeConfig) -> None:
         self._folder, self._reference, self._config = folder, reference, config
         self._device = "cuda" if config.gpus_per_actor > 0 else "cpu"
         self._opened: tuple[bool, Any] | None = None

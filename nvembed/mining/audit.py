@@ -24,9 +24,9 @@ RANK_BUCKETS = ((1, 1), (2, 5), (6, 10), (11, 20), (21, 50), (51, 100))
 COMPARED_RULES: tuple[CeilingRule, ...] = (
     TopKAbs(max_score=0.7),
     TopKMarginPos(margin=0.05),
-    TopKPercPos(share=0.95),
+    TopKPercPos(max_negative_to_positive_ratio=0.95),
 )
-NEAR = 0.8  # shared word triples (Jaccard) from which two texts count as near copies in the audit
+NEAR = 0.8  # shared word triples (Jaccard) from which two texts count as near duplicates in the audit
 HUBS = 20
 _NO_HUBS = pa.table({"id": pa.array([], pa.string()), "count": pa.array([], pa.int64())})
 _HUB_ROWS = 1 << 20  # counted documents that may wait before they are summed up
@@ -208,7 +208,7 @@ def rule_name(rule: CeilingRule) -> str:
     return f"{rule.type} {number:g}"
 
 
-def near_copies(prepare: Artifact, dataset: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def near_duplicates(prepare: Artifact, dataset: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How many negatives nearly repeat a positive, or another negative, of their query, among some mined rows."""
     wanted = [item["id"] for row in rows for item in row["positives"] + row["negatives"]]
     table = read_rows(prepare.path(dataset, "corpus.parquet"), "id", wanted, ["id", "title", "text"])
@@ -223,8 +223,8 @@ def near_copies(prepare: Artifact, dataset: str, rows: list[dict[str, Any]]) -> 
     return {
         "examples": len(rows),
         "negatives": negatives,
-        "near_copies_of_a_positive": of_positive,
-        "near_copies_of_a_negative": of_negative,
+        "near_duplicates_of_a_positive": of_positive,
+        "near_duplicates_of_a_negative": of_negative,
         "jaccard": NEAR,
     }
 

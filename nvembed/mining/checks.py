@@ -1,4 +1,4 @@
-"""The costly checks of mining: near copies of a positive, and the judge, an embedder or a cross-encoder."""
+"""The costly checks of mining: near duplicates of a positive, and the judge, an embedder or a cross-encoder."""
 
 from __future__ import annotations
 
@@ -30,20 +30,23 @@ class Candidates:
 
     def __init__(self, searcher: Searcher, task: dict[str, Any], ids: pa.Array) -> None:
         self._searcher, self._config = searcher, searcher.config
-        roots = searcher.paths.texts, searcher.paths.lane_vectors("judge")
+        roots = searcher.paths.texts, searcher.paths.lane_vectors("candidate_filter")
         texts, vectors = (storage.join(root, task["dataset"], "documents") for root in roots)
         needs_texts = self._config.near_duplicate is not None or self._config.cross_encoder is not None
         self._texts = Picked(texts, ids, ["text"]) if needs_texts else None
         self._vectors = self._query_QD = None
-        if self._config.judge is not None and self._config.cross_encoder is None:
-            self._vectors, self._query_QD = Picked(vectors, ids, ["vector"]), searcher.query_vectors(task, "judge")
+        if self._config.candidate_filter is not None and self._config.cross_encoder is None:
+            self._vectors, self._query_QD = (
+                Picked(vectors, ids, ["vector"]),
+                searcher.query_vectors(task, "candidate_filter"),
+            )
 
     @classmethod
     def of_group(
         cls, searcher: Searcher, task: dict[str, Any], queries: pa.Table, lanes: Sequence[pa.Table]
     ) -> Candidates | None:
         """Of all candidates of a group; None where the recipe has no check that reads them."""
-        if searcher.config.near_duplicate is None and searcher.config.judge is None:
+        if searcher.config.near_duplicate is None and searcher.config.candidate_filter is None:
             return None
         lists = [table.column(name) for table in lanes for name in ("plain", "under")]
         ids = [flat(column)[1].field("id") for column in lists]
@@ -84,7 +87,7 @@ class Candidates:
 
 
 class Checks:
-    """The costly checks of some queries' candidates: near copies of a positive, and the judge."""
+    """The costly checks of some queries' candidates: near duplicates of a positive, and the judge."""
 
     def __init__(self, config: MineConfig) -> None:
         self._config = config
@@ -119,7 +122,7 @@ class Checks:
             checks._texts = candidates.texts(
                 {key for index in indices for key in (*ranked[index], *checks._positives[index])}
             )
-        if config.judge is not None:
+        if config.candidate_filter is not None:
             ids: list[list[str]] = [[] for _ in queries]
             for index in indices:
                 ids[index] = [*checks._positives[index], *sorted(ranked[index] - set(checks._positives[index]))]
@@ -128,7 +131,7 @@ class Checks:
                 found = scores[index]
                 lowest = np.array([min(found[key] for key in checks._positives[index])])
                 checks._judged[index] = found
-                checks._judge_ceiling[index] = float(ceilings(config.judge.ceiling, lowest)[0])
+                checks._judge_ceiling[index] = float(ceilings(config.candidate_filter.ceiling, lowest)[0])
         return checks
 
     def of(self, index: int, ids: Sequence[str]) -> Callable[[int], Reason | None]:
@@ -141,7 +144,7 @@ class Checks:
                 for positive in self._positives[index]
             ):
                 return Reason.NEAR_DUPLICATE
-            if self._config.judge is not None and not self._judged[index][key] < self._judge_ceiling[index]:
+            if self._config.candidate_filter is not None and not self._judged[index][key] < self._judge_ceiling[index]:
                 return Reason.JUDGED
             return None
 

@@ -1,7 +1,7 @@
 """The selecting half of a mining actor: what of a group's rankings becomes negatives.
 
-Several miners (lanes) each give their own choice, by the rule on their own scale; the choices are merged rank by rank,
-one miner's best after another's, texts that were taken already passed over.
+Several retrievers (lanes) each give their own choice, by the rule on their own scale; the choices are merged by rank,
+one retriever's best after another's, texts that were taken already passed over.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Choices:
     """What was decided about a group of queries.
 
     Attributes:
-        code_P: int8, of every candidate of the first miner's plain lists; see `blocks.Chosen`.
+        code_P: int8, of every candidate of the first retriever's plain lists; see `blocks.Chosen`.
         plain_Q: int64, how many of each plain list were kept.
         kept: lists of `SCORED_IDS`, best first.
     """
@@ -59,14 +59,14 @@ def choices(
 
     Args:
         queries: its rows (`searching.QUERY_COLUMNS`).
-        lanes: each miner's rows (`SEARCHED_SCHEMA` with the hashes of `PART_SCHEMA`), the first miner's first.
-        problem: the first miner's as arrays.
+        lanes: each retriever's rows (`SEARCHED_SCHEMA` with the hashes of `PART_SCHEMA`), the first retriever's first.
+        problem: the first retriever's as arrays.
 
     Raises:
         NeedsSearchError: more would have to be searched than an earlier step did.
     """
     config = searcher.config
-    if len(lanes) > 1 or config.near_duplicate is not None or config.judge is not None:
+    if len(lanes) > 1 or config.near_duplicate is not None or config.candidate_filter is not None:
         candidates = Candidates.of_group(searcher, task, queries, lanes)
         return _as_arrays([*_one_by_one(searcher, task, lanes, candidates)], problem.plain.start_Q)
     assert not isinstance(config.rule, RandomNegatives)
@@ -327,7 +327,7 @@ class Chooser:
         return [pool[column] for column in columns[0] if column >= 0]
 
     def _merged(self, kept: Sequence[list[tuple[str, float]]]) -> list[tuple[str, float]]:
-        """Each miner's best in turn, every text once."""
+        """Each retriever's best in turn, every text once."""
         seen: set[int] = set()
         out: list[tuple[str, float]] = []
         for item in itertools.chain.from_iterable(itertools.zip_longest(*kept)):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from nvembed.retrieval.config import CrossEncoderModel, EncodeConfig, MinerConfig, PackageModel, SearchConfig
+from nvembed.retrieval.config import CrossEncoderModel, EncodeConfig, PackageModel, RetrieverConfig, SearchConfig
 from nvembed.types import Config
 
 
@@ -36,10 +36,10 @@ class TopKMarginPos(Config):
 
 
 class TopKPercPos(Config):
-    """NV-Retriever's TopK-PercPos: keep candidates with s < p - (1 - share) * |p|, p the lowest positive's score."""
+    """NV-Retriever's TopK-PercPos: keep candidates with s < p - (1 - ratio) * |p|, p the lowest positive's score."""
 
     type: Literal["topk_perc_pos"] = "topk_perc_pos"
-    share: float = Field(0.95, gt=0, le=1)
+    max_negative_to_positive_ratio: float = Field(0.95, gt=0, le=1)
 
 
 class RankWindow(Config):
@@ -81,17 +81,17 @@ SearchedRule = TopK | TopKShifted | TopKAbs | TopKMarginPos | TopKPercPos | Rank
 RuleConfig = Annotated[SearchedRule | RandomNegatives, Field(discriminator="type")]
 
 
-class Judge(Config):
+class CandidateFilter(Config):
     """A second model with a say: a candidate it scores above the ceiling on its own scale is refused.
 
     An embedder encodes everything once; a cross-encoder (scores from 0 to 1) reads every candidate with its query.
     """
 
-    model: Annotated[MinerConfig | CrossEncoderModel, Field(discriminator="type")]
+    model: Annotated[RetrieverConfig | CrossEncoderModel, Field(discriminator="type")]
     ceiling: CeilingRule = TopKPercPos()
 
 
-class Bm25Miner(Config):
+class Bm25Retriever(Config):
     """Candidates by shared words (characters in pairs for Chinese and Japanese); see `retrieval/bm25.py`."""
 
     type: Literal["bm25"] = "bm25"
@@ -100,9 +100,9 @@ class Bm25Miner(Config):
 class MineConfig(Config):
     """The `mine` step."""
 
-    miner: MinerConfig = PackageModel()
-    more_miners: tuple[Annotated[MinerConfig | Bm25Miner, Field(discriminator="type")], ...] = Field(
-        (), description="Their candidates are merged with the first miner's, rank by rank."
+    retriever: RetrieverConfig = PackageModel()
+    more_retrievers: tuple[Annotated[RetrieverConfig | Bm25Retriever, Field(discriminator="type")], ...] = Field(
+        (), description="Their candidates are merged with the first retriever's, rank by rank."
     )
     rule: RuleConfig = TopKPercPos()
     num_negatives: int = Field(8, ge=1, description="Kept per example.")
@@ -112,7 +112,7 @@ class MineConfig(Config):
         None, gt=0, le=1, description="Refuse texts that share this much (Jaccard, word triples) with a positive."
     )
     max_positive_rank: int | None = Field(None, ge=1, description="Drop examples whose positive ranks below this.")
-    judge: Judge | None = None
+    candidate_filter: CandidateFilter | None = None
     sts_positive: float = Field(
         0.8, ge=0, le=1, description="sts pairs at or above this are positives, both directions."
     )
@@ -125,17 +125,17 @@ class MineConfig(Config):
     @property
     def cross_encoder(self) -> CrossEncoderModel | None:
         """The judge, where it is one."""
-        model = self.judge.model if self.judge is not None else None
+        model = self.candidate_filter.model if self.candidate_filter is not None else None
         return model if isinstance(model, CrossEncoderModel) else None
 
-    def embedders(self) -> tuple[tuple[str, MinerConfig], ...]:
+    def embedders(self) -> tuple[tuple[str, RetrieverConfig], ...]:
         """Every model that the step opens, by its place in the section."""
-        found: list[tuple[str, MinerConfig]] = [("miner", self.miner)]
-        for number, miner in enumerate(self.more_miners):
-            if not isinstance(miner, Bm25Miner):
-                found.append((f"more_miners.{number}", miner))
-        if self.judge is not None and not isinstance(self.judge.model, CrossEncoderModel):
-            found.append(("judge.model", self.judge.model))
+        found: list[tuple[str, RetrieverConfig]] = [("retriever", self.retriever)]
+        for number, retriever in enumerate(self.more_retrievers):
+            if not isinstance(retriever, Bm25Retriever):
+                found.append((f"more_retrievers.{number}", retriever))
+        if self.candidate_filter is not None and not isinstance(self.candidate_filter.model, CrossEncoderModel):
+            found.append(("candidate_filter.model", self.candidate_filter.model))
         return tuple(found)
 
     @model_validator(mode="after")
@@ -152,6 +152,8 @@ class MineConfig(Config):
         drawn = self.rule.type in ("random", "sampled_topk")
         if drawn and self.max_per_document is not None:
             raise ValueError(f"max_per_document needs candidates in order of preference; {self.rule.type} draws them")
-        if self.reuse is not None and (self.rule.type == "random" or self.more_miners or self.judge):
-            raise ValueError("reuse selects again from one miner's search: no random rule, more_miners or judge")
+        if self.reuse is not None and (self.rule.type == "random" or self.more_retrievers or self.candidate_filter):
+            raise ValueError(
+                "reuse selects again from one retriever's search: no random rule, more_retrievers or judge"
+            )
         return self

@@ -25,7 +25,7 @@ from nvembed.types import Artifact, UserError
 
 _GROUP_ROWS = 8192
 Tables = Callable[[], Iterable[pa.Table]]
-_SAME = ("miner", "sts_positive")  # what an earlier step must have in common to be selected from again
+_SAME = ("retriever", "sts_positive")  # what an earlier step must have in common to be selected from again
 
 
 def merge_parts(
@@ -119,8 +119,8 @@ def check_reuse(config: MineConfig, prepare: Artifact) -> None:
         raise UserError(f"mine.reuse {config.reuse} is a {manifest.get('kind')!r} step, not a mine step")
     if "model" in manifest["inputs"]:
         raise UserError(
-            f"mine.reuse {config.reuse} was searched by a trained model (remine), not by mine.miner. Name a "
-            "`mine` step, or mine again with that model as mine.miner."
+            f"mine.reuse {config.reuse} was searched by a trained model (mine_again), not by mine.retriever. Name a "
+            "`mine` step, or mine again with that model as mine.retriever."
         )
     if manifest["inputs"].get("prepare") != prepare.manifest_hash:
         raise UserError(f"mine.reuse {config.reuse} was mined from other data. Mine again without `reuse`.")

@@ -35,11 +35,11 @@ __all__ = ["MinePaths", "MineWorker", "selected"]
 def selected(
     searcher: Searcher, task: dict[str, Any], queries: pa.Table, lanes: Sequence[pa.Table]
 ) -> tuple[pa.Table, Audit]:
-    """Rows of `MINED_SCHEMA` for a group of queries by what the miners found, and the numbers of the selection.
+    """Rows of `MINED_SCHEMA` for a group of queries by what the retrievers found, and the numbers of the selection.
 
     Args:
         queries: the group (`searching.QUERY_COLUMNS`).
-        lanes: each miner's rows; see `choosing.choices`.
+        lanes: each retriever's rows; see `choosing.choices`.
 
     Raises:
         NeedsSearchError: the rule asks about what an earlier step did not search.
@@ -124,7 +124,7 @@ class MineWorker:
         return int(queries.num_rows)
 
     def _searched(self, task: dict[str, Any], queries: pa.Table, lane: int) -> pa.Table:
-        """Rows of `SEARCHED_SCHEMA` by one miner, with the hashes of `PART_SCHEMA`."""
+        """Rows of `SEARCHED_SCHEMA` by one retriever, with the hashes of `PART_SCHEMA`."""
         positives = self._searcher.positives(task, lane)
         ceiling_Q = self._searcher.ceiling(self._searcher.lowest(positives))
         table = self._searcher.searched(task, lane).append_column("example_id", queries.column("key"))
@@ -154,7 +154,7 @@ class MineWorker:
         return hashed
 
     def _select(self, task: dict[str, Any], queries: pa.Table, lanes: Sequence[pa.Table]) -> None:
-        """Apply the rule to what the miners found, and write the part."""
+        """Apply the rule to what the retrievers found, and write the part."""
         mined, audit = selected(self._searcher, task, queries, lanes)
         if task["way"] == "search":
             searched = lanes[0].select(SEARCHED_SCHEMA.names).cast(SEARCHED_SCHEMA)

@@ -2,7 +2,7 @@
 
 Every rule comes down to a ceiling on the score, a window of ranks and perhaps a draw. The ceilings are those of
 NV-Retriever (arXiv 2407.15831, section 3): a candidate close to the positive is probably a positive nobody labelled.
-The paper's `s < share * p` only means that for p > 0; here `s < p - (1 - share) * |p|`, the same there and still
+The paper's `s < ratio * p` only means that for p > 0; here `s < p - (1 - ratio) * |p|`, the same there and still
 stricter than p itself elsewhere.
 
 Shapes: Q queries, C candidates of a query, best first.
@@ -51,7 +51,7 @@ def ceilings(rule: CeilingRule | SearchedRule, lowest_Q: np.ndarray) -> np.ndarr
     lowest_Q = np.asarray(lowest_Q, dtype=np.float64)
     match rule:
         case TopKPercPos():
-            return lowest_Q - (1.0 - rule.share) * np.abs(lowest_Q)
+            return lowest_Q - (1.0 - rule.max_negative_to_positive_ratio) * np.abs(lowest_Q)
         case TopKMarginPos():
             return lowest_Q - rule.margin
         case TopKAbs():

@@ -2,9 +2,9 @@
 
 Retrieval and sts sets: all texts of all sets are encoded in one actor pool; then groups of queries are searched against
 parts of their corpus, each part a task (`searching.py`), and the rule selects from what all parts hold (`choosing.py`).
-Classes and clusters get example-based pairs. With an input `model`, a trained one, it mines in the first miner's place.
-Only train examples are read. Writes `<dataset>/mined.parquet`, `<dataset>/searched.parquet` (what another rule can be
-applied to, see `reuse`) and `audit.json`. A killed run goes on: text, vector, search and selection files under
+Classes and clusters get example-based pairs. With an input `model`, a trained one, it mines in the first retriever's
+place. Only train examples are read. Writes `<dataset>/mined.parquet`, `<dataset>/searched.parquet` (what another rule
+can be applied to, see `reuse`) and `audit.json`. A killed run goes on: text, vector, search and selection files under
 `checkpoints/` are written atomically and kept while they match.
 """
 
@@ -27,8 +27,8 @@ from nvembed.core.ray_pool import ProgressLog, run_pool
 from nvembed.core.steps import Step, StepResult
 from nvembed.core.vectors import column_size, iter_parquet, list_shards, read_table
 from nvembed.data.tables import dataset_info
-from nvembed.mining.audit import Audit, near_copies, samples, short_summary
-from nvembed.mining.config import Bm25Miner, MineConfig, RandomNegatives
+from nvembed.mining.audit import Audit, near_duplicates, samples, short_summary
+from nvembed.mining.config import Bm25Retriever, MineConfig, RandomNegatives
 from nvembed.mining.finish import check_reuse, index_recall, merge_parts
 from nvembed.mining.layout import Laid, lay_out
 from nvembed.mining.miner import MineWorker
@@ -57,9 +57,9 @@ _WAYS = {
 
 def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     prepare = inputs["prepare"]
-    if "model" in inputs:  # mining again: the trained model takes the first miner's place
+    if "model" in inputs:  # mining again: the trained model takes the first retriever's place
         trained = PretrainedModel(name=inputs["model"].path("model"), instruction=True)
-        config = config.model_copy(update={"miner": trained, "reuse": None})
+        config = config.model_copy(update={"retriever": trained, "reuse": None})
     paths = MinePaths.under(work_uri, config.reuse)
     searched = not isinstance(config.rule, RandomNegatives)
     _check(config, prepare, searched)
@@ -91,13 +91,13 @@ def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) ->
         if dataset in laid and encoded:
             summaries[dataset]["encoded"] = encoded
         shown = _first_rows(work_uri, dataset, _AUDITED_TEXTS)
-        summaries[dataset]["near_copies"] = near_copies(prepare, dataset, shown)
+        summaries[dataset]["near_duplicates"] = near_duplicates(prepare, dataset, shown)
         if searched and dataset in laid and not isinstance(config.search.index, ExactIndex):
             summaries[dataset]["index_recall"] = index_recall(Searcher(config, paths), dataset, work_uri)
-    miner = config.miner.model_dump(mode="json")
+    retriever = config.retriever.model_dump(mode="json")
     if "model" in inputs:  # by what it is, not by where it lies: the same run elsewhere gives the same bytes
-        miner = {"type": "trained", "model": inputs["model"].manifest_hash}
-    _write_audit(config, prepare, info, summaries, work_uri, miner if searched else None)
+        retriever = {"type": "trained", "model": inputs["model"].manifest_hash}
+    _write_audit(config, prepare, info, summaries, work_uri, retriever if searched else None)
     metrics = {
         "datasets": {dataset: short_summary(summary) for dataset, summary in summaries.items()},
         # Which process did what differs from run to run; hence here and not in a file of the artifact.
@@ -114,7 +114,7 @@ def _build(config: MineConfig, inputs: Mapping[str, Artifact], work_uri: str) ->
     return StepResult(rows=rows, metrics=metrics)
 
 
-MINE = Step("mine", 1, _build, cleared=False)
+MINE = Step("mine", 2, _build, cleared=False)
 
 
 def _check(config: MineConfig, prepare: Artifact, searched: bool) -> None:
@@ -125,7 +125,9 @@ def _check(config: MineConfig, prepare: Artifact, searched: bool) -> None:
         check_reuse(config, prepare)
         return
     check_faiss(config.search.index)
-    if any(isinstance(miner, Bm25Miner) for miner in config.more_miners) and not os.environ.get("RAY_ADDRESS"):
+    if any(isinstance(retriever, Bm25Retriever) for retriever in config.more_retrievers) and not os.environ.get(
+        "RAY_ADDRESS"
+    ):
         for dataset, info in dataset_info(prepare).items():
             if not _example_based(info):  # what a cluster's nodes have is asked there
                 size = column_size(prepare.path(dataset, "corpus.parquet"), "text")
@@ -135,14 +137,16 @@ def _check(config: MineConfig, prepare: Artifact, searched: bool) -> None:
     if config.cross_encoder is not None:
         folder = local_model(config.cross_encoder.name, config.cross_encoder.revision)
         if not (folder / "config.json").is_file():
-            raise UserError(f"mine.judge.model: {folder} is no model folder (no config.json). Check the path.")
+            raise UserError(
+                f"mine.candidate_filter.model: {folder} is no model folder (no config.json). Check the path."
+            )
 
 
 def _lane(place: str) -> int | str:
     """The lane of a model by its place in the recipe's section."""
-    if place.startswith("more_miners."):
+    if place.startswith("more_retrievers."):
         return 1 + int(place.rsplit(".", 1)[1])
-    return 0 if place == "miner" else "judge"
+    return 0 if place == "retriever" else "candidate_filter"
 
 
 def _encode(config: MineConfig, paths: MinePaths) -> dict[str, EncodeReport]:
@@ -187,10 +191,10 @@ def _write_audit(
     info: Mapping[str, Any],
     summaries: Mapping[str, Any],
     work_uri: str,
-    miner: Mapping[str, Any] | None,
+    retriever: Mapping[str, Any] | None,
 ) -> None:
     audit = {
-        "miner": miner,
+        "retriever": retriever,
         "rule": config.rule.model_dump(mode="json"),
         "depth": config.depth,
         "num_negatives": config.num_negatives,

@@ -1,9 +1,9 @@
 """The searching half of a mining actor: one group of queries against one part of the corpus, written to files.
 
-Under `<work>/checkpoints/search/<dataset>/<group>/`: for every miner (a *lane*) `lane-0-positives.parquet`, the scores
-of the group's positives, and `lane-0-part-00000-hashed.parquet`, ..., what each part of the corpus holds for the group.
-A file that is there is complete; whoever writes the last one of a group goes on to select. (Parts that an older nvembed
-left have no text hashes and another name; they are searched again.)
+Under `<work>/checkpoints/search/<dataset>/<group>/`: for every retriever (a *lane*) `lane-0-positives.parquet`, the
+scores of the group's positives, and `lane-0-part-00000-hashed.parquet`, ..., what each part of the corpus holds for the
+group. A file that is there is complete; whoever writes the last one of a group goes on to select. (Parts that an older
+nvembed left have no text hashes and another name; they are searched again.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nvembed.core import storage
 from nvembed.core.vectors import iter_vectors, list_shards, read_table, table_matrix, write_table
 from nvembed.data.tables import SCORED_IDS
 from nvembed.mining import words
-from nvembed.mining.config import Bm25Miner, MineConfig, RandomNegatives
+from nvembed.mining.config import Bm25Retriever, MineConfig, RandomNegatives
 from nvembed.mining.lists import flat, list_array, owners, starts
 from nvembed.mining.rejected import NEEDED, Rejected
 from nvembed.mining.rules import ceilings
@@ -55,7 +55,7 @@ class MinePaths:
         return cls(texts, vectors, search, select, reuse or work_uri)
 
     def lane_vectors(self, lane: int | str) -> str:
-        """Vectors of a lane; the first miner's lie where there was only one."""
+        """Vectors of a lane; the first retriever's lie where there was only one."""
         return self.vectors if lane == 0 else f"{self.vectors}_{lane}"
 
 
@@ -64,7 +64,7 @@ class Searcher:
 
     def __init__(self, config: MineConfig, paths: MinePaths) -> None:
         self.config, self.paths = config, paths
-        self.lanes = 1 + len(config.more_miners)
+        self.lanes = 1 + len(config.more_retrievers)
         self.again = 0  # queries of which a part was searched again in fp32
         self._indexes = words.WordIndexes()
         self._parts: dict[int, tuple[tuple[str, tuple[str, ...]], FaissPart]] = {}  # by lane
@@ -266,7 +266,7 @@ class Searcher:
     # -- search -------------------------------------------------------------------------------------------------------
 
     def search_segment(self, task: dict[str, Any], queries: pa.Table) -> None:
-        """Search the task's part of the corpus with every miner that has not done so."""
+        """Search the task's part of the corpus with every retriever that has not done so."""
         for lane in range(self.lanes):
             uri = self._segment_file(task, lane, task["segment"])
             if storage.exists(uri):
@@ -316,7 +316,7 @@ class Searcher:
         return self._parts[lane][1]
 
     def deeper(self, task: dict[str, Any], query_qD: np.ndarray, ceiling_q: np.ndarray, depth: int) -> pa.Table:
-        """Both lists of some queries to another depth, over the whole corpus, by the first miner."""
+        """Both lists of some queries to another depth, over the whole corpus, by the first retriever."""
         found = search_shards(
             query_qD,
             self.document_vectors(task["dataset"]),
@@ -339,7 +339,7 @@ class Searcher:
     # -- BM25 ---------------------------------------------------------------------------------------------------------
 
     def _is_bm25(self, lane: int) -> bool:
-        return lane > 0 and isinstance(self.config.more_miners[lane - 1], Bm25Miner)
+        return lane > 0 and isinstance(self.config.more_retrievers[lane - 1], Bm25Retriever)
 
     def _words(self, dataset: str) -> Bm25Index:
         uri = storage.join(self.paths.texts, dataset, "documents")

@@ -30,7 +30,7 @@ class Reason(enum.StrEnum):
     REPEATED_TEXT = "repeats_a_kept_negative"
     OUTSIDE_RANKS = "outside_the_ranks"
     NEAR_DUPLICATE = "nearly_repeats_a_positive"
-    JUDGED = "judge_finds_too_close"
+    JUDGED = "candidate_filter_finds_too_close"
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ def draw_accepted(
 
 
 def word_triples(text: str) -> frozenset[int]:
-    """What near copies are judged by: hashes of all runs of three words; single characters where words are not parted
-    by spaces (a text of fewer than three words), so that Chinese and Japanese compare too."""
+    """What near duplicates are judged by: hashes of all runs of three words; single characters where words are not
+    parted by spaces (a text of fewer than three words), so that Chinese and Japanese compare too."""
     words = text.casefold().split()
     if len(words) < 3:
         words = list("".join(words))

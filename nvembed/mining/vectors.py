@@ -35,7 +35,6 @@ _TYPES = {
     "topk_marginpos": "topk_margin_pos",
 }
 _KEYS = {
-    ("topk_perc_pos", "max_negative_to_positive_ratio"): "share",
     ("topk_margin_pos", "margin_to_positive"): "margin",
 }
 
@@ -169,7 +168,7 @@ class _Known:
         return self.lowest_Q
 
     def excluded(self, queries_q: np.ndarray, rows_qC: np.ndarray, scores_qC: np.ndarray) -> np.ndarray:
-        """bool [q, C]: candidates that are positives of the query, or copies or near copies of one."""
+        """bool [q, C]: candidates that are positives of the query, or copies or near duplicates of one."""
         out_qC = np.zeros(rows_qC.shape, dtype=bool)
         for column in range(self.most):
             positive_q1 = self.rows_QM[queries_q, column, None]

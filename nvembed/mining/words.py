@@ -1,6 +1,6 @@
-"""BM25 as a miner: word statistics are the whole corpus', so one process indexes all of it.
+"""BM25 as a retriever: word statistics are the whole corpus', so one process indexes all of it.
 
-Its place in the search's files is that of any miner; the first part of the corpus stands for all of it there, the
+Its place in the search's files is that of any retriever; the first part of the corpus stands for all of it there, the
 others hold nothing.
 """
 

@@ -38,7 +38,7 @@ KNOWN = {
 
 
 def model_licence(config: dict[str, Any]) -> Licence | None:
-    """Licence of a `backbone` or `miner` section; None for random weights, which are nobody's."""
+    """Licence of a `backbone` or `retriever` section; None for random weights, which are nobody's."""
     kind = config["type"]
     if kind == "random":
         return None

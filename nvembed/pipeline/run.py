@@ -306,7 +306,9 @@ def logical_cpus(recipe: Recipe) -> int:
     """CPUs that a local Ray declares: room for the recipe's workers and actors beside Ray's own small tasks."""
     trains = [stage.train for stage in (recipe.stage_1, recipe.stage_2, recipe.student) if stage is not None]
     encodes = [recipe.mine.encode, recipe.evaluate.encode, recipe.baselines.evaluate.encode]
-    encodes += [section.encode for section in (recipe.teach, recipe.student and recipe.student.evaluate) if section]
+    encodes += [
+        section.encode for section in (recipe.teacher_embeddings, recipe.student and recipe.student.evaluate) if section
+    ]
     workers = [train.num_workers * train.threads_per_worker for train in trains]
     actors = [int(-(-encode.actors * encode.cpus_per_actor // 1)) for encode in encodes]
     return max(os.cpu_count() or 1, *workers, *actors) + 2

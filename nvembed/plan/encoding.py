@@ -12,7 +12,7 @@ from nvembed.plan.hardware import CORE, Hardware
 from nvembed.plan.memory import PROCESS_BYTES
 from nvembed.plan.sizes import Model
 from nvembed.plan.work import compute_seconds, forward_flops
-from nvembed.retrieval.config import EncodeConfig, MinerConfig, PackageModel
+from nvembed.retrieval.config import EncodeConfig, PackageModel, RetrieverConfig
 from nvembed.types import UserError
 
 # A packed forward alone reaches this many times the share of the peak that training does. On a core: MiniLM 2.2 on 10 k
@@ -61,16 +61,16 @@ class EncoderSizes:
         return tokens * (2.0 * self.weights + 4.0 * self.layers * length * self.attention)
 
 
-def encoder_sizes(miner: MinerConfig) -> EncoderSizes | None:
+def encoder_sizes(retriever: RetrieverConfig) -> EncoderSizes | None:
     """Sizes of an off-the-shelf encoder: from its package, its folder, or the table; None where they are not here."""
     try:
-        if isinstance(miner, PackageModel):
+        if isinstance(retriever, PackageModel):
             from nvembed.retrieval.encoders import package_folder
 
-            return _read(Path(package_folder(miner.package)))
-        known = hub_shape(miner.name)
+            return _read(Path(package_folder(retriever.package)))
+        known = hub_shape(retriever.name)
         if known is None:
-            return _read(Path(miner.name)) if Path(miner.name).is_dir() else None
+            return _read(Path(retriever.name)) if Path(retriever.name).is_dir() else None
     except (UserError, StopIteration, OSError, ValueError, KeyError, TypeError):
         return None
     heads, kept = known.heads * known.head_dim, known.kv_heads * known.head_dim

@@ -105,13 +105,13 @@ def road_times(
     hardware: Hardware,
     share: float,
     mining: MinePlan | None = None,
-    remining: MinePlan | None = None,
+    mining_again: MinePlan | None = None,
 ) -> list[StepTime]:
     """Every step of the stories that a recipe can tell, in order.
 
     Args:
         share: mean tokens of a text, as a share of `max_length`.
-        mining, remining: the plans of the `mine` and `remine` steps, if there are such.
+        mining, mining_again: the plans of the `mine` and `mine_again` steps, if there are such.
     """
     by_name = {stage.name: stage for stage in stages}
     rows = {c.name: (c.queries, c.documents) for c in mining.corpora if c.queries and c.documents} if mining else {}
@@ -134,8 +134,8 @@ def road_times(
         encoding = _Encoding(hardware, share * first.max_length)
         reference = encoder_sizes(recipe.baselines.reference)
         for name in ("stage_1", "stage_2"):
-            if name == "stage_2" and remining is not None:
-                add("remine", remining.seconds, why="the same texts by the stage-1 model")
+            if name == "stage_2" and mining_again is not None:
+                add("mine_again", mining_again.seconds, why="the same texts by the stage-1 model")
             if name in by_name:
                 _train(add, by_name[name], hardware, share)
         encode = recipe.baselines.evaluate.encode
@@ -158,12 +158,16 @@ def _student(
     texts: Texts,
 ) -> None:
     small, teacher = by_name.get("student"), by_name.get("stage_1")
-    if small is None or small.model is None or recipe.teach is None or recipe.student is None:
+    if small is None or small.model is None or recipe.teacher_embeddings is None or recipe.student is None:
         return
     start, encoding = hardware.start_seconds, _Encoding(hardware, share * small.max_length)
-    taught = recipe.teach.max_texts or texts.mine
+    taught = recipe.teacher_embeddings.max_texts or texts.mine
     evaluate = recipe.student.evaluate.encode
-    add("teach", start, encoding(taught, teacher.model if teacher else None, recipe.teach.encode))
+    add(
+        "teacher_embeddings",
+        start,
+        encoding(taught, teacher.model if teacher else None, recipe.teacher_embeddings.encode),
+    )
     add("evaluate_student_init", start, encoding(texts.evaluate, small.model, evaluate))
     _train(add, small, hardware, share)
     add("evaluate_student", start, encoding(texts.evaluate, small.model, evaluate))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nvembed.mining.config import Bm25Miner, MineConfig
+from nvembed.mining.config import Bm25Retriever, MineConfig
 from nvembed.plan.corpora import Corpus, Division, Rows, division, searched_sets
 from nvembed.plan.encoding import TEXT_BYTES, EncoderSizes, encode_memory, encode_seconds, encoder_sizes, on_gpus
 from nvembed.plan.hardware import Hardware
@@ -86,12 +86,12 @@ class MinePlan:
 def plan_mining(
     recipe: Recipe, hardware: Hardware, length: float, rows: Rows | None = None, trained: Model | None = None
 ) -> MinePlan:
-    """Plan the `mine` step, or with `trained` the `remine` step.
+    """Plan the `mine` step, or with `trained` the `mine_again` step.
 
     Args:
         length: mean tokens of a text; `max_query_length` and `max_document_length` cut it.
         rows: data set -> (queries, documents), where the sources' caps do not say.
-        trained: the stage-1 model, which mines in the first miner's place.
+        trained: the stage-1 model, which mines in the first retriever's place.
     """
     config = recipe.mine if trained is None else recipe.mine.model_copy(update={"reuse": None})
     searched = config.rule.type != "random" and config.reuse is None
@@ -109,7 +109,7 @@ def plan_mining(
     lanes, missing, memory = [], [], [(0.0, 0.0)]
     for place, model in config.embedders() if searched else ():
         encoder, name = encoder_sizes(model), model.package if isinstance(model, PackageModel) else model.name
-        if trained is not None and place == "miner":
+        if trained is not None and place == "retriever":
             encoder, name = EncoderSizes.of(trained), "the stage-1 model"
         if encoder is None:
             missing.append(name)
@@ -143,7 +143,7 @@ def _lane(
     config: MineConfig,
     hardware: Hardware,
 ) -> LanePlan:
-    judge, kind, dim = place.startswith("judge"), config.encode.vector_type, encoder.dim
+    judge, kind, dim = place.startswith("candidate_filter"), config.encode.vector_type, encoder.dim
     rows = sum(corpus.rows or 0 for corpus in known)
     passed = [(corpus.documents or 0) * cuts[corpus.name].passes for corpus in known]
     return LanePlan(
@@ -181,8 +181,8 @@ def _notes(
     held = max((PREPARED_DOCUMENT * (c.documents or 0) + PREPARED_EXAMPLE * (c.queries or 0) for c in known), default=0)
     if held > 2**30:
         notes.append(f"prepare, one process, takes {size_text(held)} for the largest of these sets")
-    for miner in config.more_miners:
-        if isinstance(miner, Bm25Miner):
+    for retriever in config.more_retrievers:
+        if isinstance(retriever, Bm25Retriever):
             largest = max((corpus.documents or 0 for corpus in known), default=0)
             held = index_bytes(largest, int(largest * length * TEXT_BYTES))
             notes.append(f"bm25 takes {size_text(held)} of each actor's memory; its time is not planned")
@@ -232,7 +232,7 @@ def as_json(plan: MinePlan) -> dict[str, Any]:
 
 
 def as_text(plan: MinePlan, step: str = "mine") -> list[str]:
-    """The plan for people; `step` is `mine` or `remine`."""
+    """The plan for people; `step` is `mine` or `mine_again`."""
     partly = ", of the sets with known rows only" if plan.unknown else ""
     if not plan.lanes or not plan.divisions:
         lines = [f"{step}: nothing is encoded or searched"] if not (plan.unknown or plan.missing) else []

@@ -45,7 +45,7 @@ class Plan:
         stages: those whose backbone is known.
         unknown: names of the others.
         steps: every pipeline step with its seconds.
-        mining, remining: what the `mine` and `remine` steps encode and search; None without such a step.
+        mining, mining_again: what the `mine` and `mine_again` steps encode and search; None without such a step.
         notes: what a reader has to know to trust a number.
     """
 
@@ -58,7 +58,7 @@ class Plan:
     storage: dict[str, float]
     notes: Sequence[str]
     mining: MinePlan | None = None
-    remining: MinePlan | None = None
+    mining_again: MinePlan | None = None
 
     @property
     def seconds(self) -> float:
@@ -87,9 +87,9 @@ def plan_recipe(recipe: Recipe, hardware: Hardware, *, fill: float = FILL, rows:
     reports = [_report(stage, hardware, fill) for stage in known]
     length = fill * recipe.initialise.embedder.text.max_length if recipe.initialise is not None else 0.0
     mining = plan_mining(recipe, hardware, length, rows) if recipe.stage_1 is not None and length else None
-    trained = sizes[0].model if recipe.remine and sizes else None
-    remining = plan_mining(recipe, hardware, length, rows, trained) if mining is not None and trained else None
-    steps = road_times(recipe, sizes, hardware, fill, mining, remining)
+    trained = sizes[0].model if recipe.mine_again and sizes else None
+    mining_again = plan_mining(recipe, hardware, length, rows, trained) if mining is not None and trained else None
+    steps = road_times(recipe, sizes, hardware, fill, mining, mining_again)
     return Plan(
         recipe=recipe,
         hardware=hardware,
@@ -97,10 +97,10 @@ def plan_recipe(recipe: Recipe, hardware: Hardware, *, fill: float = FILL, rows:
         stages=reports,
         unknown=[stage.name for stage in sizes if stage.model is None],
         steps=steps,
-        storage=_storage(recipe, reports, [plan for plan in (mining, remining) if plan is not None]),
+        storage=_storage(recipe, reports, [plan for plan in (mining, mining_again) if plan is not None]),
         notes=[*_notes(recipe, known, hardware, steps), *(mining.notes if mining is not None else ())],
         mining=mining,
-        remining=remining,
+        mining_again=mining_again,
     )
 
 
@@ -139,10 +139,15 @@ def _storage(recipe: Recipe, stages: Sequence[StageReport], mining: Sequence[Min
         else 0.0,
         "checkpoints while a stage runs": max((stage.storage["checkpoints"] for stage in stages), default=0.0),
     }
-    if recipe.teach is not None and recipe.teach.max_texts and students and students[0].sizes.model is not None:
+    if (
+        recipe.teacher_embeddings is not None
+        and recipe.teacher_embeddings.max_texts
+        and students
+        and students[0].sizes.model is not None
+    ):
         dim = students[0].sizes.model.shape.hidden
         stream = students[0].sizes.steps * students[0].sizes.batch
-        found["teacher vectors"] = 4.0 * dim * (recipe.teach.max_texts + stream)
+        found["teacher vectors"] = 4.0 * dim * (recipe.teacher_embeddings.max_texts + stream)
     working = [plan.text_bytes + sum(lane.shard_bytes for lane in plan.lanes) for plan in mining if plan.seconds]
     if working:
         found["texts and vectors while mining"] = max(working)
@@ -158,8 +163,8 @@ def pools(recipe: Recipe) -> dict[str, EncodeConfig]:
             "baselines.evaluate.encode": recipe.baselines.evaluate.encode,
             "evaluate.encode": recipe.evaluate.encode,
         }
-    if recipe.teach is not None:
-        found["teach.encode"] = recipe.teach.encode
+    if recipe.teacher_embeddings is not None:
+        found["teacher_embeddings.encode"] = recipe.teacher_embeddings.encode
     if recipe.student is not None:
         found["student.evaluate.encode"] = recipe.student.evaluate.encode
     return found
@@ -231,7 +236,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "stages": {report.sizes.name: stage_json(report) for report in plan.stages},
         "unknown_backbone": list(plan.unknown),
         "mining": mining_json(plan.mining) if plan.mining is not None else None,
-        "remining": mining_json(plan.remining) if plan.remining is not None else None,
+        "mining_again": mining_json(plan.mining_again) if plan.mining_again is not None else None,
         "steps": [asdict(step) for step in plan.steps],
         "storage_bytes": plan.storage,
         "seconds": plan.seconds,
@@ -271,8 +276,8 @@ def as_text(plan: Plan) -> str:
     ]
     if plan.mining is not None:
         lines += ["", *mining_text(plan.mining)]
-    if plan.remining is not None:
-        lines += ["", *mining_text(plan.remining, "remine")]
+    if plan.mining_again is not None:
+        lines += ["", *mining_text(plan.mining_again, "mine_again")]
     for report in plan.stages:
         lines += ["", *stage_text(report, hardware)]
     lines += [f"\n{name}: the backbone's sizes are not known on this machine" for name in plan.unknown]

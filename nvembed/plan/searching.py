@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from nvembed.mining.config import Bm25Miner, MineConfig
+from nvembed.mining.config import Bm25Retriever, MineConfig
 from nvembed.plan.corpora import Corpus, Division
 from nvembed.plan.encoding import busy, on_gpus
 from nvembed.plan.hardware import CORE, Hardware
@@ -88,6 +88,6 @@ def search_memory(cut: Division, dim: int, documents: int, config: MineConfig) -
         held = TILE_BYTES + min(SEGMENT_BYTES, 6.0 * documents * dim)
     else:
         held = 3.0 * 4 * dim * -(-documents // cut.parts)  # shards, their sum, and FAISS' own
-    if any(isinstance(miner, Bm25Miner) for miner in config.more_miners):
+    if any(isinstance(retriever, Bm25Retriever) for retriever in config.more_retrievers):
         held += documents * BM25_BYTES
     return PROCESS_BYTES + queries + held

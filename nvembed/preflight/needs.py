@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from nvembed.data.config import BeirSource, FilesSource
 from nvembed.preflight.packages import all_sources, needed_packages
 from nvembed.recipe.schema import Recipe
-from nvembed.retrieval.config import EncodeConfig, MinerConfig
+from nvembed.retrieval.config import EncodeConfig, RetrieverConfig
 from nvembed.training.config import TrainConfig
 
 
@@ -68,8 +68,8 @@ def _pools(recipe: Recipe) -> Iterator[Pool]:
     if recipe.stage_1 is not None:
         yield _actors("mine.encode", recipe.mine.encode)
         yield _actors("evaluate.encode", recipe.evaluate.encode)
-    if recipe.teach is not None:
-        yield _actors("teach.encode", recipe.teach.encode)
+    if recipe.teacher_embeddings is not None:
+        yield _actors("teacher_embeddings.encode", recipe.teacher_embeddings.encode)
 
 
 def _workers(section: str, train: TrainConfig) -> Pool:
@@ -85,7 +85,7 @@ def _actors(section: str, encode: EncodeConfig) -> Pool:
 def _models(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
     if recipe.stage_1 is None:
         return
-    named: tuple[tuple[str, MinerConfig], ...] = (
+    named: tuple[tuple[str, RetrieverConfig], ...] = (
         *((f"mine.{place}", model) for place, model in recipe.mine.embedders()),
         ("baselines.reference", recipe.baselines.reference),
     )
@@ -93,7 +93,7 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:
         if model.type == "pretrained":
             yield section, _place(model.name), model.revision
     if (cross := recipe.mine.cross_encoder) is not None:
-        yield "mine.judge.model", _place(cross.name), cross.revision
+        yield "mine.candidate_filter.model", _place(cross.name), cross.revision
 
 
 def _backbone(recipe: Recipe) -> Iterator[tuple[str, str, str | None]]:

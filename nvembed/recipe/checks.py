@@ -29,7 +29,7 @@ def check(found: Sections, document: Document) -> list[Problem]:
         *_backbone(found),
         *_student(found),
         *_mining(found),
-        *_remining(found, document),
+        *_mine_again(found, document),
         *_names(found),
         *_secrets(document.data, ()),
         *_floors(found, document),
@@ -215,13 +215,13 @@ def _mining(found: Sections) -> Found:
             yield (stage, "stream", "num_negatives"), message
 
 
-def _remining(found: Sections, document: Document) -> Found:
-    if document.data.get("remine") is not True:
+def _mine_again(found: Sections, document: Document) -> Found:
+    if document.data.get("mine_again") is not True:
         return
     if document.data.get("stage_2") is None:
-        yield ("remine",), "true: only stage_2 learns from what is mined again, and there is none"
+        yield ("mine_again",), "true: only stage_2 learns from what is mined again, and there is none"
     if isinstance(_attribute(found, ("mine", "rule")), RandomNegatives):
-        yield ("remine",), "true: mine.rule draws at random, which no model changes"
+        yield ("mine_again",), "true: mine.rule draws at random, which no model changes"
 
 
 def _names(found: Sections) -> Found:

@@ -18,7 +18,7 @@ from nvembed.core import storage
 from nvembed.core.formats import own_version
 from nvembed.core.secrets import mask
 from nvembed.data.config import PrepareConfig
-from nvembed.distill.config import CompareConfig, TeachConfig
+from nvembed.distill.config import CompareConfig, TeacherEmbeddingsConfig
 from nvembed.evaluation.config import BaselineConfig, EvaluateConfig
 from nvembed.mining.config import MineConfig
 from nvembed.modeling.config import InitialiseConfig, TruncateConfig
@@ -80,13 +80,13 @@ class Recipe(Config):
     mine: MineConfig = MineConfig()
     stage_1: Given[Stage] = ABSENT
     stage_2: Stage | None = None
-    remine: bool = Field(
+    mine_again: bool = Field(
         False, description="Mine again with the stage-1 model, by the settings of `mine`; stage 2 learns from that."
     )
     baselines: BaselineConfig = BaselineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     teacher: Given[str] = Field(ABSENT, min_length=1, description="Model folder or models:/name@alias to distil from.")
-    teach: Given[TeachConfig] = ABSENT
+    teacher_embeddings: Given[TeacherEmbeddingsConfig] = ABSENT
     student: Given[StudentStage] = ABSENT
     tracking: TrackingConfig = TrackingConfig()
     register: RegisterConfig = RegisterConfig()

@@ -102,7 +102,9 @@ def _evidence(client: Any, uri: str, version: Any, rival: Any, config: GateConfi
         primary=primary_scores(scores),
         expected={name: row["evaluation_hash"] for name, row in held_out.items() if row.get("test")} or None,
         comparison=comparison,
-        near_copies={name: int(row.get("near_copies_left", 0)) for name, row in known.items()} if together else None,
+        near_duplicates={name: int(row.get("near_duplicates_left", 0)) for name, row in known.items()}
+        if together
+        else None,
         unmeasured=chains.imported(provenance),
         probes=loaded,
         chain=problems,

@@ -9,7 +9,9 @@ from typing import Any
 from nvembed.registry.config import GateConfig
 
 Interval = Mapping[str, float]  # value, low, high
-NOT_COUNTED = "nobody counted near copies between what it learned from and what it was scored on: not of one `prepare`"
+NOT_COUNTED = (
+    "nobody counted near duplicates between what it learned from and what it was scored on: not of one `prepare`"
+)
 CHECKS = ("evaluation", "comparison", "floor", "leak", "probes", "provenance")
 
 
@@ -55,7 +57,7 @@ class Evidence:
         primary: data set -> (metric, score) of the candidate.
         expected: data set -> hash of everything held out that there was to score; None where no chain tells.
         comparison: None where there is no champion.
-        near_copies: data set -> train examples that nearly copy a held-out text; None where nobody counted.
+        near_duplicates: data set -> train examples that nearly copy a held-out text; None where nobody counted.
         unmeasured: models the candidate started from whose training data nobody here has seen.
         probes: "" when files, loading and probe vectors are right, else what is wrong; None: not run.
         chain: everything wrong with the hash chain.
@@ -66,7 +68,7 @@ class Evidence:
     primary: Mapping[str, tuple[str, float]]
     expected: Mapping[str, str] | None
     comparison: Comparison | None
-    near_copies: Mapping[str, int] | None
+    near_duplicates: Mapping[str, int] | None
     unmeasured: Sequence[str]
     probes: str | None
     chain: Sequence[str]
@@ -176,13 +178,13 @@ def _floor(evidence: Evidence, config: GateConfig) -> Check:
 
 
 def _leak(evidence: Evidence, _: GateConfig) -> Check:
-    if evidence.near_copies is None:
+    if evidence.near_duplicates is None:
         return Check("leak", False, NOT_COUNTED)
-    leaking = {name: count for name, count in evidence.near_copies.items() if count}
+    leaking = {name: count for name, count in evidence.near_duplicates.items() if count}
     if leaking:
         listed = ", ".join(f"{name} {count}" for name, count in sorted(leaking.items()))
         return Check("leak", False, f"train examples that nearly copy a held-out text: {listed}")
-    said = f"no near copy across the split, {len(evidence.near_copies)} data sets"
+    said = f"no near duplicate across the split, {len(evidence.near_duplicates)} data sets"
     if evidence.unmeasured:
         said += f"; what {_listed(evidence.unmeasured)} was trained on is not measured"
     return Check("leak", True, said)

@@ -23,9 +23,13 @@ FORMAT_VERSION = 1
 MODEL_FOLDER = "model"
 _DATASET_KEYS = (
     "task", "licence", "synthetic", "split_rule", "train", "dev", "test", "documents", "documents_shared",
-    "near_copies_dropped", "near_copies_left", "evaluation_hash",
+    "near_duplicates_dropped", "near_duplicates_left", "evaluation_hash",
 )  # fmt: skip
-_NEEDS = {"stream": ("prepare", "mine", "model"), "distill_stream": ("teach", "model"), "train": ("stream", "model")}
+_NEEDS = {
+    "stream": ("prepare", "mine", "model"),
+    "distill_stream": ("teacher_embeddings", "model"),
+    "train": ("stream", "model"),
+}
 Provenance = Mapping[str, Any]
 
 
@@ -195,7 +199,7 @@ def licences(provenance: Provenance) -> list[dict[str, str]]:
         reference = _elsewhere(node)
         if reference is not None:
             rows += _of_card(node.get("card", {}), reference)
-        for kind, section in (("backbone", "backbone"), ("mining model", "miner")):
+        for kind, section in (("backbone", "backbone"), ("mining model", "retriever")):
             if section == "backbone" and reference is not None:
                 continue
             licence = model_licence(config[section]) if config.get(section) else None

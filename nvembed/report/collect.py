@@ -215,15 +215,19 @@ def _datasets(artifacts: Mapping[str, Artifact]) -> dict[str, Dataset]:
     if "prepare" not in artifacts:
         return {}
     found = artifacts["prepare"].manifest["metrics"]["datasets"]
+    known = Dataset.model_fields
     return {
-        name: Dataset(**{key: value for key, value in info.items() if key in Dataset.model_fields})
+        # report.json says `near_copies_*`: its keys are a contract, so they keep their first name
+        name: Dataset(
+            **{k: v for key, v in info.items() if (k := key.replace("near_duplicates_", "near_copies_")) in known}
+        )
         for name, info in found.items()
     }
 
 
 def _mining(artifacts: Mapping[str, Artifact]) -> dict[str, Any] | None:
     """The newest audit without its samples: texts stay where the recipe put them."""
-    audit = _read(artifacts, "remine" if "remine" in artifacts else "mine", "audit.json")
+    audit = _read(artifacts, "mine_again" if "mine_again" in artifacts else "mine", "audit.json")
     return None if audit is None else {key: value for key, value in audit.items() if key != "samples"}
 
 

@@ -19,7 +19,7 @@ REASONS = {
     "too_close_to_positive": "too close to the positive",
     "repeats_a_kept_negative": "repeats a kept negative",
     "nearly_repeats_a_positive": "nearly repeats a positive",
-    "judge_finds_too_close": "the judge finds it too close",
+    "candidate_filter_finds_too_close": "the judge finds it too close",
 }
 
 
@@ -96,7 +96,7 @@ def _quality(report: Report) -> list[Markup]:
     ]
     head = ["data set", "positives", "negatives", "gap", "above the median positive", "overlap"]
     said = (
-        "Scores of the miner, means over texts. Good negatives lie near the positives and rarely above them: a "
+        "Scores of the retriever, means over texts. Good negatives lie near the positives and rarely above them: a "
         "negative that scores above the median positive of its data set may be an answer nobody labelled. Overlap: "
         "the common area of both histograms."
     )
@@ -119,14 +119,14 @@ def _refused(sets: Mapping[str, Any]) -> Markup | None:
 
 
 def _ranks(sets: Mapping[str, Any]) -> Markup | None:
-    """Rank of each positive among all documents: a good miner finds them early, labels that are wrong lie deep."""
+    """Rank of each positive among all documents: a good retriever finds them early, labels that are wrong lie deep."""
     found = {name: audit["positive_ranks"] for name, audit in sets.items() if audit.get("positive_ranks")}
     buckets = sorted({bucket for ranks in found.values() for bucket in ranks}, key=_bucket_order)
     rows: list[list[Content]] = [
         [name, *(percent(ranks.get(bucket, 0) / sum(ranks.values())) for bucket in buckets)]
         for name, ranks in found.items()
     ]
-    return table("Where the positives rank for the miner", ["data set", *buckets], rows) if rows else None
+    return table("Where the positives rank for the retriever", ["data set", *buckets], rows) if rows else None
 
 
 def _bucket_order(bucket: str) -> tuple[bool, int]:
@@ -148,7 +148,7 @@ def _repeats(sets: Mapping[str, Any]) -> Markup | None:
     """Documents that serve many queries, negatives that nearly repeat another text, and how many each example got."""
     rows: list[list[Content]] = []
     for name, audit in sets.items():
-        hubs, copies = audit.get("hubs"), audit.get("near_copies")
+        hubs, copies = audit.get("hubs"), audit.get("near_duplicates")
         if not hubs or not hubs["documents"]:
             continue
         each = ", ".join(f"{count}: {examples}" for count, examples in audit["negatives_per_example"].items())
@@ -159,15 +159,15 @@ def _repeats(sets: Mapping[str, Any]) -> Markup | None:
                 hubs["documents"],
                 hubs["largest"][0]["queries"] if hubs["largest"] else None,
                 percent(hubs["share_of_top_percent"]),
-                _share(copies, "near_copies_of_a_positive"),
-                _share(copies, "near_copies_of_a_negative"),
+                _share(copies, "near_duplicates_of_a_positive"),
+                _share(copies, "near_duplicates_of_a_negative"),
             ]
         )
     head = [
         "data set", "examples by their negatives", "different negatives", "queries of the most used",
         "share of the top 1 %", "near a positive", "near another negative",
     ]  # fmt: skip
-    return table("Negatives realised, hubs, near copies", head, rows) if rows else None
+    return table("Negatives realised, hubs, near duplicates", head, rows) if rows else None
 
 
 def _share(copies: Mapping[str, Any] | None, key: str) -> str | None:

@@ -125,7 +125,7 @@ class Mixed(Part):
 
 
 class Negatives(Part):
-    """Quality of a data set's mined negatives by the miner's scores, from the audit's histograms (bins of 0.05).
+    """Quality of a data set's mined negatives by the retriever's scores, from the audit's histograms (bins of 0.05).
 
     Attributes:
         positive: mean score of the positives.

@@ -25,7 +25,7 @@ def data_mixes(artifacts: Mapping[str, Artifact]) -> dict[str, dict[str, Mixed]]
         config = artifacts[step].manifest["config"]
         if "weights" in config:
             mixes[step] = _weighted(found, config["weights"], tasks)
-        elif taught := _taught(artifacts.get("teach")):
+        elif taught := _taught(artifacts.get("teacher_embeddings")):
             mixes[step] = _unweighted(next(iter(found.values())), taught, tasks)
     return mixes
 
@@ -49,11 +49,11 @@ def _weighted(
     }
 
 
-def _taught(teach: Artifact | None) -> Mapping[str, int] | None:
+def _taught(teacher_embeddings: Artifact | None) -> Mapping[str, int] | None:
     """Teacher vectors by data set; manifests of earlier versions do not tell."""
     counted: Mapping[str, int] | None = None
-    if teach is not None:
-        counted = teach.manifest["metrics"].get("datasets", {}).get("vectors")
+    if teacher_embeddings is not None:
+        counted = teacher_embeddings.manifest["metrics"].get("datasets", {}).get("vectors")
     return counted
 
 

@@ -170,7 +170,7 @@ def datasets_section(report: Report) -> Section | None:
     rule_head = ["data set", "split rule", "labels", "licence", "evaluation hash"]
     return section(
         "Data sets",
-        table("Examples, documents and near copies across the split", head, counts),
+        table("Examples, documents and near duplicates across the split", head, counts),
         table("How held-out data was kept apart", rule_head, rules, numeric=False),
     )
 

@@ -1,4 +1,4 @@
-"""BM25 (bm25s, Lucene variant, k1 1.5, b 0.75): a baseline without training, and a miner.
+"""BM25 (bm25s, Lucene variant, k1 1.5, b 0.75): a baseline without training, and a retriever.
 
 Tokenisation, stated because scores depend on it: lower-cased words of two or more word characters
 (`(?u)\\b\\w\\w+\\b`), bm25s' English stop words removed, no stemming. Runs of Chinese characters and Japanese kana,
@@ -103,8 +103,8 @@ def check_memory(dataset: str, documents: int, text_bytes: int, free: int) -> No
     if need > free:
         raise UserError(
             f"BM25 over {dataset!r}: an index of {documents:,} documents takes about {need / 2**30:.1f} GiB in every "
-            f"actor, here {free / 2**30:.1f} GiB can be had. Leave bm25 out of mine.more_miners for such a corpus, or "
-            "use machines with more memory (fewer mine.encode.actors on each)."
+            f"actor, here {free / 2**30:.1f} GiB can be had. Leave bm25 out of mine.more_retrievers for such a "
+            "corpus, or use machines with more memory (fewer mine.encode.actors on each)."
         )
 
 

@@ -100,7 +100,7 @@ class CrossEncoderModel(Config):
     batch_pairs: int = Field(32, ge=1, description="Pairs of one forward.")
 
 
-MinerConfig = Annotated[PackageModel | PretrainedModel, Field(discriminator="type")]
+RetrieverConfig = Annotated[PackageModel | PretrainedModel, Field(discriminator="type")]
 
 
 class FolderModel(Config):

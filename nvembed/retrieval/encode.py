@@ -81,7 +81,8 @@ def encode_texts(
 
     Args:
         texts: N texts.
-        model: folder or hub name of a sentence-transformers model, one of our model folders, a miner's config, or an
+        model: folder or hub name of a sentence-transformers model, one of our model folders, a retriever's config, or
+        an
             encoder from `open_encoder` (then `precision`, `token_budget` and `device` are its own).
         instruction: a full prefix ("Instruct: ...\\nQuery: ") for all, or one for each; "" for documents. Models that
             were not trained with instructions get the bare texts.

@@ -16,7 +16,7 @@ import numpy as np
 
 from nvembed.core import storage
 from nvembed.core.model_cache import local_model
-from nvembed.retrieval.config import FolderModel, MinerConfig, PackageModel, PretrainedModel
+from nvembed.retrieval.config import FolderModel, PackageModel, PretrainedModel, RetrieverConfig
 from nvembed.types import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from nvembed.modeling.embedder import Embedder
 
-Model = MinerConfig | FolderModel | str | Path
+Model = RetrieverConfig | FolderModel | str | Path
 _WINDOW_TEXTS = 4096  # tokenised at a time, so that memory does not grow with the number of texts
 _TOKENISED_TOGETHER = 1024
 _DEFAULT_LENGTH = 512  # of a model that does not say how long its texts may be
@@ -149,7 +149,7 @@ def open_encoder(
     """Load a model for encoding in this process.
 
     Args:
-        model: a miner or folder config, or the path of a model folder.
+        model: a retriever or folder config, or the path of a model folder.
         threads: torch threads of this process; None leaves them as they are.
         precision: "auto", "fp32" or "bf16" (autocast over fp32 weights); vectors are float32 either way.
         token_budget: tokens of one forward, padding included.

@@ -162,14 +162,14 @@ def _population(name: str, candidates: Sequence[tuple[str, list[str]]]) -> Popul
 
 
 def _build_distill_stream(config: DistillStreamConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
-    folder = inputs["teach"].path("vectors")
+    folder = inputs["teacher_embeddings"].path("vectors")
     parts = [storage.join(folder, name) for name in storage.list_directory(folder) if name.endswith(".parquet")]
     keys = [key for part in parts for key in read_table(part, ["key"]).column("key").to_pylist()]
     dim = None
     if parts:
         dim = int(read_schema(parts[0]).field("vector").type.list_size)
     if dim is None or not keys:
-        raise UserError(f"{folder} holds no teacher vectors; raise teach.max_texts.")
+        raise UserError(f"{folder} holds no teacher vectors; raise teacher_embeddings.max_texts.")
     array = np.array([text_key(key) for key in keys], np.int64)
     population = Population("teacher vectors", array, list(array[:, None]))
     batches = slots([population], [1.0], batch_size=config.global_batch_size, batching="homogeneous", seed=config.seed)
@@ -184,7 +184,7 @@ def _build_distill_stream(config: DistillStreamConfig, inputs: Mapping[str, Arti
     return _result(config, steps_per_shard, group_size=1, teacher_dim=dim, datasets=used)
 
 
-DISTILL_STREAM = Step("distill_stream", 1, _build_distill_stream)
+DISTILL_STREAM = Step("distill_stream", 2, _build_distill_stream)
 
 
 # -- both -------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Near copies inside a set: CPU seconds of our partitioned MinHash against datasketch's LSH, on real text.
+"""Near duplicates inside a set: CPU seconds of our partitioned MinHash against datasketch's LSH, on real text.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/near_copies.py [--rounds 3] [--large 100000]
+    OMP_NUM_THREADS=1 python tests/benchmarks/near_duplicates.py [--rounds 3] [--large 100000]
 
 Both find pairs of HPO definitions, CWE texts and standard library functions at a Jaccard similarity of 0.8 of 3-word
 shingles, confirm them exactly, and must find the same texts. One thread, interleaved A B A B, medians and min..max.
@@ -20,7 +20,7 @@ from collections.abc import Callable
 import xxhash
 from datasketch import MinHash, MinHashLSH
 
-from nvembed.data.config import CweSource, HpoRetrievalSource, NearCopyConfig, StdlibCodeSource
+from nvembed.data.config import CweSource, HpoRetrievalSource, NearDuplicateConfig, StdlibCodeSource
 from nvembed.data.dedup.minhash import jaccard, shingles
 from nvembed.data.dedup.near import near_pairs, write_texts
 from nvembed.data.sources.cwe import read_cwe
@@ -28,7 +28,7 @@ from nvembed.data.sources.hpo import read_hpo_retrieval
 from nvembed.data.sources.stdlib_code import read_stdlib_code
 from nvembed.data.tables import document_text
 
-CONFIG = NearCopyConfig()
+CONFIG = NearDuplicateConfig()
 
 
 def real_texts() -> list[str]:
@@ -78,7 +78,7 @@ def cpu(function: Callable[[list[str]], set[int]], texts: list[str]) -> tuple[fl
 
 
 def enlarged(texts: list[str], count: int) -> list[str]:
-    """The texts, then copies with 40 % of the words drawn anew, which are no near copies."""
+    """The texts, then copies with 40 % of the words drawn anew, which are no near duplicates."""
     draw = random.Random(1)
     vocabulary = sorted({word for text in texts[:5000] for word in text.split()})
     found = list(texts)
@@ -111,14 +111,14 @@ def main() -> None:
         for name, function in (("datasketch", peer), ("ours", ours)):
             spent, found = cpu(function, texts)
             seconds[name].append(spent)
-            print(f"  {name}: {spent:.2f} CPU s, {len(found)} near copies of an earlier text")
+            print(f"  {name}: {spent:.2f} CPU s, {len(found)} near duplicates of an earlier text")
     if options.rounds:
         report(seconds, len(texts))
     large = enlarged(texts, options.large)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     spent, found = cpu(lambda given: ours(given, 16384), large)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    told = f"{len(large)} texts in shards of 16,384: {spent:.1f} CPU s, {len(found)} near copies"
+    told = f"{len(large)} texts in shards of 16,384: {spent:.1f} CPU s, {len(found)} near duplicates"
     print(f"{told}, peak + {(after - before) / 1024:.0f} MiB")  # alone with --rounds 0: a peak never falls
 
 

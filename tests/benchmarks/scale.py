@@ -91,8 +91,8 @@ def measure(folder: Path, documents: int, queries: int, steps: int) -> list[tupl
             return made
 
         prepared = step(PREPARE, PrepareConfig(sources=(source,)))
-        miner = PretrainedModel(name=str(folder / "encoder"))
-        mined = step(MINE, MineConfig(miner=miner, encode=EncodeConfig(actors=2)), prepare=prepared)
+        retriever = PretrainedModel(name=str(folder / "encoder"))
+        mined = step(MINE, MineConfig(retriever=retriever, encode=EncodeConfig(actors=2)), prepare=prepared)
         model = step(INITIALISE, load_recipe(str(TINY)).initialise, prepare=prepared)
         config = StreamConfig(weights={"set": 1}, steps=steps, global_batch_size=128)
         step(STREAM, config, prepare=prepared, mine=mined, model=model)

@@ -128,7 +128,9 @@ def main() -> None:
 
     bench, plain = sibling("search.py"), sibling("../mining/query_by_query.py")
     queries, searched, corpus = group(arguments.queries, arguments.documents, arguments.depth)
-    config = MineConfig(num_negatives=NEGATIVES, depth=arguments.depth, rule=TopKPercPos(share=SHARE))
+    config = MineConfig(
+        num_negatives=NEGATIVES, depth=arguments.depth, rule=TopKPercPos(max_negative_to_positive_ratio=SHARE)
+    )
     with tempfile.TemporaryDirectory() as root:
         searcher = Searcher(config, MinePaths.under(root))
         write_table(corpus, f"{searcher.paths.texts}/set/documents/part-00000.parquet")

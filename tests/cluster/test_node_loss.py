@@ -155,7 +155,7 @@ def test_preflight_tells_every_problem_at_once(cluster: SimulatedCluster, tmp_pa
         cluster,
         tmp_path / "out",
         "--set", "stage_1.train.gpus_per_worker=1",
-        "--set", "mine.miner={type: package, package: no-such-package}",
+        "--set", "mine.retriever={type: package, package: no-such-package}",
         "--set", "baselines.reference={type: pretrained, name: /no/such/folder}",
         "--set", "stage_2.train.num_workers=16",
     )  # fmt: skip

@@ -19,7 +19,7 @@ from nvembed.data.config import (
     DeduplicateConfig,
     FilesSource,
     HpoRetrievalSource,
-    NearCopyConfig,
+    NearDuplicateConfig,
     PrepareConfig,
     StdlibCodeSource,
 )
@@ -37,7 +37,7 @@ from nvembed.data.writers import write_beir
 from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
 PLANTED = 20
-NEAR = NearCopyConfig()
+NEAR = NearDuplicateConfig()
 
 
 NAMES = ["cwe", pytest.param("hpo", marks=pytest.mark.slow), pytest.param("code", marks=pytest.mark.slow)]
@@ -74,7 +74,7 @@ def one_word_other(text: str) -> str:
 
 
 def reworded(text: str, number: int) -> str:
-    """A near copy at 0.8: the shorter the text, the less may change."""
+    """A near duplicate at 0.8: the shorter the text, the less may change."""
     changes: list[Callable[[str], str]] = [other_case]
     if len(text.split()) >= 12:
         changes.append(one_word_more)
@@ -192,7 +192,7 @@ def test_planted_duplicates_are_dropped(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_planted_false_negatives_become_the_positive(name: str) -> None:
-    """A near copy of a query's answer, given as its negative, would teach the opposite; after merging it is gone."""
+    """A near duplicate of a query's answer, given as its negative: a false negative that merging removes."""
     rows = copy_of(real(name))
     texts = {row.id: row for row in rows.documents}
     chosen = [row for row in rows.examples["train"] if len(texts[row.positives[0].id].text.split()) >= 14][:PLANTED]
@@ -221,7 +221,7 @@ def test_a_leak_fails_the_run_unless_dropped_or_allowed(tmp_path: Path) -> None:
         return PrepareConfig.model_validate({"sources": sources, "decontaminate": {"against": [against], **options}})
 
     out = str(tmp_path / "fails")
-    with pytest.raises(UserError, match=r"leak .*cwe: \d+ near copies of benchmark.*on_leak: drop.*allow: \[cwe\]"):
+    with pytest.raises(UserError, match=r"leak .*cwe: \d+ near duplicates of benchmark.*on_leak: drop.*allow: \[cwe\]"):
         PREPARE.run(config(), {}, out)
     assert not storage.exists(storage.join(out, MANIFEST))
     assert not storage.exists(storage.join(out, ".tmp", "near"))

@@ -18,7 +18,7 @@ from nvembed.data.config import (
     HpoClassesSource,
     HpoRetrievalSource,
     HpoSimilaritySource,
-    NearCopyConfig,
+    NearDuplicateConfig,
     PrepareConfig,
     StdlibCodeSource,
 )
@@ -75,11 +75,11 @@ def test_no_text_stands_on_both_sides(prepared: Artifact, name: str) -> None:
             texts[split] |= {corpus[item.id] for row in examples for item in row.positives}
     assert not texts["train"] & (texts["dev"] | texts["test"])
     assert not texts["dev"] & texts["test"]
-    near = NearCopyConfig()
+    near = NearDuplicateConfig()
     held_out = [shingles(text, near.shingle_words) for split in ("dev", "test") for text in texts[split]]
     train = [shingles(text, near.shingle_words) for text in texts["train"]]
     assert max(jaccard(a, b) for a in train for b in held_out) < near.threshold
-    assert dataset_info(prepared)[name]["near_copies_left"] == 0
+    assert dataset_info(prepared)[name]["near_duplicates_left"] == 0
 
 
 def test_items_of_symmetric_sets_stand_in_the_corpus_with_their_side(prepared: Artifact) -> None:
@@ -138,7 +138,7 @@ def test_the_seed_chooses_the_sample_not_the_sides(prepared: Artifact, tmp_path:
 def test_counts_are_printed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "nvembed.data.prepare"):
         PREPARE.run(PrepareConfig(sources=CONFIG.sources[:1]), {}, str(tmp_path / "out"))
-    assert "near copies across the split: " in caplog.text and " dropped, 0 left" in caplog.text
+    assert "near duplicates across the split: " in caplog.text and " dropped, 0 left" in caplog.text
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def publish(uri: Path, build: Any) -> Artifact:
 def inputs(teacher: Artifact, before: Artifact, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     root = tmp_path_factory.mktemp("compare")
 
-    def teach(work: Path) -> None:
+    def teacher_embeddings(work: Path) -> None:
         instructions = [PREFIX if index % 2 else "" for index in range(24)]
         vectors = load_embedder(teacher.path("model")).encode(TEXTS, instructions)
         for part in range(3):
@@ -60,7 +60,7 @@ def inputs(teacher: Artifact, before: Artifact, tmp_path_factory: pytest.TempPat
         save_file({name: value.astype(np.float32) for name, value in tensors.items()}, work / "objective.safetensors")
 
     return {
-        "teach": publish(root / "teach", teach),
+        "teacher_embeddings": publish(root / "teacher_embeddings", teacher_embeddings),
         "teacher": teacher,
         "before": before,
         "student": publish(root / "student", student),

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from nvembed.core.steps import load_artifact
 from nvembed.data.tables import HELD_OUT, document_text, read_corpus, read_examples
 from nvembed.distill import teacher_embeddings
-from nvembed.distill.config import TeachConfig
+from nvembed.distill.config import TeacherEmbeddingsConfig
 from nvembed.distill.teacher_embeddings import (
-    TEACH,
+    TEACHER_EMBEDDINGS,
     choose_texts,
     held_out_texts,
     read_part,
@@ -26,7 +26,9 @@ from nvembed.modeling.folder import load_embedder
 from nvembed.retrieval.config import EncodeConfig
 from nvembed.types import Artifact, UserError
 
-CONFIG = TeachConfig(holdout_share=0.2, seed=5, encode=EncodeConfig(actors=2, shard_rows=8, precision="fp32"))
+CONFIG = TeacherEmbeddingsConfig(
+    holdout_share=0.2, seed=5, encode=EncodeConfig(actors=2, shard_rows=8, precision="fp32")
+)
 LINKS, KINDS, PAIRS = (f"Instruct: find {name}\nQuery: " for name in ("links", "kinds", "pairs"))
 PREFIXES = {"links": LINKS, "kinds": KINDS, "pairs": PAIRS}
 
@@ -81,7 +83,7 @@ digests = st.lists(st.integers(-(2**63), 2**63 - 1), min_size=2, max_size=60)
 @settings(deadline=None)
 @given(digests, st.integers(0, 9), st.integers(10, 30))
 def test_the_choice(keys: list[int], seed: int, cap: int) -> None:
-    config = TeachConfig(holdout_share=0.2, seed=seed, max_texts=cap)
+    config = TeacherEmbeddingsConfig(holdout_share=0.2, seed=seed, max_texts=cap)
     digest_N = np.array(keys, dtype=np.int64)
     if len(set(keys)) < 2:
         with pytest.raises(UserError, match="a student needs some"):
@@ -99,7 +101,7 @@ def test_the_choice(keys: list[int], seed: int, cap: int) -> None:
 
 def test_another_seed_chooses_others() -> None:
     digest_N = np.arange(1000)
-    one, two = (choose_texts(digest_N, TeachConfig(seed=seed, max_texts=100)) for seed in (1, 2))
+    one, two = (choose_texts(digest_N, TeacherEmbeddingsConfig(seed=seed, max_texts=100)) for seed in (1, 2))
     assert len(set(one.training.tolist()) & set(two.training.tolist())) < 50
 
 
@@ -108,7 +110,7 @@ def taught(
     prepare: Artifact, teacher: Artifact, ray_session: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Artifact:
     """Built in two runs: the first dies after encoding, before anything is joined."""
-    uri = str(tmp_path_factory.mktemp("taught") / "teach")
+    uri = str(tmp_path_factory.mktemp("taught") / "teacher_embeddings")
     inputs = {"prepare": prepare, "model": teacher}
 
     def die(*_: Any) -> None:
@@ -118,11 +120,11 @@ def taught(
     try:
         teacher_embeddings._join = die
         with pytest.raises(KeyboardInterrupt):
-            TEACH.run(CONFIG, inputs, uri)
+            TEACHER_EMBEDDINGS.run(CONFIG, inputs, uri)
     finally:
         teacher_embeddings._join = joined
     assert not Path(uri, "manifest.json").exists() and not Path(uri, "vectors").exists()
-    return TEACH.run(CONFIG, inputs, uri)
+    return TEACHER_EMBEDDINGS.run(CONFIG, inputs, uri)
 
 
 @pytest.mark.ray
@@ -161,7 +163,9 @@ def test_a_resumed_run_computes_nothing_again(taught: Artifact, prepare: Artifac
     metrics = taught.manifest["metrics"]
     assert metrics["encode_rows"] == 0 and metrics["encode_reused_rows"] == metrics["unique_texts"] > 0
     assert not Path(taught.uri, "checkpoints").exists()
-    again = TEACH.run(CONFIG, {"prepare": prepare, "model": teacher}, taught.uri)
+    again = TEACHER_EMBEDDINGS.run(CONFIG, {"prepare": prepare, "model": teacher}, taught.uri)
     assert json.dumps(again.manifest) == json.dumps(load_artifact(taught.uri).manifest)
     with pytest.raises(UserError, match="max_texts: null -> 12"):
-        TEACH.run(CONFIG.model_copy(update={"max_texts": 12}), {"prepare": prepare, "model": teacher}, taught.uri)
+        TEACHER_EMBEDDINGS.run(
+            CONFIG.model_copy(update={"max_texts": 12}), {"prepare": prepare, "model": teacher}, taught.uri
+        )

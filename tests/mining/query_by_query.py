@@ -1,4 +1,4 @@
-"""The selection of a group of queries in plain Python: what `miner.selected` is held to, and timed against."""
+"""The selection of a group of queries in plain Python: what `retriever.selected` is held to, and timed against."""
 
 from collections import Counter
 
@@ -24,7 +24,7 @@ def bucket(rank, depth):
 
 
 def selected(searcher, task, queries, lanes):
-    """Mined rows and the audit's numbers of a group; the arguments are those of `miner.selected`."""
+    """Mined rows and the audit's numbers of a group; the arguments are those of `retriever.selected`."""
     config, rows = searcher.config, queries.to_pylist()
     chooser = Chooser(searcher, task, rows, lanes)
     counters = {name: Counter() for name in ("counts", "rejected", "per_example", "positive_ranks", "refused_by")}

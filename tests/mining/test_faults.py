@@ -53,7 +53,7 @@ def files(out):
 def test_poisoned_documents_are_left_out_and_counted(tmp_path, ray_session, precision):
     """Also one whose vector is not finite: its neighbours in the same chunk, packed or padded, keep theirs."""
     encode = CONFIG.encode.model_copy(update={"precision": precision})
-    config = CONFIG.model_copy(update={"miner": poisoned_model(tmp_path / "model"), "encode": encode})
+    config = CONFIG.model_copy(update={"retriever": poisoned_model(tmp_path / "model"), "encode": encode})
     artifact = MINE.run(config, {"prepare": prepare(tmp_path / "prepare", POISON)}, str(tmp_path / "mine"))
     clean = MINE.run(config, {"prepare": prepare(tmp_path / "clean")}, str(tmp_path / "mine_clean"))
     rejected = artifact.manifest["metrics"]["encode_rejected"]
@@ -70,7 +70,7 @@ def test_a_query_without_a_vector_is_left_out_and_counted(tmp_path, ray_session)
     """And an example whose only positive has none; on several actors, as `test_rejected.py` does in one process."""
     config = CONFIG.model_copy(
         update={
-            "miner": poisoned_model(tmp_path / "model"),
+            "retriever": poisoned_model(tmp_path / "model"),
             "encode": CONFIG.encode.model_copy(update={"actors": 2}),
         }
     )

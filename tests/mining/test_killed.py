@@ -49,7 +49,8 @@ def dying_table(self, *arguments, **options):
 from nvembed.core.steps import load_artifact
 storage.write_bytes, pq.ParquetWriter.write_table = dying, dying_table
 config = ways.MineConfig.model_validate(
-    {**ways.CONFIG.model_dump(), "more_miners": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows": 15}}
+    {**ways.CONFIG.model_dump(), "more_retrievers": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows":
+    15}}
 )
 ways.MINE.run(config, {"prepare": load_artifact(prepared)}, out)
 """
@@ -87,7 +88,7 @@ def world(tmp_path_factory):
         patch.setattr(ways.run, "run_pool", counted)
         patch.setattr(ways.run, "encode_shards", ways.encode)
         patch.setattr(ways.run, "check_model", lambda model: None)
-        settings = {"more_miners": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows": 15}}
+        settings = {"more_retrievers": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows": 15}}
         config = ways.MineConfig.model_validate({**ways.CONFIG.model_dump(), **settings})
         ways.MINE.run(config, {"prepare": prepared}, str(root / "clean"))
     return root, files(root / "clean"), len(searched)

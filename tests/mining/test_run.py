@@ -1,4 +1,4 @@
-"""The `mine` step on a small hand-made `prepare` artifact, with the real miner and real actors."""
+"""The `mine` step on a small hand-made `prepare` artifact, with the real retriever and real actors."""
 
 import json
 import os
@@ -198,7 +198,7 @@ def _check_pairs(artifact, audit):
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_mined_again_by_a_trained_model(tmp_path, ray_session):
-    """An input `model` mines in the first miner's place: the same as naming its folder, and no path in the files."""
+    """An input `model` mines in the first retriever's place: the same as naming its folder, no path in the files."""
     prepare = build_prepare(tmp_path / "prepare")
 
     def train(config, inputs, work):
@@ -207,20 +207,20 @@ def test_mined_again_by_a_trained_model(tmp_path, ray_session):
 
     trained = Step("train", 1, train).run(PrepareConfig(sources=()), {}, str(tmp_path / "train"))
     folder = PretrainedModel(name=trained.path("model"), instruction=True)
-    named = MINE.run(CONFIG.model_copy(update={"miner": folder}), {"prepare": prepare}, str(tmp_path / "named"))
+    named = MINE.run(CONFIG.model_copy(update={"retriever": folder}), {"prepare": prepare}, str(tmp_path / "named"))
     again = MINE.run(CONFIG, {"prepare": prepare, "model": trained}, str(tmp_path / "again"))
     for dataset in ("links", "pairs"):
         assert mined_rows(again, dataset) == mined_rows(named, dataset)
     first = MINE.run(CONFIG, {"prepare": prepare}, str(tmp_path / "first"))
     assert mined_rows(again, "links") != mined_rows(first, "links"), "without the instruction other scores"
     audit = json.loads((tmp_path / "again" / "audit.json").read_text())
-    assert audit["miner"] == {"type": "trained", "model": trained.manifest_hash}
+    assert audit["retriever"] == {"type": "trained", "model": trained.manifest_hash}
     assert str(tmp_path) not in (tmp_path / "again" / "audit.json").read_text()
 
 
 def test_a_missing_miner_is_reported_before_anything_starts(tmp_path):
     prepare = build_prepare(tmp_path / "prepare")
-    config = MineConfig(miner=PackageModel(package="no-such-package-here"))
+    config = MineConfig(retriever=PackageModel(package="no-such-package-here"))
     with pytest.raises(UserError, match="pip install no-such-package-here"):
         MINE.run(config, {"prepare": prepare}, str(tmp_path / "mine"))
 

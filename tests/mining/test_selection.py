@@ -22,7 +22,7 @@ SCORES = st.floats(-1, 1, allow_nan=False)
 
 
 def ceiling(positives, share):
-    return float(ceilings(TopKPercPos(share=share), np.array([min(positives)]))[0])
+    return float(ceilings(TopKPercPos(max_negative_to_positive_ratio=share), np.array([min(positives)]))[0])
 
 
 @st.composite

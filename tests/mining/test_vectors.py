@@ -19,7 +19,7 @@ RULES = [
     ({"type": "topk_marginpos", "margin": 0.1}, lambda s, rank, p: s < p - 0.1),
     ({"type": "topk_margin_pos", "margin": 0.0}, lambda s, rank, p: s < p),
     (PERC, lambda s, rank, p: s < p - (1 - 0.95) * abs(p)),
-    ({"type": "topk_perc_pos", "share": 0.5}, lambda s, rank, p: s < p - 0.5 * abs(p)),
+    ({"type": "topk_perc_pos", "max_negative_to_positive_ratio": 0.5}, lambda s, rank, p: s < p - 0.5 * abs(p)),
     ({"type": "rank_window", "first": 2, "last": 9}, lambda s, rank, p: 2 <= rank <= 9),
 ]
 
@@ -81,7 +81,7 @@ def test_near_duplicates_of_a_positive_are_refused_and_others_take_their_place()
     for rule, allows in (RULES[0], RULES[2]):
         expected = naive(query, matrix, positives, 6, allows, near=0.99)
         assert mine_vectors(query, matrix, positives, 6, rule, near_duplicate=0.99).tolist() == expected
-        if rule["type"] == "topk":  # below 0.4 there is no near copy of a positive
+        if rule["type"] == "topk":  # below 0.4 there is no near duplicate of a positive
             assert mine_vectors(query, matrix, positives, 6, rule).tolist() != expected
 
 

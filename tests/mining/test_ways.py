@@ -1,4 +1,4 @@
-"""The `mine` step's other ways, without Ray: reuse, judge, several miners, cap, consistency, FAISS, any division.
+"""The `mine` step's other ways, without Ray: reuse, judge, several retrievers, cap, consistency, FAISS, any division.
 
 Texts are real, vectors are made up (a hash of the words, so that texts with shared words are near): what an embedder
 does is not the subject here.
@@ -19,7 +19,7 @@ from nvembed.data.config import CweSource, PrepareConfig
 from nvembed.data.documents import Documents
 from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
 from nvembed.mining import choosing, picked, run
-from nvembed.mining.config import Judge, MineConfig, TopKAbs
+from nvembed.mining.config import CandidateFilter, MineConfig, TopKAbs
 from nvembed.mining.run import MINE
 from nvembed.mining.selection import jaccard, word_triples
 from nvembed.retrieval import ann
@@ -115,10 +115,10 @@ def test_selecting_again_equals_mining_anew(tmp_path, prepared):
     assert {len(found) for key, found in negatives(rows).items() if key != "far"} == {3}
     assert audit["hubs"]["documents"] > 10 and audit["hubs"]["largest"][0]["queries"] >= 3
     assert set(audit["refused_by_rule"]) == {"topk_abs 0.7", "topk_margin_pos 0.05", "topk_perc_pos 0.95"}
-    assert audit["near_copies"]["examples"] == 41
+    assert audit["near_duplicates"]["examples"] == 41
     for number, rule in enumerate(
         (
-            {"type": "topk_perc_pos", "share": 0.9},
+            {"type": "topk_perc_pos", "max_negative_to_positive_ratio": 0.9},
             {"type": "topk_margin_pos", "margin": 0.1},
             {"type": "topk_shifted", "shift": 4},
             {"type": "sampled_topk", "top": 4, "temperature": 0.1},
@@ -140,8 +140,8 @@ def test_selecting_again_refuses_what_was_not_searched(tmp_path, prepared):
         mine(prepared, tmp_path / "a", rule={"type": "topk_abs", "max_score": 0.5}, **reuse)
     with pytest.raises(UserError, match="searched with depth = 10, the recipe says 20"):
         mine(prepared, tmp_path / "b", depth=20, **reuse)
-    with pytest.raises(UserError, match="searched with miner"):
-        mine(prepared, tmp_path / "c", miner={"type": "package", "package": "other"}, **reuse)
+    with pytest.raises(UserError, match="searched with retriever"):
+        mine(prepared, tmp_path / "c", retriever={"type": "package", "package": "other"}, **reuse)
     with pytest.raises(UserError, match="not a mine step"):
         mine(prepared, tmp_path / "d", reuse=prepared.uri)
     with pytest.raises(ValueError, match="reuse selects again"):
@@ -163,31 +163,31 @@ def test_a_trained_model_mines_in_the_miners_place_and_its_search_is_not_the_min
         PrepareConfig(sources=()), {}, str(tmp_path / "train")
     )
     again = MINE.run(CONFIG, {"prepare": prepared, "model": trained}, str(tmp_path / "again"))
-    _, named, _ = mine(prepared, tmp_path / "named", miner={"type": "package", "package": "trained"})
+    _, named, _ = mine(prepared, tmp_path / "named", retriever={"type": "package", "package": "trained"})
     rows = read_table(again.path("set", "mined.parquet")).to_pylist()
     assert {row["example_id"]: row for row in rows} == named
     assert named != mine(prepared, tmp_path / "plain")[1]
     audit = (tmp_path / "again" / "audit.json").read_text()
-    assert json.loads(audit)["miner"] == {"type": "trained", "model": trained.manifest_hash}
+    assert json.loads(audit)["retriever"] == {"type": "trained", "model": trained.manifest_hash}
     assert str(tmp_path) not in audit
     with pytest.raises(UserError, match="searched by a trained model"):
         mine(prepared, tmp_path / "reused", reuse=str(tmp_path / "again"))
 
 
 def test_the_judge_refuses_by_its_own_scale(tmp_path, prepared):
-    judge = Judge(model=PackageModel(package="judge"), ceiling=TopKAbs(max_score=0.3))
-    _, rows, _ = mine(prepared, tmp_path / "judged", judge=judge.model_dump())
+    judge = CandidateFilter(model=PackageModel(package="candidate_filter"), ceiling=TopKAbs(max_score=0.3))
+    _, rows, _ = mine(prepared, tmp_path / "judged", candidate_filter=judge.model_dump())
     _, plain, _ = mine(prepared, tmp_path / "plain", num_negatives=42, depth=42)
     matrix = dict(
         zip(
             [f"d{n:02d}" for n in range(40)] + ["near", "copy"],
-            vectors([*TEXTS, f"{TEXTS[0]} again", TEXTS[1].upper()], "judge"),
+            vectors([*TEXTS, f"{TEXTS[0]} again", TEXTS[1].upper()], "candidate_filter"),
             strict=True,
         )
     )
     for number, (key, row) in enumerate(rows.items()):
         text = "race in the kernel" if key == "far" else f"{TEXTS[number]} found today"
-        query = vectors([text], "judge")[0]
+        query = vectors([text], "candidate_filter")[0]
         expected = [item["id"] for item in plain[key]["negatives"] if matrix[item["id"]] @ query < 0.3][:3]
         assert [item["id"] for item in row["negatives"]] == expected
 
@@ -215,8 +215,8 @@ def test_a_cross_encoder_judges_pairs(tmp_path, prepared):
 
     folder = cross_encoder(tmp_path / "reranker")
     judge = {"model": {"type": "cross_encoder", "name": folder}, "ceiling": {"type": "topk_abs", "max_score": 0.5}}
-    whole, rows, _ = mine(prepared, tmp_path / "judged", judge=judge)
-    cut, _, _ = mine(prepared, tmp_path / "cut", judge=judge, search={"query_rows": 7, "document_rows": 9})
+    whole, rows, _ = mine(prepared, tmp_path / "judged", candidate_filter=judge)
+    cut, _, _ = mine(prepared, tmp_path / "cut", candidate_filter=judge, search={"query_rows": 7, "document_rows": 9})
     files = [Path(artifact.path("set", "mined.parquet")).read_bytes() for artifact in (whole, cut)]
     assert files[0] == files[1], "a pair's score does not depend on what else is scored"
     _, plain, _ = mine(prepared, tmp_path / "plain", num_negatives=42, depth=42)
@@ -235,13 +235,17 @@ def test_a_cross_encoder_judges_pairs(tmp_path, prepared):
         refused += int((scores >= 0.5).sum())
     assert refused > 20
     with pytest.raises(UserError, match="no model folder"):
-        mine(prepared, tmp_path / "none", judge={"model": {"type": "cross_encoder", "name": str(tmp_path / "gone")}})
+        mine(
+            prepared,
+            tmp_path / "none",
+            candidate_filter={"model": {"type": "cross_encoder", "name": str(tmp_path / "gone")}},
+        )
 
 
 def test_several_miners_take_turns(tmp_path, prepared):
     more = [{"type": "bm25"}, {"type": "package", "package": "other"}]
-    _, merged, _ = mine(prepared, tmp_path / "three", more_miners=more, rule={"type": "topk"})
-    _, alone, _ = mine(prepared, tmp_path / "other", miner=more[1], rule={"type": "topk"})
+    _, merged, _ = mine(prepared, tmp_path / "three", more_retrievers=more, rule={"type": "topk"})
+    _, alone, _ = mine(prepared, tmp_path / "other", retriever=more[1], rule={"type": "topk"})
     _, first, _ = mine(prepared, tmp_path / "first", rule={"type": "topk"})
     for key, row in merged.items():
         ids = [item["id"] for item in row["negatives"]]
@@ -257,16 +261,16 @@ def test_an_index_that_memory_cannot_hold_is_refused_before_anything_is_laid_out
 
     monkeypatch.setattr(run.psutil, "virtual_memory", Small)
     with pytest.raises(UserError, match=r"BM25 over 'set': an index of 42 documents takes about 0\.0 GiB"):
-        mine(prepared, tmp_path / "refused", more_miners=[{"type": "bm25"}])
+        mine(prepared, tmp_path / "refused", more_retrievers=[{"type": "bm25"}])
     assert not (tmp_path / "refused" / "checkpoints").exists()
     Small.total, Small.available = 1 << 30, 20_000  # the actor's machine has not as much left
-    with pytest.raises(UserError, match=r"Leave bm25 out of mine\.more_miners"):
-        mine(prepared, tmp_path / "later", more_miners=[{"type": "bm25"}])
+    with pytest.raises(UserError, match=r"Leave bm25 out of mine\.more_retrievers"):
+        mine(prepared, tmp_path / "later", more_retrievers=[{"type": "bm25"}])
     Small.available = 1 << 30
-    mine(prepared, tmp_path / "later", more_miners=[{"type": "bm25"}])
+    mine(prepared, tmp_path / "later", more_retrievers=[{"type": "bm25"}])
 
 
-def test_cap_consistency_and_near_copies(tmp_path, prepared):
+def test_cap_consistency_and_near_duplicates(tmp_path, prepared):
     _, rows, audit = mine(prepared, tmp_path / "cap", max_per_document=4, depth=40)
     assert audit["hubs"]["largest"][0]["queries"] == 4
     assert sum(map(len, negatives(rows).values())) == audit["negatives"] > 2.8 * 41
@@ -274,10 +278,10 @@ def test_cap_consistency_and_near_copies(tmp_path, prepared):
     assert "far" not in rows and audit["dropped"]["positive_ranks_too_low"] == 41 - len(rows) >= 1
     loose = {"type": "topk"}
     _, rows, audit = mine(prepared, tmp_path / "loose", rule=loose)
-    assert "near" in negatives(rows)["q00"] and audit["near_copies"]["near_copies_of_a_positive"] >= 1
+    assert "near" in negatives(rows)["q00"] and audit["near_duplicates"]["near_duplicates_of_a_positive"] >= 1
     assert "copy" not in negatives(rows)["q01"]
     _, rows, audit = mine(prepared, tmp_path / "strict", rule=loose, near_duplicate=0.8)
-    assert "near" not in negatives(rows)["q00"] and audit["near_copies"]["near_copies_of_a_positive"] == 0
+    assert "near" not in negatives(rows)["q00"] and audit["near_duplicates"]["near_duplicates_of_a_positive"] == 0
     assert len(negatives(rows)["q00"]) == 3
 
 
@@ -310,7 +314,7 @@ def test_an_index_is_built_once_for_all_groups_of_an_actor(tmp_path, prepared, m
     assert len(built) <= 2 * (3 + 1)  # two actors, three parts and the whole; there are seven groups
 
 
-def test_near_copies_are_shared_word_triples():
+def test_near_duplicates_are_shared_word_triples():
     assert jaccard(word_triples("one two three four"), word_triples("one two three four")) == 1.0
     assert jaccard(word_triples("One two three four"), word_triples("two three four five")) == pytest.approx(1 / 3)
     assert jaccard(word_triples("缓冲区溢出漏洞"), word_triples("缓冲区溢出的漏洞")) > 0.2
@@ -322,12 +326,12 @@ def test_near_copies_are_shared_word_triples():
     [
         {"near_duplicate": 0.6},
         {
-            "judge": {
+            "candidate_filter": {
                 "model": {"type": "package", "package": "second"},
                 "ceiling": {"type": "topk_abs", "max_score": 0.5},
             }
         },
-        {"near_duplicate": 0.6, "more_miners": [{"type": "bm25"}, {"type": "package", "package": "second"}]},
+        {"near_duplicate": 0.6, "more_retrievers": [{"type": "bm25"}, {"type": "package", "package": "second"}]},
     ],
 )
 def test_checks_read_the_corpus_once_a_group(prepared, tmp_path, monkeypatch, checks):

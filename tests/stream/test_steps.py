@@ -119,7 +119,7 @@ def build_teach(config: Config, inputs: Mapping[str, Artifact], uri: str) -> Ste
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     root = tmp_path_factory.mktemp("inputs")
-    builders = {"prepare": build_prepare, "mine": build_mine, "model": build_model, "teach": build_teach}
+    builders = {"prepare": build_prepare, "mine": build_mine, "model": build_model, "teacher_embeddings": build_teach}
     return {name: publish(root / name, name, build) for name, build in builders.items()}
 
 
@@ -403,7 +403,7 @@ def test_a_data_set_that_was_not_mined(inputs: dict[str, Artifact], tmp_path: Pa
 
 
 def test_a_distillation_stream(inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    wanted = {name: inputs[name] for name in ("teach", "model")}
+    wanted = {name: inputs[name] for name in ("teacher_embeddings", "model")}
     options = DistillStreamConfig(steps=15, global_batch_size=8, seed=1)
     reader = StreamReader(DISTILL_STREAM.run(options, wanted, str(tmp_path / "stream")).uri)
     assert (reader.num_steps, reader.group_size, reader.teacher_dim) == (15, 1, 4)
@@ -432,13 +432,13 @@ def test_distillation_needs_vectors(inputs: dict[str, Artifact], tmp_path: Path)
     with pytest.raises(UserError, match=r"60 usable .* takes 64"):
         DISTILL_STREAM.run(
             DistillStreamConfig(steps=1, global_batch_size=64),
-            {name: inputs[name] for name in ("teach", "model")},
+            {name: inputs[name] for name in ("teacher_embeddings", "model")},
             str(tmp_path / "stream"),
         )
     with pytest.raises(UserError, match="holds no teacher vectors"):
         DISTILL_STREAM.run(
             DistillStreamConfig(steps=1, global_batch_size=64),
-            {"teach": inputs["mine"], "model": inputs["model"]},
+            {"teacher_embeddings": inputs["mine"], "model": inputs["model"]},
             str(tmp_path / "other"),
         )
 
@@ -456,7 +456,7 @@ def test_ray_data_lays_out_the_same_bytes(
 ) -> None:
     import ray
 
-    wanted = {name: inputs[name] for name in ("teach", "model")}
+    wanted = {name: inputs[name] for name in ("teacher_embeddings", "model")}
     options = DistillStreamConfig(steps=15, global_batch_size=8, seed=1)
 
     def both(folder: Path) -> list[dict[str, Any]]:

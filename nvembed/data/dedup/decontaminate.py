@@ -1,7 +1,7 @@
-"""What stands on two sides: near copies across the splits, duplicates inside a set, leaks of evaluation sets.
+"""What stands on two sides: near duplicates across the splits, duplicates inside a set, leaks of evaluation sets.
 
-A near copy is a pair of texts whose word shingles have a Jaccard similarity at or above the threshold (`near.py`). LSH
-only proposes pairs: it reports none that are not real, but can miss some. `count_left` looks again with other
+A near duplicate is a pair of texts whose word shingles have a Jaccard similarity at or above the threshold (`near.py`).
+LSH only proposes pairs: it reports none that are not real, but can miss some. `count_left` looks again with other
 permutations and counts what was missed.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from nvembed.core import storage
-from nvembed.data.config import DecontaminateConfig, DeduplicateConfig, NearCopyConfig
+from nvembed.data.config import DecontaminateConfig, DeduplicateConfig, NearDuplicateConfig
 from nvembed.data.dedup.contained import contained_pairs
 from nvembed.data.dedup.near import NearPairs, Text, near_pairs, write_texts
 from nvembed.data.fit import merge_documents, renamed_ids
@@ -67,9 +67,9 @@ class _Owned:
                         yield _SIDES[split] if side is None else side, number == 0, text
 
 
-def drop_near_copies(
+def drop_near_duplicates(
     datasets: dict[str, SourceRows],
-    config: NearCopyConfig,
+    config: NearDuplicateConfig,
     work_uri: str | None = None,
     contained_words: int | None = None,
 ) -> dict[str, int]:
@@ -133,8 +133,10 @@ def _copied(
     return flags
 
 
-def count_left(datasets: dict[str, SourceRows], config: NearCopyConfig, work_uri: str | None = None) -> dict[str, int]:
-    """Train examples that still have a near copy among the held-out texts, by data set: LSH misses, found with
+def count_left(
+    datasets: dict[str, SourceRows], config: NearDuplicateConfig, work_uri: str | None = None
+) -> dict[str, int]:
+    """Train examples that still have a near duplicate among the held-out texts, by data set: LSH misses, found with
     other permutations. Documents shared by all splits, which cannot be kept apart, are not compared."""
     owned = _Owned()
     with _working_folder(work_uri) as uri:
@@ -178,7 +180,7 @@ def deduplicate(rows: SourceRows, config: DeduplicateConfig, work_uri: str | Non
     return gone
 
 
-def _first_of_group(texts: Iterable[str], config: NearCopyConfig, work_uri: str | None) -> np.ndarray:
+def _first_of_group(texts: Iterable[str], config: NearDuplicateConfig, work_uri: str | None) -> np.ndarray:
     """int64 [N]: the place of the text that stands for each: itself, or the first kept one that it nearly copies."""
     with _working_folder(work_uri) as uri:
         shards = write_texts(((TRAIN, False, text) for text in texts), uri)
@@ -198,7 +200,7 @@ class Leaks:
     """Training examples that an evaluation set's texts stand in, by training set and evaluation set.
 
     Attributes:
-        near: by near copies of queries or positives.
+        near: by near duplicates of queries or positives.
         contained: by a query whole inside a text of the other side.
         examples: places in the training split, by training set, of both kinds.
     """
@@ -211,7 +213,7 @@ class Leaks:
         """What the manifest tells of one training set."""
         names = sorted({other for name, other in (*self.near, *self.contained) if name == dataset})
         return {
-            other: {"near_copies": self.near[dataset, other], "contained": self.contained[dataset, other]}
+            other: {"near_duplicates": self.near[dataset, other], "contained": self.contained[dataset, other]}
             for other in names
         }
 
@@ -219,7 +221,7 @@ class Leaks:
 def find_leaks(
     datasets: Mapping[str, SourceRows],
     evaluation: Mapping[str, SourceRows],
-    near: NearCopyConfig,
+    near: NearDuplicateConfig,
     contained_words: int | None,
     work_uri: str | None = None,
 ) -> Leaks:
@@ -275,7 +277,7 @@ def settle_leaks(datasets: dict[str, SourceRows], leaks: Leaks, config: Decontam
     leaking = [name for name in datasets if leaks.examples.get(name) and name not in config.allow]
     if leaking and config.on_leak == "fail":
         told = "; ".join(
-            f"{name}: {row['near_copies']} near copies of {other}, {row['contained']} with a query contained"
+            f"{name}: {row['near_duplicates']} near duplicates of {other}, {row['contained']} with a query contained"
             for name in leaking
             for other, row in leaks.of(name).items()
         )

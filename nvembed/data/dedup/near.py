@@ -1,4 +1,4 @@
-"""Near copies among any number of texts: MinHash bands partitioned by hash, candidates confirmed by exact Jaccard.
+"""Near duplicates among any number of texts: MinHash bands partitioned by hash, candidates confirmed by exact Jaccard.
 
 The texts lie in shards, and every pass is one task per shard (`spread.py`), handing on through files:
 
@@ -26,7 +26,7 @@ import xxhash
 
 from nvembed.core import storage
 from nvembed.core.ray_tasks import run_tasks
-from nvembed.data.config import NearCopyConfig
+from nvembed.data.config import NearDuplicateConfig
 from nvembed.data.dedup.minhash import Ragged, WordHashes, band_keys, band_shape, runs, signatures
 from nvembed.data.tables import read_table, write_table
 
@@ -69,7 +69,7 @@ class NearPairs:
 
     Attributes:
         first_same: int64 [N], the first text of the same side with the same words (itself, where there is none).
-        pairs: int64 [K, 2], near copies among the first ones, lower side first (lower number on the same side).
+        pairs: int64 [K, 2], near duplicates among the first ones, lower side first (lower number on the same side).
     """
 
     first_same: np.ndarray
@@ -89,7 +89,7 @@ def write_texts(texts: Iterable[Text], uri: str, shard_rows: int = SHARD_ROWS) -
     return TextShards(uri, np.concatenate([np.zeros(0, np.int8), *sides]), shard_rows)
 
 
-def near_pairs(texts: TextShards, config: NearCopyConfig, *, sides: Sides, seed: int = 1) -> NearPairs:
+def near_pairs(texts: TextShards, config: NearDuplicateConfig, *, sides: Sides, seed: int = 1) -> NearPairs:
     """Pairs of texts whose shingle sets have a Jaccard similarity at or above the threshold.
 
     Args:
@@ -103,7 +103,9 @@ def near_pairs(texts: TextShards, config: NearCopyConfig, *, sides: Sides, seed:
         return NearPairs(np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
     job = _Job(texts.uri, texts.shards, texts.shard_rows, config, sides, seed)
     for task in (_sketch, _pair, _fetch, _verify):
-        run_tasks(functools.partial(task, job), texts.shards, job.uri, f"shards of near copies ({task.__name__[1:]})")
+        run_tasks(
+            functools.partial(task, job), texts.shards, job.uri, f"shards of near duplicates ({task.__name__[1:]})"
+        )
     hashed = [read_table(part_uri(job.uri, "hashes", shard), ["digest"]) for shard in range(job.shards)]
     found = [read_table(part_uri(job.uri, "found", shard)) for shard in range(job.shards)]
     pairs = np.stack([pa.concat_tables(found).column(name).to_numpy() for name in _PAIRS.names], axis=1)
@@ -130,7 +132,7 @@ class _Job:
     uri: str
     shards: int
     shard_rows: int
-    config: NearCopyConfig
+    config: NearDuplicateConfig
     sides: Sides
     seed: int
 

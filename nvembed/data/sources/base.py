@@ -56,7 +56,7 @@ class RejectLog:
 
 @dataclass
 class SourceRows:
-    """A data set as its source gives it, before near copies are dropped and caps applied.
+    """A data set as its source gives it, before near duplicates are dropped and caps applied.
 
     Attributes:
         split_rule: one sentence: how train, dev and test are kept apart.

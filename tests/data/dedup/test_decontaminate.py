@@ -1,19 +1,19 @@
-"""Near copies: planted ones are found, others are left alone."""
+"""Near duplicates: planted ones are found, others are left alone."""
 
 import random
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvembed.data.config import NearCopyConfig
-from nvembed.data.dedup.decontaminate import count_left, drop_near_copies, shared_documents
+from nvembed.data.config import NearDuplicateConfig
+from nvembed.data.dedup.decontaminate import count_left, drop_near_duplicates, shared_documents
 from nvembed.data.dedup.minhash import jaccard, shingles
 from nvembed.data.documents import Documents
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.tables import Document
 from nvembed.types import ScoredId, TaskType, TrainingExample
 
-CONFIG = NearCopyConfig()
+CONFIG = NearDuplicateConfig()
 WORDS = [f"word{number}" for number in range(500)]
 
 
@@ -21,7 +21,7 @@ def sentence(seed: int, length: int = 60) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=length))
 
 
-def near_copy(text: str, seed: int) -> str:
+def near_duplicate(text: str, seed: int) -> str:
     """One word of 60 replaced: Jaccard of 3-word shingles 55/61, over 0.8."""
     words = text.split()
     words[random.Random(seed).randrange(3, len(words) - 3)] = "other"
@@ -34,13 +34,13 @@ def example(key: str, query: str, positive: str, negatives: tuple[str, ...] = ()
 
 
 def rows(documents_split: bool) -> SourceRows:
-    """100 train examples: 10 near copies of test queries, 10 with positives near test positives, 80 others."""
+    """100 train examples: 10 near duplicates of test queries, 10 with positives near test positives, 80 others."""
     documents = [Document(f"test{i}", "", sentence(1000 + i)) for i in range(40)]
     test = [example(f"t{i}", sentence(i), f"test{i}") for i in range(40)]
     train = []
     for i in range(100):
-        query = near_copy(sentence(i), i) if i < 10 else sentence(5000 + i)
-        text = near_copy(sentence(1000 + i), i) if 10 <= i < 20 else sentence(9000 + i)
+        query = near_duplicate(sentence(i), i) if i < 10 else sentence(5000 + i)
+        text = near_duplicate(sentence(1000 + i), i) if 10 <= i < 20 else sentence(9000 + i)
         documents.append(Document(f"train{i}", "", text))
         train.append(example(f"q{i}", query, f"train{i}", ("test3", "train50")))
     return SourceRows(
@@ -50,7 +50,7 @@ def rows(documents_split: bool) -> SourceRows:
 
 def test_planted_copies_are_dropped_and_nothing_else() -> None:
     data = rows(documents_split=True)
-    assert drop_near_copies({"set": data}, CONFIG) == {"set": 20}
+    assert drop_near_duplicates({"set": data}, CONFIG) == {"set": 20}
     assert [row.id for row in data.examples["train"]] == [f"q{i}" for i in range(20, 100)]
     assert len(data.examples["test"]) == 40
     assert count_left({"set": data}, CONFIG) == {"set": 0}
@@ -62,17 +62,17 @@ def test_copies_left_are_counted_when_nothing_was_dropped() -> None:
 
 def test_shared_corpora_compare_queries_only() -> None:
     data = rows(documents_split=False)
-    assert drop_near_copies({"set": data}, CONFIG) == {"set": 10}
+    assert drop_near_duplicates({"set": data}, CONFIG) == {"set": 10}
     data.examples["train"].append(example("shared", "a new query", "test3"))
     assert shared_documents(data) == 1
 
 
 def test_given_negatives_that_are_held_out_positives_leave_training() -> None:
     data = rows(documents_split=True)
-    drop_near_copies({"set": data}, CONFIG)
+    drop_near_duplicates({"set": data}, CONFIG)
     assert {item.id for row in data.examples["train"] for item in row.negatives} == {"train50"}
     shared = rows(documents_split=False)
-    drop_near_copies({"set": shared}, CONFIG)
+    drop_near_duplicates({"set": shared}, CONFIG)
     assert {item.id for row in shared.examples["train"] for item in row.negatives} == {"test3", "train50"}
 
 
@@ -80,15 +80,15 @@ def test_copies_are_found_across_data_sets() -> None:
     held_out, other = rows(documents_split=True), rows(documents_split=True)
     held_out.examples["train"] = []
     other.examples["test"] = [example("far", "nothing like any other", "train99")]
-    assert drop_near_copies({"a": held_out, "b": other}, CONFIG)["b"] >= 20
+    assert drop_near_duplicates({"a": held_out, "b": other}, CONFIG)["b"] >= 20
 
 
 def test_dev_loses_copies_of_test_and_train_those_of_dev() -> None:
     data = rows(documents_split=False)
-    copied = near_copy(sentence(7), 3)
+    copied = near_duplicate(sentence(7), 3)
     data.examples["dev"] = [example("d0", copied, "train1"), example("d1", sentence(777), "train2")]
-    data.examples["train"].append(example("late", near_copy(sentence(777), 5), "train3"))
-    assert drop_near_copies({"set": data}, CONFIG) == {"set": 12}
+    data.examples["train"].append(example("late", near_duplicate(sentence(777), 5), "train3"))
+    assert drop_near_duplicates({"set": data}, CONFIG) == {"set": 12}
     assert [row.id for row in data.examples["dev"]] == ["d1"]
     assert "late" not in {row.id for row in data.examples["train"]}
 
@@ -104,7 +104,7 @@ def test_jaccard_of_shingles(a: str, b: str, words: int) -> None:
 def test_queries_inside_other_texts_leave_too() -> None:
     """A test query inside a train document, a train query inside a test document; too short ones stay."""
     data = rows(documents_split=True)
-    clean = drop_near_copies({"set": rows(documents_split=True)}, CONFIG)["set"]
+    clean = drop_near_duplicates({"set": rows(documents_split=True)}, CONFIG)["set"]
     holds, held = " ".join(sentence(30).split()[:9]), sentence(1035).split()
     data.examples["test"].append(example("inner", holds, "test39"))
     around = Document("around", "", f"before {sentence(30).upper()} after")
@@ -114,7 +114,7 @@ def test_queries_inside_other_texts_leave_too() -> None:
         example("within", " ".join(held[10:19]), "train50"),
         example("short", " ".join(held[10:17]), "train51"),
     ]
-    assert drop_near_copies({"set": data}, CONFIG, contained_words=8) == {"set": clean + 2}
+    assert drop_near_duplicates({"set": data}, CONFIG, contained_words=8) == {"set": clean + 2}
     left = {row.id for row in data.examples["train"]}
     assert "short" in left and not {"outer", "within"} & left
 
@@ -126,5 +126,5 @@ def test_a_dev_example_that_leaves_takes_nothing_with_it() -> None:
     data.examples["dev"] = [example("d", f"{copied} {sentence(3)}", "train2")]
     data.examples["test"] = [example("t", sentence(3), "test3")]
     data.examples["train"] = [example("copy", copied, "train1")]
-    assert drop_near_copies({"set": data}, CONFIG, contained_words=8) == {"set": 1}
+    assert drop_near_duplicates({"set": data}, CONFIG, contained_words=8) == {"set": 1}
     assert data.examples["dev"] == [] and [row.id for row in data.examples["train"]] == ["copy"]

@@ -1,4 +1,4 @@
-"""Near copies and contained queries: against datasketch and plain Python, in one shard and in many, with Ray Data."""
+"""Near duplicates and contained queries: against datasketch and plain Python, in one shard and many, with Ray."""
 
 import random
 from pathlib import Path
@@ -11,12 +11,12 @@ from datasketch.lsh import _optimal_param
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.data.config import NearCopyConfig
+from nvembed.data.config import NearDuplicateConfig
 from nvembed.data.dedup.contained import contained_pairs
 from nvembed.data.dedup.minhash import WordHashes, band_shape, jaccard, shingles, signatures, words_of
 from nvembed.data.dedup.near import Text, near_pairs, write_texts
 
-CONFIG = NearCopyConfig()
+CONFIG = NearDuplicateConfig()
 TEXT = st.text(st.sampled_from("ab .é日\U0001f916"), max_size=30)
 
 

@@ -19,10 +19,12 @@ class Tokens(NamedTuple):
     Attributes:
         input_ids: ids with BOS/EOS.
         pool_mask: 1 where the token is pooled; at least one is.
+        cut: whether the text had more tokens than there was room for.
     """
 
     input_ids: list[int]
     pool_mask: list[int]
+    cut: bool = False
 
 
 class Specials(NamedTuple):
@@ -81,7 +83,7 @@ def encode_with_mask(
             pooled = [int(stop > end) for _, stop in encoding.offsets[:room]]
         else:
             pooled = [1] * len(ids)
-        found.append(_with_specials(ids, pooled, specials, mask))
+        found.append(_with_specials(ids, pooled, specials, mask)._replace(cut=len(encoding.ids) > room))
     return found
 
 

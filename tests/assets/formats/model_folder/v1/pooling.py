@@ -18,7 +18,7 @@ def mean_pool(states_NLD: torch.Tensor, pool_mask_NL: torch.Tensor) -> torch.Ten
 def last_token_pool(states_NLD: torch.Tensor, attention_mask_NL: torch.Tensor) -> torch.Tensor:
     """[N, D] float32: state of each text's last real token; padding is on the right."""
     last_N = attention_mask_NL.long().sum(dim=1) - 1
-    return states_NLD[torch.arange(len(states_NLD), device=states_NLD.device), last_N].float()
+    return states_NLD[torch.arange(states_NLD.shape[0], device=states_NLD.device), last_N].float()
 
 
 def normalise(vectors_ND: torch.Tensor) -> torch.Tensor:

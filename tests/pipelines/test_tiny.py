@@ -16,8 +16,8 @@ TINY = ROOT / "pipelines/recipes/tiny.yaml"
 PRIMARY = {"cwe": "ndcg_at_10", "hpo": "ndcg_at_10", "code": "ndcg_at_10"}
 STEPS = [
     "prepare", "initialise", "mine", "stream_stage_1", "train_stage_1", "stream_stage_2", "train_stage_2", "baselines",
-    "evaluate_teacher", "register_teacher", "teach", "student_init", "evaluate_student_init", "stream_student",
-    "train_student", "evaluate_student", "compare_student", "register_student",
+    "evaluate_teacher", "register_teacher", "teacher_embeddings", "student_init", "evaluate_student_init",
+    "stream_student", "train_student", "evaluate_student", "compare_student", "register_student",
 ]  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def test_a_corrupt_artifact_is_refused(finished: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("place", ["train_stage_1:4", "train_stage_2:2", "mine", "teach"])
+@pytest.mark.parametrize("place", ["train_stage_1:4", "train_stage_2:2", "mine", "teacher_embeddings"])
 def test_a_killed_driver_resumes_to_the_same_bytes(finished: Path, tmp_path: Path, place: str) -> None:
     out = tmp_path / "tiny"
     process = start(out)
