@@ -40,7 +40,7 @@ spec.loader.exec_module(query_by_query)
 CEILINGS = st.one_of(
     st.builds(TopKAbs, max_score=st.sampled_from([-0.5, 0.0, 0.25, 0.5])),
     st.builds(TopKMarginPos, margin=st.sampled_from([0.0, 0.1, 0.3])),
-    st.builds(TopKPercPos, share=st.sampled_from([0.5, 0.8, 1.0])),
+    st.builds(TopKPercPos, max_negative_to_positive_ratio=st.sampled_from([0.5, 0.8, 1.0])),
 )
 RULES = st.one_of(
     st.just(TopK()),

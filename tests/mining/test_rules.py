@@ -25,7 +25,7 @@ RULES = st.one_of(
     st.builds(TopKShifted, shift=st.integers(0, 12)),
     st.builds(TopKAbs, max_score=SCORES),
     st.builds(TopKMarginPos, margin=st.floats(0, 1)),
-    st.builds(TopKPercPos, share=st.floats(0.1, 1)),
+    st.builds(TopKPercPos, max_negative_to_positive_ratio=st.floats(0.1, 1)),
     st.integers(1, 12).flatmap(lambda first: st.builds(RankWindow, first=st.just(first), last=st.integers(first, 20))),
 )
 
@@ -40,7 +40,7 @@ def allows(rule, score, rank, lowest):
         case TopKMarginPos():
             return score < lowest - rule.margin
         case TopKPercPos():
-            return score < lowest - (1 - rule.share) * abs(lowest)
+            return score < lowest - (1 - rule.max_negative_to_positive_ratio) * abs(lowest)
         case RankWindow():
             return rule.first <= rank <= rule.last
         case _:

@@ -164,8 +164,8 @@ def test_the_last_setting_counts(tiny: Path) -> None:
 def test_a_story_asks_for_its_sections(tiny: Path) -> None:
     said = problems(tiny, "teacher_embeddings=null", needs=("teacher_embeddings", "teacher"))
     assert [line.split(": ", 1)[1] for line in said] == [
-        "teacher_embeddings: missing; this story needs the section",
         "teacher: missing; this story needs the section",
+        "teacher_embeddings: missing; this story needs the section",
     ]
 
 
