@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+__version__ = "0.1.0"
+
 _EXPORTS = {
     "Embedder": "nvembed.modeling.embedder",
     "encode_texts": "nvembed.retrieval.encode",
