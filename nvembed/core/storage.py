@@ -14,7 +14,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -123,32 +123,62 @@ def open_reader(uri: str) -> io.BufferedReader:
 
 @contextmanager
 def open_writer(uri: str) -> Iterator[IO[bytes]]:
-    """A file to write at any URI, its folder made. Not atomic: for what a manifest or a later pass vouches for."""
+    """A new file at any URI, its folder made: readers see the old contents or the new, never a part.
+
+    On a disk it is a temporary file beside the target, renamed when the block ends; an object store publishes an
+    object when it is closed. When the block raises, nothing is published.
+    """
     fs, path = filesystem(uri)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    with placed(uri), fs.open(path, "wb") as file:
+    if not isinstance(fs, LocalFileSystem):
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    with _whole_file(fs, path, uri) as file:
         yield file
 
 
-@retried
-def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file atomically: readers see the old contents or the new, never a part (local: temp file + rename)."""
-    fs, path = filesystem(uri)
-    if not isinstance(fs, LocalFileSystem):  # object stores publish a whole object on close
-        with fs.open(path, "wb") as file:
-            file.write(data)
-        return
+@contextmanager
+def _whole_file(fs: fsspec.AbstractFileSystem, path: str, uri: str) -> Iterator[IO[bytes]]:
+    if isinstance(fs, LocalFileSystem):
+        with _renamed(uri, path) as file:
+            yield file
+    elif fs.protocol == "memory":  # its files can be read while they are written
+        buffer = io.BytesIO()
+        yield buffer
+        fs.pipe(path, buffer.getvalue())
+    else:
+        remote = fs.open(path, "wb")
+        try:
+            yield remote
+            remote.close()
+        except BaseException:
+            with suppress(AttributeError, OSError):
+                remote.discard()
+            with suppress(AttributeError):
+                remote.closed = True  # or the destructor uploads what was discarded
+            raise
+
+
+@contextmanager
+def _renamed(uri: str, path: str) -> Iterator[IO[bytes]]:
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
-        with placed(uri), open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with placed(uri):
+            with open(temporary, "wb") as file:
+                yield file
+            with open(temporary, "rb") as file:  # again, as a compressor closes the file it writes to
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@retried
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a file; readers see the old contents or the new, never a part (`open_writer`)."""
+    fs, path = filesystem(uri)
+    with _whole_file(fs, path, uri) as file:
+        file.write(data)
 
 
 def read_json(uri: str) -> Any:

@@ -14,16 +14,15 @@ one shard at a time. Reading goes through fsspec, so a directory may be any URI.
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nvembed.core import storage
-from nvembed.core.retry import retried
+from nvembed.core.parquet import Encoding, list_shards, part_name, read_table, table_bytes, write_table
 from nvembed.types import UserError, VectorType
 
 _KIND = b"nvembed.kind"
@@ -32,90 +31,26 @@ MIN_SHARDS = 8  # small inputs are still cut into this many, so that several act
 TEXT_SCHEMA = pa.schema([("key", pa.string()), ("text", pa.string()), ("instruction", pa.string())])
 
 
-@retried
-def list_shards(uri: str) -> list[str]:
-    """Relative names of all `part-*.parquet` under a directory (any depth), sorted."""
-    fs, root = storage.filesystem(uri)
-    fs.invalidate_cache()
-    if not fs.exists(root):
-        return []
-    prefix = root.rstrip("/") + "/"
-    names = [str(path)[len(prefix) :] for path in fs.find(root)]
-    return sorted(name for name in names if name.rsplit("/", 1)[-1].startswith("part-") and name.endswith(".parquet"))
+def write_shard(table: pa.Table, uri: str) -> None:
+    """Write one shard: a parquet file of one row group. Equal tables give equal bytes."""
+    write_table(table, uri, row_group_rows=max(table.num_rows, 1), encoding=_encoding(table.schema))
 
 
-def write_table(table: pa.Table, uri: str) -> None:
-    """Write one parquet file atomically. Equal tables give equal bytes."""
-    storage.write_bytes(uri, table_bytes(table))
+def shard_content(table: pa.Table, *, checksums: bool = False) -> bytes:
+    """The bytes of a shard's file; `checksums`: with a CRC in every page."""
+    encoding = replace(_encoding(table.schema), page_checksums=checksums)
+    return table_bytes(table, row_group_rows=max(table.num_rows, 1), encoding=encoding)
 
 
-def table_bytes(table: pa.Table, *, checksums: bool = False) -> bytes:
-    """A table as the bytes of a parquet file of one row group; `checksums`: of every page."""
-    buffer = io.BytesIO()
-    vectors = {field.name: _kind(field) for field in table.schema if pa.types.is_fixed_size_list(field.type)}
-    # Embeddings do not compress, only the split bytes of bf16 do; dictionaries and statistics of them only cost time.
-    compression = "zstd" if not vectors or "bf16" in vectors.values() else "none"
-    encodings = {f"{name}.list.element": _ENCODINGS[kind] for name, kind in vectors.items() if kind in _ENCODINGS}
-    pq.write_table(
-        table,
-        buffer,
-        compression=compression,
-        use_dictionary=not vectors,
-        write_statistics=not vectors,
-        column_encoding=encodings or None,
-        row_group_size=max(table.num_rows, 1),
-        write_page_checksum=checksums,
+def _encoding(schema: pa.Schema) -> Encoding:
+    """Embeddings do not compress, only the split bytes of bf16 do; dictionaries and statistics of them cost time."""
+    vectors = {field.name: _kind(field) for field in schema if pa.types.is_fixed_size_list(field.type)}
+    return Encoding(
+        compression="zstd" if not vectors or "bf16" in vectors.values() else "none",
+        dictionary=not vectors,
+        statistics=not vectors,
+        columns={f"{name}.list.element": _ENCODINGS[kind] for name, kind in vectors.items() if kind in _ENCODINGS},
     )
-    return buffer.getvalue()
-
-
-@retried
-def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Read one parquet file; with `vector` comes the `scale` that int8 vectors need."""
-    with storage.open_reader(uri) as file:
-        opened = pq.ParquetFile(file)
-        if columns is not None and "vector" in columns and "scale" in opened.schema_arrow.names:
-            columns = [*columns, "scale"]
-        return opened.read(columns=columns)
-
-
-@retried
-def read_slice(uri: str, start: int, count: int, columns: list[str] | None = None) -> pa.Table:
-    """Some rows of one parquet file; only the row groups that hold them are read."""
-    with storage.open_reader(uri) as file:
-        opened = pq.ParquetFile(file)
-        groups: list[int] = []
-        first = before = 0
-        for group in range(opened.num_row_groups):
-            rows = opened.metadata.row_group(group).num_rows
-            if before < start + count and before + rows > start:
-                first = first if groups else before
-                groups.append(group)
-            before += rows
-        return opened.read_row_groups(groups, columns=columns).slice(start - first, count)
-
-
-def read_schema(uri: str) -> pa.Schema:
-    """Schema of one parquet file, with its metadata."""
-    with storage.open_reader(uri) as file:
-        return pq.read_schema(file)
-
-
-@retried
-def column_size(uri: str, column: str) -> tuple[int, int]:
-    """Rows of a parquet file, and bytes of one of its columns before compression; only the footer is read."""
-    with storage.open_reader(uri) as file:
-        metadata = pq.read_metadata(file)
-    place = [metadata.schema.column(number).path for number in range(len(metadata.schema))].index(column)
-    groups = range(metadata.num_row_groups)
-    return metadata.num_rows, sum(metadata.row_group(group).column(place).total_uncompressed_size for group in groups)
-
-
-def iter_parquet(uri: str, columns: list[str] | None = None, batch_rows: int = 4096) -> Iterator[pa.Table]:
-    """Stream a parquet file as tables of at most `batch_rows` rows, in order."""
-    with storage.open_reader(uri) as file:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=batch_rows, columns=columns):
-            yield pa.Table.from_batches([batch])
 
 
 def write_text_shards(rows: Iterable[tuple[str, str, str]], uri: str, shard_rows: int) -> int:
@@ -145,11 +80,11 @@ def write_shard_tables(tables: Iterable[pa.Table], uri: str, shard_rows: int) ->
     """
     written, total = 0, 0
     for table in _recut(tables, shard_rows):
-        write_table(table, storage.join(uri, f"part-{written:05d}.parquet"))
+        write_shard(table, storage.join(uri, part_name(written)))
         written += 1
         total += table.num_rows
     for name in list_shards(uri):
-        if name >= f"part-{written:05d}.parquet":
+        if name >= part_name(written):
             storage.remove(storage.join(uri, name))
     return total
 

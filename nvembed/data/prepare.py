@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from nvembed.core import storage
+from nvembed.core.parquet import ROW_GROUP_ROWS, write_tables
 from nvembed.core.steps import Step, StepResult
 from nvembed.data.config import PrepareConfig, SourceConfig
 from nvembed.data.dedup import decontaminate
@@ -33,15 +34,7 @@ from nvembed.data.sources.files import read_files
 from nvembed.data.sources.hpo import read_hpo_classes, read_hpo_retrieval, read_hpo_similarity
 from nvembed.data.sources.hub import read_hub
 from nvembed.data.sources.stdlib_code import read_stdlib_code
-from nvembed.data.tables import (
-    CORPUS_SCHEMA,
-    EXAMPLE_SCHEMA,
-    HELD_OUT,
-    ROW_GROUP_ROWS,
-    SPLITS,
-    examples_table,
-    write_tables,
-)
+from nvembed.data.tables import CORPUS_SCHEMA, EXAMPLE_SCHEMA, HELD_OUT, SPLITS, examples_table
 from nvembed.text.instructions import instruction_prefix
 from nvembed.types import Artifact, TaskType, TrainingExample, UserError
 

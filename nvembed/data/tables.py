@@ -1,4 +1,4 @@
-"""Tables of the `prepare` artifact: schemas, writers, readers (parquet at any fsspec URI).
+"""Tables of the `prepare` artifact: schemas and readers.
 
 `<prepare>/<dataset>/corpus.parquet` holds the documents, `examples-{train,dev,test}.parquet` the examples, whose
 positives and negatives are ids into that corpus.
@@ -6,22 +6,17 @@ positives and negatives are ids into that corpus.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from nvembed.core import storage
-from nvembed.core.retry import retried
-from nvembed.core.steps import CorruptArtifactError
+from nvembed.core.parquet import read_table
 from nvembed.types import Artifact, ScoredId, TaskType, TrainingExample, UserError
 
 SPLITS = ("train", "dev", "test")
 HELD_OUT = ("dev", "test")
-ROW_GROUP_ROWS = 16384
 
 SCORED_IDS = pa.list_(pa.struct([pa.field("id", pa.string(), nullable=False), pa.field("score", pa.float64())]))
 CORPUS_SCHEMA = pa.schema(
@@ -65,60 +60,6 @@ class Document:
 def document_text(title: str, text: str) -> str:
     """What is embedded and searched for a corpus row: title and text with one space between, as BEIR does."""
     return f"{title} {text}".strip() if title else text
-
-
-@retried
-def write_table(table: pa.Table, uri: str, *, row_group_rows: int = ROW_GROUP_ROWS) -> None:
-    """Write one parquet file at any URI."""
-    with storage.open_writer(uri) as file:
-        pq.write_table(table, file, row_group_size=row_group_rows)
-
-
-@retried
-def write_tables(tables: Callable[[], Iterable[pa.Table]], schema: pa.Schema, uri: str) -> None:
-    """Write one parquet file, each table a row group of it; the same bytes as `write_table` of all rows.
-
-    Args:
-        tables: gives them from the first one on each time it is called: once for every attempt to write.
-    """
-    with storage.open_writer(uri) as file, pq.ParquetWriter(file, schema) as writer:
-        for table in tables():
-            writer.write_table(table, row_group_size=table.num_rows)
-
-
-@retried
-def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one parquet file at any URI.
-
-    Raises:
-        CorruptArtifactError: it is missing or is no parquet file.
-    """
-    try:
-        with storage.open_reader(uri) as file:
-            return pq.read_table(file, columns=list(columns) if columns is not None else None)
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise CorruptArtifactError(f"{uri} cannot be read ({error}). Build its artifact again.") from error
-
-
-@retried
-def read_schema(uri: str) -> pa.Schema:
-    """Columns of a parquet file; only its footer is read."""
-    with storage.open_reader(uri) as file:
-        return pq.read_schema(file)
-
-
-@retried
-def read_rows(uri: str, key: str, wanted: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
-    """Rows of a parquet file whose `key` is among `wanted`, in file order; memory is one batch plus the result."""
-    values = pa.array(sorted(set(wanted)), pa.string())
-    with storage.open_reader(uri) as opened:
-        file = pq.ParquetFile(opened)
-        found = [
-            batch.filter(pc.is_in(batch.column(key), value_set=values))
-            for batch in file.iter_batches(65536, columns=list(columns) if columns is not None else None)
-        ]
-        schema = found[0].schema if found else file.schema_arrow
-    return pa.Table.from_batches([batch for batch in found if batch.num_rows], schema=schema)
 
 
 # -- corpus and examples ----------------------------------------------------------------------------------------------

@@ -11,11 +11,8 @@ import csv
 import io
 import itertools
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import IO, Any, cast
 
 import fsspec
@@ -157,7 +154,7 @@ def write_rows(rows: Iterable[Row], uri: str) -> None:
 @contextmanager
 def _create(uri: str) -> Iterator[IO[bytes]]:
     """A new file, compressed by its ending, that appears whole or not at all."""
-    with _whole(uri) as file:
+    with storage.open_writer(uri) as file:
         if uri.endswith(".zst"):
             with pa.CompressedOutputStream(pa.PythonFile(file, "w"), "zstd") as stream:
                 yield cast(IO[bytes], stream)
@@ -166,32 +163,6 @@ def _create(uri: str) -> Iterator[IO[bytes]]:
                 yield stream
         else:
             yield file
-
-
-@contextmanager
-def _whole(uri: str) -> Iterator[IO[bytes]]:
-    """On a disk a file beside it, renamed at the end; an object store publishes an object at the end."""
-    fs, path = storage.filesystem(uri)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    local = storage.is_local(uri)
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    file: Any = open(temporary, "wb") if local else fs.open(path, "wb", autocommit=False)  # noqa: SIM115
-    try:
-        yield file
-        file.close()
-    except BaseException:
-        with suppress(AttributeError, OSError):
-            if local:
-                Path(temporary).unlink()
-                file.close()
-            else:
-                file.discard()
-                file.closed = True  # or the destructor flushes what was discarded
-        raise
-    if local:
-        os.replace(temporary, path)
-    else:
-        file.commit()
 
 
 def _write_delimited(rows: Iterable[Row], file: IO[bytes], delimiter: str) -> None:

@@ -20,8 +20,9 @@ import pyarrow as pa
 import xxhash
 
 from nvembed.core import storage
+from nvembed.core.parquet import iter_parquet, list_shards, read_table
 from nvembed.core.steps import Step, StepResult
-from nvembed.core.vectors import iter_parquet, list_shards, read_table, table_matrix, vector_table, write_table
+from nvembed.core.vectors import table_matrix, vector_table, write_shard
 from nvembed.data.tables import HELD_OUT, SPLITS, dataset_info, document_text
 from nvembed.distill.config import TeacherEmbeddingsConfig
 from nvembed.retrieval.encode import encode_shards, write_text_shards
@@ -214,7 +215,7 @@ def _join(texts_uri: str, vectors_uri: str, out_uri: str) -> None:
     # always fp32 here, whatever the working shards and the cache hold
     taught = vector_table(vectors.column("key"), table_matrix(vectors))
     table = texts.append_column("vector", taught.column("vector"))
-    write_table(table.replace_schema_metadata(None), out_uri)
+    write_shard(table.replace_schema_metadata(None), out_uri)
 
 
 def read_part(

@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from nvembed.core import storage
 from nvembed.core.model_cache import local_model
+from nvembed.core.parquet import write_table
 from nvembed.core.steps import Step, StepResult
-from nvembed.data.tables import dataset_info, write_table
+from nvembed.data.tables import dataset_info
 from nvembed.evaluation.config import EvaluateConfig
 from nvembed.evaluation.tasks import (
     Caps,

@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from nvembed.core import storage
-from nvembed.data.tables import read_table
+from nvembed.core.parquet import read_table
 from nvembed.evaluation.metrics import contingency, spearman, v_measure
 from nvembed.types import Artifact, UserError
 

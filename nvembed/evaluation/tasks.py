@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from nvembed.core.vectors import iter_parquet
+from nvembed.core.parquet import iter_parquet, read_table
 from nvembed.data.fit import cap_examples
 from nvembed.data.sources.base import stable_hash
-from nvembed.data.tables import document_text, read_examples, read_table
+from nvembed.data.tables import document_text, read_examples
 from nvembed.evaluation.metrics import knn_labels, ndcg, recall, reciprocal_rank, vote
 from nvembed.evaluation.significance import (
     Interval,

@@ -18,8 +18,9 @@ import torch
 
 from nvembed.core import storage
 from nvembed.core.model_cache import local_model
+from nvembed.core.parquet import list_shards, read_table
 from nvembed.core.ray_pool import ProgressLog, run_pool
-from nvembed.core.vectors import list_shards, read_table, vector_table, write_table
+from nvembed.core.vectors import vector_table, write_shard
 from nvembed.modeling.bidirectional import set_bidirectional
 from nvembed.modeling.config import MeanConfig
 from nvembed.modeling.embedder import Embedder
@@ -131,7 +132,7 @@ class SystemEncoder:
         for name, matrix_ND in found.items():
             if not np.isfinite(matrix_ND).all():
                 raise UserError(f"{name} gives a vector with NaN or infinity. Try `precision: fp32`.")
-            write_table(vector_table(source.column("key"), matrix_ND), task["outs"][name])
+            write_shard(vector_table(source.column("key"), matrix_ND), task["outs"][name])
         return {"rows": task["rows"]}
 
     def _open(self, is_reference: bool) -> Any:

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nvembed.data.tables import document_text, read_rows
+from nvembed.core.parquet import read_rows
+from nvembed.data.tables import document_text
 from nvembed.mining.blocks import CODE, KEPT
 from nvembed.mining.config import CeilingRule, TopKAbs, TopKMarginPos, TopKPercPos
 from nvembed.mining.rules import ceilings

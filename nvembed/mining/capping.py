@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nvembed.core.vectors import read_table
+from nvembed.core.parquet import read_table
 from nvembed.mining.config import MineConfig
 from nvembed.mining.lists import flat, owners, scored_array, starts
 from nvembed.mining.mined import MINED_SCHEMA

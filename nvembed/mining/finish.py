@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nvembed.core import storage
+from nvembed.core.parquet import iter_parquet, list_shards, read_slice, read_table
 from nvembed.core.retry import retried
 from nvembed.core.steps import load_artifact
-from nvembed.core.vectors import iter_parquet, list_shards, read_slice, read_table
 from nvembed.mining import capping
 from nvembed.mining.audit import Audit
 from nvembed.mining.config import MineConfig

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from nvembed.core import storage
-from nvembed.core.vectors import iter_parquet, write_shard_tables
+from nvembed.core.parquet import iter_parquet
+from nvembed.core.vectors import write_shard_tables
 from nvembed.data.tables import document_text
 from nvembed.mining.config import MineConfig
 from nvembed.mining.selection import text_hash

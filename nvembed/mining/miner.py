@@ -14,7 +14,8 @@ import pyarrow as pa
 import torch
 
 from nvembed.core import storage
-from nvembed.core.vectors import iter_parquet, read_slice, write_table
+from nvembed.core.parquet import iter_parquet, read_slice
+from nvembed.core.vectors import write_shard
 from nvembed.data.tables import SCORED_IDS
 from nvembed.mining.audit import Audit
 from nvembed.mining.blocks import Problem, members
@@ -108,7 +109,7 @@ class MineWorker:
 
     def _write(self, task: dict[str, Any], mined: pa.Table, audit: Audit) -> None:
         storage.write_json(f"{self._part(task)}.json", audit.dump())
-        write_table(mined, f"{self._part(task)}.parquet")
+        write_shard(mined, f"{self._part(task)}.parquet")
 
     # -- mined negatives ----------------------------------------------------------------------------------------------
 
@@ -158,7 +159,7 @@ class MineWorker:
         mined, audit = selected(self._searcher, task, queries, lanes)
         if task["way"] == "search":
             searched = lanes[0].select(SEARCHED_SCHEMA.names).cast(SEARCHED_SCHEMA)
-            write_table(searched, f"{self._part(task)}.searched")
+            write_shard(searched, f"{self._part(task)}.searched")
         self._write(task, mined, audit)
 
     # -- random negatives ---------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.core import storage
+from nvembed.core.parquet import list_shards, read_table
 from nvembed.core.retry import placed
-from nvembed.core.vectors import list_shards, read_table
 
 _KEY = "key"
 

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.core import storage
-from nvembed.core.vectors import iter_vectors, list_shards, read_table, table_matrix, write_table
+from nvembed.core.parquet import list_shards, read_table
+from nvembed.core.vectors import iter_vectors, table_matrix, write_shard
 from nvembed.data.tables import SCORED_IDS
 from nvembed.mining import words
 from nvembed.mining.config import Bm25Retriever, MineConfig, RandomNegatives
@@ -173,7 +174,7 @@ class Searcher:
             found = scores_by_id(queries, self.query_vectors(task, lane), ids, place, vectors)
         rows = [{"positives": [{"id": key, "score": score} for key, score in row.items()]} for row in found]
         table = pa.Table.from_pylist(rows, schema=pa.schema([("positives", SCORED_IDS)]))
-        write_table(table, uri)
+        write_shard(table, uri)
         return table.column("positives")
 
     def lowest(self, positives: pa.ChunkedArray) -> np.ndarray:
@@ -281,7 +282,7 @@ class Searcher:
             names = task["documents"]
             if self._is_bm25(lane):  # its first part stands for the whole corpus
                 names = None if task["segment"] == 0 else []
-            write_table(self.hashed(task, table, queries, names), uri)
+            write_shard(self.hashed(task, table, queries, names), uri)
 
     def _search(self, task: dict[str, Any], lane: int, ceiling_Q: np.ndarray) -> Found:
         config, search = self.config, self.config.search

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.core import storage
-from nvembed.core.vectors import column_size, list_shards, read_table
+from nvembed.core.parquet import column_size, list_shards, read_table
 from nvembed.mining.searched import FOUND_SCHEMA
 from nvembed.retrieval.bm25 import Bm25Index, check_memory
 

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nvembed.core import storage
-from nvembed.core.vectors import table_bytes, table_matrix, vector_table
+from nvembed.core.vectors import shard_content, table_matrix, vector_table
 from nvembed.retrieval.cache_merge import Section, list_parts, merge_small, part_name, read_part, readers, sections
 from nvembed.types import VectorType
 
@@ -158,7 +158,7 @@ class VectorCache:
             return
         table = vector_table(pa.array(keys, pa.binary(KEY_BYTES)), matrix_ND, self._kind)
         table = table.append_column("cut", pa.array(cut_N, pa.int8()))
-        data = table_bytes(table, checksums=True)
+        data = shard_content(table, checksums=True)
         storage.write_bytes(storage.join(self._uri, part_name(data)), data)
 
     def settle(self) -> None:

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 import xxhash
 
 from nvembed.core import storage
+from nvembed.core.parquet import read_schema
 from nvembed.core.retry import retried
-from nvembed.core.vectors import read_schema, table_bytes
+from nvembed.core.vectors import shard_content
 
 logger = logging.getLogger(__name__)
 
@@ -144,5 +145,5 @@ def _write(uri: str, group: Sequence[tuple[str, pa.Table]], merged: dict[str, Se
         made_of += [(source, start + first, rows) for source, first, rows in inner.get(name, [])]
         start += len(table)
     whole = pa.concat_tables([table.replace_schema_metadata(None) for _, table in group]).combine_chunks()
-    data = table_bytes(whole.replace_schema_metadata({_MADE_OF: json.dumps(made_of)}), checksums=True)
+    data = shard_content(whole.replace_schema_metadata({_MADE_OF: json.dumps(made_of)}), checksums=True)
     storage.write_bytes(storage.join(uri, part_name(data)), data)

@@ -21,15 +21,14 @@ import pyarrow.parquet as pq
 import xxhash
 
 from nvembed.core import storage
+from nvembed.core.parquet import list_shards, read_schema
 from nvembed.core.ray_pool import ProgressLog, run_pool
 from nvembed.core.vectors import (
     iter_vectors,
-    list_shards,
-    read_schema,
     read_vectors,
     vector_table,
+    write_shard,
     write_shard_tables,
-    write_table,
     write_text_shards,
 )
 from nvembed.retrieval.cache import UNKNOWN, VectorCache, fingerprint, parts_at_start, remove_damaged
@@ -293,7 +292,7 @@ class ShardEncoder:
             _REJECTED: json.dumps(rejected),
             _CUT: json.dumps(cut),
         }
-        write_table(table.replace_schema_metadata(metadata), storage.join(self._out_uri, name))
+        write_shard(table.replace_schema_metadata(metadata), storage.join(self._out_uri, name))
         return {
             "name": name,
             "rows": source.num_rows,

@@ -157,12 +157,14 @@ def _read(uri: str) -> Iterator[tuple[list[str] | None, np.ndarray]]:
         return
     import pyarrow as pa
 
-    from nvembed.core.vectors import iter_parquet, table_matrix
+    from nvembed.core.parquet import iter_parquet
+    from nvembed.core.steps import CorruptArtifactError
+    from nvembed.core.vectors import table_matrix
 
     try:
         for table in iter_parquet(uri, ["id", "vector"], BLOCK_ROWS):
             yield table.column("id").to_pylist(), table_matrix(table)
-    except (pa.ArrowException, KeyError) as error:
+    except (CorruptArtifactError, pa.ArrowException, KeyError) as error:
         raise UserError(f"--vectors {uri}: not a file that `nvembed embed` wrote ({error}).") from error
 
 

@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nvembed.core import storage
+from nvembed.core.parquet import read_schema, write_table, write_tables
 from nvembed.core.ray_tasks import run_tasks
 from nvembed.core.retry import retried
 from nvembed.data.dedup.near import part_uri
-from nvembed.data.tables import read_schema, write_table, write_tables
 
 PART_ROWS = 1 << 20
 MAX_PARTS = 64  # a shard opens each of them

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from nvembed.core import storage
+from nvembed.core.parquet import read_table, write_table, write_tables
 from nvembed.core.ray_tasks import run_tasks
 from nvembed.core.retry import retried
-from nvembed.data.tables import document_text, read_table, write_table
+from nvembed.data.tables import document_text
 from nvembed.stream.join import Gather
 from nvembed.stream.sampling import document_key, sample, text_key
 from nvembed.text.config import TextConfig
@@ -148,10 +148,8 @@ def lay_out_shard(job: Job, shard: int) -> None:
         table = _distill_rows(plan, job, shard)
     steps = table.column("step").to_numpy()
     cuts = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
-    uri = shard_uri(job.work_uri, shard)
-    with storage.open_writer(uri) as file, pq.ParquetWriter(file, table.schema) as writer:
-        for start, end in itertools.pairwise(cuts):
-            writer.write_table(table.slice(start, end - start), row_group_size=end - start)
+    groups = [table.slice(start, end - start) for start, end in itertools.pairwise(cuts)]
+    write_tables(lambda: groups, table.schema, shard_uri(job.work_uri, shard))
 
 
 # -- (query, positive, negatives) -------------------------------------------------------------------------------------

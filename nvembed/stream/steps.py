@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.core import storage
+from nvembed.core.parquet import read_schema, read_table, write_table
 from nvembed.core.steps import Step, StepResult
-from nvembed.data.tables import dataset_info, read_schema, read_table, write_table
+from nvembed.data.tables import dataset_info
 from nvembed.stream.config import DistillStreamConfig, StreamConfig
 from nvembed.stream.layout import (
     DISTILL_PLAN_SCHEMA,

@@ -115,7 +115,8 @@ def memory(arguments: argparse.Namespace) -> None:
 
 def grow(count: int) -> None:
     """Encode `count` short texts shard by shard; the growth of the peak after the first 4 shards."""
-    from nvembed.core.vectors import list_shards, write_text_shards
+    from nvembed.core.parquet import list_shards
+    from nvembed.core.vectors import write_text_shards
     from nvembed.retrieval.config import EncodeConfig, PackageModel
     from nvembed.retrieval.encode import ShardEncoder
 

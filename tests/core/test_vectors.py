@@ -7,16 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nvembed.core.parquet import list_shards, read_table
 from nvembed.core.vectors import (
     MIN_SHARDS,
     iter_vectors,
-    list_shards,
-    read_slice,
-    read_table,
     read_vectors,
     table_matrix,
     vector_table,
-    write_table,
+    write_shard,
     write_text_shards,
 )
 from nvembed.types import UserError
@@ -47,22 +45,13 @@ def test_a_shorter_second_run_leaves_nothing_of_the_first(tmp_path):
 def test_vectors_are_fixed_size_lists_and_come_back_bit_equal(tmp_path):
     matrix = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
     for number in range(2):
-        write_table(vector_table(pa.array(list("abcde")), matrix + number), f"{tmp_path}/part-0000{number}.parquet")
+        write_shard(vector_table(pa.array(list("abcde")), matrix + number), f"{tmp_path}/part-0000{number}.parquet")
     kind = pq.read_schema(tmp_path / "part-00000.parquet").field("vector").type
     assert pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float32() and kind.list_size == 3
     keys, found = read_vectors(str(tmp_path))
     assert keys == list("abcdeabcde")
     assert found.tobytes() == np.concatenate([matrix, matrix + 1]).tobytes()
     assert [len(keys) for keys, _ in iter_vectors(str(tmp_path))] == [5, 5]
-
-
-@pytest.mark.parametrize(("start", "count"), [(0, 3), (2, 5), (4, 4), (7, 30), (0, 0), (10, 2)])
-def test_some_rows_are_read_from_the_row_groups_that_hold_them(tmp_path, start, count):
-    table = pa.table({"row": list(range(10)), "other": list("abcdefghij")})
-    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=4)
-    uri = str(tmp_path / "rows.parquet")
-    assert read_slice(uri, start, count).to_pylist() == table.slice(start, count).to_pylist()
-    assert read_slice(uri, start, count, ["row"]).column_names == ["row"]
 
 
 def test_a_slice_keeps_its_own_rows():

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import save_file
 
 from nvembed.core.steps import Step, StepResult
-from nvembed.core.vectors import vector_table, write_table
+from nvembed.core.vectors import vector_table, write_shard
 from nvembed.distill.config import CompareConfig
 from nvembed.distill.student import COMPARE_STUDENT, cosine_to_teacher, encode_cost, folder_size
 from nvembed.distill.teacher_embeddings import text_key
@@ -51,7 +51,7 @@ def inputs(teacher: Artifact, before: Artifact, tmp_path_factory: pytest.TempPat
             keys = [text_key(*pair) for pair in zip(TEXTS[rows], instructions[rows], strict=True)]
             table = vector_table(pa.array(keys), vectors[rows])
             table = table.add_column(1, "text", [TEXTS[rows]]).add_column(2, "instruction", [instructions[rows]])
-            write_table(table, str(work / "holdout" / f"part-{part:05d}.parquet"))
+            write_shard(table, str(work / "holdout" / f"part-{part:05d}.parquet"))
 
     def student(work: Path) -> None:
         shutil.copytree(before.path("model"), work / "model")

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from nvembed.core.parquet import write_table, write_tables
 from nvembed.core.steps import Step, StepResult
 from nvembed.data.config import CweSource, HpoClassesSource, HpoSimilaritySource, PrepareConfig
 from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, SPLITS, Document, examples_table, write_table, write_tables
+from nvembed.data.tables import CORPUS_SCHEMA, SPLITS, Document, examples_table
 from nvembed.modeling.config import EmbedderConfig, InitialiseConfig, LatentAttentionConfig, RandomBackbone
 from nvembed.text.config import TextConfig
 from nvembed.training.initialise import INITIALISE

@@ -9,7 +9,8 @@ from scipy.stats import spearmanr
 from sklearn.cluster import KMeans
 from sklearn.metrics import ndcg_score, v_measure_score
 
-from nvembed.data.tables import document_text, read_corpus, read_examples, read_table
+from nvembed.core.parquet import read_table
+from nvembed.data.tables import document_text, read_corpus, read_examples
 from nvembed.evaluation.baselines import BASELINES
 from nvembed.evaluation.config import BaselineConfig, EvaluateConfig
 from nvembed.evaluation.run import EVALUATE, load_sets

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.metrics import v_measure_score
 
+from nvembed.core.parquet import write_table
 from nvembed.core.steps import Step, StepResult
-from nvembed.data.tables import write_table
 from nvembed.evaluation import significance
 from nvembed.evaluation.run import ITEMS_SCHEMA
 from nvembed.evaluation.significance import (

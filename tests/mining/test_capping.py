@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.core.vectors import write_table
+from nvembed.core.vectors import write_shard
 from nvembed.mining.capping import capped, tables
 from nvembed.mining.config import MineConfig
 from nvembed.mining.mined import MINED_SCHEMA
@@ -60,7 +60,7 @@ def test_the_cap_keeps_what_a_plain_loop_keeps(folder, drawn):
     uris = []
     for start in range(0, len(rows), size):
         uris.append(str(folder / f"part-{start}.parquet"))
-        write_table(pa.Table.from_pylist(rows[start : start + size], schema=MINED_SCHEMA), uris[-1])
+        write_shard(pa.Table.from_pylist(rows[start : start + size], schema=MINED_SCHEMA), uris[-1])
     stays = capped(uris, MineConfig(num_negatives=count, max_per_document=cap))
     for _ in range(2):  # a second try at writing gets the same
         found = [row for table in tables(uris, stays) for row in table.to_pylist()]

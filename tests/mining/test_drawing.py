@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.core.vectors import write_table
+from nvembed.core.vectors import write_shard
 from nvembed.mining import searching
 from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.drawing import random_choices
@@ -61,7 +61,7 @@ def test_a_group_draws_what_each_example_draws_alone(folder, hashes, never, want
     for number, start in enumerate(range(0, len(ids), 11)):
         keys = ids[start : start + 11]
         table = pa.table({"key": keys, "hash": pa.array([documents[key] for key in keys], pa.int64())})
-        write_table(table, str(texts / f"part-{number:05}.parquet"))
+        write_shard(table, str(texts / f"part-{number:05}.parquet"))
     rows = [
         {"key": f"q{number}", "hash": number, "never": [f"d{place:03}" for place in places]}
         for number, places in enumerate(never)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from nvembed.core import retry, storage
+from nvembed.core.parquet import read_table
 from nvembed.core.steps import MANIFEST, CorruptArtifactError, load_artifact
-from nvembed.core.vectors import read_table
 from nvembed.mining.config import MineConfig
 from nvembed.mining.run import MINE
 from nvembed.retrieval.config import EncodeConfig, PretrainedModel

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core import storage
-from nvembed.core.vectors import read_table
+from nvembed.core.parquet import read_table
 from nvembed.data.config import FilesSource, PrepareConfig
 from nvembed.data.prepare import PREPARE
 from nvembed.data.tables import dataset_info, read_corpus

@@ -2,11 +2,11 @@
 
 import pytest
 
+from nvembed.core.parquet import list_shards, read_table, write_table, write_tables
 from nvembed.core.steps import Step, StepResult
-from nvembed.core.vectors import list_shards, read_table
 from nvembed.data.config import CweSource, HpoSimilaritySource, PrepareConfig
 from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
+from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table
 from nvembed.mining.config import MineConfig
 from nvembed.mining.layout import lay_out
 from nvembed.types import ScoredId, TaskType, TrainingExample

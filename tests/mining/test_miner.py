@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from nvembed.core.parquet import list_shards, read_table
 from nvembed.core.storage import join, read_json
-from nvembed.core.vectors import list_shards, read_table, vector_table, write_table
+from nvembed.core.vectors import vector_table, write_shard
 from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.layout import DOCUMENT_SCHEMA, QUERY_SCHEMA
 from nvembed.mining.miner import MinePaths, MineWorker, selected
@@ -60,15 +61,15 @@ def lay(paths, world, shard_rows):
             {"key": key, "text": key, "instruction": "", "hash": digest}
             for key, digest in zip(ids[part], hashes[part], strict=True)
         ]
-        write_table(pa.Table.from_pylist(texts, schema=DOCUMENT_SCHEMA), join(paths.texts, "set/documents", name))
-        write_table(vector_table(pa.array(ids[part]), document_ND[part]), join(paths.vectors, "set/documents", name))
+        write_shard(pa.Table.from_pylist(texts, schema=DOCUMENT_SCHEMA), join(paths.texts, "set/documents", name))
+        write_shard(vector_table(pa.array(ids[part]), document_ND[part]), join(paths.vectors, "set/documents", name))
         names["documents"].append(name)
     for start in range(0, QUERIES, 10):
         part = slice(start, start + 10)
         name = f"part-{start:05d}.parquet"
-        write_table(pa.Table.from_pylist(rows[part], schema=QUERY_SCHEMA), join(paths.texts, "set/queries", name))
+        write_shard(pa.Table.from_pylist(rows[part], schema=QUERY_SCHEMA), join(paths.texts, "set/queries", name))
         keys = pa.array([row["key"] for row in rows[part]])
-        write_table(vector_table(keys, query_QD[part]), join(paths.vectors, "set/queries", name))
+        write_shard(vector_table(keys, query_QD[part]), join(paths.vectors, "set/queries", name))
         names["queries"].append(name)
     return names["queries"]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvembed.core.vectors import iter_vectors, table_matrix, vector_table, write_table
+from nvembed.core.vectors import iter_vectors, table_matrix, vector_table, write_shard
 from nvembed.mining.picked import Picked
 
 KEYS = [f"k{number:02}" for number in range(40)]
@@ -22,7 +22,7 @@ def texts(tmp_path_factory):
     for number in range(4):
         keys = KEYS[number::4]
         table = pa.table({"key": keys, "text": [f"text {key} \u5b57" for key in keys], "hash": range(len(keys))})
-        write_table(table, str(folder / f"part-{number:05}.parquet"))
+        write_shard(table, str(folder / f"part-{number:05}.parquet"))
     return str(folder)
 
 
@@ -41,7 +41,7 @@ def test_vectors_come_back_as_they_are_stored(tmp_path, kind):
     matrix = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
     for number in range(3):
         rows = slice(number * 14, (number + 1) * 14)
-        write_table(vector_table(pa.array(KEYS[rows]), matrix[rows], kind), str(tmp_path / f"part-{number:05}.parquet"))
+        write_shard(vector_table(pa.array(KEYS[rows]), matrix[rows], kind), str(tmp_path / f"part-{number:05}.parquet"))
     stored = {key: row for keys, block in iter_vectors(str(tmp_path)) for key, row in zip(keys, block, strict=True)}
     taken = ["k39", "k00", "k20", "k00"]
     found = Picked(str(tmp_path), pa.array(["k00", "k20", "k39"]), ["vector"]).take(taken)
@@ -51,7 +51,7 @@ def test_vectors_come_back_as_they_are_stored(tmp_path, kind):
 
 def test_a_full_temporary_folder_is_named(tmp_path, small_disk, monkeypatch):
     keys = [str(number) for number in range(64)]
-    write_table(pa.table({"key": keys, "text": [key * 40_000 for key in keys]}), str(tmp_path / "part-00000.parquet"))
+    write_shard(pa.table({"key": keys, "text": [key * 40_000 for key in keys]}), str(tmp_path / "part-00000.parquet"))
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk.place))
     with pytest.raises(OSError, match="TMPDIR") as raised:
         Picked(str(tmp_path), pa.array(keys), ["text"])

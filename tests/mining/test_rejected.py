@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvembed.core import storage
+from nvembed.core.parquet import read_table
 from nvembed.core.steps import MANIFEST
-from nvembed.core.vectors import read_table
 from nvembed.mining import run
 from nvembed.mining.config import MineConfig
 from nvembed.mining.layout import QUERY_SCHEMA

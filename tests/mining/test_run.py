@@ -13,11 +13,11 @@ import numpy as np
 import psutil
 import pytest
 
+from nvembed.core.parquet import read_table, write_table, write_tables
 from nvembed.core.steps import Step, StepResult
-from nvembed.core.vectors import read_table
 from nvembed.data.config import CweSource, HpoClassesSource, HpoSimilaritySource, PrepareConfig
 from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
+from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table
 from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.run import MINE
 from nvembed.retrieval.config import EncodeConfig, PackageModel, PretrainedModel, SearchConfig

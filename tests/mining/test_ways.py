@@ -12,12 +12,13 @@ import pytest
 import torch
 import xxhash
 
+from nvembed.core.parquet import list_shards, read_table, write_table, write_tables
 from nvembed.core.steps import Step, StepResult
-from nvembed.core.vectors import list_shards, read_table, vector_table
-from nvembed.core.vectors import write_table as write_vectors
+from nvembed.core.vectors import vector_table
+from nvembed.core.vectors import write_shard as write_vectors
 from nvembed.data.config import CweSource, PrepareConfig
 from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
+from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table
 from nvembed.mining import choosing, picked, run
 from nvembed.mining.config import CandidateFilter, MineConfig, TopKAbs
 from nvembed.mining.run import MINE

@@ -3,11 +3,12 @@
 import json
 import shutil
 
+from nvembed.core.parquet import write_table, write_tables
 from nvembed.core.steps import Step, StepResult
 from nvembed.core.storage import join
 from nvembed.data.config import FilesSource, PrepareConfig
 from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
+from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table
 from nvembed.retrieval.encoders import package_folder
 from nvembed.types import ScoredId, TaskType, TrainingExample
 

@@ -131,7 +131,8 @@ def test_mining_cuts_its_work_as_planned(
     query_rows: int,
     document_rows: int,
 ) -> None:
-    from nvembed.core.vectors import list_shards, write_text_shards
+    from nvembed.core.parquet import list_shards
+    from nvembed.core.vectors import write_text_shards
     from nvembed.mining.run import _document_segments, _query_groups
 
     config = MineConfig.model_validate(
@@ -209,12 +210,12 @@ def test_a_search_on_gpus_that_nobody_gets_is_told() -> None:
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16", "int8"])
 def test_bytes_of_a_shard_are_those_that_are_written(kind: Any) -> None:
-    from nvembed.core.vectors import table_bytes, vector_table
+    from nvembed.core.vectors import shard_content, vector_table
 
     matrix = np.random.default_rng(0).standard_normal((1024, 384)).astype(np.float32)
     matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
     keys = pa.array([f"d{500_000 + row}" for row in range(len(matrix))])
-    written = len(table_bytes(vector_table(keys, matrix, kind)))
+    written = len(shard_content(vector_table(keys, matrix, kind)))
     assert written <= 1.05 * shard_bytes(1024, 384, kind)
     assert written >= (0.65 if kind == "bf16" else 0.95) * shard_bytes(1024, 384, kind)
 

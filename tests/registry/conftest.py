@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 
 from nvembed.core import storage
+from nvembed.core.parquet import write_table
 from nvembed.core.steps import Step, StepResult
-from nvembed.data.tables import write_table
 from nvembed.evaluation.run import ITEMS_SCHEMA
 from nvembed.registry.client import aliases, list_versions, open_registry
 from nvembed.registry.config import GateConfig, RegisterConfig, RegistrationConfig

@@ -19,7 +19,7 @@ import json, shutil
 from pathlib import Path
 import pyarrow as pa
 from nvembed.core import storage
-from nvembed.data.tables import write_table
+from nvembed.core.parquet import write_table
 from nvembed.core.steps import Step, StepResult
 from nvembed.pipeline.command_line import tell
 

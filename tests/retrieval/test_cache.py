@@ -10,15 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from nvembed.core.vectors import (
-    iter_vectors,
-    read_table,
-    table_bytes,
-    table_matrix,
-    vector_table,
-    write_table,
-    write_text_shards,
-)
+from nvembed.core.parquet import read_table
+from nvembed.core.vectors import iter_vectors, shard_content, table_matrix, vector_table, write_shard, write_text_shards
 from nvembed.retrieval.cache import UNKNOWN, VectorCache, remove_damaged, row_key
 from nvembed.retrieval.config import EncodeConfig, PackageModel
 from nvembed.retrieval.encode import ShardEncoder, _looked_in, encode_texts, open_encoder
@@ -103,7 +96,7 @@ def test_what_was_cut_is_known_from_the_cache_too(tmp_path):
     known = encode_checked(Counting(), texts, [""] * 4, limits, cache=opened(tmp_path))
     assert known.cut_A.tolist() == [0, 0, 1, 1] and known.embedded == 0
     for part in (tmp_path / "model").glob("part-*.parquet"):  # as an older nvembed wrote it
-        data = table_bytes(read_table(str(part), ["key", "vector"]), checksums=True)
+        data = shard_content(read_table(str(part), ["key", "vector"]), checksums=True)
         part.unlink()
         part.with_name(f"part-{xxhash.xxh3_128_hexdigest(data)}.parquet").write_bytes(data)
     older = encode_checked(Counting(), [*texts, "new"], [""] * 5, [*limits, None], cache=opened(tmp_path))
@@ -146,7 +139,7 @@ numbers = st.floats(-4, 4, width=32, allow_subnormal=False)
 def test_stored_types_give_float32_back(tmp_path_factory, matrix, kind):
     table = vector_table(pa.array([str(row) for row in range(len(matrix))]), matrix, kind)
     path = str(tmp_path_factory.getbasetemp() / f"{kind}.parquet")
-    write_table(table, path)
+    write_shard(table, path)
     found = table_matrix(read_table(path, ["vector"]))
     assert found.dtype == np.float32 and found.shape == matrix.shape
     largest = np.abs(matrix).max(axis=1, initial=0.0)[:, None]
@@ -163,7 +156,7 @@ def test_small_types_are_small(tmp_path):
     matrix = np.random.default_rng(0).normal(size=(512, 384)).astype(np.float32)
     sizes = {}
     for kind in ROUNDING:
-        write_table(vector_table(pa.array(["k"] * 512), matrix, kind), str(tmp_path / kind))
+        write_shard(vector_table(pa.array(["k"] * 512), matrix, kind), str(tmp_path / kind))
         sizes[kind] = (tmp_path / kind).stat().st_size / matrix.size
     assert sizes["fp16"] < 2.1 and sizes["bf16"] < 2.1 and sizes["int8"] < 1.25 and 4 <= sizes["fp32"] < 4.1
 

@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nvembed.core import storage
-from nvembed.core.vectors import read_table, table_bytes
+from nvembed.core.parquet import read_table
+from nvembed.core.vectors import shard_content
 from nvembed.retrieval import cache_merge
 from nvembed.retrieval.cache import VectorCache, row_key
 from nvembed.retrieval.cache_merge import list_parts, merge_small, sections
@@ -120,7 +121,7 @@ def test_damaged_and_older_parts_are_kept_apart(tmp_path, caplog):
     whole = (tmp_path / "model" / names[0]).read_bytes()
     (tmp_path / "model" / names[0]).write_bytes(whole[:-9])
     for name in names[1:4]:  # as an older nvembed wrote them
-        data = table_bytes(read_table(f"{uri}/{name}", ["key", "vector"]), checksums=True)
+        data = shard_content(read_table(f"{uri}/{name}", ["key", "vector"]), checksums=True)
         os.unlink(f"{uri}/{name}")
         (tmp_path / "model" / cache_merge.part_name(data)).write_bytes(data)
     before = known(opened(tmp_path), 80)

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nvembed.core.vectors import list_shards, read_table, read_vectors, table_matrix, write_table
+from nvembed.core.parquet import list_shards, read_table
+from nvembed.core.vectors import read_vectors, table_matrix, write_shard
 from nvembed.retrieval.config import EncodeConfig, PackageModel
 from nvembed.retrieval.encode import encode_rows, encode_shards, write_text_shards
 from nvembed.retrieval.encoders import open_encoder
@@ -54,7 +55,7 @@ def test_two_actors_order_bytes_restart_and_cache(tmp_path, ray_session):
     (Path(out) / cut).write_bytes(first[cut][:100])
     (Path(out) / "b" / "part-00099.parquet").write_bytes(first[lost])  # left by an earlier, longer input
     table = read_table(f"{source}/{changed}")
-    write_table(
+    write_shard(
         table.set_column(1, "text", [[text + " new" for text in table.column("text").to_pylist()]]),
         f"{source}/{changed}",
     )

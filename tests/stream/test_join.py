@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nvembed.data.tables import read_rows
+from nvembed.core.parquet import read_rows
 from nvembed.stream import join
 from nvembed.stream.join import Gather
 

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nvembed.core import storage
+from nvembed.core.parquet import write_table, write_tables
 from nvembed.core.steps import CorruptArtifactError, Step, StepResult
 from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, SCORED_IDS, Document, examples_table, write_table, write_tables
+from nvembed.data.tables import CORPUS_SCHEMA, SCORED_IDS, Document, examples_table
 from nvembed.stream import steps
 from nvembed.stream.config import DistillStreamConfig, StreamConfig
 from nvembed.stream.layout import load_tokeniser

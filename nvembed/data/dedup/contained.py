@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.core import storage
+from nvembed.core.parquet import read_table, write_table
 from nvembed.core.ray_tasks import run_tasks
 from nvembed.data.dedup.minhash import WordHashes, runs
 from nvembed.data.dedup.near import Sides, TextShards, part_uri
-from nvembed.data.tables import read_table, write_table
 
 _BATCH_TEXTS = 2048
 _QUERIES = pa.schema(

@@ -25,10 +25,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 from nvembed.core import storage
+from nvembed.core.parquet import read_table, write_table
 from nvembed.core.ray_tasks import run_tasks
 from nvembed.data.config import NearDuplicateConfig
 from nvembed.data.dedup.minhash import Ragged, WordHashes, band_keys, band_shape, runs, signatures
-from nvembed.data.tables import read_table, write_table
 
 SHARD_ROWS = 65536
 _BATCH_TEXTS = 2048
