@@ -27,13 +27,13 @@ from nvembed.jobs.backend import (
     JobState,
     Preview,
     Say,
+    as_yaml,
     next_try,
     refuse_if_alive,
     without_log,
 )
 from nvembed.jobs.command import Job
 from nvembed.jobs.config import RayTarget
-from nvembed.jobs.plain_yaml import as_yaml
 from nvembed.jobs.ray.log import follow_log
 from nvembed.jobs.uploads import WorkingDir, collect
 from nvembed.preflight.packages import PreflightError
