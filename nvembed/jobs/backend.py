@@ -11,7 +11,7 @@ import yaml
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
 from nvembed.jobs.command import Job
-from nvembed.preflight.packages import PreflightError
+from nvembed.preflight.findings import PreflightError
 from nvembed.types import UserError
 
 PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED = "pending", "running", "succeeded", "failed", "stopped"

@@ -14,7 +14,7 @@ from nvembed.jobs.kuberay.backend import KubeRayBackend
 from nvembed.jobs.ray.backend import RayBackend
 from nvembed.jobs.slurm.backend import SlurmBackend
 from nvembed.jobs.target import Target
-from nvembed.preflight.packages import PreflightError
+from nvembed.preflight.findings import PreflightError
 from nvembed.types import UserError
 
 ERRORS: dict[int, type[Exception]] = {2: UserError, 3: PreflightError}  # a story's exit codes; `submit` ends with them

@@ -21,7 +21,8 @@ from nvembed.pipeline.log import Heartbeat
 from nvembed.pipeline.memory_meter import MemoryMeter, process_tree, pss_bytes
 from nvembed.pipeline.run import logical_cpus
 from nvembed.pipeline.signals import Interrupts
-from nvembed.preflight.packages import PreflightError, check_packages, needed_packages, pip_line
+from nvembed.preflight.findings import PreflightError
+from nvembed.preflight.needs import check_packages, needed_packages, pip_line
 from nvembed.recipe.schema import load_recipe
 from nvembed.types import UserError
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvembed.plan.sizes import stage_sizes
-from nvembed.preflight.packages import needed_packages
+from nvembed.preflight.needs import needed_packages
 from nvembed.recipe.document import dotted, override, parse
 from nvembed.recipe.schema import Recipe, RecipeError, load_recipe, resolved_yaml
 from nvembed.types import UserError

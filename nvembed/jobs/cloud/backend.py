@@ -25,7 +25,7 @@ from nvembed.jobs.command import Job
 from nvembed.jobs.config import CloudTarget, Machine, RayTarget
 from nvembed.jobs.ray.backend import RayBackend, SilentError, read_token
 from nvembed.jobs.target import object_store_bytes
-from nvembed.preflight.packages import PreflightError
+from nvembed.preflight.findings import PreflightError
 from nvembed.types import UserError
 
 HEAD = "head"

@@ -36,7 +36,7 @@ from nvembed.jobs.command import Job
 from nvembed.jobs.config import RayTarget
 from nvembed.jobs.ray.log import follow_log
 from nvembed.jobs.uploads import WorkingDir, collect
-from nvembed.preflight.packages import PreflightError
+from nvembed.preflight.findings import PreflightError
 from nvembed.types import UserError
 
 STATES = {"PENDING": PENDING, "RUNNING": RUNNING, "SUCCEEDED": SUCCEEDED, "FAILED": FAILED, "STOPPED": STOPPED}

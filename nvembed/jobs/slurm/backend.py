@@ -35,7 +35,7 @@ from nvembed.jobs.backend import (
 from nvembed.jobs.command import Job
 from nvembed.jobs.config import SlurmTarget
 from nvembed.jobs.slurm.script import BODY, FAILED_CODE
-from nvembed.preflight.packages import PreflightError
+from nvembed.preflight.findings import PreflightError
 from nvembed.recipe.schema import resolved_yaml
 
 HINT = "Give the command on a login node of the cluster."
