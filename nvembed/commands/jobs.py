@@ -20,7 +20,7 @@ JobId = Annotated[str | None, typer.Argument(metavar="[ID]", help="The job; the 
 
 
 def _backend(target: str) -> Backend:
-    from nvembed.jobs.backends import open_backend
+    from nvembed.jobs.submit import open_backend
     from nvembed.jobs.target import load_target
 
     return open_backend(load_target(target))

@@ -10,7 +10,7 @@ import typer
 from nvembed.commands.common import AsJson, RecipePath, Settings, ended, show
 from nvembed.commands.complete import recipe_files
 from nvembed.pipeline.command_line import ExitCode
-from nvembed.recipe.diff import difference_lines, differences
+from nvembed.recipe.diff import compare_recipes, difference_lines
 from nvembed.recipe.document import dotted
 from nvembed.recipe.schema import Recipe, RecipeError, load_recipe, resolved_yaml
 
@@ -83,7 +83,7 @@ def diff_command(
     """Compare two recipes as they are resolved: order, comments and written-out defaults make no difference."""
 
     def action() -> int:
-        found = differences(load_recipe(first), load_recipe(second))
+        found = compare_recipes(load_recipe(first), load_recipe(second))
         show(found, "\n".join(difference_lines(found)) or "no difference", as_json)
         return ExitCode.DONE
 

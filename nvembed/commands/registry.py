@@ -87,9 +87,9 @@ def promote_command(
     """Make a version champion, if it passes the gate. Exit code 5 when the gate refuses or somebody was faster."""
 
     def action() -> int:
-        from nvembed.registry.champion import PromotionRefusedError, promote_judged
+        from nvembed.registry.champion import PromotionRefusedError, promote_candidate
         from nvembed.registry.client import CHAMPION, aliases
-        from nvembed.registry.evidence import gate_config, judge
+        from nvembed.registry.evidence import evaluate_gate, gate_config
 
         with opened(registry) as (client, uri):
             version = found_version(client, model)
@@ -105,21 +105,21 @@ def promote_command(
                 show(value, f"version {number} of {version.name} is champion already", as_json)
                 return ExitCode.DONE
             asked = {key: value for key, value in (("margin", margin), ("floor", floor)) if value is not None}
-            verdict = judge(client, uri, version.name, number, gate_config(version).model_copy(update=asked))
+            result = evaluate_gate(client, uri, version.name, number, gate_config(version).model_copy(update=asked))
             value = {
                 "name": version.name,
                 "version": number,
-                "champion_before": verdict.champion,
-                "gate": verdict.plain(),
+                "champion_before": result.champion,
+                "gate": result.as_json(),
             }
             try:
-                promote_judged(client, verdict)
+                promote_candidate(client, result)
             except PromotionRefusedError as refused:
                 if as_json:
                     show({**value, "promoted": False, "reason": str(refused)}, "", as_json)
                 raise
-        lines = [f"  {check.name}: {check.state}: {check.said}" for check in verdict.checks]
-        was = "there was none" if verdict.champion is None else f"it was version {verdict.champion}"
+        lines = [f"  {check.name}: {check.state}: {check.message}" for check in result.checks]
+        was = "there was none" if result.champion is None else f"it was version {result.champion}"
         text = "\n".join([*lines, f"champion of {version.name} is version {number} now ({was})"])
         show({**value, "promoted": True}, text, as_json)
         return ExitCode.DONE

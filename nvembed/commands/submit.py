@@ -40,9 +40,8 @@ def submit_command(
 
     def action() -> int:
         from nvembed.core.secrets import mask
-        from nvembed.jobs.backends import open_backend
         from nvembed.jobs.command import read_job
-        from nvembed.jobs.rehearsal import rehearse
+        from nvembed.jobs.submit import open_backend, rehearse
         from nvembed.jobs.target import load_target
 
         console = Console()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,20 +237,23 @@ def _refuse_other_identity(found: Mapping[str, Any], expected: Mapping[str, Any]
         )
 
 
-_ABSENT = object()
+ABSENT = object()  # the value of a key that only the other one has
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lines `path: old -> new` for every leaf in which two JSON values differ; a key that is not there is `(none)`."""
+def changed_values(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """(path, old, new) of every leaf in which two JSON values differ, in the order of the keys."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        lines = []
-        for key in sorted(set(old) | set(new), key=str):
-            here = f"{path}.{key}" if path else str(key)
-            lines += differences(old.get(key, _ABSENT), new.get(key, _ABSENT), here)
-        return lines
-    before, after = (_shown(value) for value in (old, new))  # as text: in JSON 1, 1.0 and true are not the same
-    return [] if before == after else [f"{path}: {before} -> {after}"]
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from changed_values(old.get(key, ABSENT), new.get(key, ABSENT), (*path, str(key)))
+    elif _shown(old) != _shown(new):  # as text: in JSON 1, 1.0 and true are not the same
+        yield path, old, new
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """Lines `path: old -> new` for every leaf in which two JSON values differ; a key that is not there is `(none)`."""
+    changes = sorted(changed_values(old, new), key=lambda change: change[0])
+    return [f"{'.'.join(path)}: {_shown(before)} -> {_shown(after)}" for path, before, after in changes]
 
 
 def _shown(value: Any) -> str:
-    return "(none)" if value is _ABSENT else json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)
+    return "(none)" if value is ABSENT else json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+import yaml
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
 from nvembed.jobs.command import Job
+from nvembed.preflight.findings import PreflightError
 from nvembed.types import UserError
 
 PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED = "pending", "running", "succeeded", "failed", "stopped"
 ALIVE = (PENDING, RUNNING)
 
 Say = Callable[[str], None]
+SECONDS = 120.0
+PATIENCE_SECONDS = 600.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,3 +124,70 @@ def choose(states: Sequence[JobState], job_id: str | None, *, alive: bool) -> Jo
     if alive and len(candidates) > 1:
         raise UserError(f"which job? Alive are: {', '.join(state.id for state in candidates)}")
     return candidates[-1]
+
+
+# -- YAML -------------------------------------------------------------------------------------------------------------
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def as_yaml(*documents: Any) -> str:
+    """One or several documents, keys in their order."""
+    return "---\n".join(yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120) for value in documents)
+
+
+# -- the commands of others: kubectl, sbatch, ray ---------------------------------------------------------------------
+
+
+class ToolError(PreflightError):
+    """A tool that is there failed or did not answer; asking again may help."""
+
+
+def patiently(ask: Callable[[], T], job_id: str, say: Callable[[str], None], seconds: float | None = None) -> T:
+    """What a tool answers about a job that is followed; a cluster that does not answer for a while is asked again.
+
+    Raises:
+        PreflightError: the tool is not installed, or failed for `seconds` (`PATIENCE_SECONDS`) on end.
+    """
+
+    def lost(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        say(f"{job_id}: no answer ({str(error).splitlines()[0][:200]}); the job goes on, trying again")
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(ToolError),
+        wait=wait_exponential_jitter(initial=1, max=20),
+        stop=stop_after_delay(PATIENCE_SECONDS if seconds is None else seconds),
+        before_sleep=lost,
+        reraise=True,
+    )
+    return retrying(ask)
+
+
+def run_tool(command: Sequence[str], *, hint: str, stdin: str | None = None) -> str:
+    """Stdout of a tool.
+
+    Raises:
+        PreflightError: it is not installed (`hint` says where to get it).
+        ToolError: it failed (with its own words), or hangs.
+    """
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except FileNotFoundError as error:
+        raise PreflightError(f"{command[0]} is not installed here. {hint}") from error
+    except subprocess.TimeoutExpired as error:
+        raise ToolError(f"{command[0]} did not answer in {SECONDS:g} s. {hint}") from error
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()[-2000:]
+        raise ToolError(f"{' '.join(command[:3])} failed ({done.returncode}): {said}")
+    return done.stdout

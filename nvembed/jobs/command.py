@@ -16,8 +16,8 @@ from nvembed.core import storage
 from nvembed.core.runtime import git_revision
 from nvembed.core.secrets import texts_in
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget, SlurmTarget
-from nvembed.jobs.sendable import leaks
 from nvembed.jobs.target import Target, inside, is_loopback
+from nvembed.jobs.uploads import leaks
 from nvembed.recipe.schema import Recipe, load_recipe
 from nvembed.types import UserError
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget, SlurmTarget
-from nvembed.jobs.sendable import leaks, wrong_variables
-from nvembed.jobs.shm import memory_bytes
+from nvembed.jobs.uploads import leaks, wrong_variables
 from nvembed.recipe.document import Document, Path, Problem, nearest, parse
 from nvembed.recipe.schema import RecipeError, read_yaml
 from nvembed.recipe.validation import validate
@@ -21,6 +21,8 @@ KINDS: dict[str, type[Target]] = {
     "cloud": CloudTarget,
 }
 LEFT_BYTES = 2**30  # of a pod's memory beside /dev/shm: Ray and one worker
+SHARE = 0.9  # of /dev/shm; Ray keeps a little beside its store
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -205,3 +207,35 @@ _CHECKS: dict[str, Callable[[Any, Document], list[Problem]]] = {
     "slurm": _check_slurm,
     "cloud": _check_cloud,
 }
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def quantity_bytes(text: str) -> int:
+    """Bytes of "8Gi", "8G" (Kubernetes: 10^9) or "8g" (docker: 2^30).
+
+    Raises:
+        ValueError: something else.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKmMgGtT]?)(i?)b?", text)
+    if found is None:
+        raise ValueError(f"{text!r} is no size; write 8Gi or 8g")
+    number, unit, binary = found.groups()
+    base = 1024 if binary or unit.islower() else 1000
+    return int(float(number) * base ** _POWERS[unit.lower()])
+
+
+def memory_bytes(text: str) -> float:
+    """Bytes of a quantity of Kubernetes, whose small letters are thousandths: "16Gi", "1.5G", "1000m", "2Pi"."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([numkKMGTPE]?)(i?)", text)
+    if found is None:
+        raise ValueError(f"{text!r} is no quantity of Kubernetes")
+    number, unit, binary = found.groups()
+    power = {"n": -3, "u": -2, "m": -1, "": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}[unit]
+    return float(number) * (1024 if binary else 1000) ** power
+
+
+def object_store_bytes(shm: str) -> int:
+    """Bytes of the object store for a /dev/shm of this size."""
+    return int(SHARE * quantity_bytes(shm))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pathspec import GitIgnoreSpec
 
-from nvembed.core.secrets import secret_values
+from nvembed.core.secrets import has_credentials, has_token, is_secret_name, secret_values
 from nvembed.types import UserError
 
 # never code: outputs and caches of ours, environments, and files whose names say that they hold secrets
@@ -126,3 +126,33 @@ def _refuse_secrets(travels: WorkingDir) -> None:
                 f"{travels.folder / name}: holds the value of {held[0]}, a secret of your environment, and would be "
                 "sent. Take it out, or add the file to `excludes`."
             )
+
+
+# -- secrets ----------------------------------------------------------------------------------------------------------
+
+
+def leaks(texts: Iterable[str], environment: Mapping[str, str] | None = None) -> list[str]:
+    """What the texts hold that must not be sent: sentences that name a secret without showing it."""
+    joined = "\n".join(texts)
+    found = [f"the value of {name}" for value, name in secret_values(environment).items() if value in joined]
+    return [
+        *sorted(found),
+        *(["a password inside a URL"] if has_credentials(joined) else []),
+        *(["what has the shape of an access token"] if has_token(joined) else []),
+    ]
+
+
+def wrong_variables(variables: Mapping[str, str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Name -> why of the plain settings that are secrets."""
+    values = secret_values(environment)
+    wrong = {}
+    for name, value in variables.items():
+        if is_secret_name(name):
+            wrong[name] = "looks like a secret by its name"
+        elif value in values:
+            wrong[name] = f"has the value of {values[value]}, a secret of your environment"
+        elif has_credentials(value):
+            wrong[name] = "holds a URL with a password"
+        elif found := leaks([value], environment):
+            wrong[name] = f"holds {' and '.join(found)}"
+    return wrong

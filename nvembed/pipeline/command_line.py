@@ -35,7 +35,7 @@ from nvembed.pipeline.log import logged
 from nvembed.pipeline.memory_meter import MemoryMeter
 from nvembed.pipeline.run import PendingError, Road
 from nvembed.pipeline.signals import Interrupts, end_processes
-from nvembed.preflight.packages import PreflightError
+from nvembed.preflight.findings import PreflightError
 from nvembed.preflight.ready import check_reachable, check_ready, on_cluster
 from nvembed.recipe.schema import Recipe, load_recipe, read_recipe, resolved_yaml
 from nvembed.report.attempts import RECORDS

@@ -1,1 +1,1 @@
-"""The arithmetic of a run before it runs: batches, parameters, memory, work, storage, hours (layer 6)."""
+"""The plan of a run before it starts: batches, parameters, memory, operations, storage, hours."""

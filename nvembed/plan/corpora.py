@@ -1,4 +1,4 @@
-"""What mining searches, in rows, and how it is cut: shards, groups of queries, parts of the documents. Exact counts."""
+"""Rows that mining searches and how they are cut: shards, groups of queries, parts of the documents. Exact counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Rows = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Corpus:
-    """A data set that is searched, with about so many queries and documents; None where nobody said."""
+    """A data set that is searched, with its approximate numbers of queries and documents; None where unknown."""
 
     name: str
     queries: int | None
@@ -51,7 +51,7 @@ class Division:
 
     @property
     def tasks(self) -> int:
-        """Of the actor pool."""
+        """Tasks of the actor pool."""
         return self.passes * self.parts
 
 
@@ -67,7 +67,7 @@ def source_kind(source: SourceConfig) -> str:
 
 
 def searched_sets(recipe: Recipe, rows: Rows | None = None) -> list[Corpus]:
-    """The sets that mining searches, with the rows that `rows` or else the sources' caps say.
+    """The sets that mining searches, with their rows by `rows` or else by the sources' caps.
 
     Where only documents are capped, as many queries are taken; a pair of a similarity set gives two documents.
 
@@ -79,27 +79,27 @@ def searched_sets(recipe: Recipe, rows: Rows | None = None) -> list[Corpus]:
     names = [source.name for source in searched]
     if "" in rows:
         if len(names) != 1:
-            raise UserError(f"--rows: say which set, NAME=QUERIESxDOCUMENTS. Searched are: {', '.join(names)}.")
+            raise UserError(f"--rows: name the set, NAME=QUERIESxDOCUMENTS. Mining searches: {', '.join(names)}.")
         rows[names[0]] = rows.pop("")
     wrong = sorted(set(rows) - set(names))
     if wrong:
-        raise UserError(f"--rows: {wrong[0]!r} is no set that mining searches. They are: {', '.join(names)}.")
-    found = []
+        raise UserError(f"--rows: mining does not search {wrong[0]!r}. It searches: {', '.join(names)}.")
+    corpora = []
     for source in searched:
         queries = source.max_train or source.max_documents
         pairs = None if queries is None else 2 * queries
         documents = source.max_documents if source_kind(source) == "retrieval" else pairs
-        found.append(Corpus(source.name, *rows.get(source.name, (queries, documents))))
-    return found
+        corpora.append(Corpus(source.name, *rows.get(source.name, (queries, documents))))
+    return corpora
 
 
 def parse_rows(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
     """`msmarco=500kx8.8M` or, for the only set, `10Mx1B`, as name -> (queries, documents).
 
     Raises:
-        UserError: it is written otherwise.
+        UserError: a text has another form.
     """
-    found = {}
+    rows = {}
     for text in texts:
         match = _ROWS.match(text.strip())
         try:
@@ -110,8 +110,8 @@ def parse_rows(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
             raise UserError(
                 f"--rows {text}: write [NAME=]QUERIESxDOCUMENTS, such as 10kx1M or nq=100kx2.7M."
             ) from error
-        found[match["name"] or ""] = (queries, documents)
-    return found
+        rows[match["name"] or ""] = (queries, documents)
+    return rows
 
 
 def _number(text: str) -> int:
@@ -123,7 +123,7 @@ def _number(text: str) -> int:
 
 
 def shard_count(rows: int, shard_rows: int) -> int:
-    """Files of a set of so many rows."""
+    """Number of files of a set."""
     return min(MIN_SHARDS, rows) if rows < MIN_SHARDS * shard_rows else -(-rows // shard_rows)
 
 
@@ -148,7 +148,7 @@ def _grouped(rows: int, shard_rows: int, limit: int) -> tuple[int, int]:
 
 
 def division(queries: int, documents: int, config: MineConfig) -> Division:
-    """How mining cuts so many queries and documents."""
+    """The division of a set with these numbers of queries and documents."""
     shard = config.encode.shard_rows
     limit = min(config.search.query_rows, max(-(-queries // config.encode.actors), 1))
     group_rows, passes = _grouped(queries, shard, limit)

@@ -1,5 +1,5 @@
-"""What a story would do, without doing it: every value of the recipe with its source, the numbers derived from it, the
-DeepSpeed configuration, the steps with their outputs. Secrets are masked."""
+"""The text and JSON of a dry run: every value of the recipe with its source, the numbers derived from it, DeepSpeed's
+configuration, the steps with their outputs. Secrets are masked."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from nvembed.training.arithmetic import deepspeed_config
 
 DEFAULT = "default"
 _WHAT = {"skip": "skipped", "resume": "resumed"}
-_COLUMN = 60  # where sources are written, if the value leaves room
+_COLUMN = 60  # where sources are written, unless the value is longer
 
 
 class Step(Protocol):
-    """A step that `PlannedRoad` looked at."""
+    """A pipeline step, and what a run would do with it."""
 
     @property
     def name(self) -> str: ...
@@ -34,8 +34,8 @@ class Step(Protocol):
     def uri(self) -> str: ...
 
 
-class Walked(Protocol):
-    """A `PlannedRoad` that a story has walked."""
+class DryRun(Protocol):
+    """A finished dry run; `nvembed.pipeline` has the class."""
 
     @property
     def out(self) -> str: ...
@@ -89,7 +89,7 @@ def _write(value: Any, path: Path, indent: str, document: Document, lines: list[
         if nested and item:
             start = len(lines)
             _write(item, here, indent + "  ", document, lines)
-            if name == "-":  # the first key of an item stands on the item's own line
+            if name == "-":  # the first key of an item is written on the item's own line
                 lines[start] = f"{indent}- {lines[start].removeprefix(indent + '  ')}"
             else:
                 lines.insert(start, f"{indent}{name}")
@@ -100,20 +100,20 @@ def _write(value: Any, path: Path, indent: str, document: Document, lines: list[
 
 
 def stage_config(stage: StageSizes) -> dict[str, Any] | None:
-    """What DeepSpeed would be given; None with the torch engine, or where sizes are not known."""
+    """DeepSpeed's configuration; None with the torch engine, or where sizes are not known."""
     if stage.train.engine.type != "deepspeed" or stage.whole is None or stage.trained is None:
         return None
     return deepspeed_config(stage.train.engine, stage.train.optimiser, trained=stage.trained, whole=stage.whole)
 
 
-def as_json(recipe: Recipe, document: Document, road: Walked) -> dict[str, Any]:
+def as_json(recipe: Recipe, document: Document, dry_run: DryRun) -> dict[str, Any]:
     """The dry run as plain values."""
     return {
         "recipe": mask_all(recipe.model_dump(mode="json")),
         "sources": sources(recipe, document),
-        "out": mask(road.out),
-        "unreachable": mask_all(road.unreachable),
-        "steps": [{"name": step.name, "what": step.what, "uri": mask(step.uri)} for step in road.steps],
+        "out": mask(dry_run.out),
+        "unreachable": mask_all(dry_run.unreachable),
+        "steps": [{"name": step.name, "what": step.what, "uri": mask(step.uri)} for step in dry_run.steps],
         "stages": {stage.name: _stage_json(stage) for stage in stage_sizes(recipe)},
     }
 
@@ -137,17 +137,17 @@ def _stage_json(stage: StageSizes) -> dict[str, Any]:
     }
 
 
-def as_text(recipe: Recipe, document: Document, road: Walked) -> str:
-    """The dry run for people."""
+def as_text(recipe: Recipe, document: Document, dry_run: DryRun) -> str:
+    """The dry run as text."""
     lines = ["# resolved recipe, and where each value comes from", *recipe_lines(recipe, document)]
     lines += ["", "# derived: training (upper bounds: every text at max_length)"]
     for stage in stage_sizes(recipe):
         lines += _stage_lines(stage)
-    lines += ["", f"# steps, below {mask(road.out)}"]
-    if road.unreachable:
-        lines.append(f"# a run from here would end with exit code 3: {mask(road.unreachable)}")
-    width = max((len(step.name) for step in road.steps), default=0)
-    lines += [f"{step.name:<{width}}  {_WHAT.get(step.what, step.what):<7} {mask(step.uri)}" for step in road.steps]
+    lines += ["", f"# steps, below {mask(dry_run.out)}"]
+    if dry_run.unreachable:
+        lines.append(f"# a run from here would end with exit code 3: {mask(dry_run.unreachable)}")
+    width = max((len(step.name) for step in dry_run.steps), default=0)
+    lines += [f"{step.name:<{width}}  {_WHAT.get(step.what, step.what):<7} {mask(step.uri)}" for step in dry_run.steps]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Encoding before it runs: which sizes an encoder has, what a text costs it, how long a pool of actors takes."""
+"""The cost of encoding: sizes of an encoder, operations of a text, seconds of a pool of actors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAUNCHES = 20  # kernels of an encoder layer's forward, counted
 
 @dataclass(frozen=True)
 class EncoderSizes:
-    """An encoder as far as its cost goes.
+    """The sizes of an encoder that decide its cost.
 
     Attributes:
         layers, width, dim: of the network, and of its vectors.
@@ -48,7 +48,7 @@ class EncoderSizes:
 
     @classmethod
     def of(cls, model: Model) -> EncoderSizes:
-        """Of an embedder that the recipe trains."""
+        """The sizes of an embedder that the recipe trains."""
         shape = model.shape
         weights = float(shape.parameters - shape.embedding_parameters)
         heads = shape.heads * shape.head_dim
@@ -73,8 +73,8 @@ def encoder_sizes(retriever: RetrieverConfig) -> EncoderSizes | None:
             return _read(Path(retriever.name)) if Path(retriever.name).is_dir() else None
     except (UserError, StopIteration, OSError, ValueError, KeyError, TypeError):
         return None
-    heads, kept = known.heads * known.head_dim, known.kv_heads * known.head_dim
-    layer = 2 * known.hidden * (heads + kept) + 3 * known.hidden * known.intermediate
+    heads, key_values = known.heads * known.head_dim, known.kv_heads * known.head_dim
+    layer = 2 * known.hidden * (heads + key_values) + 3 * known.hidden * known.intermediate
     weights = float(known.layers * layer)
     return EncoderSizes(
         known.layers, known.hidden, known.hidden, weights, heads, weights + known.vocab * known.hidden
@@ -83,26 +83,26 @@ def encoder_sizes(retriever: RetrieverConfig) -> EncoderSizes | None:
 
 def _read(folder: Path) -> EncoderSizes:
     """From the `config.json` of a transformers folder, which sentence-transformers may have put one deeper."""
-    found = sorted(folder.glob("config.json")) + sorted(folder.glob("**/config.json"))
-    configs = [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    paths = sorted(folder.glob("config.json")) + sorted(folder.glob("**/config.json"))
+    configs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     config: dict[str, Any] = next(config for config in configs if "hidden_size" in config)
     hidden, wide, layers = (int(config[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     heads = int(config["num_attention_heads"])
     width = int(config.get("head_dim") or hidden // heads)
-    kept = int(config.get("num_key_value_heads") or heads)
+    key_values = int(config.get("num_key_value_heads") or heads)
     gated = 3 if "rms_norm_eps" in config else 2  # decoders of the llama family; BERT has two maps
-    weights = float(layers * (2 * hidden * width * (heads + kept) + gated * hidden * wide))
+    weights = float(layers * (2 * hidden * width * (heads + key_values) + gated * hidden * wide))
     parameters = weights + int(config.get("vocab_size", 0)) * hidden
     return EncoderSizes(layers, hidden, hidden, weights, heads * width, parameters)
 
 
 def on_gpus(gpus_per_actor: float, hardware: Hardware) -> bool:
-    """Whether actors that ask for so much of a GPU get it."""
+    """Whether actors with this share of a GPU run on GPUs."""
     return hardware.kind == "gpu" and gpus_per_actor > 0
 
 
 def busy(actors: int, threads: int, gpus_per_actor: float, hardware: Hardware) -> float:
-    """Devices that a pool keeps busy: GPUs, or cores. Cores beside GPUs are taken as the pool asks for them."""
+    """Devices that a pool uses: GPUs, or cores. On a machine with GPUs the number of cores is not bounded."""
     if on_gpus(gpus_per_actor, hardware):
         return min(actors * gpus_per_actor, float(hardware.devices))
     cores = actors * threads
@@ -114,7 +114,7 @@ def encode_seconds(
 ) -> float:
     """Seconds of a pool over `tokens` in texts of `length`, its start apart.
 
-    Actors that ask for no GPU run on cores, on a machine with GPUs too; those are planned as the measured core.
+    Actors without a GPU run on cores, on a machine with GPUs too; those are planned as the measured core.
     """
     gpus = on_gpus(config.gpus_per_actor, hardware)
     device = hardware if gpus or hardware.kind == "cpu" else CORE

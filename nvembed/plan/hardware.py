@@ -1,10 +1,10 @@
-"""Machines a plan can be made for, as data, and a machine of one's own from a YAML file.
+"""Machines that a plan can be made for: a catalogue, and others from YAML files.
 
 Peaks are the makers' dense bf16 numbers. Prices are examples of on-demand list prices, whole machine; set your own.
 
 `laptop` was measured. Of GPUs one H100 was. Training, with one model (`tests/benchmarks/gpu_training.py`: LoRA on a
 decoder of 28 layers x 1,024): 3,800, 12,800, 18,200 and 22,500 tokens a second with slices of 1,024, 4,096, 8,192 and
-16,384 tokens, at most 6 % of the peak, 21 us a launch. Those four are what two numbers stand on: seconds of launches
+16,384 tokens, at most 6 % of the peak, 21 us a launch. Two numbers rest on those four: seconds of launches
 per layer and slice, and a share of the peak that grows with the model's width. That wide models reach `mfu` on a GPU is
 assumed.
 Encoding and search there: see `encoding.py` and `searching.py`.
@@ -36,23 +36,25 @@ class Hardware(Config):
     `mfu` is the share of the peak that computed operations reach; recomputation counts, waiting for launches does not.
     """
 
-    name: str
-    device: str = Field(description="What one device is, for people.")
-    kind: Literal["gpu", "cpu"] = "gpu"
-    devices: int = Field(ge=1, description="Ranks that each have a device of their own; cores of a CPU.")
-    memory_gib: float = Field(gt=0, description="Of one device; of the whole machine where `kind` is cpu.")
-    peak_tflops: float = Field(gt=0, description="Dense bf16, of one device.")
-    bandwidth_gb_s: float = Field(gt=0, description="Memory of one device.")
-    link_gb_s: float = Field(gt=0, description="Between devices, of one of them.")
-    mfu: float = Field(ASSUMED_MFU, gt=0, le=1)
-    mfu_source: str = ASSUMED_SOURCE
+    name: str = Field(description="Name of the machine in the plan.")
+    device: str = Field(description="Name of one device in the plan.")
+    kind: Literal["gpu", "cpu"] = Field("gpu", description="Kind of the devices.")
+    devices: int = Field(ge=1, description="Number of GPUs, or cores of a CPU.")
+    memory_gib: float = Field(gt=0, description="Memory in GiB of one device; of the whole machine where kind is cpu.")
+    peak_tflops: float = Field(gt=0, description="Dense bf16 TFLOP/s of one device.")
+    bandwidth_gb_s: float = Field(gt=0, description="Memory bandwidth of one device, GB/s.")
+    link_gb_s: float = Field(gt=0, description="Bandwidth from one device to the others, GB/s.")
+    mfu: float = Field(ASSUMED_MFU, gt=0, le=1, description="Share of peak_tflops that computed operations reach.")
+    mfu_source: str = Field(ASSUMED_SOURCE, description="Where mfu comes from; printed with the plan.")
     full_width: int | None = Field(
-        None, ge=1, description="Width of a model that reaches `mfu`; narrower ones reach less in proportion."
+        None, ge=1, description="Width from which models reach mfu; narrower ones reach less in proportion."
     )
-    launch_seconds: float = Field(0.0, ge=0, description="Of one GPU kernel, from Python.")
-    start_seconds: float = Field(60.0, ge=0, description="Until workers or actors stand and have loaded a model.")
-    price_per_hour: float | None = Field(None, ge=0, description="Whole machine.")
-    price_source: str = "example"
+    launch_seconds: float = Field(0.0, ge=0, description="Seconds to launch one GPU kernel from Python.")
+    start_seconds: float = Field(
+        60.0, ge=0, description="Seconds until workers or actors have started and loaded a model."
+    )
+    price_per_hour: float | None = Field(None, ge=0, description="Price of the whole machine for an hour.")
+    price_source: str = Field("example", description="Where the price comes from; printed with the plan.")
 
 
 _GPUS = (
@@ -88,14 +90,14 @@ CATALOGUE["laptop"] = Hardware(
     price_per_hour=0.0,
     price_source="your own machine",
 )
-CORE = CATALOGUE["laptop"]  # what a CPU actor on a machine with GPUs is planned with, core by core
+CORE = CATALOGUE["laptop"]  # a CPU actor on a machine with GPUs is planned with these cores
 
 
 def find_hardware(name: str) -> Hardware:
     """A machine of the catalogue, or of a YAML file with the fields of `Hardware`.
 
     Raises:
-        UserError: there is no such machine or file, or the file is no machine.
+        UserError: no such machine or file, or the file does not describe a machine.
     """
     if name in CATALOGUE:
         return CATALOGUE[name]

@@ -1,8 +1,8 @@
 """Seconds of every pipeline step: training from its operations, encoding from how many texts the recipe allows.
 
-Checked against one run, the quickstart on 2 cores (`tests/benchmarks/plan_against_measured.py`, held by
+Checked against one run, the quickstart on 2 cores (`tests/benchmarks/plan_against_measured.py`, a test:
 `tests/plan/test_hours.py`). On GPUs a training step of one small decoder and encoding were measured on one H100
-(`hardware.py`, `encoding.py`), no run as a whole. Actors that ask for no GPU are planned on cores. How many texts a set
+(`hardware.py`, `encoding.py`), no run as a whole. Actors without a GPU are planned on cores. How many texts a set
 has is in the recipe only where it is capped; without a cap a step's seconds are None.
 """
 
@@ -16,18 +16,20 @@ from nvembed.plan.encoding import EncoderSizes, encode_seconds, encoder_sizes
 from nvembed.plan.hardware import Hardware
 from nvembed.plan.mining import MinePlan
 from nvembed.plan.sizes import Model, StageSizes
-from nvembed.plan.work import compute_seconds, lanes, launch_seconds, stage_flops, update_seconds
+from nvembed.plan.work import compute_seconds, launch_seconds, stage_flops, training_devices, update_seconds
 from nvembed.recipe.schema import Recipe
 from nvembed.retrieval.config import EncodeConfig
 
 PREPARE_SECONDS, INITIALISE_SECONDS, SMALL_SECONDS = 20.0, 25.0, 2.0  # of the quickstart, whatever the hardware
 WRITE_BYTES_PER_SECOND = 500e6  # model folders and checkpoints
-DEV_DIRECTIONS = 2  # on dev the untrained backbone runs causal and bidirectional, on the whole sets the better way
+DEV_DIRECTIONS = (
+    2  # on dev the untrained backbone runs causal and bidirectional, on the whole sets the better of the two
+)
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """A pipeline step; `seconds` None where the recipe does not say how much work it is."""
+    """Seconds of a pipeline step; None where the recipe does not determine its work."""
 
     name: str
     seconds: float | None
@@ -36,7 +38,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts that steps encode, at most, as far as the recipe's caps say; None: no cap."""
+    """Upper bounds of the texts that steps encode, by the recipe's caps; None: no cap."""
 
     train: int | None
     mine: int | None
@@ -77,7 +79,7 @@ def _sum(values: Iterable[int | None]) -> int | None:
 def train_seconds(stage: StageSizes, hardware: Hardware, length: float) -> float:
     """Seconds of a training step: start, arithmetic, updates, checkpoints, the model folder."""
     assert stage.trained is not None and stage.model is not None
-    devices = lanes(stage.workers, stage.train.threads_per_worker, hardware)
+    devices = training_devices(stage.workers, stage.train.threads_per_worker, hardware)
     steps = compute_seconds(stage_flops(stage, length), devices, stage.model.shape.hidden, hardware)
     steps += launch_seconds(stage, hardware, length) + update_seconds(stage, hardware)
     saves = -(-stage.steps // stage.train.checkpoint_every) * 12.0 * stage.trained + 4.0 * stage.model.parameters
@@ -99,7 +101,7 @@ class _Encoding:
         return encode_seconds(encoder, texts * self.length, self.length, config, self.hardware)
 
 
-def road_times(
+def step_times(
     recipe: Recipe,
     stages: Iterable[StageSizes],
     hardware: Hardware,
@@ -107,7 +109,7 @@ def road_times(
     mining: MinePlan | None = None,
     mining_again: MinePlan | None = None,
 ) -> list[StepTime]:
-    """Every step of the stories that a recipe can tell, in order.
+    """Every pipeline step that a recipe can have, in order.
 
     Args:
         share: mean tokens of a text, as a share of `max_length`.
@@ -117,18 +119,18 @@ def road_times(
     rows = {c.name: (c.queries, c.documents) for c in mining.corpora if c.queries and c.documents} if mining else {}
     texts = count_texts(recipe, rows)
     start = hardware.start_seconds
-    found = [StepTime("prepare", PREPARE_SECONDS if texts.train is not None else None, "reading; grows with the data")]
+    times = [StepTime("prepare", PREPARE_SECONDS if texts.train is not None else None, "reading; grows with the data")]
 
     def add(name: str, *seconds: float | None, why: str = "") -> None:
         known = [part for part in seconds if part is not None]
-        found.append(StepTime(name, sum(known) if len(known) == len(seconds) else None, why))
+        times.append(StepTime(name, sum(known) if len(known) == len(seconds) else None, why))
 
     first = by_name.get("stage_1")
     if first is not None and first.model is not None:
         copied = 2 * 4.0 * first.model.parameters / WRITE_BYTES_PER_SECOND
         add("initialise", INITIALISE_SECONDS + copied, why="reading the backbone")
     if mining is not None:
-        models = f" by {len(mining.lanes)} models" if len(mining.lanes) > 1 else ""
+        models = f" by {len(mining.models)} models" if len(mining.models) > 1 else ""
         add("mine", mining.seconds, why=f"{_count(texts.mine)} texts{models}, and their search")
     if first is not None and first.model is not None:
         encoding = _Encoding(hardware, share * first.max_length)
@@ -146,7 +148,7 @@ def road_times(
         )  # fmt: skip
         add("evaluate_teacher", start, encoding(texts.evaluate, first.model, recipe.evaluate.encode))
     _student(add, recipe, by_name, hardware, share, texts)
-    return found
+    return times
 
 
 def _student(

@@ -5,7 +5,7 @@ worker over its size before the model was loaded (`tests/training/test_memory_pl
 decoders of the llama family of 20-60 M parameters, float32 or bf16 autocast, SDPA. Not in it: a heap that fragments
 over many steps of texts of different lengths (the quickstart's run as a whole peaks at 8.6 GiB, where two workers are
 planned at 3.9 beside the driver and Ray). On GPUs memory was not compared with this: the benchmark of one H100
-(`tests/benchmarks/gpu_training.py`) prints its peak, and nobody has held a plan against it.
+(`tests/benchmarks/gpu_training.py`) prints its peak, but no plan was compared with it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Everything."""
+        """Sum of all parts."""
         return self.process + self.growth
 
     def as_dict(self) -> dict[str, float]:
@@ -137,8 +137,8 @@ def activation_bytes(stage: StageSizes, precision: str, kind: str = "cpu", lengt
     running = (TRANSIENT_LORA if isinstance(stage.train.adapter, LoraConfig) else TRANSIENT_FULL) * once * layer
     if stage.train.engine.gradient_checkpointing:
         return FRAGMENTED * tokens * (4.0 * shape.hidden * shape.layers + ends) + 2.0 * tokens * layer
-    held = FRAGMENTED if once < tokens else IN_ONE_PIECE
-    return held * tokens * (shape.layers * layer + ends) + running
+    allocated = FRAGMENTED if once < tokens else IN_ONE_PIECE
+    return allocated * tokens * (shape.layers * layer + ends) + running
 
 
 def layer_bytes(stage: StageSizes, precision: str, kind: str = "cpu") -> float:

@@ -1,4 +1,4 @@
-"""The `mine` step before it runs: rows, operations, bytes, shards, passes over the documents, memory, hours.
+"""The plan of the `mine` step: rows, operations, bytes, shards, passes over the documents, memory, hours.
 
 Counts are exact integers for given rows; seconds come from measured rates of one core (`encoding.py`, `searching.py`).
 Not in them: laying texts out, selecting in Python, waiting for storage.
@@ -26,14 +26,14 @@ PREPARED_DOCUMENT, PREPARED_EXAMPLE = 78, 5_000  # bytes that `prepare`, one pro
 
 
 @dataclass(frozen=True)
-class LanePlan:
+class ModelPlan:
     """One model over all corpora.
 
     Attributes:
         place: its key in the recipe's `mine` section.
         name: package, folder or hub name.
         encode_flops, encode_seconds: of all texts; seconds without the pool's start.
-        search_flops, search_seconds: of all queries against all documents; None for a judge, which searches nothing.
+        search_flops, search_seconds: of all queries against all documents; None for a candidate filter.
         vector_bytes, shard_bytes: of the numbers; of the files.
         read_bytes: that all passes read.
     """
@@ -52,20 +52,20 @@ class LanePlan:
 
 @dataclass(frozen=True)
 class MinePlan:
-    """What `plan_mining` found.
+    """The plan of a mining step.
 
     Attributes:
         corpora, divisions: rows of every searched set; how those are cut whose rows are known.
         tokens, text_bytes: of all texts.
         encode_memory, search_memory: bytes of one actor on its host, at the most demanding model and set.
         unknown, missing: sets without rows; models whose sizes are not known on this machine.
-        starts: seconds until the actors of all pools stand.
-        notes: what a reader should change or know.
+        starts: seconds until the actors of all pools have started.
+        notes: settings to change, and limits of the numbers.
     """
 
     corpora: Sequence[Corpus]
     divisions: Mapping[str, Division]
-    lanes: Sequence[LanePlan]
+    models: Sequence[ModelPlan]
     tokens: float
     text_bytes: float
     encode_memory: float
@@ -77,10 +77,10 @@ class MinePlan:
 
     @property
     def seconds(self) -> float | None:
-        """Of the whole step; None where rows or sizes are not known."""
+        """Seconds of the whole step; None where rows or sizes are not known."""
         if self.unknown or self.missing:
             return None
-        return self.starts + sum(lane.encode_seconds + (lane.search_seconds or 0.0) for lane in self.lanes)
+        return self.starts + sum(model.encode_seconds + (model.search_seconds or 0.0) for model in self.models)
 
 
 def plan_mining(
@@ -90,7 +90,7 @@ def plan_mining(
 
     Args:
         length: mean tokens of a text; `max_query_length` and `max_document_length` cut it.
-        rows: data set -> (queries, documents), where the sources' caps do not say.
+        rows: data set -> (queries, documents), where the sources have no caps.
         trained: the stage-1 model, which mines in the first retriever's place.
     """
     config = recipe.mine if trained is None else recipe.mine.model_copy(update={"reuse": None})
@@ -106,7 +106,7 @@ def plan_mining(
         min(length, cap or length) for cap in (config.encode.max_query_length, config.encode.max_document_length)
     ]
     tokens = sum((c.queries or 0) * lengths[0] + (c.documents or 0) * lengths[1] for c in known)
-    lanes, missing, memory = [], [], [(0.0, 0.0)]
+    models, missing, memory = [], [], [(0.0, 0.0)]
     for place, model in config.embedders() if searched else ():
         encoder, name = encoder_sizes(model), model.package if isinstance(model, PackageModel) else model.name
         if trained is not None and place == "retriever":
@@ -114,25 +114,25 @@ def plan_mining(
         if encoder is None:
             missing.append(name)
             continue
-        lanes.append(_lane(place, name, encoder, known, cuts, tokens, lengths[1], config, hardware))
+        models.append(_model_plan(place, name, encoder, known, cuts, tokens, lengths[1], config, hardware))
         most = max((search_memory(cuts[c.name], encoder.dim, c.documents or 0, config) for c in known), default=0.0)
         memory.append((encode_memory(encoder, config.encode, lengths[1]), most))
     return MinePlan(
         corpora=sets,
         divisions=cuts,
-        lanes=lanes,
+        models=models,
         tokens=tokens,
         text_bytes=tokens * TEXT_BYTES,
         encode_memory=max(one for one, _ in memory),
         search_memory=max(two for _, two in memory),
         unknown=[corpus.name for corpus in sets if corpus.rows is None],
         missing=missing,
-        starts=hardware.start_seconds * max(len(lanes), 1),
+        starts=hardware.start_seconds * max(len(models), 1),
         notes=_notes(config, known, cuts, lengths[1], hardware) if searched else ["nothing is encoded or searched"],
     )
 
 
-def _lane(
+def _model_plan(
     place: str,
     name: str,
     encoder: EncoderSizes,
@@ -142,23 +142,23 @@ def _lane(
     length: float,
     config: MineConfig,
     hardware: Hardware,
-) -> LanePlan:
-    judge, kind, dim = place.startswith("candidate_filter"), config.encode.vector_type, encoder.dim
+) -> ModelPlan:
+    searches, kind, dim = not place.startswith("candidate_filter"), config.encode.vector_type, encoder.dim
     rows = sum(corpus.rows or 0 for corpus in known)
     passed = [(corpus.documents or 0) * cuts[corpus.name].passes for corpus in known]
-    return LanePlan(
+    return ModelPlan(
         place=place,
         name=name,
         dim=dim,
         encode_flops=encoder.flops(tokens, length),
         encode_seconds=encode_seconds(encoder, tokens, length, config.encode, hardware),
-        search_flops=None if judge else sum(search_flops(c.queries or 0, c.documents or 0, dim) for c in known),
-        search_seconds=None
-        if judge
-        else sum(search_seconds(corpus, cuts[corpus.name], dim, config, hardware) for corpus in known),
+        search_flops=sum(search_flops(c.queries or 0, c.documents or 0, dim) for c in known) if searches else None,
+        search_seconds=sum(search_seconds(corpus, cuts[corpus.name], dim, config, hardware) for corpus in known)
+        if searches
+        else None,
         vector_bytes=rows * dim * NUMBER[kind],
         shard_bytes=shard_bytes(rows, dim, kind),
-        read_bytes=0.0 if judge else shard_bytes(sum(passed), dim, kind),
+        read_bytes=shard_bytes(sum(passed), dim, kind) if searches else 0.0,
     )
 
 
@@ -178,14 +178,14 @@ def _notes(
             notes.append(f"{corpus.name}: {cut.tasks:,} tasks; a larger mine.search.document_rows makes fewer")
         if cut.document_shards > MANY_SHARDS:
             notes.append(f"{corpus.name}: {cut.document_shards:,} shards; a larger mine.encode.shard_rows makes fewer")
-    held = max((PREPARED_DOCUMENT * (c.documents or 0) + PREPARED_EXAMPLE * (c.queries or 0) for c in known), default=0)
-    if held > 2**30:
-        notes.append(f"prepare, one process, takes {size_text(held)} for the largest of these sets")
+    size = max((PREPARED_DOCUMENT * (c.documents or 0) + PREPARED_EXAMPLE * (c.queries or 0) for c in known), default=0)
+    if size > 2**30:
+        notes.append(f"prepare, one process, takes {size_text(size)} for the largest of these sets")
     for retriever in config.more_retrievers:
         if isinstance(retriever, Bm25Retriever):
             largest = max((corpus.documents or 0 for corpus in known), default=0)
-            held = index_bytes(largest, int(largest * length * TEXT_BYTES))
-            notes.append(f"bm25 takes {size_text(held)} of each actor's memory; its time is not planned")
+            size = index_bytes(largest, int(largest * length * TEXT_BYTES))
+            notes.append(f"bm25 takes {size_text(size)} of each actor's memory; its time is not planned")
     if config.cross_encoder is not None:
         notes.append(f"the cross-encoder reads up to {config.depth} pairs of every query; its time is not planned")
     if not isinstance(config.search.index, ExactIndex):
@@ -193,7 +193,9 @@ def _notes(
     gpus = on_gpus(config.encode.gpus_per_actor, hardware)
     if config.search.device != "cpu" and not gpus:
         why = "mine.encode.gpus_per_actor is 0" if hardware.kind == "gpu" else f"{hardware.name} has no GPU"
-        notes.append(f"mine.search.device is {config.search.device}, but {why}; planned on cores, would be refused")
+        notes.append(
+            f"mine.search.device is {config.search.device}, but {why}; planned on cores; a run would be refused"
+        )
     elif config.search.device != "cpu":
         notes.append(
             "searching on a GPU was measured with up to 1 M documents on one H100: merging on the host bounds it"
@@ -221,7 +223,7 @@ def as_json(plan: MinePlan) -> dict[str, Any]:
             }
             for corpus in plan.corpora
         },
-        "models": [asdict(lane) for lane in plan.lanes],
+        "models": [asdict(model) for model in plan.models],
         "tokens": plan.tokens,
         "text_bytes": plan.text_bytes,
         "memory_bytes_per_actor": {"encode": plan.encode_memory, "search": plan.search_memory},
@@ -232,36 +234,36 @@ def as_json(plan: MinePlan) -> dict[str, Any]:
 
 
 def as_text(plan: MinePlan, step: str = "mine") -> list[str]:
-    """The plan for people; `step` is `mine` or `mine_again`."""
+    """The plan as text; `step` is `mine` or `mine_again`."""
     partly = ", of the sets with known rows only" if plan.unknown else ""
-    if not plan.lanes or not plan.divisions:
+    if not plan.models or not plan.divisions:
         lines = [f"{step}: nothing is encoded or searched"] if not (plan.unknown or plan.missing) else []
     else:
         lines = [f"{step}: {plan.tokens:,.0f} tokens, {size_text(plan.text_bytes)} of text (assumed)" + partly]
     for corpus in plan.corpora:
-        if plan.lanes and (cut := plan.divisions.get(corpus.name)):
+        if plan.models and (cut := plan.divisions.get(corpus.name)):
             lines += [
                 f"  {corpus.name}: about {corpus.queries:,} queries x {corpus.documents:,} documents, "
                 f"{cut.query_shards:,} + {cut.document_shards:,} shards; {cut.passes:,} pass(es) over the documents "
                 f"of {cut.group_rows:,} queries, each in {cut.parts:,} part(s)"
             ]
-    for lane in plan.lanes:
+    for model in plan.models:
         lines.append(
-            f"  {lane.place} {lane.name}, {lane.dim} dimensions: encode {flops_text(lane.encode_flops)} in "
-            f"{time_text(lane.encode_seconds)}; vectors {size_text(lane.vector_bytes)}, "
-            f"in shards {size_text(lane.shard_bytes)}"
+            f"  {model.place} {model.name}, {model.dim} dimensions: encode {flops_text(model.encode_flops)} in "
+            f"{time_text(model.encode_seconds)}; vectors {size_text(model.vector_bytes)}, "
+            f"in shards {size_text(model.shard_bytes)}"
         )
-        if lane.search_flops is not None and lane.search_seconds is not None:
+        if model.search_flops is not None and model.search_seconds is not None:
             lines.append(
-                f"    search {flops_text(float(lane.search_flops))} in {time_text(lane.search_seconds)}; "
-                f"all passes read {size_text(lane.read_bytes)}"
+                f"    search {flops_text(float(model.search_flops))} in {time_text(model.search_seconds)}; "
+                f"all passes read {size_text(model.read_bytes)}"
             )
-    if plan.lanes and plan.divisions:
+    if plan.models and plan.divisions:
         encode, search = size_text(plan.encode_memory), size_text(plan.search_memory)
         lines.append(f"  memory of an actor on its host: encoding {encode}, searching {search}")
     if plan.unknown:
         shown = ", ".join(plan.unknown[:3]) + (", ..." if len(plan.unknown) > 3 else "")
         lines.append(
-            f"{step}: rows of {shown} are not known; --rows NAME=QUERIESxDOCUMENTS, such as 100kx1M, says them"
+            f"{step}: rows of {shown} are not known; give them: --rows NAME=QUERIESxDOCUMENTS, such as 100kx1M"
         )
     return lines

@@ -1,4 +1,4 @@
-"""The whole plan of a recipe on a machine: what `nvembed plan` shows, as plain values and as text."""
+"""The plan of a recipe on a machine, as plain values and as text: the output of `nvembed plan`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from nvembed.plan.corpora import Rows
 from nvembed.plan.hardware import CORE, Hardware
-from nvembed.plan.hours import StepTime, road_times, train_seconds
+from nvembed.plan.hours import StepTime, step_times, train_seconds
 from nvembed.plan.memory import GIB, Memory, fits, stage_memory
 from nvembed.plan.mining import MinePlan, plan_mining
 from nvembed.plan.mining import as_json as mining_json
@@ -39,14 +39,14 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan_recipe` found.
+    """The plan of a recipe on a machine.
 
     Attributes:
         stages: those whose backbone is known.
         unknown: names of the others.
         steps: every pipeline step with its seconds.
         mining, mining_again: what the `mine` and `mine_again` steps encode and search; None without such a step.
-        notes: what a reader has to know to trust a number.
+        notes: limits of the numbers, and settings to change.
     """
 
     recipe: Recipe
@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of all steps whose work is known."""
+        """Seconds of all steps whose work is known."""
         return sum(step.seconds or 0.0 for step in self.steps)
 
     @property
@@ -77,7 +77,7 @@ def plan_recipe(recipe: Recipe, hardware: Hardware, *, fill: float = FILL, rows:
 
     Args:
         fill: mean tokens of a text over `max_length`.
-        rows: data set -> (queries, documents) that are mined, where the sources' caps do not say.
+        rows: data set -> (queries, documents) that are mined, where the sources have no caps.
 
     Raises:
         UserError: `rows` names a set that mining does not search.
@@ -89,7 +89,7 @@ def plan_recipe(recipe: Recipe, hardware: Hardware, *, fill: float = FILL, rows:
     mining = plan_mining(recipe, hardware, length, rows) if recipe.stage_1 is not None and length else None
     trained = sizes[0].model if recipe.mine_again and sizes else None
     mining_again = plan_mining(recipe, hardware, length, rows, trained) if mining is not None and trained else None
-    steps = road_times(recipe, sizes, hardware, fill, mining, mining_again)
+    steps = step_times(recipe, sizes, hardware, fill, mining, mining_again)
     return Plan(
         recipe=recipe,
         hardware=hardware,
@@ -130,7 +130,7 @@ def _storage(recipe: Recipe, stages: Sequence[StageReport], mining: Sequence[Min
     """Bytes below the output when everything is done, and the checkpoints on top while a stage runs."""
     teachers = [stage for stage in stages if stage.sizes.name != "student"]
     students = [stage for stage in stages if stage.sizes.name == "student"]
-    found = {
+    sizes = {
         "streams": sum(stage.storage["stream"] for stage in stages),
         "model folders": sum(stage.storage["model"] for stage in stages)
         + sum(group[0].storage["model"] for group in (teachers, students) if group),  # before the first stage
@@ -147,38 +147,38 @@ def _storage(recipe: Recipe, stages: Sequence[StageReport], mining: Sequence[Min
     ):
         dim = students[0].sizes.model.shape.hidden
         stream = students[0].sizes.steps * students[0].sizes.batch
-        found["teacher vectors"] = 4.0 * dim * (recipe.teacher_embeddings.max_texts + stream)
-    working = [plan.text_bytes + sum(lane.shard_bytes for lane in plan.lanes) for plan in mining if plan.seconds]
+        sizes["teacher vectors"] = 4.0 * dim * (recipe.teacher_embeddings.max_texts + stream)
+    working = [plan.text_bytes + sum(model.shard_bytes for model in plan.models) for plan in mining if plan.seconds]
     if working:
-        found["texts and vectors while mining"] = max(working)
-    return found
+        sizes["texts and vectors while mining"] = max(working)
+    return sizes
 
 
 def pools(recipe: Recipe) -> dict[str, EncodeConfig]:
     """Settings of every encoding pool of a recipe, by their place in it."""
-    found = {}
+    settings = {}
     if recipe.initialise is not None:
-        found = {
+        settings = {
             "mine.encode": recipe.mine.encode,
             "baselines.evaluate.encode": recipe.baselines.evaluate.encode,
             "evaluate.encode": recipe.evaluate.encode,
         }
     if recipe.teacher_embeddings is not None:
-        found["teacher_embeddings.encode"] = recipe.teacher_embeddings.encode
+        settings["teacher_embeddings.encode"] = recipe.teacher_embeddings.encode
     if recipe.student is not None:
-        found["student.evaluate.encode"] = recipe.student.evaluate.encode
-    return found
+        settings["student.evaluate.encode"] = recipe.student.evaluate.encode
+    return settings
 
 
 def _pool_notes(recipe: Recipe, hardware: Hardware) -> list[str]:
-    """Which pools do not run where one would think."""
-    asked = {name: pool.gpus_per_actor for name, pool in pools(recipe).items()}
+    """Notes on pools that run on cores although there are GPUs, or the reverse."""
+    gpus_per_actor = {name: pool.gpus_per_actor for name, pool in pools(recipe).items()}
     if hardware.kind == "gpu":
-        cores = [name for name, gpus in asked.items() if not gpus]
-        told = f"planned on cores like {CORE.name}'s ({CORE.device}), not on GPUs: --set {{}}.gpus_per_actor=1"
-        return [f"actors of {', '.join(cores)} ask for no GPU; {told.format(cores[0])}"] if cores else []
-    gpus = [name for name, number in asked.items() if number]
-    return [f"actors of {', '.join(gpus)} ask for GPUs, {hardware.name} has none; planned on its cores"] if gpus else []
+        cores = [name for name, gpus in gpus_per_actor.items() if not gpus]
+        advice = f"planned on cores like {CORE.name}'s ({CORE.device}), not on GPUs: --set {{}}.gpus_per_actor=1"
+        return [f"actors of {', '.join(cores)} use no GPU; {advice.format(cores[0])}"] if cores else []
+    gpus = [name for name, number in gpus_per_actor.items() if number]
+    return [f"actors of {', '.join(gpus)} need GPUs, {hardware.name} has none; planned on its cores"] if gpus else []
 
 
 def _notes(recipe: Recipe, stages: Sequence[StageSizes], hardware: Hardware, steps: Sequence[StepTime]) -> list[str]:
@@ -195,9 +195,7 @@ def _notes(recipe: Recipe, stages: Sequence[StageSizes], hardware: Hardware, ste
     notes += _pool_notes(recipe, hardware)
     for stage in stages:
         if stage.workers > hardware.devices:
-            notes.append(
-                f"{stage.name} asks for {stage.workers} workers, {hardware.name} has {hardware.devices} devices"
-            )
+            notes.append(f"{stage.name} needs {stage.workers} workers, {hardware.name} has {hardware.devices} devices")
         if hardware.kind == "gpu" and stage.workers < hardware.devices:
             more = f"{stage.name}.train.num_workers={hardware.devices}"
             notes.append(f"{stage.name} uses {stage.workers} of {hardware.devices} devices; --set {more} uses all")
@@ -215,7 +213,7 @@ def _notes(recipe: Recipe, stages: Sequence[StageSizes], hardware: Hardware, ste
 
 
 def with_price(hardware: Hardware, price: float | None, mfu: float | None) -> Hardware:
-    """The machine with a price or utilisation of one's own."""
+    """The machine with another price or utilisation."""
     changes: dict[str, Any] = {}
     if price is not None:
         changes |= {"price_per_hour": price, "price_source": "--price"}
@@ -268,7 +266,7 @@ def stage_json(report: StageReport) -> dict[str, Any]:
 
 
 def as_text(plan: Plan) -> str:
-    """The plan for people."""
+    """The plan as text."""
     hardware = plan.hardware
     lines = [
         f"{plan.recipe.name} on {hardware.name}: {hardware.devices} x {hardware.device}",
@@ -297,20 +295,20 @@ def _cost_text(plan: Plan) -> str:
 
 
 def stage_text(report: StageReport, hardware: Hardware | None = None) -> list[str]:
-    """One stage for people."""
+    """One stage as text."""
     sizes, memory = report.sizes, report.memory
     assert sizes.model is not None
     parts = memory.as_dict()
     total = parts.pop("total")
-    verdict = ""
+    capacity = ""
     if hardware is not None:
         have = f"{hardware.memory_gib:g} GiB" + (" of the machine" if hardware.kind == "cpu" else "")
-        verdict = f", fits into {have}" if report.fits else f", DOES NOT FIT into {have}"
+        capacity = f", fits into {have}" if report.fits else f", DOES NOT FIT into {have}"
     return [
         f"{sizes.name}: {sizes.model.parameters:,} parameters, {sizes.trained:,} trained, {sizes.workers} worker(s)",
         f"  {sizes.steps:,} steps x {sizes.texts:,} texts, {report.tokens:,.0f} tokens "
         f"(at most {report.tokens_most:,.0f}); "
         f"{flops_text(report.flops)} (at most {flops_text(report.flops_most)})",
-        f"  memory of a rank: {total / GIB:.2f} GiB{verdict}",
+        f"  memory of a rank: {total / GIB:.2f} GiB{capacity}",
         "    " + ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items()),
     ]

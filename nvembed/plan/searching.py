@@ -1,4 +1,4 @@
-"""Searching before it runs: operations, bytes, seconds, memory.
+"""The cost of searching: operations, bytes, seconds, memory.
 
 Rates of a core are fitted to one of an AMD EPYC with avx512_bf16: 1,024 to 8,192 queries x 10 k to 1 M documents x 384
 and 1,024, depth 50 and 100 (`tests/benchmarks/plan_mining_against_measured.py`); depth made no difference there. Those
@@ -32,7 +32,7 @@ GPU_PRODUCT_SHARE, GPU_SCORE_BYTES = 0.65, 4.0
 SEGMENT_NUMBERS = 24 * 2**20  # of the documents searched together (`retrieval/search.py`)
 SEGMENT_BYTES = 6 * SEGMENT_NUMBERS  # fp32 and bf16
 TILE_BYTES = 1024 * 8192 * (2 + 1 + 4)  # scores of a block of queries and a tile of documents, and what is made of them
-ID_BYTES = 90  # a found document: score, reference, string
+ID_BYTES = 90  # a candidate: score, reference, string
 QUERY_ROW_BYTES = 1500  # a query's text and lists in Python
 BM25_BYTES = 1000.0  # a document in BM25's index: assumed
 
@@ -85,9 +85,9 @@ def search_memory(cut: Division, dim: int, documents: int, config: MineConfig) -
     """Bytes of one searching actor at its peak, on the host: queries stay, documents stream by."""
     queries = cut.group_rows * (dim * 6.0 + QUERY_ROW_BYTES + 2 * config.depth * ID_BYTES * 2)
     if isinstance(config.search.index, ExactIndex):
-        held = TILE_BYTES + min(SEGMENT_BYTES, 6.0 * documents * dim)
+        documents_bytes = TILE_BYTES + min(SEGMENT_BYTES, 6.0 * documents * dim)
     else:
-        held = 3.0 * 4 * dim * -(-documents // cut.parts)  # shards, their sum, and FAISS' own
+        documents_bytes = 3.0 * 4 * dim * -(-documents // cut.parts)  # shards, their sum, and FAISS' own
     if any(isinstance(retriever, Bm25Retriever) for retriever in config.more_retrievers):
-        held += documents * BM25_BYTES
-    return PROCESS_BYTES + queries + held
+        documents_bytes += documents * BM25_BYTES
+    return PROCESS_BYTES + queries + documents_bytes

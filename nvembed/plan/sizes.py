@@ -1,6 +1,6 @@
 """Batches and parameters of the stages a recipe trains.
 
-What depends on texts nobody has read is counted at `length` tokens a text: `max_length` gives upper bounds.
+What depends on texts that were not read yet is counted at `length` tokens per text: `max_length` gives upper bounds.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class StageSizes:
         return -(-chunks // self.workers)
 
     def chunk_tokens(self, length: float | None = None) -> float:
-        """Tokens of one chunk, which is what is held with its graph."""
+        """Tokens of one chunk, whose graph is in memory at once."""
         return -(-self.texts // (self.chunks_per_rank(length) * self.workers)) * (length or self.max_length)
 
     @property
@@ -122,12 +122,12 @@ def stage_sizes(recipe: Recipe) -> list[StageSizes]:
         embedder = recipe.initialise.embedder
         model = Model(shape, embedder.pooling) if shape is not None else None
         length = embedder.text.max_length
-    found = []
+    stages = []
     for name, stage in (("stage_1", recipe.stage_1), ("stage_2", recipe.stage_2)):
         if stage is not None:
             stream, objective = stage.stream, stage.train.objective
             learned = int(isinstance(objective, ContrastiveConfig) and objective.learned_temperature)
-            found.append(
+            stages.append(
                 StageSizes(
                     name, stage.train, stream.steps, stream.global_batch_size, 2 + stream.num_negatives, length, model,
                     learned,
@@ -136,14 +136,14 @@ def stage_sizes(recipe: Recipe) -> list[StageSizes]:
     if recipe.student is not None:
         student = recipe.student
         small = replace(model.shape, layers=student.init.num_layers) if model is not None else None
-        found.append(
+        stages.append(
             StageSizes(
                 "student", student.train, student.stream.steps, student.stream.global_batch_size, 1, length,
                 Model(small, MeanConfig()) if small is not None else None,
                 _projections(student.train, small.hidden) if small is not None else 0,
             )
         )  # fmt: skip
-    return found
+    return stages
 
 
 def _projections(train: TrainConfig, dim: int) -> int:

@@ -48,7 +48,7 @@ def stage_flops(stage: StageSizes, length: float) -> float:
     return forward * passes
 
 
-def lanes(workers: int, threads: int, hardware: Hardware) -> int:
+def training_devices(workers: int, threads: int, hardware: Hardware) -> int:
     """Devices that train at once: one per rank; of a CPU the cores that the ranks' threads take."""
     return min(workers * (threads if hardware.kind == "cpu" else 1), hardware.devices)
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from nvembed.preflight.facts import Cluster, Node
 from nvembed.preflight.findings import NOTE, OK, PROBLEM, Finding
-from nvembed.preflight.needs import Needs, Pool
-from nvembed.preflight.packages import pip_line
+from nvembed.preflight.needs import Needs, Pool, pip_line
 
 MIN_STORE_BYTES = 80 * 2**20  # what the recipe's own lower bound is (`cluster.object_store_mb`)
 MIN_SHARED_BYTES = 300 * 2**20

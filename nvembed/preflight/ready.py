@@ -17,9 +17,8 @@ from nvembed.core import storage
 from nvembed.core.secrets import why_refused
 from nvembed.preflight import probe
 from nvembed.preflight.cluster import judge_cluster, model_fix, unpinned
-from nvembed.preflight.findings import NOTE, OK, PROBLEM, Finding, as_text
-from nvembed.preflight.needs import Needs, needs_of
-from nvembed.preflight.packages import PreflightError, lacking_packages, pip_line
+from nvembed.preflight.findings import NOTE, OK, PROBLEM, Finding, PreflightError, as_text
+from nvembed.preflight.needs import Needs, lacking_packages, needs_of, pip_line
 from nvembed.recipe.schema import Recipe
 from nvembed.types import UserError
 

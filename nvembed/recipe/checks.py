@@ -1,4 +1,4 @@
-"""What has to fit together across a recipe's sections (layer 6). Pure: valid sections in, problems out."""
+"""Cross-checks of a recipe: rules that span several sections. Pure: valid sections in, problems out."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from nvembed.text.instructions import CATALOGUE
 Sections = Mapping[Path, Any]
 
 
-def check(found: Sections, document: Document) -> list[Problem]:
-    """Everything that does not fit, of the sections that are valid by themselves."""
+def cross_checks(sections: Sections, document: Document) -> list[Problem]:
+    """Problems between sections that are valid by themselves."""
 
     def problem(path: Path, message: str) -> Problem:
         return Problem(document.position(path), path, message)
@@ -25,21 +25,21 @@ def check(found: Sections, document: Document) -> list[Problem]:
     wrong = [
         *_datasets(document),
         *_instructions(document),
-        *_leaks(found, document),
-        *_backbone(found),
-        *_student(found),
-        *_mining(found),
-        *_mine_again(found, document),
-        *_names(found),
+        *_leaks(sections, document),
+        *_backbone(sections),
+        *_student(sections),
+        *_mining(sections),
+        *_mine_again(sections, document),
+        *_names(sections),
         *_secrets(document.data, ()),
-        *_floors(found, document),
+        *_floors(sections, document),
     ]
     for stage in ("stage_1", "stage_2", "student"):
-        wrong += [*_stage(stage, found), *_widths((stage, "train", "objective", "matryoshka_dims"), found)]
+        wrong += [*_stage(stage, sections), *_widths((stage, "train", "objective", "matryoshka_dims"), sections)]
     for stage in ("stage_1", "stage_2"):
-        wrong += _weights(stage, found, document)
+        wrong += _weights(stage, sections, document)
     for path in (("evaluate", "dims"), ("student", "evaluate", "dims"), ("baselines", "evaluate", "dims")):
-        wrong += _widths(path, found)
+        wrong += _widths(path, sections)
     if document.data.get("stage_1") is not None and document.data.get("initialise") is None:
         wrong.append((("initialise",), "missing; stage_1 trains the model that it makes"))
     if document.data.get("stage_2") is not None and document.data.get("stage_1") is None:
@@ -47,22 +47,22 @@ def check(found: Sections, document: Document) -> list[Problem]:
     return [problem(path, message) for path, message in wrong]
 
 
-Found = Iterator[tuple[Path, str]]
+Mistakes = Iterator[tuple[Path, str]]
 
 
-def _attribute(found: Sections, path: Path) -> Any:
-    """The value at a path, through the deepest valid section on the way; None where there is none."""
+def _attribute(sections: Sections, path: Path) -> Any:
+    """The value at a path, through the deepest valid section above it; None where there is none."""
     for end in range(len(path), 0, -1):
-        if path[:end] in found:
-            value = found[path[:end]]
+        if path[:end] in sections:
+            value = sections[path[:end]]
             for part in path[end:]:
                 value = getattr(value, str(part), None)
             return value
     return None
 
 
-def _secrets(value: Any, path: Path) -> Found:
-    """A recipe is stored in every artifact, so no value of it may be a secret."""
+def _secrets(value: Any, path: Path) -> Mistakes:
+    """Values that are secrets: a recipe is stored in every artifact."""
     if isinstance(value, str):
         if why := why_refused(value):
             yield path, why
@@ -81,7 +81,7 @@ def _source_names(document: Document) -> list[tuple[Path, str]]:
     ]
 
 
-def _datasets(document: Document) -> Found:
+def _datasets(document: Document) -> Mistakes:
     if document.get(("prepare", "sources")) == []:
         yield ("prepare", "sources"), "empty; name at least one data set"
     seen: set[str] = set()
@@ -93,7 +93,7 @@ def _datasets(document: Document) -> Found:
         seen.add(name)
 
 
-def _instructions(document: Document) -> Found:
+def _instructions(document: Document) -> Mistakes:
     sources = document.get(("prepare", "sources"))
     for index, source in enumerate(sources) if isinstance(sources, list) else ():
         instruction = source.get("instruction") if isinstance(source, dict) else None
@@ -104,16 +104,16 @@ def _instructions(document: Document) -> Found:
         yield ("prepare", "sources", index, "instruction"), message
 
 
-def _leaks(found: Sections, document: Document) -> Found:
+def _leaks(sections: Sections, document: Document) -> Mistakes:
     names = [name for _, name in _source_names(document)]
-    for index, name in enumerate(_attribute(found, ("prepare", "decontaminate", "allow")) or ()):
+    for index, name in enumerate(_attribute(sections, ("prepare", "decontaminate", "allow")) or ()):
         if names and name not in names:
             path: Path = ("prepare", "decontaminate", "allow", index)
             yield path, f"no data set of this name.{nearest(name, names)} prepare.sources has: {', '.join(names)}."
 
 
-def _weights(stage: str, found: Sections, document: Document) -> Found:
-    weights = _attribute(found, (stage, "stream", "weights"))
+def _weights(stage: str, sections: Sections, document: Document) -> Mistakes:
+    weights = _attribute(sections, (stage, "stream", "weights"))
     names = [name for _, name in _source_names(document)]
     if not weights or not names:
         return
@@ -123,22 +123,22 @@ def _weights(stage: str, found: Sections, document: Document) -> Found:
             yield path, f"no data set of this name.{nearest(name, names)} prepare.sources has: {', '.join(names)}."
         if not 0 < weight < float("inf"):
             yield path, f"{weight}: must be a number above 0; leave the data set out instead"
-    for name in _attribute(found, (stage, "stream", "caps")) or {}:
+    for name in _attribute(sections, (stage, "stream", "caps")) or {}:
         if name not in weights:
             yield (stage, "stream", "caps", name), f"not among {stage}.stream.weights.{nearest(name, list(weights))}"
 
 
-def _floors(found: Sections, document: Document) -> Found:
+def _floors(sections: Sections, document: Document) -> Mistakes:
     names = [name for _, name in _source_names(document)]
-    for name in _attribute(found, ("register", "gate", "floors")) or {}:
+    for name in _attribute(sections, ("register", "gate", "floors")) or {}:
         if names and name not in names:
             path: Path = ("register", "gate", "floors", name)
             yield path, f"no data set of this name.{nearest(name, names)} prepare.sources has: {', '.join(names)}."
 
 
-def _stage(stage: str, found: Sections) -> Found:
+def _stage(stage: str, sections: Sections) -> Mistakes:
     def value(*path: str) -> Any:
-        return _attribute(found, (stage, *path))
+        return _attribute(sections, (stage, *path))
 
     wanted = "distill" if stage == "student" else "contrastive"
     objective = value("train", "objective", "type")
@@ -156,13 +156,13 @@ def _stage(stage: str, found: Sections) -> Found:
     if steps and warmup and warmup > steps:
         yield (stage, "train", "optimiser", "warmup_steps"), f"{warmup} is more than {stage}.stream.steps = {steps}"
     if value("train", "objective", "in_batch") is False and value("stream", "num_negatives") == 0:
-        message = f"0 negatives with {stage}.train.objective.in_batch false: there is nothing to tell a positive from"
+        message = f"0 negatives with {stage}.train.objective.in_batch false: nothing is contrasted with a positive"
         yield (stage, "stream", "num_negatives"), message
 
 
-def _widths(path: Path, found: Sections) -> Found:
-    dims = _attribute(found, path)
-    backbone = _attribute(found, ("initialise", "backbone"))
+def _widths(path: Path, sections: Sections) -> Mistakes:
+    dims = _attribute(sections, path)
+    backbone = _attribute(sections, ("initialise", "backbone"))
     shape = known_shape(backbone) if backbone is not None else None
     for index, dim in enumerate(dims or ()):
         if dim < 1 or (shape is not None and dim > shape.hidden):
@@ -172,8 +172,10 @@ def _widths(path: Path, found: Sections) -> Found:
             yield (*path, index), f"{dim}: listed twice"
 
 
-def _backbone(found: Sections) -> Found:
-    backbone, pooling = (_attribute(found, ("initialise", *path)) for path in (("backbone",), ("embedder", "pooling")))
+def _backbone(sections: Sections) -> Mistakes:
+    backbone, pooling = (
+        _attribute(sections, ("initialise", *path)) for path in (("backbone",), ("embedder", "pooling"))
+    )
     if isinstance(pooling, FoldedLatentAttentionConfig):
         yield ("initialise", "embedder", "pooling", "type"), "a folded head cannot be trained; use latent_attention"
     shape = known_shape(backbone) if backbone is not None else None
@@ -193,10 +195,10 @@ def _backbone(found: Sections) -> Found:
         yield ("initialise", "embedder", "pooling", "num_heads"), message
 
 
-def _student(found: Sections) -> Found:
+def _student(sections: Sections) -> Mistakes:
     backbone, layers = (
-        _attribute(found, ("initialise", "backbone")),
-        _attribute(found, ("student", "init", "num_layers")),
+        _attribute(sections, ("initialise", "backbone")),
+        _attribute(sections, ("student", "init", "num_layers")),
     )
     shape = known_shape(backbone) if backbone is not None else None
     if layers is not None and shape is not None and layers >= shape.layers:
@@ -204,27 +206,27 @@ def _student(found: Sections) -> Found:
         yield ("student", "init", "num_layers"), message
 
 
-def _mining(found: Sections) -> Found:
-    kept, depth = _attribute(found, ("mine", "num_negatives")), _attribute(found, ("mine", "depth"))
-    if kept and depth and kept > depth:
-        yield ("mine", "num_negatives"), f"{kept}: only mine.depth = {depth} candidates are searched"
+def _mining(sections: Sections) -> Mistakes:
+    num_negatives, depth = _attribute(sections, ("mine", "num_negatives")), _attribute(sections, ("mine", "depth"))
+    if num_negatives and depth and num_negatives > depth:
+        yield ("mine", "num_negatives"), f"{num_negatives}: only mine.depth = {depth} candidates are searched"
     for stage in ("stage_1", "stage_2"):
-        wanted = _attribute(found, (stage, "stream", "num_negatives"))
-        if wanted and kept and wanted > kept:
-            message = f"{wanted}: mine.num_negatives keeps only {kept} per example"
+        wanted = _attribute(sections, (stage, "stream", "num_negatives"))
+        if wanted and num_negatives and wanted > num_negatives:
+            message = f"{wanted}: mine.num_negatives keeps only {num_negatives} per example"
             yield (stage, "stream", "num_negatives"), message
 
 
-def _mine_again(found: Sections, document: Document) -> Found:
+def _mine_again(sections: Sections, document: Document) -> Mistakes:
     if document.data.get("mine_again") is not True:
         return
     if document.data.get("stage_2") is None:
         yield ("mine_again",), "true: only stage_2 learns from what is mined again, and there is none"
-    if isinstance(_attribute(found, ("mine", "rule")), RandomNegatives):
+    if isinstance(_attribute(sections, ("mine", "rule")), RandomNegatives):
         yield ("mine_again",), "true: mine.rule draws at random, which no model changes"
 
 
-def _names(found: Sections) -> Found:
-    teacher, student = (_attribute(found, ("register", f"{model}_name")) for model in ("teacher", "student"))
+def _names(sections: Sections) -> Mistakes:
+    teacher, student = (_attribute(sections, ("register", f"{model}_name")) for model in ("teacher", "student"))
     if teacher is not None and teacher == student:
         yield ("register", "student_name"), f"{student!r} is the teacher's name too; models need their own"

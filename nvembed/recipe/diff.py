@@ -1,22 +1,30 @@
-"""What differs between two recipes as they are resolved (layer 6). Pure."""
+"""Differences between two resolved recipes.
+
+One algorithm finds them in all JSON values, `nvembed.core.steps.changed_values`. Here is what is particular to recipes:
+data sets are compared by name, and sections of different `type` as wholes.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
+from nvembed.core.steps import ABSENT, changed_values
 from nvembed.recipe.schema import Recipe
 
-ABSENT = "(absent)"
+NO_VALUE = "(absent)"
 
 
-def differences(first: Recipe, second: Recipe) -> list[dict[str, Any]]:
+def compare_recipes(first: Recipe, second: Recipe) -> list[dict[str, Any]]:
     """Values that differ, by path: `{"path", "a", "b"}`; a section that only one has is one difference.
 
     The data sets of `prepare.sources` are compared by their names, so their order is a difference of its own.
     """
-    return _compare(_by_name(first), _by_name(second), "")
+    a, b = _by_name(first), _by_name(second)
+    changes = list(changed_values(a, b))
+    other_type = {path[:-1] for path, _, _ in changes if path[-1] == "type"}
+    paths = [next((path[:end] for end in range(len(path)) if path[:end] in other_type), path) for path, _, _ in changes]
+    return [{"path": ".".join(path), "a": _value(a, path), "b": _value(b, path)} for path in dict.fromkeys(paths)]
 
 
 def _by_name(recipe: Recipe) -> dict[str, Any]:
@@ -27,20 +35,17 @@ def _by_name(recipe: Recipe) -> dict[str, Any]:
     return value
 
 
-def _compare(a: Any, b: Any, path: str) -> list[dict[str, Any]]:
-    if isinstance(a, Mapping) and isinstance(b, Mapping) and a.get("type") == b.get("type"):
-        found = []
-        for key in [*a, *(key for key in b if key not in a)]:
-            here = f"{path}.{key}" if path else str(key)
-            found += _compare(a.get(key, ABSENT), b.get(key, ABSENT), here)
-        return found
-    return [] if a == b else [{"path": path, "a": a, "b": b}]
+def _value(recipe: dict[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = recipe
+    for part in path:
+        value = value.get(part, ABSENT)
+    return NO_VALUE if value is ABSENT else value
 
 
-def difference_lines(found: list[dict[str, Any]]) -> list[str]:
-    """One line a difference."""
-    return [f"{item['path']}: {_short(item['a'])} -> {_short(item['b'])}" for item in found]
+def difference_lines(differences: list[dict[str, Any]]) -> list[str]:
+    """One line per difference: `path: a -> b`."""
+    return [f"{item['path']}: {_shown(item['a'])} -> {_shown(item['b'])}" for item in differences]
 
 
-def _short(value: Any) -> str:
-    return value if value == ABSENT else json.dumps(value, ensure_ascii=False)
+def _shown(value: Any) -> str:
+    return value if value == NO_VALUE else json.dumps(value, ensure_ascii=False)

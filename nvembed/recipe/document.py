@@ -1,4 +1,4 @@
-"""A recipe's text: YAML with a position for every value, and `--set a.b=c` on top (layer 6).
+"""A recipe's text: YAML with a position for every value, and `--set a.b=c` on top.
 
 Nothing is raised here: whatever is wrong becomes a `Problem`, so that the user gets all of them at once.
 """
@@ -52,7 +52,7 @@ class Document:
     values: dict[Path, Position] = field(default_factory=dict)
 
     def position(self, path: Path, *, key: bool = False) -> Position:
-        """Where the value at a path stands (or its key); of the nearest value around it if it is not written."""
+        """Position of the value at a path, or of its key; of the nearest value around it if it is not written."""
         if key and path in self.keys:
             return self.keys[path]
         for end in range(len(path), -1, -1):
@@ -79,14 +79,14 @@ def dotted(path: Path) -> str:
 def nearest(word: str, choices: Sequence[str]) -> str:
     """` Did you mean 'x'?` for the most similar choice; empty when none is similar."""
     lowered = {choice.lower(): choice for choice in choices}
-    found = difflib.get_close_matches(str(word).lower(), lowered, n=1, cutoff=0.6)
-    return f" Did you mean '{lowered[found[0]]}'?" if found else ""
+    matches = difflib.get_close_matches(str(word).lower(), lowered, n=1, cutoff=0.6)
+    return f" Did you mean '{lowered[matches[0]]}'?" if matches else ""
 
 
 def parse(text: str, source: str, what: str = "recipe") -> tuple[Document, list[Problem]]:
-    """Values, positions and what is wrong with the YAML itself: syntax, duplicate keys, values inside themselves.
+    """Values, positions, and problems of the YAML itself: syntax, duplicate keys, values inside themselves.
 
-    `what` the file is ("recipe", "target") stands in the messages.
+    `what` names the kind of file in the messages: "recipe", "target".
     """
     document, problems = Document({}, source), list[Problem]()
     try:
@@ -127,17 +127,17 @@ def _value(
         return [_value(item, (*path, index), document, problems, (*around, node)) for index, item in items]
     if not isinstance(node, yaml.MappingNode):
         return yaml.SafeLoader("").construct_object(node)
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
         here, position = (*path, key), _position(key_node, document.source)
-        if key in found:
+        if key in mapping:
             first = document.keys[here].line
             problems.append(Problem(position, here, f"written twice (first on line {first}); keep one"))
             continue
         document.keys[here] = position
-        found[key] = _value(value_node, here, document, problems, (*around, node))
-    return found
+        mapping[key] = _value(value_node, here, document, problems, (*around, node))
+    return mapping
 
 
 def override(document: Document, settings: Sequence[str]) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""The recipe: every section of a run in one YAML file, checked whole before anything runs (layer 6).
+"""The recipe: every section of a run in one YAML file, checked as a whole before a run starts.
 
 Pydantic only: reading and checking a recipe needs neither torch nor ray nor mlflow. The recipe composes the sections
 that the packages own; a step is given its own section and never sees this class.
@@ -22,7 +22,7 @@ from nvembed.distill.config import CompareConfig, TeacherEmbeddingsConfig
 from nvembed.evaluation.config import BaselineConfig, EvaluateConfig
 from nvembed.mining.config import MineConfig
 from nvembed.modeling.config import InitialiseConfig, TruncateConfig
-from nvembed.recipe.checks import check
+from nvembed.recipe.checks import cross_checks
 from nvembed.recipe.document import Document, Position, Problem, override, parse
 from nvembed.recipe.validation import validate
 from nvembed.registry.config import RegisterConfig
@@ -32,65 +32,75 @@ from nvembed.training.config import TrainConfig
 from nvembed.types import Config, UserError
 
 T = TypeVar("T")
-if TYPE_CHECKING:  # a story's `needs` guarantees the sections it reads, so its code need not ask each time
-    Given = Annotated[T, "absent where no story needs it"]
+if TYPE_CHECKING:  # `needs` of a pipeline guarantees the sections that it reads: its code does not test for None
+    NeededSection = Annotated[T, "absent unless the pipeline needs it"]
 else:
-    Given = T | None
-ABSENT: Any = None
+    NeededSection = T | None
+LEFT_OUT: Any = None
 RECIPE_VERSION = 1
 
 
 class Stage(Config):
     """A stage of training: its stream and how it is trained."""
 
-    stream: StreamConfig
-    train: TrainConfig
+    stream: StreamConfig = Field(description="Training stream: weights of the data sets, batches, negatives.")
+    train: TrainConfig = Field(description="Training: objective, optimiser, engine, workers.")
 
 
 class StudentStage(Config):
     """The student: how it starts, its stream of teacher vectors, its training and evaluation."""
 
-    init: TruncateConfig
-    stream: DistillStreamConfig
-    train: TrainConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
-    compare: CompareConfig = CompareConfig()
+    init: TruncateConfig = Field(description="Which layers of the teacher the student starts from.")
+    stream: DistillStreamConfig = Field(description="Training stream of texts with teacher embeddings.")
+    train: TrainConfig = Field(description="Training: objective, optimiser, engine, workers.")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Evaluation of the student.")
+    compare: CompareConfig = Field(CompareConfig(), description="Speed and scores of the student beside the teacher's.")
 
 
 class ClusterConfig(Config):
     """The local Ray cluster a run starts when RAY_ADDRESS names none. Never changes a result."""
 
-    local_cpus: int | None = Field(None, ge=1, description="Logical CPUs; null: enough for the recipe's workers.")
-    object_store_mb: int = Field(200, ge=80)
+    local_cpus: int | None = Field(
+        None, ge=1, description="Logical CPUs of the local Ray cluster; null: enough for the recipe's workers."
+    )
+    object_store_mb: int = Field(200, ge=80, description="Size of Ray's object store in MiB.")
 
 
 warnings.filterwarnings("ignore", message='Field name "register" in "Recipe" shadows')  # of the metaclass; unharmed
 
 
 class Recipe(Config):
-    """One run. Sections that no story of the run needs may be left out."""
+    """One run. Sections that its pipeline does not need may be left out."""
 
-    version: Literal[1] = Field(1, description="Of this file's format; left out, it is 1.")
+    version: Literal[1] = Field(1, description="Version of the recipe format.")
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Also names the default output, runs/<name>."
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the run, and of its default output, runs/<name>."
     )
-    description: str = ""
-    prepare: PrepareConfig
-    initialise: Given[InitialiseConfig] = ABSENT
-    mine: MineConfig = MineConfig()
-    stage_1: Given[Stage] = ABSENT
-    stage_2: Stage | None = None
+    description: str = Field("", description="Purpose of the recipe, for the report.")
+    prepare: PrepareConfig = Field(description="Data sets, their splits, filters and near-duplicate checks.")
+    initialise: NeededSection[InitialiseConfig] = Field(
+        LEFT_OUT, description="The model before training: backbone, pooling, tokens of a text."
+    )
+    mine: MineConfig = Field(MineConfig(), description="Hard-negative mining.")
+    stage_1: NeededSection[Stage] = Field(LEFT_OUT, description="Stage 1 of NV-Embed: retrieval sets.")
+    stage_2: Stage | None = Field(None, description="Stage 2 of NV-Embed: all tasks, from the stage-1 model.")
     mine_again: bool = Field(
         False, description="Mine again with the stage-1 model, by the settings of `mine`; stage 2 learns from that."
     )
-    baselines: BaselineConfig = BaselineConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    teacher: Given[str] = Field(ABSENT, min_length=1, description="Model folder or models:/name@alias to distil from.")
-    teacher_embeddings: Given[TeacherEmbeddingsConfig] = ABSENT
-    student: Given[StudentStage] = ABSENT
-    tracking: TrackingConfig = TrackingConfig()
-    register: RegisterConfig = RegisterConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    baselines: BaselineConfig = Field(BaselineConfig(), description="BM25, a reference model, the untrained backbone.")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Evaluation of the teacher.")
+    teacher: NeededSection[str] = Field(
+        LEFT_OUT, min_length=1, description="Model folder or models:/name@alias to distil from."
+    )
+    teacher_embeddings: NeededSection[TeacherEmbeddingsConfig] = Field(
+        LEFT_OUT, description="Texts that the teacher embeds for the student."
+    )
+    student: NeededSection[StudentStage] = Field(LEFT_OUT, description="The student: its start, training, evaluation.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow tracking.")
+    register: RegisterConfig = Field(
+        RegisterConfig(), description="Names in the registry, and the gate before `champion`."
+    )
+    cluster: ClusterConfig = Field(ClusterConfig(), description="The local Ray cluster.")
 
 
 class RecipeError(UserError):
@@ -124,26 +134,26 @@ def read_recipe(path: str, overrides: Sequence[str] = (), needs: Sequence[str] =
         raise RecipeError(path, problems)
     _refuse_newer(document, path)
     problems += override(document, overrides)
-    found, wrong = validate(Recipe, document)
+    sections, wrong = validate(Recipe, document)
     problems += wrong
     for name in needs:
         if document.data.get(name) is None:
-            problems.append(Problem(document.position(()), (name,), "missing; this story needs the section"))
-    problems += check(found, document)
+            problems.append(Problem(document.position(()), (name,), "missing; this pipeline needs the section"))
+    problems += cross_checks(sections, document)
     if problems:
         raise RecipeError(path, problems)
     return Recipe.model_validate(document.data), document
 
 
 def _refuse_newer(document: Document, path: str) -> None:
-    """A recipe of a later format is refused as a whole: what this nvembed does not know in it says nothing."""
-    found = document.data.get("version")
-    if isinstance(found, int) and found > RECIPE_VERSION:
-        said = (
-            f"{found}: this recipe is for a newer nvembed; {own_version()} reads version {RECIPE_VERSION}. "
+    """Refuse a recipe of a later format as a whole: its other problems would mislead."""
+    version = document.data.get("version")
+    if isinstance(version, int) and version > RECIPE_VERSION:
+        message = (
+            f"{version}: this recipe is for a newer nvembed; {own_version()} reads version {RECIPE_VERSION}. "
             "Run: pip install --upgrade nvembed"
         )
-        raise RecipeError(path, [Problem(document.position(("version",)), ("version",), said)])
+        raise RecipeError(path, [Problem(document.position(("version",)), ("version",), message)])
 
 
 def _order(problem: Problem) -> tuple[bool, int, int, str]:
@@ -152,13 +162,13 @@ def _order(problem: Problem) -> tuple[bool, int, int, str]:
 
 
 def read_yaml(path: str, what: str = "recipe") -> str:
-    """The text of a recipe (or another file of ours); a UserError with the nearest name where there is none."""
+    """The text of a recipe or target; a UserError with the nearest name where there is no such file."""
     try:
         return storage.read_bytes(path).decode("utf-8")
     except FileNotFoundError as error:
         folder, _, name = path.rpartition("/")
         try:
-            there = [found for found in storage.list_directory(folder or ".") if found.endswith((".yaml", ".yml"))]
+            there = [file for file in storage.list_directory(folder or ".") if file.endswith((".yaml", ".yml"))]
         except (OSError, ValueError):
             there = []
         near = difflib.get_close_matches(name, there, n=1)

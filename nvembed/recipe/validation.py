@@ -1,4 +1,4 @@
-"""Pydantic's verdict on a recipe, in the user's words: path, line, value, what is allowed, nearest match (layer 6)."""
+"""Pydantic's errors as problems for users: path, line, value, what is allowed, nearest match."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ _SHOWN = 60  # characters of a wrong value
 
 
 def validate(model: type[BaseModel], document: Document) -> tuple[dict[Path, Any], list[Problem]]:
-    """Check every value on its own, so that one mistake hides no other, then what a section says about its values.
+    """Check every value by itself, so that one mistake hides no other, then the validators of each section.
 
     Args:
         model: the root model.
         document: the recipe's values and positions.
 
     Returns:
-        The valid values and sections by path (`("stage_1", "train")`), and what is wrong.
+        The valid values and sections by path (`("stage_1", "train")`), and the problems.
     """
-    found: dict[Path, Any] = {}
-    return found, _section(model, (), document, found)
+    sections: dict[Path, Any] = {}
+    return sections, _section(model, (), document, sections)
 
 
-def _section(model: type[BaseModel], path: Path, document: Document, found: dict[Path, Any]) -> list[Problem]:
+def _section(model: type[BaseModel], path: Path, document: Document, sections: dict[Path, Any]) -> list[Problem]:
     section, allowed = document.get(path), list(model.model_fields)
     problems = [_unknown(document, (*path, key), allowed) for key in section if key not in allowed]
     for name, info in model.model_fields.items():
         here = (*path, name)
         if name in section:
-            problems += _field(info, here, document, found)
+            problems += _field(info, here, document, sections)
         elif info.is_required():
             problems.append(Problem(document.position(path, key=True), here, "missing"))
         else:
-            found[here] = info.get_default(call_default_factory=True)
+            sections[here] = info.get_default(call_default_factory=True)
     return problems
 
 
-def _field(info: FieldInfo, path: Path, document: Document, found: dict[Path, Any]) -> list[Problem]:
+def _field(info: FieldInfo, path: Path, document: Document, sections: dict[Path, Any]) -> list[Problem]:
     value = document.get(path)
     inner = _model_of(info.annotation, value)
-    if inner is not None and (problems := _section(inner, path, document, found)):
+    if inner is not None and (problems := _section(inner, path, document, sections)):
         return problems
     annotated: Any = Annotated[(info.annotation, info)]  # with the field's constraints
     try:
-        found[path] = TypeAdapter(annotated).validate_python(value)
+        sections[path] = TypeAdapter(annotated).validate_python(value)
     except ValidationError as error:
         return [_problem(detail, path, annotated, document) for detail in error.errors()]
     return []
 
 
 def _model_of(annotation: Any, value: Any) -> type[BaseModel] | None:
-    """The model that a mapping is to be read as: the annotation's only one, or the one its `type` names."""
+    """The model of a mapping: the annotation's only one, or the one that its `type` names."""
     if not isinstance(value, Mapping):
         return None
     tagged = _tagged(annotation)
@@ -69,7 +69,7 @@ def _model_of(annotation: Any, value: Any) -> type[BaseModel] | None:
 
 
 def _problem(error: ErrorDetails, section: Path, annotation: Any, document: Document) -> Problem:
-    path, fields, tagged = _walk(error["loc"], section, annotation, document)
+    path, fields, tagged = _locate(error["loc"], section, annotation, document)
     context: Mapping[str, Any] = error.get("ctx", {})
     if error["type"] == "extra_forbidden":
         return _unknown(document, path, fields)
@@ -91,17 +91,17 @@ def _problem(error: ErrorDetails, section: Path, annotation: Any, document: Docu
         return Problem(position, path, _wrong(value, f"allowed: {', '.join(choices)}.", nearest(str(value), choices)))
     if error["type"] == "value_error":  # our own validators say it in full
         return Problem(position, path, str(context.get("error", error["msg"])))
-    said = error["msg"].replace("Input should be", "must be").replace("Value should", "must")
+    message = error["msg"].replace("Input should be", "must be").replace("Value should", "must")
     if error["type"] in ("model_type", "dict_type", "model_attributes_type"):
-        said = "must be a section (a mapping of keys)"
-    return Problem(position, path, _wrong(value, said[0].lower() + said[1:], ""))
+        message = "must be a section (a mapping of keys)"
+    return Problem(position, path, _wrong(value, message[0].lower() + message[1:], ""))
 
 
-def _wrong(value: Any, said: str, hint: str) -> str:
+def _wrong(value: Any, message: str, hint: str) -> str:
     shown = repr(value)
     if len(shown) > _SHOWN:
         shown = shown[:_SHOWN] + "..."
-    return f"{shown}: {said}{hint}"
+    return f"{shown}: {message}{hint}"
 
 
 def _unknown(document: Document, path: Path, allowed: Sequence[str]) -> Problem:
@@ -110,7 +110,7 @@ def _unknown(document: Document, path: Path, allowed: Sequence[str]) -> Problem:
     return Problem(document.position(path, key=True), path, message)
 
 
-def _walk(
+def _locate(
     location: Sequence[str | int], section: Path, annotation: Any, document: Document
 ) -> tuple[Path, list[str], list[str]]:
     """The path in the recipe of a pydantic location (which holds union tags too), the keys allowed around its last
@@ -147,7 +147,7 @@ def _choices(annotation: Any) -> list[Any]:
     if origin is Annotated:
         return _choices(typing.get_args(annotation)[0])
     if origin in (Union, types.UnionType):
-        return [found for choice in typing.get_args(annotation) for found in _choices(choice)]
+        return [inner for choice in typing.get_args(annotation) for inner in _choices(choice)]
     return [annotation]
 
 
@@ -162,10 +162,10 @@ def _item(annotation: Any) -> Any:
 
 def _tagged(annotation: Any) -> dict[str, Any]:
     """Models of a union by the literal of their `type` field."""
-    found = {}
+    models = {}
     for choice in _choices(annotation):
         if _is_model(choice) and "type" in choice.model_fields:
             for literal in _choices(choice.model_fields["type"].annotation):
                 if typing.get_origin(literal) is Literal:
-                    found.update(dict.fromkeys(typing.get_args(literal), choice))
-    return found
+                    models.update(dict.fromkeys(typing.get_args(literal), choice))
+    return models

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from nvembed.registry.client import CHAMPION, HISTORY, LOCK, aliases, get_model, get_version
-from nvembed.registry.evidence import Verdict
+from nvembed.registry.evidence import GateResult
 
 PATIENCE_SECONDS = 90.0
 HOLD_SECONDS = 60.0  # six calls; a registry that takes longer is not fit to be moved on
@@ -74,15 +74,15 @@ def move_champion(client: Any, name: str, number: str, expected: str | None, act
         )
 
 
-def promote_judged(client: Any, verdict: Verdict) -> None:
-    """Move `champion` to a version that passed the gate, from the champion it was judged against.
+def promote_candidate(client: Any, result: GateResult) -> None:
+    """Move `champion` to a version that passed the gate, from the champion that it was compared with.
 
     Raises:
         PromotionRefusedError: the gate refused it, or champion is another one by now.
     """
-    if not verdict.passed:
-        raise PromotionRefusedError(verdict.refused())
-    move_champion(client, verdict.name, verdict.version, verdict.champion)
+    if not result.passed:
+        raise PromotionRefusedError(result.refusal())
+    move_champion(client, result.name, result.version, result.champion)
 
 
 def roll_back(client: Any, name: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from nvembed.registry import client as tags
 from nvembed.registry import provenance as chains
 from nvembed.registry.champion import champions, effective, read_history
 from nvembed.registry.config import GateConfig
-from nvembed.registry.evidence import both_records, differences
+from nvembed.registry.evidence import both_records, score_differences
 from nvembed.registry.gate import CHECKS, Interval
 from nvembed.registry.resolve import fetch_version
 from nvembed.registry.versions import folder_source, is_here, read_provenance, source_of, version_records
@@ -86,7 +86,7 @@ def compare_versions(client: Any, uri: str, a: Any, b: Any, config: GateConfig) 
         UserError: they were not scored on the same items, or one was registered by an older nvembed.
     """
     with both_records(client, uri, a, b) as (first, second):
-        found = differences(first, second, config.samples, config.seed)
+        found = score_differences(first, second, config.samples, config.seed)
     rows = [_row(dataset, metric, delta) for dataset, (metric, delta) in found.datasets.items()]
     return {
         "a": f"{a.name}/{a.version}",

@@ -25,13 +25,13 @@ _TAG_LIMIT = 4000
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the gate found of one version.
+class GateResult:
+    """The gate's result for one version.
 
     Attributes:
         name: registered model.
-        version: the version that was judged.
-        champion: the champion it was judged against; None where there was none.
+        version: the candidate.
+        champion: the champion that it was compared with; None where there was none.
         checks: every check's result.
     """
 
@@ -45,12 +45,12 @@ class Verdict:
         """Whether no check refused."""
         return passed(self.checks)
 
-    def refused(self) -> str:
-        """The refusal in words, all checks at once."""
+    def refusal(self) -> str:
+        """The message of a refusal: every check that did not pass."""
         return f"version {self.version} of {self.name} does not pass the gate:\n{refusals(self.checks)}"
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON values."""
+    def as_json(self) -> dict[str, Any]:
+        """The result as plain values."""
         return {"passed": self.passed, "champion": self.champion, "checks": as_plain(self.checks)}
 
 
@@ -60,9 +60,9 @@ def gate_config(version: Any) -> GateConfig:
     return GateConfig() if found is None else GateConfig.model_validate(found)
 
 
-def judge(
+def evaluate_gate(
     client: Any, uri: str, name: str, number: str, config: GateConfig | None = None, *, probes: bool = True
-) -> Verdict:
+) -> GateResult:
     """Run the gate for a version against today's champion and record the result as its tags `gate.*`.
 
     Args:
@@ -75,13 +75,13 @@ def judge(
     rival = None if current is None or current == number else tags.get_version(client, name, current)
     found = replace(_evidence(client, uri, version, rival, settings, probes), reigning=current == number)
     checks = run_gate(found, settings)
-    verdict = Verdict(name, number, None if rival is None else str(rival.version), checks)
-    values = {f"{tags.GATE}{check.name}": f"{check.state}: {check.said}"[:_TAG_LIMIT] for check in checks}
-    values[f"{tags.GATE}result"] = "passed" if verdict.passed else "refused"
-    values[f"{tags.GATE}champion"] = verdict.champion or "none"
+    result = GateResult(name, number, None if rival is None else str(rival.version), checks)
+    values = {f"{tags.GATE}{check.name}": f"{check.state}: {check.message}"[:_TAG_LIMIT] for check in checks}
+    values[f"{tags.GATE}result"] = "passed" if result.passed else "refused"
+    values[f"{tags.GATE}champion"] = result.champion or "none"
     if current != number:  # a champion keeps the record of what made it one
         tags.set_tags(client, version, values)
-    return verdict
+    return result
 
 
 def _evidence(client: Any, uri: str, version: Any, rival: Any, config: GateConfig, probes: bool) -> Evidence:
@@ -134,7 +134,7 @@ def _probe_problem(client: Any, uri: str, version: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Differences:
+class ScoreDifferences:
     """Paired differences a - b of primary metrics: over all data sets, and of each as (metric, interval)."""
 
     mean: Interval
@@ -142,7 +142,7 @@ class Differences:
     only_one: Sequence[str]
 
 
-def differences(a: Path, b: Path, samples: int, seed: int) -> Differences:
+def score_differences(a: Path, b: Path, samples: int, seed: int) -> ScoreDifferences:
     """Paired differences of two versions' records, over the data sets both were scored on.
 
     Raises:
@@ -155,7 +155,7 @@ def differences(a: Path, b: Path, samples: int, seed: int) -> Differences:
         raise UserError("the two versions share no scored data set")
     found = {pair.dataset: (pair.metric, paired_bootstrap(pair, samples, seed)) for pair in pairs}
     scored = [set(primary_scores(storage.read_json(str(side / SCORES)))) for side in (a, b)]
-    return Differences(paired_bootstrap_mean(pairs, samples, seed), found, sorted(scored[0] ^ scored[1]))
+    return ScoreDifferences(paired_bootstrap_mean(pairs, samples, seed), found, sorted(scored[0] ^ scored[1]))
 
 
 def retrieval_interval(client: Any, uri: str, name: str, number: str) -> dict[str, float] | None:
@@ -185,7 +185,7 @@ def _compared(client: Any, uri: str, version: Any, rival: Any, config: GateConfi
     number = str(rival.version)
     try:
         with both_records(client, uri, version, rival) as (ours, theirs):
-            found = differences(ours, theirs, config.samples, config.seed)
+            found = score_differences(ours, theirs, config.samples, config.seed)
     except UserError as error:
         return Comparison(number, hashes, problem=f"it cannot be compared with champion {number}: {error}")
     return Comparison(number, hashes, found.mean, found.datasets)

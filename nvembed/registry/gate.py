@@ -17,11 +17,11 @@ CHECKS = ("evaluation", "comparison", "floor", "leak", "probes", "provenance")
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found. `passed` None: it had nothing to look at, or was not run; `said` tells which."""
+    """What one check found. `passed` None: it had nothing to look at, or was not run; `message` tells which."""
 
     name: str
     passed: bool | None
-    said: str
+    message: str
 
     @property
     def state(self) -> str:
@@ -88,12 +88,12 @@ def passed(checks: Sequence[Check]) -> bool:
 
 def refusals(checks: Sequence[Check]) -> str:
     """What was refused, a line each."""
-    return "\n".join(f"  {check.name}: {check.said}" for check in checks if check.passed is False)
+    return "\n".join(f"  {check.name}: {check.message}" for check in checks if check.passed is False)
 
 
 def as_plain(checks: Sequence[Check]) -> list[dict[str, Any]]:
     """The results as JSON values."""
-    return [{"name": check.name, "state": check.state, "said": check.said} for check in checks]
+    return [{"name": check.name, "state": check.state, "said": check.message} for check in checks]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core import storage
+from nvembed.core.model_cache import cache_root
 from nvembed.core.steps import CorruptArtifactError, describe_files
 from nvembed.modeling.origin import folder_content
 from nvembed.registry import client as tags
@@ -48,7 +49,7 @@ def resolve_model(reference: str, tracking_uri: str | None = None, cache: Path |
     Args:
         reference: folder or registry URI.
         tracking_uri: the registry; default MLFLOW_TRACKING_URI.
-        cache: default `$XDG_CACHE_HOME/nvembed/models` or `~/.cache/nvembed/models`.
+        cache: default `models/` below `$NVEMBED_CACHE` or `~/.cache/nvembed`.
 
     Raises:
         UserError: no such folder, name, version or alias (with those that exist), or no registry given.
@@ -70,11 +71,7 @@ def fetch_version(client: Any, uri: str, version: Any, cache: Path | None = None
     reference = f"models:/{version.name}/{version.version}"
     if is_here(source):
         return _checked(str(storage.local_path(source)), version, reference)
-    return _download(uri, source, version, reference, cache or _default_cache())
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nvembed" / "models"
+    return _download(uri, source, version, reference, cache or cache_root())
 
 
 def _checked(folder: str, version: Any, reference: str) -> str:

@@ -11,10 +11,10 @@ from nvembed.core.runtime import git_revision
 from nvembed.core.steps import Step, StepResult
 from nvembed.registry import client as tags
 from nvembed.registry import provenance as chains
-from nvembed.registry.champion import PromotionRefusedError, champion_before, promote_judged, read_history
+from nvembed.registry.champion import PromotionRefusedError, champion_before, promote_candidate, read_history
 from nvembed.registry.client import RegistryAwayError, answering, open_registry
 from nvembed.registry.config import RegisterConfig, RegistrationConfig
-from nvembed.registry.evidence import judge, retrieval_interval
+from nvembed.registry.evidence import evaluate_gate, retrieval_interval
 from nvembed.registry.versions import ITEMS, SCORES, Submission, add_version, champion_facts
 from nvembed.tracking.store import Store
 from nvembed.types import Artifact
@@ -68,15 +68,15 @@ def _register(client: Any, config: RegistrationConfig, submission: Submission) -
     before = champion_facts(client, name, champion_before(read_history(client, name), number, current))
     if before is not None:
         before["mean"] = retrieval_interval(client, config.tracking_uri, name, before["version"])
-    verdict = judge(client, config.tracking_uri, name, number, config.gate, probes=config.auto_promote)
+    result = evaluate_gate(client, config.tracking_uri, name, number, config.gate, probes=config.auto_promote)
     promoted, reason = False, "auto_promote is off"
     if current == number:
         promoted, reason = True, f"version {number} is champion"
     elif config.auto_promote:
         try:
-            promote_judged(client, verdict)
-            compared = next(check.said for check in verdict.checks if check.name == "comparison")
-            promoted, reason = True, compared if verdict.champion else "there was no champion"
+            promote_candidate(client, result)
+            compared = next(check.message for check in result.checks if check.name == "comparison")
+            promoted, reason = True, compared if result.champion else "there was no champion"
         except PromotionRefusedError as refused:
             reason = str(refused)
     return {
@@ -90,7 +90,7 @@ def _register(client: Any, config: RegistrationConfig, submission: Submission) -
         "promoted": promoted,
         "reason": reason,
         "champion_before": before,
-        "gate": verdict.plain(),
+        "gate": result.as_json(),
     }
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from nvembed.cli import app
 from nvembed.commands import complete
 from nvembed.preflight import doctor
-from nvembed.recipe.diff import differences
+from nvembed.recipe.diff import compare_recipes
 from nvembed.recipe.schema import load_recipe
 from nvembed.retrieval.search_corpus import snippet
 
@@ -118,9 +118,9 @@ def test_a_diff_is_of_meaning(tmp_path: Path) -> None:
 def test_a_section_of_another_type_is_one_difference() -> None:
     first = load_recipe(str(TINY))
     second = load_recipe(str(TINY), ["stage_2=null", "stage_1.train.adapter={type: lora}"])
-    found = {item["path"]: item for item in differences(first, second)}
+    found = {item["path"]: item for item in compare_recipes(first, second)}
     assert set(found) == {"stage_2", "stage_1.train.adapter"} and found["stage_2"]["b"] is None
-    assert [item["path"] for item in differences(second, first)] == ["stage_1.train.adapter", "stage_2"]
+    assert [item["path"] for item in compare_recipes(second, first)] == ["stage_1.train.adapter", "stage_2"]
 
 
 # -- search -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from nvembed.jobs.command import Job, read_job
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget, SlurmTarget
 from nvembed.jobs.ray import backend
 from nvembed.jobs.uploads import NEVER, collect
-from nvembed.preflight.packages import PreflightError
+from nvembed.preflight.findings import PreflightError
 from nvembed.types import UserError
 
 LOCAL = RayTarget(address="http://127.0.0.1:8265")

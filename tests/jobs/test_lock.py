@@ -25,9 +25,11 @@ PINS = {
 
 
 def test_the_lock_satisfies_what_is_declared() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    """Dependencies, the image's extras and the build backend, which the image installs nvembed with."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, backend = pyproject["project"], pyproject["build-system"]["requires"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *(line for name in EXTRAS for line in extras[name])]
+    declared = [*project["dependencies"], *backend, *(line for name in EXTRAS for line in extras[name])]
     for requirement in map(Requirement, declared):
         if requirement.name == "nvembed":
             assert requirement.extras <= set(EXTRAS)
@@ -75,6 +77,14 @@ def test_the_lock_names_no_host_and_no_path() -> None:
     said = "\n".join(line for line in LOCK.splitlines() if not line.startswith("#"))
     assert "://" not in said and "/" not in said and "index" not in said and "+" not in said
     assert PINS["torch"] == "2.13.0"
+
+
+def test_setuptools_is_a_build_requirement_only() -> None:
+    """torch itself requires it where operators are built at run time; nvembed imports none of it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert not any(Requirement(line).name == "setuptools" for line in project["dependencies"])
+    lines = [line for path in (ROOT / "nvembed").rglob("*.py") for line in path.read_text().splitlines()]
+    assert not any(re.match(r"\s*(import|from) (setuptools|pkg_resources)\b", line) for line in lines)
 
 
 def test_the_image_and_the_targets_agree_with_the_lock() -> None:

@@ -282,7 +282,7 @@ def test_a_cluster_that_answers_without_a_token_is_refused(checkout: Path, monke
     """The server is a stub that answers everybody, as a Ray head with RAY_AUTH_MODE=disabled does."""
     from nvembed.jobs.config import RayTarget
     from nvembed.jobs.ray.backend import RayBackend
-    from nvembed.preflight.packages import PreflightError
+    from nvembed.preflight.findings import PreflightError
 
     class Open(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -12,15 +12,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nvembed.jobs.backend import as_yaml
 from nvembed.jobs.cloud.backend import render_cluster
 from nvembed.jobs.command import Job
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, SlurmTarget
 from nvembed.jobs.kuberay.backend import _state, render_manifests
 from nvembed.jobs.kuberay.pods import CHECK_FILES
-from nvembed.jobs.plain_yaml import as_yaml
-from nvembed.jobs.shm import memory_bytes, object_store_bytes, quantity_bytes
 from nvembed.jobs.slurm.backend import render_script
-from nvembed.jobs.target import load_target
+from nvembed.jobs.target import load_target, memory_bytes, object_store_bytes, quantity_bytes
 from nvembed.recipe.schema import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

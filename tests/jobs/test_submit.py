@@ -111,7 +111,7 @@ def test_the_token_of_a_cloud_cluster_is_made_for_the_owner_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nvembed.jobs.cloud.backend import make_token
-    from nvembed.preflight.packages import PreflightError
+    from nvembed.preflight.findings import PreflightError
 
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "new/token"))

@@ -21,7 +21,8 @@ from nvembed.pipeline.log import Heartbeat
 from nvembed.pipeline.memory_meter import MemoryMeter, process_tree, pss_bytes
 from nvembed.pipeline.run import logical_cpus
 from nvembed.pipeline.signals import Interrupts
-from nvembed.preflight.packages import PreflightError, check_packages, needed_packages, pip_line
+from nvembed.preflight.findings import PreflightError
+from nvembed.preflight.needs import check_packages, needed_packages, pip_line
 from nvembed.recipe.schema import load_recipe
 from nvembed.types import UserError
 
@@ -186,7 +187,7 @@ def test_a_corrupt_artifact_is_refused(toy: Toy) -> None:
     ("arguments", "code", "said"),
     [
         (["--set", "stage_1.train.sed=1"], 2, r"--set stage_1\.train\.sed=1: .*unknown key\. Did you mean 'seed'\?"),
-        (["--set", "stage_1=null", "--set", "stage_2=null"], 2, "stage_1: missing; this story needs the section"),
+        (["--set", "stage_1=null", "--set", "stage_2=null"], 2, "stage_1: missing; this pipeline needs the section"),
         (["no-such.yaml"], 2, "no-such.yaml: no such recipe"),
         (["--bogus"], 2, "No such option: --bogus"),
         (["--help"], 0, "Two steps"),

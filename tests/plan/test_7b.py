@@ -21,16 +21,16 @@ TOKENS = 20_000 * 128 * 9 * 256  # steps x examples x (query, positive, 7 negati
 
 
 @pytest.fixture(scope="module")
-def said() -> str:
+def text() -> str:
     return CliRunner().invoke(app, ["plan", str(RECIPE), "--hardware", "h100x8"]).stdout
 
 
 @pytest.fixture(scope="module")
 def plan() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
+    plan: dict[str, Any] = json.loads(
         CliRunner().invoke(app, ["plan", str(RECIPE), "--hardware", "h100x8", "--json"]).stdout
     )
-    return found
+    return plan
 
 
 def test_parameters_and_work(plan: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ def test_parameters_and_work(plan: dict[str, Any]) -> None:
     assert 3.6e20 < stage["flops"] < 3.7e20
 
 
-def test_memory_of_a_rank_by_part(plan: dict[str, Any], said: str) -> None:
+def test_memory_of_a_rank_by_part(plan: dict[str, Any], text: str) -> None:
     memory = plan["stages"]["stage_1"]["memory_bytes_per_rank"]
     whole = 7_851_016_192 + LORA
     assert memory["optimiser"] == pytest.approx(12 * TRAINED / 8), "masters and two moments of an eighth"
@@ -61,19 +61,19 @@ def test_memory_of_a_rank_by_part(plan: dict[str, Any], said: str) -> None:
     assert sum(value for name, value in memory.items() if name != "total") == pytest.approx(memory["total"])
     assert plan["stages"]["stage_1"]["fits"] and 16 * GIB < memory["total"] < 79.6 * GIB
     for part in ("process", "weights", "gradients", "optimiser", "activations", "buffers"):
-        assert f"{part} {memory[part] / GIB:.2f}" in said
+        assert f"{part} {memory[part] / GIB:.2f}" in text
 
 
-def test_storage(plan: dict[str, Any], said: str) -> None:
+def test_storage(plan: dict[str, Any], text: str) -> None:
     storage, model = plan["storage_bytes"], 4 * 7_851_016_192
     assert storage["streams"] == pytest.approx(4 * TOKENS * 38 / 20), "4 bytes a token; 18,000 more steps of stage 2"
     assert storage["model folders"] == 3 * model and storage["registry"] == model, "untrained, and after each stage"
-    kept = storage["checkpoints while a stage runs"] / (12 * TRAINED)
-    assert kept == int(kept) >= 2
-    assert "model folders" in said and f"{3 * model / GIB:,.1f} GiB" in said
+    checkpoints = storage["checkpoints while a stage runs"] / (12 * TRAINED)
+    assert checkpoints == int(checkpoints) >= 2
+    assert "model folders" in text and f"{3 * model / GIB:,.1f} GiB" in text
 
 
-def test_hours_and_cost(plan: dict[str, Any], said: str) -> None:
+def test_hours_and_cost(plan: dict[str, Any], text: str) -> None:
     seconds = {step["name"]: step["seconds"] for step in plan["steps"]}
     arithmetic = plan["stages"]["stage_1"]["flops"] / (8 * 989e12 * 0.35)
     assert 1.0 < seconds["train_stage_1"] / arithmetic < 1.3, "launches, exchange and checkpoints are little of it"
@@ -81,4 +81,4 @@ def test_hours_and_cost(plan: dict[str, Any], said: str) -> None:
     assert seconds["train_stage_2"] == pytest.approx(0.9 * seconds["train_stage_1"], rel=0.01), "18,000 steps of 20,000"
     known = sum(value for value in seconds.values() if value is not None)
     assert plan["seconds"] == pytest.approx(known) and plan["cost"] == pytest.approx(55 * known / 3600)
-    assert f"cost {plan['cost']:,.2f}" in said and f"{known / 3600:,.1f} h" in said
+    assert f"cost {plan['cost']:,.2f}" in text and f"{known / 3600:,.1f} h" in text

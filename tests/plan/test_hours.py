@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "pipelines/recipes/quickstart.yaml"
 MEASURED = json.loads((ROOT / "tests/assets/measured/quickstart.json").read_text())
 # Planned over measured. The same recipe on the same machine has taken 5:17 and 5:45 min for stage 1, so a tenth is what
-# one run can tell of training. Encoding is planned for as many texts as the caps allow, which is more than there are.
+# one run shows of training. Encoding is planned for as many texts as the caps allow, which is more than there are.
 WHOLE, TRAINING, ENCODING = (0.9, 1.25), (0.9, 1.1), (0.85, 1.7)
 
 
@@ -28,27 +28,33 @@ def ratios(hardware: Hardware) -> dict[str, float]:
     """Planned over measured: the whole run, training with the tokens that were there, encoding steps."""
     recipe = load_recipe(str(QUICKSTART))
     plan, seconds = plan_recipe(recipe, hardware), MEASURED["seconds"]
-    found = {"whole": plan.seconds / sum(seconds.values())}
+    planned_over_measured = {"whole": plan.seconds / sum(seconds.values())}
     for sizes in stage_sizes(recipe):
         taken = MEASURED["stages"][sizes.name]
         assert (sizes.steps, sizes.texts) == (taken["steps"], taken["texts"]), "another recipe: measure it again"
         length = taken["tokens"] / (taken["steps"] * taken["texts"])
-        found[f"train_{sizes.name}"] = train_seconds(sizes, hardware, length) / seconds[f"train_{sizes.name}"]
+        planned_over_measured[f"train_{sizes.name}"] = (
+            train_seconds(sizes, hardware, length) / seconds[f"train_{sizes.name}"]
+        )
     names = ("mine", "baselines", "evaluate_teacher", "teacher_embeddings", "evaluate_student_init", "evaluate_student")
-    found |= {step.name: (step.seconds or 0.0) / seconds[step.name] for step in plan.steps if step.name in names}
-    return found
+    planned_over_measured |= {
+        step.name: (step.seconds or 0.0) / seconds[step.name] for step in plan.steps if step.name in names
+    }
+    return planned_over_measured
 
 
-def outside(found: dict[str, float]) -> list[str]:
-    limits = {name: TRAINING if name.startswith("train_") else ENCODING for name in found} | {"whole": WHOLE}
-    return [name for name, ratio in found.items() if not limits[name][0] <= ratio <= limits[name][1]]
+def outside(planned_over_measured: dict[str, float]) -> list[str]:
+    limits = {name: TRAINING if name.startswith("train_") else ENCODING for name in planned_over_measured} | {
+        "whole": WHOLE
+    }
+    return [name for name, ratio in planned_over_measured.items() if not limits[name][0] <= ratio <= limits[name][1]]
 
 
 def test_the_plan_of_the_quickstart_is_what_it_took() -> None:
     assert sum(MEASURED["seconds"].values()) == pytest.approx(15 * 60 + 48, abs=6), "the README's 15:48"
     laptop = find_hardware("laptop")
-    found = ratios(laptop)
-    assert len(found) == 10 and not outside(found), found
+    planned_over_measured = ratios(laptop)
+    assert len(planned_over_measured) == 10 and not outside(planned_over_measured), planned_over_measured
     for factor in (0.8, 1.25):  # a model that drifts by so much is noticed
         drifted = outside(ratios(laptop.model_copy(update={"mfu": factor * laptop.mfu})))
         assert {"train_stage_1", "train_stage_2", "train_student"} <= set(drifted)
@@ -61,7 +67,7 @@ def test_a_training_step_on_an_h100_is_what_was_measured(slice_tokens: int, meas
     """Tokens a second of `tests/benchmarks/gpu_training.py` by size of a slice (DECISIONS, "Slices on a GPU")."""
     shape = Shape(28, 28, 1024, 3072, 16, 8, 128, 2000, "qwen3")
     adapter = {"type": "lora", "r": 16, "alpha": 32, "dropout": 0.0}
-    one_slice = {"type": "deepspeed", "zero_stage": 3}  # a chunk in one slice, so that its size can be asked for
+    one_slice = {"type": "deepspeed", "zero_stage": 3}  # a chunk in one slice, so that its size is a setting
     train = TrainConfig.model_validate(
         {"num_workers": 1, "token_budget": slice_tokens, "adapter": adapter, "engine": one_slice}
     )
@@ -88,13 +94,11 @@ def test_actors_without_gpus_are_planned_on_cores_and_named() -> None:
     assert (on_gpu["mine"] or 0) < 0.9 * (on_cores["mine"] or 0)
     text = as_text(plan_recipe(plain, find_hardware("h100x8")))
     assert "actors of mine.encode, baselines.evaluate.encode, evaluate.encode, teacher_embeddings.encode" in text
-    assert "ask for no GPU; planned on cores" in text and "--set mine.encode.gpus_per_actor=1" in text
+    assert "use no GPU; planned on cores" in text and "--set mine.encode.gpus_per_actor=1" in text
     text = as_text(plan_recipe(asking, find_hardware("h100x8")))
-    assert (
-        "actors of baselines.evaluate.encode, teacher_embeddings.encode, student.evaluate.encode ask for no GPU" in text
-    )
+    assert "actors of baselines.evaluate.encode, teacher_embeddings.encode, student.evaluate.encode use no GPU" in text
     text = as_text(plan_recipe(asking, find_hardware("laptop")))
-    assert "actors of mine.encode, evaluate.encode ask for GPUs, laptop has none" in text
+    assert "actors of mine.encode, evaluate.encode need GPUs, laptop has none" in text
 
 
 def test_the_output_says_what_is_assumed_and_what_was_measured() -> None:

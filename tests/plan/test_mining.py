@@ -158,31 +158,31 @@ def test_ten_million_queries_and_a_billion_documents_are_counted_exactly() -> No
     queries, documents = 10**7, 10**9
     assert search_flops(queries, documents, 4096) == 81_920_000_000_000_000_000_000 // 1000
     plan = plan_mining(web(), find_hardware("h100x8"), 256.0, {"web": (queries, documents)})
-    (lane,), cut = plan.lanes, plan.divisions["web"]
-    assert type(lane.search_flops) is int and lane.search_flops == 2 * queries * documents * 4096
-    assert type(lane.vector_bytes) is int and lane.vector_bytes == (queries + documents) * 4096 * 4
+    (model,), cut = plan.models, plan.divisions["web"]
+    assert type(model.search_flops) is int and model.search_flops == 2 * queries * documents * 4096
+    assert type(model.vector_bytes) is int and model.vector_bytes == (queries + documents) * 4096 * 4
     assert (cut.query_shards, cut.document_shards) == (-(-queries // 1024), -(-documents // 1024))
     assert (cut.group_rows, cut.passes, cut.parts) == (8192, 1221, 954) and cut.tasks == 1221 * 954
-    assert lane.read_bytes == pytest.approx(1221 * documents * (4096 * 4 + 15))
+    assert model.read_bytes == pytest.approx(1221 * documents * (4096 * 4 + 15))
     # a token costs two operations a weight: 14 GFLOP; 1.01 G texts of 256
-    assert lane.encode_flops == pytest.approx(1.01e9 * 256 * 2 * 6.98e9, rel=0.02)
-    half = lane.encode_flops / (8 * 989e12 * 0.5)
-    assert 0.9 < lane.encode_seconds / half < 1.2, "about half of the peak of eight H100, tokenising besides"
+    assert model.encode_flops == pytest.approx(1.01e9 * 256 * 2 * 6.98e9, rel=0.02)
+    half = model.encode_flops / (8 * 989e12 * 0.5)
+    assert 0.9 < model.encode_seconds / half < 1.2, "about half of the peak of eight H100, tokenising besides"
     assert "prepare, one process, takes 119.2 GiB for the largest of these sets" in plan.notes
 
 
 def test_the_command_prints_operations_bytes_shards_and_hours() -> None:
     settings = [part for setting in ONE_SET for part in ("--set", setting)]
     command = ["plan", str(NV_EMBED), "--hardware", "h100x8", *settings, "--rows", "10Mx1B"]
-    said = CliRunner().invoke(app, command).stdout
-    assert "about 10,000,000 queries x 1,000,000,000 documents" in said and "9,766 + 976,563 shards" in said
-    assert "search 81.9 EFLOP" in said and "encode 3.6 ZFLOP" in said and "15.1 TiB" in said
-    assert "documents are read 1,221 times; --set mine.search.query_rows=" in said
-    assert "search runs on CPUs: --set mine.search.device=cuda" in said
-    assert "texts and vectors while mining" in said and "memory of an actor" in said
-    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
-    steps = {step["name"]: step["seconds"] for step in found["steps"]}
-    mining = found["mining"]
+    text = CliRunner().invoke(app, command).stdout
+    assert "about 10,000,000 queries x 1,000,000,000 documents" in text and "9,766 + 976,563 shards" in text
+    assert "search 81.9 EFLOP" in text and "encode 3.6 ZFLOP" in text and "15.1 TiB" in text
+    assert "documents are read 1,221 times; --set mine.search.query_rows=" in text
+    assert "search runs on CPUs: --set mine.search.device=cuda" in text
+    assert "texts and vectors while mining" in text and "memory of an actor" in text
+    plan = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    steps = {step["name"]: step["seconds"] for step in plan["steps"]}
+    mining = plan["mining"]
     assert steps["mine"] == pytest.approx(mining["seconds"]) and mining["seconds"] > 3600
     parts = sum(model["encode_seconds"] + model["search_seconds"] for model in mining["models"])
     assert mining["seconds"] == pytest.approx(parts + 60)
@@ -193,8 +193,8 @@ def test_bigger_blocks_read_less_and_take_less() -> None:
     rows = {"web": (10**7, 10**9)}
     large = ["mine.search.query_rows=1310720", "mine.search.document_rows=33554432", "mine.search.device=cuda"]
     few, many = (plan_mining(web(*more), find_hardware("h100x8"), 256.0, rows) for more in (large, large[2:]))
-    assert few.divisions["web"].passes == 9 and few.lanes[0].read_bytes < many.lanes[0].read_bytes / 90
-    assert (few.lanes[0].search_seconds or 0) < 0.8 * (many.lanes[0].search_seconds or 0)
+    assert few.divisions["web"].passes == 9 and few.models[0].read_bytes < many.models[0].read_bytes / 90
+    assert (few.models[0].search_seconds or 0) < 0.8 * (many.models[0].search_seconds or 0)
     assert few.search_memory > many.search_memory and not any("times;" in note for note in few.notes)
 
 
@@ -202,7 +202,7 @@ def test_a_search_on_gpus_that_nobody_gets_is_told() -> None:
     rows, cuda = {"web": (1000, 9000)}, "mine.search.device=cuda"
     without = plan_mining(web(cuda, "mine.encode.gpus_per_actor=0"), find_hardware("h100x8"), 256.0, rows)
     cores = plan_mining(web("mine.encode.gpus_per_actor=0"), find_hardware("h100x8"), 256.0, rows)
-    assert without.lanes[0].search_seconds == cores.lanes[0].search_seconds
+    assert without.models[0].search_seconds == cores.models[0].search_seconds
     assert "but mine.encode.gpus_per_actor is 0" in without.notes[0]
     assert "but laptop has no GPU" in plan_mining(web(cuda), find_hardware("laptop"), 256.0, rows).notes[0]
     assert "merging on the host bounds it" in plan_mining(web(cuda), find_hardware("h100x8"), 256.0, rows).notes[0]
@@ -231,12 +231,12 @@ def test_every_miner_and_the_judge_are_planned() -> None:
     ]
     alone = plan_mining(web(), hardware, 256.0, rows)
     plan = plan_mining(web(*more), hardware, 256.0, rows)
-    assert [lane.place for lane in plan.lanes] == ["retriever", "more_retrievers.0", "candidate_filter.model"]
-    assert [lane.dim for lane in plan.lanes] == [4096, 1024, 2560]
-    assert plan.lanes[2].search_flops is None and plan.lanes[2].encode_flops > plan.lanes[1].encode_flops
-    assert plan.lanes[1].search_flops == 2 * 10_000 * 1_000_000 * 1024
+    assert [model.place for model in plan.models] == ["retriever", "more_retrievers.0", "candidate_filter.model"]
+    assert [model.dim for model in plan.models] == [4096, 1024, 2560]
+    assert plan.models[2].search_flops is None and plan.models[2].encode_flops > plan.models[1].encode_flops
+    assert plan.models[1].search_flops == 2 * 10_000 * 1_000_000 * 1024
     assert plan.seconds is not None and alone.seconds is not None
-    extra = sum(lane.encode_seconds + (lane.search_seconds or 0.0) for lane in plan.lanes[1:])
+    extra = sum(model.encode_seconds + (model.search_seconds or 0.0) for model in plan.models[1:])
     assert plan.seconds == pytest.approx(alone.seconds + extra + 2 * hardware.start_seconds)
     assert any("bm25" in note for note in plan.notes) and plan.search_memory > alone.search_memory + 0.9e9
     step = next(step for step in plan_recipe(web(*more), hardware, rows=rows).steps if step.name == "mine")
@@ -246,9 +246,9 @@ def test_every_miner_and_the_judge_are_planned() -> None:
 def test_mining_again_is_planned_with_the_stage_1_model() -> None:
     rows, hardware = {"web": (10_000, 1_000_000)}, find_hardware("h100x8")
     plan = plan_recipe(web("mine_again=true", "mine.reuse=/earlier/mine"), hardware, rows=rows)
-    assert plan.mining is not None and plan.mining_again is not None and not plan.mining.lanes
-    (lane,) = plan.mining_again.lanes
-    assert (lane.name, lane.dim, lane.search_flops) == ("the stage-1 model", 4096, 2 * 10_000 * 1_000_000 * 4096)
+    assert plan.mining is not None and plan.mining_again is not None and not plan.mining.models
+    (model,) = plan.mining_again.models
+    assert (model.name, model.dim, model.search_flops) == ("the stage-1 model", 4096, 2 * 10_000 * 1_000_000 * 4096)
     names = [step.name for step in plan.steps]
     assert (
         names[names.index("train_stage_1") + 1] == "mine_again"
@@ -265,25 +265,25 @@ def test_lengths_are_cut_and_nothing_is_planned_where_nothing_is_searched() -> N
     assert plan_mining(web(*cut), hardware, 256.0, rows).tokens == 1000 * 32 + 9000 * 128
     for nothing in ("mine.rule={type: random}", "mine.reuse=/earlier/mine"):
         plan = plan_mining(web(nothing), hardware, 256.0, rows)
-        assert not plan.lanes and plan.seconds is not None and plan.seconds < 100
+        assert not plan.models and plan.seconds is not None and plan.seconds < 100
 
 
 def test_rows_come_from_the_caps_or_from_the_user() -> None:
     recipe = load_recipe(str(QUICKSTART))
-    found = {corpus.name: (corpus.queries, corpus.documents) for corpus in searched_sets(recipe)}
-    assert set(found) == {"cwe", "hpo", "code", "hpo_similarity"}, "classes are not searched"
-    assert found["code"] == (1500, 1500) and found["hpo_similarity"] == (1000, 2000)
+    rows = {corpus.name: (corpus.queries, corpus.documents) for corpus in searched_sets(recipe)}
+    assert set(rows) == {"cwe", "hpo", "code", "hpo_similarity"}, "classes are not searched"
+    assert rows["code"] == (1500, 1500) and rows["hpo_similarity"] == (1000, 2000)
     own = {corpus.name: corpus.rows for corpus in searched_sets(recipe, {"cwe": (7, 8)})}
     assert own["cwe"] == 15 and own["code"] == 3000
-    said = CliRunner().invoke(app, ["plan", str(NV_EMBED)]).stdout
-    assert "of the sets with known rows only" in said and "; --rows for mine" in said
-    assert "texts and vectors while mining" not in said, "a part of it would mislead"
-    assert "rows of msmarco, hotpotqa, nq, ... are not known; --rows NAME=QUERIESxDOCUMENTS" in said
+    text = CliRunner().invoke(app, ["plan", str(NV_EMBED)]).stdout
+    assert "of the sets with known rows only" in text and "; --rows for mine" in text
+    assert "texts and vectors while mining" not in text, "a part of it would mislead"
+    assert "rows of msmarco, hotpotqa, nq, ... are not known; give them: --rows NAME=QUERIESxDOCUMENTS" in text
     assert parse_rows(["nq=100kx2.7M", "1x1B"]) == {"nq": (100_000, 2_700_000), "": (1, 10**9)}
     for wrong in ("10M", "x", "1x2x3", "0x5", "1.2.3x4", "nq=10Mx1T"):
         with pytest.raises(UserError, match=r"write \[NAME=\]QUERIESxDOCUMENTS"):
             parse_rows([wrong])
-    with pytest.raises(UserError, match="say which set"):
+    with pytest.raises(UserError, match="name the set"):
         searched_sets(recipe, {"": (1, 1)})
-    with pytest.raises(UserError, match=r"'hpo_classes' is no set that mining searches. They are: cwe, hpo, code"):
+    with pytest.raises(UserError, match=r"mining does not search 'hpo_classes'. It searches: cwe, hpo, code"):
         searched_sets(recipe, {"hpo_classes": (1, 1)})

@@ -14,7 +14,7 @@ from nvembed.modeling import shapes
 from nvembed.modeling.config import FolderBackbone, GgufBackbone, LatentAttentionConfig, MeanConfig, RandomBackbone
 from nvembed.modeling.hub_shapes import HUB_SHAPES
 from nvembed.plan.hardware import CATALOGUE, find_hardware
-from nvembed.plan.hours import count_texts, road_times
+from nvembed.plan.hours import count_texts, step_times
 from nvembed.plan.memory import stage_memory
 from nvembed.plan.recipe_plan import as_json, as_text, plan_recipe, with_price
 from nvembed.plan.sizes import Model, StageSizes, stage_sizes
@@ -81,7 +81,7 @@ def test_the_gguf_header_is_read_without_the_gguf_package() -> None:
 
 
 def test_shapes_that_cannot_be_known_are_none(tmp_path: Path) -> None:
-    assert shapes.known_shape(FolderBackbone(name="nobody/no-such-model")) is None
+    assert shapes.known_shape(FolderBackbone(name="no-one/no-such-model")) is None
     assert shapes.known_shape(GgufBackbone(package="no-such-package")) is None
     (tmp_path / "config.json").write_text('{"hidden_size": "many"}')
     assert shapes.known_shape(FolderBackbone(name=str(tmp_path))) is None
@@ -92,13 +92,13 @@ def test_shapes_that_cannot_be_known_are_none(tmp_path: Path) -> None:
 
 def test_a_hub_name_is_looked_up_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    folder = tmp_path / "models--nobody--small" / "snapshots" / "abc"
+    folder = tmp_path / "models--no-one--small" / "snapshots" / "abc"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(
         '{"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, '
         '"vocab_size": 10, "model_type": "qwen2"}'
     )
-    shape = shapes.known_shape(FolderBackbone(name="nobody/small"))
+    shape = shapes.known_shape(FolderBackbone(name="no-one/small"))
     assert shape is not None and (shape.layers, shape.kv_heads, shape.family) == (3, 2, "qwen2")
 
 
@@ -234,13 +234,13 @@ def test_texts_come_from_the_caps() -> None:
 def test_a_plan_of_a_7b_recipe_on_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe(str(NV_EMBED))
     plan = plan_recipe(recipe, with_price(find_hardware("h100x8"), 40.0, 0.5))
-    found = as_json(plan)
-    first = found["stages"]["stage_1"]
+    plain = as_json(plan)
+    first = plain["stages"]["stage_1"]
     assert first["parameters"] == 7_851_016_192 and first["tokens_most"] == 20_000 * 1152 * 512
     tokens = first["tokens"]
     assert 6 * 7.7e9 * tokens < first["flops"] < 8 * 7.9e9 * tokens
     assert plan.cost == pytest.approx(40 * plan.seconds / 3600)
-    assert {step["name"] for step in found["steps"] if step["seconds"] is None} >= {"mine", "evaluate_teacher"}
+    assert {step["name"] for step in plain["steps"] if step["seconds"] is None} >= {"mine", "evaluate_teacher"}
     assert "7,851,016,192 parameters" in as_text(plan) and "wider models" in as_text(plan)
     slower = plan_recipe(recipe, with_price(find_hardware("h100x8"), None, 0.25))
     assert slower.stages[0].seconds > 1.9 * plan.stages[0].seconds
@@ -263,7 +263,7 @@ def test_machines(tmp_path: Path) -> None:
 
 def test_every_step_of_the_quickstart_has_a_time() -> None:
     recipe = load_recipe(str(QUICKSTART))
-    steps = road_times(recipe, stage_sizes(recipe), CATALOGUE["laptop"], 0.5)
+    steps = step_times(recipe, stage_sizes(recipe), CATALOGUE["laptop"], 0.5)
     assert all(step.seconds is not None for step in steps)
     assert [step.name for step in steps if step.name.startswith("train")] == [
         "train_stage_1", "train_stage_2", "train_student"
@@ -310,7 +310,7 @@ def test_counted_activations_are_what_autograd_keeps() -> None:
     backbone = RandomBackbone(hidden_size=64, intermediate_size=192, vocab_size=300, num_layers=2)
     ids = torch.ones(3, 40, dtype=torch.long)
 
-    def kept(adapter: Any, precision: Any, layers: int) -> float:
+    def saved_bytes(adapter: Any, precision: Any, layers: int) -> float:
         config = EmbedderConfig(pooling=MeanConfig())
         embedder = build_embedder(*load_backbone(backbone, ["some words"] * 9, 0), config, 0)
         keep_first_layers(embedder.embedding_model, layers)
@@ -318,21 +318,21 @@ def test_counted_activations_are_what_autograd_keeps() -> None:
         weights = {parameter.untyped_storage().data_ptr() for parameter in embedder.parameters()}
         matrices = {tuple(parameter.shape) for parameter in embedder.parameters()}
         matrices |= {shape[::-1] for shape in matrices}
-        found: dict[int, torch.Tensor] = {}
+        saved: dict[int, torch.Tensor] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             if tuple(tensor.shape) not in matrices:  # bf16 copies of weights are counted with the weights
-                found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+                saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(precision, torch.device("cpu")):
             embedder(input_ids=ids, attention_mask=ids, pool_mask=ids)
-        return sum(t.untyped_storage().nbytes() for key, t in found.items() if key not in weights) / ids.numel()
+        return sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in weights) / ids.numel()
 
     shape = shapes.known_shape(backbone)
     assert shape is not None
     for adapter in (FullConfig(), LoraConfig(r=2), LoraConfig(r=2, dropout=0.0)):
         for precision in ("fp32", "bf16"):
             planned = layer_bytes(stage(TrainConfig(adapter=adapter), shape), precision)
-            counted = kept(adapter, precision, 2) - kept(adapter, precision, 1)
+            counted = saved_bytes(adapter, precision, 2) - saved_bytes(adapter, precision, 1)
             assert planned == pytest.approx(counted, rel=0.06), (adapter, precision)

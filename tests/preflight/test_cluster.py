@@ -12,9 +12,8 @@ import pytest
 from nvembed.preflight import probe
 from nvembed.preflight.cluster import is_loopback, judge_cluster, places
 from nvembed.preflight.facts import Cluster, Node, autoscales
-from nvembed.preflight.findings import NOTE, OK, PROBLEM, Finding
+from nvembed.preflight.findings import NOTE, OK, PROBLEM, Finding, PreflightError
 from nvembed.preflight.needs import Needs, Pool, needs_of
-from nvembed.preflight.packages import PreflightError
 from nvembed.preflight.ready import check_reachable, check_ready, examine
 from nvembed.recipe.schema import load_recipe
 

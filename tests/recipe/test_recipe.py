@@ -1,4 +1,4 @@
-"""Recipes: what is refused, where it is said to be, and that nothing is hidden by something else."""
+"""Recipes: what is refused, at which position, and that no problem hides another."""
 
 import copy
 import re
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvembed.plan.sizes import stage_sizes
-from nvembed.preflight.packages import needed_packages
+from nvembed.preflight.needs import needed_packages
 from nvembed.recipe.document import dotted, override, parse
 from nvembed.recipe.schema import Recipe, RecipeError, load_recipe, resolved_yaml
 from nvembed.types import UserError
@@ -51,7 +51,7 @@ def test_every_recipe_of_the_repository_is_valid_and_reads_back_the_same(path: P
     assert stage_sizes(recipe), "a recipe trains something"
 
 
-def test_all_problems_are_told_at_once_with_their_lines(tiny: Path) -> None:
+def test_all_problems_are_listed_at_once_with_their_lines(tiny: Path) -> None:
     lines = {
         "seed": replaced(tiny, "  seed: 17", "  sed: 17"),
         "type": replaced(tiny, "{type: hpo_retrieval,", "{type: hpo_retrival,"),
@@ -60,7 +60,7 @@ def test_all_problems_are_told_at_once_with_their_lines(tiny: Path) -> None:
         "batch": replaced(tiny, "steps: 6\n    global_batch_size: 16", "steps: 6\n    global_batch_size: 15") + 1,
         "weights": replaced(tiny, "weights: {cwe: 1, hpo: 1, code: 1}, steps: 10", "weights: {cwd: 1}, steps: 10"),
     }
-    said = problems(tiny)
+    messages = problems(tiny)
     for line, text in [
         (lines["seed"], "prepare.sed: unknown key. Did you mean 'seed'? Allowed here: "),
         (lines["type"], "prepare.sources.1.type: 'hpo_retrival': allowed: cwe, hpo_retrieval,"),
@@ -72,12 +72,12 @@ def test_all_problems_are_told_at_once_with_their_lines(tiny: Path) -> None:
         (lines["batch"], "stage_2.stream.global_batch_size: 15 examples cannot be divided over"),
         (lines["weights"], "stage_1.stream.weights.cwd: no data set of this name. Did you mean 'cwe'?"),
     ]:
-        assert any(re.match(rf"{line}:\d+: {re.escape(text)}", one) for one in said), (line, text, said)
-    assert len(said) == 6
+        assert any(re.match(rf"{line}:\d+: {re.escape(text)}", one) for one in messages), (line, text, messages)
+    assert len(messages) == 6
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         (
             "stage_1.stream.global_batch_size=15",
@@ -125,24 +125,24 @@ def test_all_problems_are_told_at_once_with_their_lines(tiny: Path) -> None:
         ("a..b=1", "write --set section.key=value"),
     ],
 )
-def test_a_setting_is_refused_and_named(tiny: Path, setting: str, said: str) -> None:
-    told = problems(tiny, setting)
-    assert any(re.search(said, problem) for problem in told), told
+def test_a_setting_is_refused_and_named(tiny: Path, setting: str, message: str) -> None:
+    listed = problems(tiny, setting)
+    assert any(re.search(message, problem) for problem in listed), listed
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("stage_2=null", "mine_again: true: only stage_2 learns from what is mined again"),
         ("mine.rule={type: random}", "mine_again: true: mine.rule draws at random"),
     ],
 )
-def test_mining_again_needs_a_stage_2_and_a_search(tiny: Path, setting: str, said: str) -> None:
+def test_mining_again_needs_a_stage_2_and_a_search(tiny: Path, setting: str, message: str) -> None:
     assert load_recipe(str(tiny), ["mine_again=true"]).mine_again
-    assert any(said in problem for problem in problems(tiny, "mine_again=true", setting))
+    assert any(message in problem for problem in problems(tiny, "mine_again=true", setting))
 
 
-def test_a_wrong_setting_is_told_with_the_setting_as_its_place(tiny: Path) -> None:
+def test_a_wrong_setting_is_reported_with_the_setting_as_its_position(tiny: Path) -> None:
     assert problems(tiny, "mine.depth=x", "prepare.seed=17") == [
         "--set mine.depth=x: mine.depth: 'x': must be a valid integer, unable to parse string as an integer"
     ]
@@ -161,16 +161,16 @@ def test_the_last_setting_counts(tiny: Path) -> None:
     assert load_recipe(str(tiny), ["stage_1.train.seed=1", "stage_1.train.seed=2"]).stage_1.train.seed == 2
 
 
-def test_a_story_asks_for_its_sections(tiny: Path) -> None:
-    said = problems(tiny, "teacher_embeddings=null", needs=("teacher_embeddings", "teacher"))
-    assert [line.split(": ", 1)[1] for line in said] == [
-        "teacher: missing; this story needs the section",
-        "teacher_embeddings: missing; this story needs the section",
+def test_a_pipeline_needs_its_sections(tiny: Path) -> None:
+    messages = problems(tiny, "teacher_embeddings=null", needs=("teacher_embeddings", "teacher"))
+    assert [line.split(": ", 1)[1] for line in messages] == [
+        "teacher: missing; this pipeline needs the section",
+        "teacher_embeddings: missing; this pipeline needs the section",
     ]
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("name: x\nname: y\n", r"2:1: name: written twice \(first on line 1\)"),
         ("mine:\n  depth: 3\n  depth: 4\n", r"3:3: mine.depth: written twice \(first on line 2\)"),
@@ -183,10 +183,10 @@ def test_a_story_asks_for_its_sections(tiny: Path) -> None:
         ("name: !!python/object/apply:os.system [ls]\n", "1:7: name: a YAML tag"),
     ],
 )
-def test_broken_yaml_is_told_by_place(tmp_path: Path, text: str, said: str) -> None:
+def test_broken_yaml_is_reported_by_position(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(text)
-    assert any(re.search(said, line) for line in problems(path)), problems(path)
+    assert any(re.search(message, line) for line in problems(path)), problems(path)
 
 
 def test_files_that_are_no_recipe(tiny: Path) -> None:
@@ -212,7 +212,7 @@ leaves(TINY)
 
 
 @given(st.sampled_from(PATHS), st.sampled_from(["q", "xx", "9z"]))
-def test_a_mistyped_key_is_found_at_its_line_wherever_it_is(path: tuple[Any, ...], letters: str) -> None:
+def test_a_mistyped_key_is_reported_at_its_line_at_any_depth(path: tuple[Any, ...], letters: str) -> None:
     """Each key of the tiny recipe in turn, written with letters too many."""
     if isinstance(path[-1], int):
         return
@@ -227,13 +227,13 @@ def test_a_mistyped_key_is_found_at_its_line_wherever_it_is(path: tuple[Any, ...
     text = yaml.safe_dump(data, sort_keys=False)
     document, bad = parse(text, "r.yaml")
     assert not bad
-    from nvembed.recipe.checks import check
+    from nvembed.recipe.checks import cross_checks
     from nvembed.recipe.validation import validate
 
-    found, wrongs = validate(Recipe, document)
-    wrongs += check(found, document)
+    sections, wrongs = validate(Recipe, document)
+    wrongs += cross_checks(sections, document)
     here = [problem for problem in wrongs if problem.path[: len(path)] == (*path[:-1], wrong)]
-    if path[-1] != "type":  # without its type a section's other keys cannot be judged
+    if path[-1] != "type":  # without its type a section's other keys cannot be checked
         assert here, wrongs
         line = text.splitlines()[here[0].position.line - 1]
         assert wrong in line
@@ -254,15 +254,19 @@ def test_an_override_writes_exactly_one_value(path: list[str], value: int) -> No
 
 def test_caps_and_allowed_leaks_name_data_sets(tiny: Path) -> None:
     source = "{type: beir, name: benchmark, instruction: web_search, uri: nowhere}"
-    said = problems(
+    messages = problems(
         tiny, "stage_1.stream.caps={cwee: 5}", f"prepare.decontaminate={{against: [{source}], allow: [hpoo]}}"
     )
-    assert any("stage_1.stream.caps.cwee: not among stage_1.stream.weights. Did you mean 'cwe'?" in one for one in said)
-    assert any("prepare.decontaminate.allow.0: no data set of this name. Did you mean 'hpo'?" in one for one in said)
-    assert len(said) == 2
+    assert any(
+        "stage_1.stream.caps.cwee: not among stage_1.stream.weights. Did you mean 'cwe'?" in one for one in messages
+    )
+    assert any(
+        "prepare.decontaminate.allow.0: no data set of this name. Did you mean 'hpo'?" in one for one in messages
+    )
+    assert len(messages) == 2
 
 
-def test_evaluation_sets_are_looked_for_before_the_run(tiny: Path) -> None:
+def test_evaluation_sets_are_checked_before_the_run(tiny: Path) -> None:
     source = "{type: cwe, name: benchmark, instruction: cwe}"
     recipe = load_recipe(str(tiny), [f"prepare.decontaminate={{against: [{source}]}}", "prepare.sources.0.type=cwe"])
     assert "prepare.decontaminate.against.0" in needed_packages(recipe)["cwe2"]

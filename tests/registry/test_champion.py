@@ -18,12 +18,12 @@ from nvembed.registry.champion import (
     champions,
     list_locks,
     move_champion,
-    promote_judged,
+    promote_candidate,
     roll_back,
 )
 from nvembed.registry.client import model_names
 from nvembed.registry.config import GateConfig
-from nvembed.registry.evidence import judge
+from nvembed.registry.evidence import evaluate_gate
 
 NAME = "nvembed-teacher"
 
@@ -72,13 +72,13 @@ def test_the_gate_reads_the_versions_own_files(kit: Any) -> None:
     kit.register("a", 0.5, auto_promote=False)
     kit.register("b", 0.6, auto_promote=False)
     _, second = kit.versions()
-    assert judge(kit.client, kit.uri, NAME, "1").passed
+    assert evaluate_gate(kit.client, kit.uri, NAME, "1").passed
     weights = Path(second.source.removeprefix("file://"), "model.sentence_transformer/1_Pooling/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    verdict = judge(kit.client, kit.uri, NAME, "2")
-    assert not verdict.passed and "probes: models:/nvembed-teacher/2: the files at" in verdict.refused()
+    result = evaluate_gate(kit.client, kit.uri, NAME, "2")
+    assert not result.passed and "probes: models:/nvembed-teacher/2: the files at" in result.refusal()
     with pytest.raises(PromotionRefusedError, match="does not pass the gate"):
-        promote_judged(kit.client, verdict)
+        promote_candidate(kit.client, result)
     tags = kit.client.get_model_version(NAME, "2").tags
     assert tags["gate.result"] == "refused" and tags["gate.probes"].startswith("refused: ")
     assert tags["gate.provenance"].startswith("passed: ")
@@ -114,7 +114,7 @@ def test_the_recipes_margin_decides(kit: Any) -> None:
     kit.register("a", 0.5)
     strict = kit.register("b", 0.495, gate=GateConfig(samples=200, margin=0))
     assert not strict["promoted"] and "it must be above 0" in strict["reason"]
-    assert judge(kit.client, kit.uri, NAME, "2", GateConfig(samples=200, margin=0.02)).passed
+    assert evaluate_gate(kit.client, kit.uri, NAME, "2", GateConfig(samples=200, margin=0.02)).passed
 
 
 # -- compare and set ------------------------------------------------------------------------------------------------

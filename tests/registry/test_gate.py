@@ -79,7 +79,7 @@ def test_the_first_version_has_nobody_to_be_compared_with() -> None:
 def test_each_check_refuses_what_it_is_for(evidence: Evidence, check: str, said: str) -> None:
     found = {result.name: result for result in run_gate(evidence, GateConfig())}
     assert refused(evidence) == {check}
-    assert said in found[check].said and found[check].said in refusals(list(found.values()))
+    assert said in found[check].message and found[check].message in refusals(list(found.values()))
 
 
 def test_all_refusals_come_at_once() -> None:
@@ -104,7 +104,7 @@ def test_what_an_imported_model_learned_from_is_said_not_refused() -> None:
         for check in run_gate(replace(GOOD, unmeasured=("models:/t@champion",)), GateConfig())
         if check.name == "leak"
     )
-    assert found.passed and "what models:/t@champion was trained on is not measured" in found.said
+    assert found.passed and "what models:/t@champion was trained on is not measured" in found.message
 
 
 @given(st.floats(-0.2, 0.2), st.floats(0, 0.1), st.floats(0, 0.1), st.floats(0, 0.1))

@@ -54,7 +54,7 @@ def served(kit: Any, server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> A
     """The kit, registering at the server; the login comes from the environment only."""
     for key, value in server.login.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(Path(kit.out, "cache")))
+    monkeypatch.setenv("NVEMBED_CACHE", str(Path(kit.out, "cache")))
     store = Store(server.uri, server.uri, None)
     register = RegisterConfig(auto_promote=True, gate=GateConfig(samples=200))
 

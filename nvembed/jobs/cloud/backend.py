@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.model_cache import NEVER
-from nvembed.jobs.backend import JobState, Preview, Say
+from nvembed.jobs.backend import JobState, Preview, Say, as_yaml
 from nvembed.jobs.cloud.node_secrets import command_with_secrets
 from nvembed.jobs.command import Job
 from nvembed.jobs.config import CloudTarget, Machine, RayTarget
-from nvembed.jobs.plain_yaml import as_yaml
 from nvembed.jobs.ray.backend import RayBackend, SilentError, read_token
-from nvembed.jobs.shm import object_store_bytes
-from nvembed.preflight.packages import PreflightError
+from nvembed.jobs.target import object_store_bytes
+from nvembed.preflight.findings import PreflightError
 from nvembed.types import UserError
 
 HEAD = "head"

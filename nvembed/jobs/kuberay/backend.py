@@ -17,16 +17,18 @@ from nvembed.jobs.backend import (
     JobState,
     Preview,
     Say,
+    ToolError,
+    as_yaml,
     next_try,
+    patiently,
     refuse_if_alive,
+    run_tool,
     without_log,
 )
 from nvembed.jobs.command import Job
 from nvembed.jobs.config import KubeRayTarget
 from nvembed.jobs.kuberay.pods import JOB_LABEL, RECIPE_FILE, head_template, submitter_template, worker_template
-from nvembed.jobs.plain_yaml import as_yaml
-from nvembed.jobs.shell import ToolError, patiently, run_tool
-from nvembed.jobs.shm import object_store_bytes
+from nvembed.jobs.target import object_store_bytes
 from nvembed.recipe.schema import resolved_yaml
 
 HINT = "Install kubectl, and see that `kubectl get rayjobs` works (KubeRay 1.5.1 or newer on the cluster)."

@@ -27,16 +27,16 @@ from nvembed.jobs.backend import (
     JobState,
     Preview,
     Say,
+    as_yaml,
     next_try,
     refuse_if_alive,
     without_log,
 )
 from nvembed.jobs.command import Job
 from nvembed.jobs.config import RayTarget
-from nvembed.jobs.plain_yaml import as_yaml
 from nvembed.jobs.ray.log import follow_log
 from nvembed.jobs.uploads import WorkingDir, collect
-from nvembed.preflight.packages import PreflightError
+from nvembed.preflight.findings import PreflightError
 from nvembed.types import UserError
 
 STATES = {"PENDING": PENDING, "RUNNING": RUNNING, "SUCCEEDED": SUCCEEDED, "FAILED": FAILED, "STOPPED": STOPPED}

@@ -19,12 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core import storage
-from nvembed.jobs.backend import FAILED, PENDING, RUNNING, STOPPED, SUCCEEDED, JobState, Preview, Say, refuse_if_alive
+from nvembed.jobs.backend import (
+    FAILED,
+    PENDING,
+    RUNNING,
+    STOPPED,
+    SUCCEEDED,
+    JobState,
+    Preview,
+    Say,
+    patiently,
+    refuse_if_alive,
+    run_tool,
+)
 from nvembed.jobs.command import Job
 from nvembed.jobs.config import SlurmTarget
-from nvembed.jobs.shell import patiently, run_tool
 from nvembed.jobs.slurm.script import BODY, FAILED_CODE
-from nvembed.preflight.packages import PreflightError
+from nvembed.preflight.findings import PreflightError
 from nvembed.recipe.schema import resolved_yaml
 
 HINT = "Give the command on a login node of the cluster."

@@ -1,4 +1,4 @@
-"""The story's own `--dry-run`, run here: what a submission shows before the job itself (layer 6)."""
+"""Submission: the backend of a target, and the pipeline's own dry run on this machine."""
 
 from __future__ import annotations
 
@@ -6,11 +6,29 @@ import os
 import subprocess
 import sys
 
+from nvembed.jobs.backend import Backend
+from nvembed.jobs.cloud.backend import CloudBackend
 from nvembed.jobs.command import Job
-from nvembed.preflight.packages import PreflightError
+from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget
+from nvembed.jobs.kuberay.backend import KubeRayBackend
+from nvembed.jobs.ray.backend import RayBackend
+from nvembed.jobs.slurm.backend import SlurmBackend
+from nvembed.jobs.target import Target
+from nvembed.preflight.findings import PreflightError
 from nvembed.types import UserError
 
 ERRORS: dict[int, type[Exception]] = {2: UserError, 3: PreflightError}  # a story's exit codes; `submit` ends with them
+
+
+def open_backend(target: Target) -> Backend:
+    """The backend of a target; nothing is contacted yet."""
+    if isinstance(target, RayTarget):
+        return RayBackend(target)
+    if isinstance(target, KubeRayTarget):
+        return KubeRayBackend(target)
+    if isinstance(target, CloudTarget):
+        return CloudBackend(target)
+    return SlurmBackend(target)
 
 
 def rehearse(job: Job, *, as_json: bool) -> str:
