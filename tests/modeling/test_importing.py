@@ -265,7 +265,7 @@ def test_one_optimiser_step_from_an_imported_model(checkpoint, tmp_path):
 
     config = {
         "adapter": {"type": "lora", "r": 2, "alpha": 4, "dropout": 0.0},
-        "engine": {"type": "torch", "zero_stage": 0},
+        "engine": {"type": "torch"},
         "precision": "fp32",
         "optimiser": {"learning_rate": 1e-2},
     }

@@ -28,7 +28,7 @@ from nvembed.types import UserError
 
 CONFIG: dict[str, Any] = {
     "adapter": {"type": "full"},
-    "engine": {"type": "torch", "zero_stage": 0},
+    "engine": {"type": "torch"},
     "precision": "fp32",
     "keep_checkpoints": 2,
     "optimiser": {"learning_rate": 1e-3, "weight_decay": 0.1},

@@ -51,6 +51,11 @@ DIM = 32
 INSTRUCTION = "Instruct: find it\nQuery: "
 
 
+def engine_section(engine: str, zero_stage: int = 0) -> dict[str, Any]:
+    """`train.engine` of a recipe: `zero_stage` is a key of DeepSpeed only."""
+    return {"type": engine, "zero_stage": zero_stage} if engine == "deepspeed" else {"type": engine}
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE with nothing but bytes and an end token."""
     tokenizer = Tokenizer(models.BPE())

@@ -39,7 +39,7 @@ from nvembed.types import Config
 HERE = Path(__file__).parent
 RECIPES = HERE.parents[2] / "pipelines" / "recipes"
 TRAIN = {"adapter": {"type": "lora", "r": 2, "alpha": 4, "target_modules": ["q_proj"]}, "precision": "fp32",
-         "engine": {"type": "torch", "zero_stage": 0}}  # fmt: skip
+         "engine": {"type": "torch"}}  # fmt: skip
 
 
 class SampleConfig(Config):
