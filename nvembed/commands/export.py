@@ -34,15 +34,15 @@ def export_command(
     """Write another form of a model, with its vectors compared. Exit code 5 when they differ too much."""
 
     def action() -> int:
-        from nvembed.modeling.exports.export import ExportJob, ParityError, export_model
+        from nvembed.modeling.exports.forms import ExportSpec, ParityError, export_model
         from nvembed.registry.resolve import resolve_model
 
         given = _lines(texts) if texts is not None else ()
         folder = resolve_model(model, registry or (near_registry() if model.startswith("models:/") else None))
-        job = ExportJob(Path(folder), Path(target), form, given, None if base is None else Path(base))
+        spec = ExportSpec(Path(folder), Path(target), form, given, None if base is None else Path(base))
         try:
             with redirect_stdout(sys.stderr):  # DeepSpeed, which PEFT imports, logs to stdout; that is for the result
-                record = export_model(job)
+                record = export_model(spec)
         except ParityError as error:
             raise GatePreconditionError(f"{error}; nothing was written") from error
         show(record, _told(record, target), as_json)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from nvembed.modeling.config import EmbedderConfig
-from nvembed.modeling.licences import HUB_LICENCES
+from nvembed.modeling.origin import HUB_LICENCES
 from nvembed.modeling.sentence_folder import CODE, needs_code
 
 METRIC_NAMES = {

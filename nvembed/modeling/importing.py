@@ -25,8 +25,7 @@ from nvembed.modeling.assemble import build_embedder
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.folder import save_embedder
-from nvembed.modeling.licences import UNKNOWN
-from nvembed.modeling.origin import card_facts
+from nvembed.modeling.origin import UNKNOWN, card_facts
 from nvembed.text.config import TextConfig
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
 from nvembed.types import UserError

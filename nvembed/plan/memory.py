@@ -82,7 +82,7 @@ def stage_memory(
     part = trained / stage.workers if zero >= 1 else float(trained)
     moments = 8.0 * part if train.optimiser.type == "adamw" else 0.0
     masters = 4.0 * part if zero >= 1 else 0.0
-    offloaded = kind == "gpu" and train.engine.offload_optimizer and zero >= 1
+    offloaded = kind == "gpu" and zero >= 1 and train.engine.type == "deepspeed" and train.engine.offload_optimizer
     weights = 4.0 * (whole / stage.workers if zero == 3 else whole)
     own_gradients = zero == 3 or (zero == 2 and stage.chunks_per_rank(length) == 1)  # several backwards: whole, locally
     return Memory(
@@ -97,9 +97,10 @@ def stage_memory(
 
 def _buffers(stage: StageSizes, zero: int, whole: int, trained: int) -> float:
     """DeepSpeed's bucket, the copies it sends and makes of its part, ZeRO-3's gathered weights and their flat copy."""
-    if zero < 0:
+    engine = stage.train.engine
+    if engine.type != "deepspeed":
         return 0.0
-    config = deepspeed_config(stage.train.engine, stage.train.optimiser, trained=trained, whole=whole)
+    config = deepspeed_config(engine, stage.train.optimiser, trained=trained, whole=whole)
     bucket = 4.0 * min(trained, config["zero_optimization"]["reduce_bucket_size"])
     gathered = 4.0 * (min(whole, LIVE_PARAMETERS) + min(whole, MAX_BUCKET)) if zero == 3 else 0.0
     return {0: 1.0, 1: 3.0, 2: 2.5, 3: 2.5}[zero] * bucket + gathered

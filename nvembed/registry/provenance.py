@@ -15,8 +15,7 @@ from typing import Any
 from nvembed.core import storage
 from nvembed.core.formats import FormatError, check_format, stamp
 from nvembed.core.steps import MANIFEST, load_artifact
-from nvembed.modeling.licences import UNKNOWN, model_licence
-from nvembed.modeling.origin import card_facts, content_hash
+from nvembed.modeling.origin import UNKNOWN, card_facts, content_hash, model_licence
 from nvembed.types import Artifact
 
 FORMAT_VERSION = 1

@@ -32,12 +32,10 @@ from nvembed.report.schema import (
 )
 from nvembed.report.sizes import model_sizes
 from nvembed.report.training_data import data_mixes, negatives_quality
-from nvembed.tracking.tracker import METRICS
-from nvembed.types import Artifact
+from nvembed.types import METRICS, STARTS, Artifact
 
 logger = logging.getLogger(__name__)
 
-STARTS = "starts.jsonl"  # beside the metrics, see training/loop.py, which needs torch
 BASELINES = ("bm25", "minilm", "untrained")
 TEACHERS = ("train_stage_2", "train_stage_1", "teacher")  # the first of these that a run has is its teacher
 METRIC_ORDER = ("ndcg_at_10", "recall_at_100", "mrr_at_10", "accuracy", "v_measure", "spearman")

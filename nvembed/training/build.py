@@ -27,7 +27,7 @@ CHECKPOINT = "checkpoint.json"
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingSpec:
     """One training stage, by URI.
 
     Attributes:
@@ -49,11 +49,11 @@ class Job:
     fence: int = 0
 
 
-def build_model(job: Job, teacher_dim: int | None, precision: Precision) -> TrainedModel:
+def build_model(spec: TrainingSpec, teacher_dim: int | None, precision: Precision) -> TrainedModel:
     """The root module, the same on every rank: loaded, adapter applied, objective fresh, in training mode."""
-    config = job.config
+    config = spec.config
     torch.manual_seed(config.seed)
-    embedder = load_embedder(local_model(job.model_uri))
+    embedder = load_embedder(local_model(spec.model_uri))
     apply_adapter(embedder, config.adapter)
     if config.engine.gradient_checkpointing:
         embedder.embedding_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -61,30 +61,30 @@ def build_model(job: Job, teacher_dim: int | None, precision: Precision) -> Trai
     return TrainedModel(embedder, objective, precision).train()
 
 
-def export(job: Job, checkpoint: Checkpoint, teacher_dim: int | None) -> None:
+def save_trained_model(spec: TrainingSpec, checkpoint: Checkpoint, teacher_dim: int | None) -> None:
     """Write `model/` (float32, LoRA merged and kept beside), `checkpoint.json` (whose checksums it comes from) and, if
     it has parameters, `objective.safetensors`.
 
     Everything comes from the input model folder and the last checkpoint, so that a run killed here only repeats this.
     """
-    model = build_model(job, teacher_dim, "fp32")
+    model = build_model(spec, teacher_dim, "fp32")
     checkpoint.load_parameters(model)
     model.eval()
-    if job.config.engine.gradient_checkpointing:
+    if spec.config.engine.gradient_checkpointing:
         model.embedder.embedding_model.gradient_checkpointing_disable()
     objective = {name: tensor.contiguous() for name, tensor in model.objective.state_dict().items()}
     if objective:
-        storage.write_bytes(storage.join(job.work_uri, OBJECTIVE), save(objective))
-    start = local_model(job.model_uri)
-    adapter = keep_adapter(model.embedder, start, "/".join(job.model_uri.rstrip("/").split("/")[-2:]))
+        storage.write_bytes(storage.join(spec.work_uri, OBJECTIVE), save(objective))
+    start = local_model(spec.model_uri)
+    adapter = keep_adapter(model.embedder, start, "/".join(spec.model_uri.rstrip("/").split("/")[-2:]))
     prompts = describe_folder(start)["prompts"] or {key: instruction_prefix(key) for key in CATALOGUE}
     merge_adapter(model.embedder)
-    target = storage.join(job.work_uri, MODEL)
-    recipe = job.config.model_dump(mode="json")
+    target = storage.join(spec.work_uri, MODEL)
+    recipe = spec.config.model_dump(mode="json")
     with written_folder(target) as folder:
         save_embedder(model.embedder, folder, recipe=recipe, prompts=prompts, adapter=adapter)
     # the checkpoint itself goes when the step is published; this is its link in the hash chain
     files = storage.read_json(storage.join(checkpoint.uri, "manifest.json"))["files"]
     link = {"step": checkpoint.step, "files": {name: row for name, row in files.items() if name != "state.json"}}
-    storage.write_json(storage.join(job.work_uri, CHECKPOINT), link)
+    storage.write_json(storage.join(spec.work_uri, CHECKPOINT), link)
     logger.info("model folder written: %s", target)

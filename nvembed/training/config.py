@@ -1,8 +1,8 @@
 """Configuration of one training stage."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from nvembed.losses.config import ContrastiveConfig, ObjectiveConfig
 from nvembed.modeling.config import AdapterConfig, FullConfig
@@ -24,13 +24,23 @@ class OptimiserConfig(Config):
     clip_norm: float = Field(1.0, gt=0)
 
 
-class EngineConfig(Config):
-    """Who runs the maths: DeepSpeed ZeRO, or plain torch (the reference; one process or replicated ranks)."""
+class DeepSpeedEngineConfig(Config):
+    """DeepSpeed ZeRO on any number of ranks."""
 
-    type: Literal["deepspeed", "torch"] = "deepspeed"
+    type: Literal["deepspeed"] = "deepspeed"
     zero_stage: int = Field(2, ge=0, le=3)
     offload_optimizer: bool = False
     gradient_checkpointing: bool = False
+
+
+class TorchEngineConfig(Config):
+    """Plain torch, the reference: one process, or replicated ranks whose gradients are averaged."""
+
+    type: Literal["torch"] = "torch"
+    gradient_checkpointing: bool = False
+
+
+EngineConfig = Annotated[DeepSpeedEngineConfig | TorchEngineConfig, Field(discriminator="type")]
 
 
 class TrainConfig(Config):
@@ -39,7 +49,7 @@ class TrainConfig(Config):
     objective: ObjectiveConfig = ContrastiveConfig()
     adapter: AdapterConfig = FullConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = DeepSpeedEngineConfig()
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the processor has it.")
     num_workers: int = Field(2, ge=1)
     threads_per_worker: int = Field(1, ge=1)
@@ -49,9 +59,3 @@ class TrainConfig(Config):
     keep_checkpoints: int = Field(2, ge=1)
     max_failures: int = Field(2, ge=0, description="Worker failures survived by restarting from the last checkpoint.")
     seed: int = 0
-
-    @model_validator(mode="after")
-    def _learned_temperature_positive(self) -> "TrainConfig":
-        if self.engine.type == "torch" and self.engine.zero_stage not in (0, 2):
-            raise ValueError("engine.zero_stage has no meaning for the torch engine; leave it out")
-        return self

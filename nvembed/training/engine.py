@@ -5,7 +5,6 @@ Two engines: DeepSpeed ZeRO 0-3, and plain torch, the reference every ZeRO path 
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -16,10 +15,6 @@ import torch
 from nvembed.training.config import EngineConfig, OptimiserConfig
 from nvembed.training.model import Mode, TrainedModel
 
-ENGINES = {
-    "torch": "nvembed.training.engine_torch:TorchEngine",
-    "deepspeed": "nvembed.training.engine_deepspeed:DeepSpeedEngine",
-}
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 
@@ -118,7 +113,11 @@ def set_learning_rate(optimiser: Any, factor: float) -> None:
 
 
 def build_engine(model: TrainedModel, optimiser: OptimiserConfig, config: EngineConfig, device: torch.device) -> Engine:
-    """The engine a recipe names; imports DeepSpeed only when it is asked for."""
-    module, name = ENGINES[config.type].split(":")
-    engine: Engine = getattr(importlib.import_module(module), name)(model, optimiser, config, device)
-    return engine
+    """The engine of a recipe's section. DeepSpeed is imported for its own engine only."""
+    if config.type == "torch":
+        from nvembed.training.engine_torch import TorchEngine
+
+        return TorchEngine(model, optimiser, config, device)
+    from nvembed.training.engine_deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(model, optimiser, config, device)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from nvembed.training.arithmetic import deepspeed_config
-from nvembed.training.config import EngineConfig, OptimiserConfig
+from nvembed.training.config import DeepSpeedEngineConfig, OptimiserConfig
 from nvembed.training.engine import Engine, build_optimiser, set_learning_rate
 from nvembed.training.model import Mode, TrainedModel
 
@@ -31,7 +31,9 @@ from nvembed.training.model import Mode, TrainedModel
 class DeepSpeedEngine(Engine):
     """See `Engine`."""
 
-    def __init__(self, model: TrainedModel, optimiser: OptimiserConfig, config: EngineConfig, device: torch.device):
+    def __init__(
+        self, model: TrainedModel, optimiser: OptimiserConfig, config: DeepSpeedEngineConfig, device: torch.device
+    ):
         super().__init__(model, optimiser, config, device)
         deepspeed = _import_deepspeed(device)
         self._accessors = deepspeed.utils

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nvembed.core.distributed import world_size
-from nvembed.training.config import EngineConfig, OptimiserConfig
+from nvembed.training.config import OptimiserConfig, TorchEngineConfig
 from nvembed.training.engine import Engine, build_optimiser, set_learning_rate
 from nvembed.training.model import Mode, TrainedModel
 
@@ -18,7 +18,9 @@ from nvembed.training.model import Mode, TrainedModel
 class TorchEngine(Engine):
     """See `Engine`. Gradients stay on the parameters and are averaged once, when somebody asks for them."""
 
-    def __init__(self, model: TrainedModel, optimiser: OptimiserConfig, config: EngineConfig, device: torch.device):
+    def __init__(
+        self, model: TrainedModel, optimiser: OptimiserConfig, config: TorchEngineConfig, device: torch.device
+    ):
         super().__init__(model.to(device), optimiser, config, device)
         self.optimiser = build_optimiser(model, optimiser)
         self._averaged = False

@@ -28,7 +28,7 @@ from nvembed.types import Artifact, Config
 logger = logging.getLogger(__name__)
 
 
-def training_texts(prepare: Artifact) -> Iterator[str]:
+def tokenizer_texts(prepare: Artifact) -> Iterator[str]:
     """Corpus texts and train queries of every data set, in file order; held-out items and queries are left out."""
     for name in sorted(prepare.manifest["metrics"]["datasets"]):
         for title, text, split in _rows(prepare.path(name, "corpus.parquet"), ["title", "text", "split"]):
@@ -61,7 +61,7 @@ def _initialise(config: Config, inputs: Mapping[str, Artifact], work_uri: str) -
         made = _publish(embedder, work_uri, dataset_prompts(prepare), "Not trained here yet.")
         made.metrics["started_from"] = started_from(Path(config.backbone.name))
         return made
-    texts = training_texts(prepare) if isinstance(config.backbone, RandomBackbone) else iter(())
+    texts = tokenizer_texts(prepare) if isinstance(config.backbone, RandomBackbone) else iter(())
     backbone, tokenizer = load_backbone(config.backbone, texts, config.seed)
     embedder = build_embedder(backbone, tokenizer, config.embedder, config.seed)
     return _publish(embedder, work_uri, dataset_prompts(prepare), "Untrained.")

@@ -1,4 +1,4 @@
-"""The `train` step: checks what can be checked before anything starts, then hands the job to Ray Train workers.
+"""The `train` step: checks what can be checked before anything starts, then hands the spec to Ray Train workers.
 
 Ray is asked to start workers and to notice that one died. Where a run continues is decided by our own scan of
 `checkpoints/`, never by Ray's records: those lag behind the disk, and Ray then starts at step 0 (STACK.md 5). Hence
@@ -20,7 +20,7 @@ from nvembed.core import lease, storage
 from nvembed.core.steps import Step, StepResult
 from nvembed.training.config import TrainConfig
 from nvembed.training.errors import TrainingError
-from nvembed.types import Artifact, UserError
+from nvembed.types import METRICS, Artifact, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +29,15 @@ START_TIMEOUT_SECONDS = "300"  # Ray's default of 60 is too short for an autosca
 
 def _build(config: TrainConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     from nvembed.stream.reader import StreamReader
-    from nvembed.training.build import Job
+    from nvembed.training.build import TrainingSpec
     from nvembed.training.checkpoint import CheckpointStore, Identity
-    from nvembed.training.loop import METRICS, check_batch
+    from nvembed.training.loop import check_batch
     from nvembed.training.progress import Progress
 
     stream = StreamReader(inputs["stream"].uri)
     check_batch(stream.batch_size, config.num_workers)
     fence, lease_uri = _fence(work_uri)
-    job = Job(
+    spec = TrainingSpec(
         config=config,
         stream_uri=inputs["stream"].uri,
         model_uri=inputs["model"].path("model"),
@@ -47,12 +47,12 @@ def _build(config: TrainConfig, inputs: Mapping[str, Artifact], work_uri: str) -
         fence=fence,
     )
     # The workers look again; here the user sees at once where the run goes on, and why it is refused.
-    start = CheckpointStore(work_uri, Identity(config, job.inputs, "fp32", config.num_workers)).preview()
+    start = CheckpointStore(work_uri, Identity(config, spec.inputs, "fp32", config.num_workers)).preview()
     if start:
         logger.info("going on at step %d of %d", start, stream.num_steps)
     metrics_uri = storage.join(work_uri, METRICS)
     with Progress(work_uri.rsplit("/", 1)[-1], metrics_uri, stream.num_steps):
-        fit(job)
+        fit(spec)
     return StepResult(
         rows={"steps": stream.num_steps, "examples": stream.num_steps * stream.batch_size},
         metrics=_summary(storage.read_bytes(metrics_uri)),
@@ -81,7 +81,7 @@ def _summary(lines: bytes) -> dict[str, Any]:
     }
 
 
-def fit(job: Any) -> None:
+def fit(spec: Any) -> None:
     """Train under Ray, again from the newest checkpoint when a worker dies, at most `max_failures` times.
 
     Raises:
@@ -91,26 +91,26 @@ def fit(job: Any) -> None:
     """
     from ray.train import TrainingFailedError
 
-    connect(job.config)
-    for attempt in range(job.config.max_failures + 1):
+    connect(spec.config)
+    for attempt in range(spec.config.max_failures + 1):
         try:
-            _fit_once(job)
+            _fit_once(spec)
             return
         except TrainingFailedError as failure:
             error, again = explain(failure)
-            if not again or attempt == job.config.max_failures:
+            if not again or attempt == spec.config.max_failures:
                 raise error from None
             logger.warning("%s; restarting from the newest checkpoint (failure %d)", error, attempt + 1)
 
 
-def _fit_once(job: Any) -> None:
+def _fit_once(spec: Any) -> None:
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig
 
     from nvembed.training.worker import run_worker
 
-    config: TrainConfig = job.config
+    config: TrainConfig = spec.config
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_SECONDS)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if not os.environ.get("RAY_ADDRESS"):  # nobody takes nodes away from a local cluster
@@ -119,14 +119,14 @@ def _fit_once(job: Any) -> None:
     resources = {"CPU": float(config.threads_per_worker)} | ({"GPU": config.gpus_per_worker} if gpu else {})
     run_config: Any = RunConfig(
         name=f"nvembed-{uuid.uuid4().hex[:12]}",
-        storage_path=storage.join(job.work_uri, ".tmp", "ray"),
+        storage_path=storage.join(spec.work_uri, ".tmp", "ray"),
         failure_config=FailureConfig(max_failures=0),
         worker_runtime_env={"env_vars": worker_environment(config)},
         logging_config=LoggingConfig(log_level="ERROR"),
     )
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=gpu, resources_per_worker=resources),
         run_config=run_config,

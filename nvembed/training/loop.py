@@ -26,19 +26,17 @@ from nvembed.core.runtime import trim
 from nvembed.losses.objectives import Objective
 from nvembed.modeling.precision import resolve_precision
 from nvembed.training.arithmetic import learning_rate_factor, slice_budget
-from nvembed.training.build import Job, build_model, export
+from nvembed.training.build import TrainingSpec, build_model, save_trained_model
 from nvembed.training.checkpoint import Checkpoint, CheckpointStore, Identity
 from nvembed.training.chunked import backward_global_batch
 from nvembed.training.engine import Engine, build_engine
 from nvembed.training.errors import NonFiniteError
 from nvembed.training.metrics import MetricsLog, hash_ids, record_start
 from nvembed.training.sharding import Sharding, shard
-from nvembed.types import Batch, UserError
+from nvembed.types import METRICS, STARTS, Batch, UserError
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
-STARTS = "starts.jsonl"
 NAMED = 20  # examples an error message names
 
 
@@ -54,7 +52,7 @@ class BatchStream(Protocol):
         ...
 
 
-def train(job: Job, stream: BatchStream, context: WorkerContext) -> None:
+def train(spec: TrainingSpec, stream: BatchStream, context: WorkerContext) -> None:
     """Run one stage from its newest complete checkpoint (or the start) to its model folder.
 
     Raises:
@@ -63,24 +61,24 @@ def train(job: Job, stream: BatchStream, context: WorkerContext) -> None:
         LeaseLostError: another run has taken the output over.
     """
     check_batch(stream.batch_size, context.world_size)
-    torch.set_num_threads(job.config.threads_per_worker)
-    precision = broadcast_object(resolve_precision(job.config.precision, context.device()))  # one for unlike machines
-    store = CheckpointStore(job.work_uri, Identity(job.config, job.inputs, precision, context.world_size))
+    torch.set_num_threads(spec.config.threads_per_worker)
+    precision = broadcast_object(resolve_precision(spec.config.precision, context.device()))  # one for unlike machines
+    store = CheckpointStore(spec.work_uri, Identity(spec.config, spec.inputs, precision, context.world_size))
     checkpoint = store.newest(context)
     start = checkpoint.step if checkpoint else 0
     if context.rank == 0:
         context.check_lease()
-        logger.info("%s: starting at step %d of %d, %s", job.work_uri, start, stream.num_steps, precision)
+        logger.info("%s: starting at step %d of %d, %s", spec.work_uri, start, stream.num_steps, precision)
         row = {"step": start, "time": time.time(), "world_size": context.world_size, "precision": precision}
-        record_start(storage.join(job.work_uri, STARTS), row)
+        record_start(storage.join(spec.work_uri, STARTS), row)
     if start < stream.num_steps:
-        _take_steps(job, stream, context, store, checkpoint)
+        _take_steps(spec, stream, context, store, checkpoint)
         checkpoint = store.newest(context)
     assert checkpoint is not None and checkpoint.step == stream.num_steps
     if context.rank == 0:
         context.check_lease()
-        export(job, checkpoint, stream.teacher_dim)
-    context.report({"step": stream.num_steps, "model": storage.join(job.work_uri, "model")})
+        save_trained_model(spec, checkpoint, stream.teacher_dim)
+    context.report({"step": stream.num_steps, "model": storage.join(spec.work_uri, "model")})
 
 
 def check_batch(global_batch_size: int, num_workers: int) -> None:
@@ -97,11 +95,15 @@ def check_batch(global_batch_size: int, num_workers: int) -> None:
 
 
 def _take_steps(
-    job: Job, stream: BatchStream, context: WorkerContext, store: CheckpointStore, checkpoint: Checkpoint | None
+    spec: TrainingSpec,
+    stream: BatchStream,
+    context: WorkerContext,
+    store: CheckpointStore,
+    checkpoint: Checkpoint | None,
 ) -> None:
     """From the checkpoint to the last optimiser step, which is always saved."""
-    config = job.config
-    model = build_model(job, stream.teacher_dim, store.identity.precision)
+    config = spec.config
+    model = build_model(spec, stream.teacher_dim, store.identity.precision)
     if checkpoint:
         checkpoint.load_parameters(model)
     engine = build_engine(model, config.optimiser, config.engine, context.device())
@@ -110,7 +112,7 @@ def _take_steps(
     start = checkpoint.step if checkpoint else 0
     zero_stage = config.engine.zero_stage if config.engine.type == "deepspeed" else 0
     tokens = slice_budget(config.token_budget, zero_stage, context.device().type)
-    log = MetricsLog(storage.join(job.work_uri, METRICS), start) if context.rank == 0 else None
+    log = MetricsLog(storage.join(spec.work_uri, METRICS), start) if context.rank == 0 else None
     with closing(stream.batches(start)) as batches:  # type: ignore[type-var]
         for batch in batches:
             started = time.monotonic()

@@ -1,26 +1,57 @@
-"""What one Ray Train worker does: the loop, with Ray behind its context."""
+"""Worker contexts, plain and of Ray Train, and the entry point of a Ray Train worker."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from nvembed.core import lease
+from nvembed.core import distributed, lease
 from nvembed.stream.reader import StreamReader
-from nvembed.training.build import Job
+from nvembed.training.build import TrainingSpec
 from nvembed.training.loop import train
+
+
+@dataclass
+class PlainContext:
+    """`WorkerContext` without Ray.
+
+    Attributes:
+        lease_uri: output whose lease is checked; None: no lease.
+        fence: the fencing number this run holds.
+        reports: what was reported, for callers in the same process.
+    """
+
+    lease_uri: str | None = None
+    fence: int = 0
+    rank: int = field(default_factory=distributed.rank)
+    world_size: int = field(default_factory=distributed.world_size)
+    local_rank: int = 0
+    reports: list[dict[str, Any]] = field(default_factory=list)
+
+    def device(self) -> torch.device:
+        """CPU; the GPU of this rank where there is one."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Remember a checkpoint's metrics."""
+        self.reports.append(dict(metrics))
+
+    def check_lease(self) -> None:
+        """Raise LeaseLostError when another run has taken the output over."""
+        if self.lease_uri is not None:
+            lease.check_fence(self.lease_uri, self.fence)
 
 
 @dataclass
 class RayContext:
     """`WorkerContext` inside a Ray Train worker."""
 
-    job: Job
+    spec: TrainingSpec
     rank: int
     world_size: int
     local_rank: int
@@ -29,7 +60,7 @@ class RayContext:
         """The GPU Ray gave this worker, or the CPU."""
         import ray.train.torch
 
-        return ray.train.torch.get_device() if self.job.config.gpus_per_worker else torch.device("cpu")
+        return ray.train.torch.get_device() if self.spec.config.gpus_per_worker else torch.device("cpu")
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Barrier of all workers; Ray keeps no checkpoint of ours (our own scan decides where a run resumes)."""
@@ -39,21 +70,21 @@ class RayContext:
 
     def check_lease(self) -> None:
         """Raise LeaseLostError when another run has taken the output over."""
-        if self.job.lease_uri is not None:
-            lease.check_fence(self.job.lease_uri, self.job.fence)
+        if self.spec.lease_uri is not None:
+            lease.check_fence(self.spec.lease_uri, self.spec.fence)
 
 
-def run_worker(settings: Mapping[str, Job]) -> None:
+def run_worker(settings: Mapping[str, TrainingSpec]) -> None:
     """Entry point of a worker process."""
     import ray.train
 
-    job = settings["job"]
+    spec = settings["spec"]
     ray_context = ray.train.get_context()
-    context = RayContext(job, ray_context.get_world_rank(), ray_context.get_world_size(), ray_context.get_local_rank())
+    context = RayContext(spec, ray_context.get_world_rank(), ray_context.get_world_size(), ray_context.get_local_rank())
     _log_to_stderr(context.rank)
-    stream = StreamReader(job.stream_uri)
+    stream = StreamReader(spec.stream_uri)
     try:
-        train(job, stream, context)
+        train(spec, stream, context)
     finally:
         stream.close()
 

@@ -49,11 +49,11 @@ from nvembed.retrieval.encode import encode_texts
 from nvembed.retrieval.encoders import Encoder, open_encoder
 from nvembed.stream.reader import StreamReader
 from nvembed.stream.steps import STREAM
-from nvembed.training.build import Job
-from nvembed.training.config import EngineConfig, TrainConfig
-from nvembed.training.context import PlainContext
-from nvembed.training.loop import METRICS, train
-from nvembed.types import Artifact, UserError
+from nvembed.training.build import TrainingSpec
+from nvembed.training.config import TorchEngineConfig, TrainConfig
+from nvembed.training.loop import train
+from nvembed.training.worker import PlainContext
+from nvembed.types import METRICS, Artifact, UserError
 
 logger = logging.getLogger("what_mining_buys")
 
@@ -140,7 +140,7 @@ def train_arm(arm: Arm, recipe: Recipe, device: torch.device, precision: str) ->
         ordered = stage.stream.model_copy(update={"seed": seed, "steps": steps})
         inputs = {"prepare": prepared, "mine": mined, "model": model}
         stream = STREAM.run(ordered, inputs, f"{arm.uri}/stream_{name}")
-        alone = {"engine": EngineConfig(type="torch"), "num_workers": 1, "precision": precision, "seed": seed}
+        alone = {"engine": TorchEngineConfig(), "num_workers": 1, "precision": precision, "seed": seed}
         inputs = {"stream": stream, "model": model}
         step = Step("train", 1, functools.partial(_train, device), cleared=False)
         model = step.run(stage.train.model_copy(update=alone), inputs, f"{arm.uri}/train_{name}")
@@ -156,8 +156,8 @@ def _train(device: torch.device, config: TrainConfig, inputs: Mapping[str, Artif
     stream = StreamReader(inputs["stream"].uri)
     hashes = {name: artifact.manifest_hash for name, artifact in sorted(inputs.items())}
     try:
-        job = Job(config, inputs["stream"].uri, inputs["model"].path("model"), work_uri, hashes)
-        train(job, stream, Here(where=device))
+        spec = TrainingSpec(config, inputs["stream"].uri, inputs["model"].path("model"), work_uri, hashes)
+        train(spec, stream, Here(where=device))
     finally:
         stream.close()
     rows = [json.loads(line) for line in storage.read_bytes(storage.join(work_uri, METRICS)).splitlines()]

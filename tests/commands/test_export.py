@@ -31,7 +31,7 @@ def test_refusals_have_their_exit_codes(tmp_path, monkeypatch):
     assert run("export", tmp_path, tmp_path / "x", "--as", "folded").exit_code == 2
     assert run("export", MODEL, tmp_path / "x", "--as", "folded", "--texts", tmp_path / "none.txt").exit_code == 2
     assert run("import", MODEL, tmp_path / "x").exit_code == 2
-    monkeypatch.setattr("nvembed.modeling.exports.export.LIMIT", -1.0)
+    monkeypatch.setattr("nvembed.modeling.exports.forms.LIMIT", -1.0)
     assert run("export", MODEL, tmp_path / "x", "--as", "folded").exit_code == 5
     assert list(tmp_path.iterdir()) == []
 

@@ -20,7 +20,7 @@ from nvembed.recipe.schema import RecipeError, load_recipe
 from nvembed.training import checkpoint
 from nvembed.training.checkpoint import Checkpoint, CheckpointStore, Identity
 from nvembed.training.config import TrainConfig
-from nvembed.training.context import PlainContext
+from nvembed.training.worker import PlainContext
 from nvembed.types import Config, UserError
 
 ASSETS = Path(__file__).parents[1] / "assets" / "formats"

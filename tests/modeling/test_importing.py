@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from nvembed.cli import app
 from nvembed.modeling.assemble import continue_embedder
 from nvembed.modeling.config import EmbedderConfig, InitialiseConfig, NvembedBackbone
-from nvembed.modeling.exports.export import ExportJob, export_model
+from nvembed.modeling.exports.forms import ExportSpec, export_model
 from nvembed.modeling.folder import load_embedder
 from nvembed.modeling.importing import import_nv_embed
 from nvembed.registry.provenance import imported, licences, trace
@@ -265,7 +265,7 @@ def test_one_optimiser_step_from_an_imported_model(checkpoint, tmp_path):
 
     config = {
         "adapter": {"type": "lora", "r": 2, "alpha": 4, "dropout": 0.0},
-        "engine": {"type": "torch", "zero_stage": 0},
+        "engine": {"type": "torch"},
         "precision": "fp32",
         "optimiser": {"learning_rate": 1e-2},
     }
@@ -275,6 +275,6 @@ def test_one_optimiser_step_from_an_imported_model(checkpoint, tmp_path):
     assert 1e-6 < moved < 0.5 and trained.config == begun.config
     # what LoRA learned is kept beside what it was merged into, and stands on the model of `initialise`
     again = export_model(
-        ExportJob(tmp_path / "train" / "model", tmp_path / "a", "adapter", (), Path(start.path("model")))
+        ExportSpec(tmp_path / "train" / "model", tmp_path / "a", "adapter", (), Path(start.path("model")))
     )
     assert again["base"]["name"] == "initialise/model" and again["parity"]["probes"]["max_difference"] <= 1e-5

@@ -220,7 +220,7 @@ def test_recomputation_counts_as_work() -> None:
     shape = shapes.Shape(6, 30, 576, 1536, 9, 3, 64, 49152)
     once = stage_flops(stage(TrainConfig(), shape), 80)
     chunked = stage_flops(stage(TrainConfig(token_budget=640), shape), 80)
-    again = stage_flops(stage(TrainConfig(engine={"gradient_checkpointing": True}), shape), 80)  # type: ignore[arg-type]
+    again = stage_flops(stage(TrainConfig(engine={"type": "deepspeed", "gradient_checkpointing": True}), shape), 80)  # type: ignore[arg-type]
     lora = stage_flops(stage(TrainConfig(adapter={"type": "lora"}), shape), 80)  # type: ignore[arg-type]
     assert chunked / once == again / once == pytest.approx(4 / 3) and 0.66 < lora / once < 0.72
 
@@ -277,7 +277,7 @@ def test_zero_divides_what_it_says() -> None:
     shape = shapes.Shape(6, 6, 512, 1536, 8, 4, 64, 4000)
 
     def parts(zero: int) -> tuple[float, float, float]:
-        train = TrainConfig(num_workers=2, engine={"zero_stage": zero})  # type: ignore[arg-type]
+        train = TrainConfig(num_workers=2, engine={"type": "deepspeed", "zero_stage": zero})  # type: ignore[arg-type]
         memory = stage_memory(stage(train, shape))
         return memory.weights, memory.gradients, memory.optimiser
 
@@ -291,7 +291,7 @@ def test_zero_divides_what_it_says() -> None:
 
 @given(st.integers(8, 400), st.integers(8, 400), st.sampled_from(["fp32", "bf16"]), st.integers(0, 3))
 def test_longer_texts_never_take_less_memory(a: int, b: int, precision: str, zero: int) -> None:
-    train = TrainConfig(token_budget=10**6, engine={"zero_stage": zero})  # type: ignore[arg-type]
+    train = TrainConfig(token_budget=10**6, engine={"type": "deepspeed", "zero_stage": zero})  # type: ignore[arg-type]
     sizes = stage(train, shapes.Shape(2, 2, 64, 128, 4, 2, 16, 300))
     less, more = (stage_memory(sizes, precision=precision, length=length).total for length in sorted((a, b)))
     assert less <= more

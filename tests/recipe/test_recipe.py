@@ -117,7 +117,15 @@ def test_all_problems_are_listed_at_once_with_their_lines(tiny: Path) -> None:
         ("initialise=null", "initialise: missing; stage_1 trains the model"),
         ("name=a b", "name: 'a b': string should match pattern"),
         ("stage_1.train=7", "stage_1.train: 7: must be a section"),
-        ("stage_1.train.engine={type: torch, zero_stage: 3}", "engine.zero_stage has no meaning for the torch engine"),
+        (
+            "stage_1.train.engine={type: torch, zero_stage: 3}",
+            "engine.zero_stage: unknown key.*Allowed here: gradient_ch",
+        ),
+        (
+            "stage_1.train.engine={type: torch, gradient_checkpoints: true}",
+            "engine.gradient_checkpoints: unknown key. .*'gradient_checkpointing'",
+        ),
+        ("stage_1.train.engine={zero_stage: 2}", "engine.type: missing; allowed: deepspeed, torch"),
         ("prepare.sources.9.name=x", "prepare.sources is a list; write a number from 0 to 4"),
         ("stage_1.train.seed.deeper=1", "stage_1.train.seed is 17, not a section"),
         ("stage_1.train.seed=[", "the value is not valid YAML"),

@@ -11,8 +11,7 @@ from nvembed.core import storage
 from nvembed.core.steps import load_artifact
 from nvembed.modeling.card import CardFacts, model_card
 from nvembed.modeling.config import EmbedderConfig
-from nvembed.modeling.licences import model_licence
-from nvembed.modeling.origin import folder_content
+from nvembed.modeling.origin import folder_content, model_licence
 from nvembed.registry import provenance as chains
 
 

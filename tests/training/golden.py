@@ -21,7 +21,7 @@ STEPS = 20
 
 COMMON: dict[str, Any] = {
     "optimiser": {"learning_rate": 1e-3, "weight_decay": 0.03, "eps": 1e-5},
-    "engine": {"type": "torch", "zero_stage": 0},
+    "engine": {"type": "torch"},
     "precision": "fp32",
     "token_budget": 150,
 }

@@ -163,11 +163,13 @@ class EvenStream:
 def run(case: Case, folder: Path, start: str, config: Any) -> None:
     """Train a case on this process's ranks, with the real loop."""
     from nvembed.training import loop
-    from nvembed.training.build import Job
-    from nvembed.training.context import PlainContext
+    from nvembed.training.build import TrainingSpec
+    from nvembed.training.worker import PlainContext
 
-    job = Job(config, "memory", str(folder / start), str(folder / f"work-{start}"), {"stream": "s", "model": "m"})
-    loop.train(job, EvenStream(case), PlainContext())
+    spec = TrainingSpec(
+        config, "memory", str(folder / start), str(folder / f"work-{start}"), {"stream": "s", "model": "m"}
+    )
+    loop.train(spec, EvenStream(case), PlainContext())
 
 
 def _main() -> None:
@@ -197,13 +199,13 @@ def _main() -> None:
     ctypes.CDLL(None).malloc_trim(0)
     before, watch = resident(), Watch()
     found = {"before": before}
-    export = loop.export
+    save = loop.save_trained_model
 
     def noted(*arguments: Any) -> None:
         found["peak"] = watch.peak
-        export(*arguments)
+        save(*arguments)
 
-    loop.export = noted
+    loop.save_trained_model = noted
     run(case, folder, "start", config)
     found = {"peak": watch.peak, **found, "whole": watch.peak}
     (folder / f"rank{own_rank}.json").write_text(json.dumps(found))

@@ -16,19 +16,19 @@ from nvembed.core import storage
 from nvembed.core.lease import Lease, LeaseLostError
 from nvembed.core.steps import ChangedRecipeError, CorruptArtifactError
 from nvembed.training import checkpoint as checkpoint_module
-from nvembed.training.build import Job
+from nvembed.training.build import TrainingSpec
 from nvembed.training.checkpoint import CheckpointStore, Identity
 from nvembed.training.config import TrainConfig
-from nvembed.training.context import PlainContext
 from nvembed.training.engine import build_engine
 from nvembed.training.errors import NonFiniteError
 from nvembed.training.loop import check_batch, optimiser_step, seed_step, train
 from nvembed.training.sharding import shard
+from nvembed.training.worker import PlainContext
 from nvembed.types import UserError
 
 CONFIG: dict[str, Any] = {
     "adapter": {"type": "full"},
-    "engine": {"type": "torch", "zero_stage": 0},
+    "engine": {"type": "torch"},
     "precision": "fp32",
     "keep_checkpoints": 2,
     "optimiser": {"learning_rate": 1e-3, "weight_decay": 0.1},
@@ -216,9 +216,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     model = tiny_folder(tmp_path / "start")
     config = TrainConfig.model_validate(CONFIG | {"objective": {"type": "distill"}, "checkpoint_every": 2})
     stream = PoisonedStream(6, size=4, group=1, teacher_dim=48)
-    job = Job(config, "memory", str(model), str(tmp_path / "work"), {})
+    spec = TrainingSpec(config, "memory", str(model), str(tmp_path / "work"), {})
     with pytest.raises(NonFiniteError, match="loss is nan at step 3; examples step3-example0, step3-example1, "):
-        train(job, stream, PlainContext())
+        train(spec, stream, PlainContext())
     store = CheckpointStore(str(tmp_path / "work"), Identity(config, {}, "fp32", 1))
     found = store.newest(PlainContext())
     assert found is not None and found.step == 2
@@ -241,7 +241,7 @@ def test_a_run_whose_output_was_taken_over_stops_writing(tmp_path: Path) -> None
                     yield batch
 
         with pytest.raises(LeaseLostError, match="taken over"):
-            train(Job(config, "memory", str(model), str(work), {}), Taken(4), context)
+            train(TrainingSpec(config, "memory", str(model), str(work), {}), Taken(4), context)
     assert [json.loads(line)["step"] for line in (work / "metrics.jsonl").read_text().splitlines()] == [0, 1]
 
 

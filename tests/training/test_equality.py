@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_kit import read_result, relative, run_ranks, run_steps
+from training_kit import engine_section, read_result, relative, run_ranks, run_steps
 
 from nvembed.training.config import TrainConfig
 
@@ -43,7 +43,7 @@ def settings(
             "type": optimiser, "learning_rate": rate, "head_learning_rate": 2 * rate, "weight_decay": 0.1, "eps": 1e-5,
             "clip_norm": CLIP,
         },
-        "engine": {"type": engine, "zero_stage": stage if engine == "deepspeed" else 0, **engine_keys},
+        "engine": {**engine_section(engine, stage), **engine_keys},
         "precision": "fp32",
         "token_budget": budget,
     }  # fmt: skip

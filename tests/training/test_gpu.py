@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_kit import INSTRUCTION, read_result, relative, run_ranks, run_steps, tiny_embedder, tiny_folder, train_job
+from training_kit import (
+    INSTRUCTION,
+    engine_section,
+    read_result,
+    relative,
+    run_ranks,
+    run_steps,
+    tiny_embedder,
+    tiny_folder,
+    train_job,
+)
 
 from nvembed.modeling.bidirectional import attends_ahead
 from nvembed.training.config import TrainConfig
@@ -34,7 +44,7 @@ def settings(engine: str, stage: int, adapter: dict[str, Any], precision: str = 
         "objective": {"type": "contrastive", "in_batch": True, "temperature": 0.05, "matryoshka_dims": [16]},
         "adapter": adapter,
         "optimiser": {"type": "adamw", "learning_rate": 1e-3, "eps": 1e-5, "clip_norm": 0.5},
-        "engine": {"type": engine, "zero_stage": stage if engine == "deepspeed" else 0},
+        "engine": engine_section(engine, stage),
         "precision": precision,
         "token_budget": 120,
         "checkpoint_every": 2,

@@ -6,7 +6,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from nvembed.core.steps import load_artifact
-from nvembed.modeling import assemble
 from nvembed.modeling.config import (
     EmbedderConfig,
     InitialiseConfig,
@@ -16,7 +15,7 @@ from nvembed.modeling.config import (
     TruncateConfig,
 )
 from nvembed.modeling.folder import describe_folder, load_embedder
-from nvembed.training.initialise import INITIALISE, STUDENT_INIT, dataset_prompts, training_texts
+from nvembed.training.initialise import INITIALISE, STUDENT_INIT, dataset_prompts, tokenizer_texts
 from nvembed.types import Artifact, UserError
 
 CONFIG = InitialiseConfig(
@@ -54,7 +53,7 @@ def prepare(tmp_path):
 
 
 def test_vocabulary_texts_leave_held_out_items_and_queries_out(prepare):
-    found = list(training_texts(prepare))
+    found = list(tokenizer_texts(prepare))
     assert found[0] == "classes first text" and "Title second text" in found
     assert "classes third text" not in found and "cwe third text" in found
     assert found.count("train query of cwe") == 3
@@ -104,12 +103,3 @@ def test_student_must_be_smaller(count, prepare, tmp_path):
     teacher = INITIALISE.run(CONFIG, {"prepare": prepare}, str(tmp_path / "teacher"))
     with pytest.raises(UserError, match=f"num_layers is {count}; it must be less than the teacher's 3 layers"):
         STUDENT_INIT.run(TruncateConfig(num_layers=count), {"model": teacher}, str(tmp_path / "student"))
-
-
-def test_a_library_without_the_switch_is_refused_before_training(tokenizer, monkeypatch):
-    from nvembed.modeling.backbones import random_decoder
-
-    backbone = random_decoder(RandomBackbone(), tokenizer, 0)
-    monkeypatch.setattr("nvembed.modeling.embedder.set_bidirectional", lambda model, bidirectional: None)
-    with pytest.raises(UserError, match=r"bidirectional is true, but LlamaModel does not follow"):
-        assemble.build_embedder(backbone, tokenizer, EmbedderConfig(pooling=MeanConfig()), 0)

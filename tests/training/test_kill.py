@@ -27,7 +27,7 @@ def settings(zero_stage: int = 2, precision: str = "bf16") -> dict[str, Any]:
         "objective": {"type": "contrastive", "learned_temperature": True, "temperature": 0.1},
         "adapter": LORA,
         "optimiser": {"learning_rate": 2e-3, "weight_decay": 0.1, "warmup_steps": 2, "eps": 1e-5},
-        "engine": {"zero_stage": zero_stage},
+        "engine": {"type": "deepspeed", "zero_stage": zero_stage},
         "precision": precision,
         "num_workers": 2,
         "token_budget": 120,

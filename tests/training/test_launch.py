@@ -20,7 +20,7 @@ from nvembed.types import UserError
 CONFIG: dict[str, Any] = {
     "objective": {"type": "contrastive", "learned_temperature": True, "temperature": 0.1},
     "optimiser": {"learning_rate": 1e-3},
-    "engine": {"zero_stage": 2},
+    "engine": {"type": "deepspeed", "zero_stage": 2},
     "precision": "fp32",
     "num_workers": 2,
     "token_budget": 120,

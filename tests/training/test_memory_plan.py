@@ -43,7 +43,7 @@ CASES = {
     "stage 2, LoRA, bf16": Case(train(2, LORA, "bf16")),
     "stage 3": Case(train(3)),
     "stage 3, LoRA": Case(train(3, LORA)),
-    "plain torch": Case({**train(2), "engine": {"type": "torch", "zero_stage": 0}}),
+    "plain torch": Case({**train(2), "engine": {"type": "torch"}}),
 }
 
 

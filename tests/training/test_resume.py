@@ -27,7 +27,7 @@ def settings(engine: str, adapter: str, precision: str, **more: Any) -> dict[str
         "objective": {"type": "contrastive", "learned_temperature": True, "temperature": 0.1},
         "adapter": ADAPTERS[adapter],
         "optimiser": {"learning_rate": 2e-3, "weight_decay": 0.1, "warmup_steps": 2, "eps": 1e-5},
-        "engine": {"type": "torch", "zero_stage": 0} if engine == "torch" else {"zero_stage": int(engine[-1])},
+        "engine": {"type": "torch"} if engine == "torch" else {"type": "deepspeed", "zero_stage": int(engine[-1])},
         "precision": precision,
         "token_budget": 120,
         "checkpoint_every": EVERY,

@@ -34,21 +34,26 @@ from nvembed.modeling.folder import save_embedder
 from nvembed.stream.layout import STREAM_SCHEMA
 from nvembed.text.config import TextConfig
 from nvembed.text.tokenise import Tokeniser
-from nvembed.training.build import Job
+from nvembed.training.build import TrainingSpec
 from nvembed.training.chunked import backward_global_batch
 from nvembed.training.config import TrainConfig
-from nvembed.training.context import PlainContext
 from nvembed.training.engine import build_engine
 from nvembed.training.errors import NonFiniteError
 from nvembed.training.loop import optimiser_step, train
 from nvembed.training.model import TrainedModel
 from nvembed.training.sharding import shard
+from nvembed.training.worker import PlainContext
 from nvembed.types import Artifact, Batch, Config
 
 CPU = torch.device("cpu")
 DEVICE = torch.device(os.environ.get("NVEMBED_TEST_DEVICE", "cpu"))  # set by `run_ranks` for the ranks it starts
 DIM = 32
 INSTRUCTION = "Instruct: find it\nQuery: "
+
+
+def engine_section(engine: str, zero_stage: int = 0) -> dict[str, Any]:
+    """`train.engine` of a recipe: `zero_stage` is a key of DeepSpeed only."""
+    return {"type": engine, "zero_stage": zero_stage} if engine == "deepspeed" else {"type": engine}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -335,9 +340,11 @@ def train_job(
 ) -> int | None:
     """The real loop on this process's ranks; returns the step it started at (None: all steps were done before)."""
     stream = InterruptedStream(steps, interrupt)
-    job = Job(TrainConfig.model_validate(config), "memory", str(model), str(work), {"stream": "s", "model": "m"})
+    spec = TrainingSpec(
+        TrainConfig.model_validate(config), "memory", str(model), str(work), {"stream": "s", "model": "m"}
+    )
     try:
-        train(job, stream, PlainContext())
+        train(spec, stream, PlainContext())
     except Interrupted:
         assert interrupt is not None
     return stream.start

@@ -1,4 +1,7 @@
-"""A model folder run by sentence-transformers, as its users run it."""
+"""Encoding with a model folder through sentence-transformers.
+
+A module of its own: the one place that may pass `trust_remote_code` (tests/test_layers.py).
+"""
 
 from __future__ import annotations
 

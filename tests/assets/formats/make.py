@@ -23,7 +23,7 @@ from nvembed.modeling.adapters import apply_adapter, keep_adapter, merge_adapter
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.exports import adapter_folder
-from nvembed.modeling.exports.export import ExportJob, export_model
+from nvembed.modeling.exports.forms import ExportSpec, export_model
 from nvembed.modeling.folder import load_embedder, save_embedder
 from nvembed.recipe.schema import RECIPE_VERSION, load_recipe, resolved_yaml
 from nvembed.text.config import TextConfig
@@ -31,15 +31,15 @@ from nvembed.text.tokenise import Tokeniser
 from nvembed.training import checkpoint
 from nvembed.training.checkpoint import CheckpointStore, Identity
 from nvembed.training.config import TrainConfig
-from nvembed.training.context import PlainContext
 from nvembed.training.engine import build_engine
 from nvembed.training.model import TrainedModel
+from nvembed.training.worker import PlainContext
 from nvembed.types import Config
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parents[2] / "pipelines" / "recipes"
 TRAIN = {"adapter": {"type": "lora", "r": 2, "alpha": 4, "target_modules": ["q_proj"]}, "precision": "fp32",
-         "engine": {"type": "torch", "zero_stage": 0}}  # fmt: skip
+         "engine": {"type": "torch"}}  # fmt: skip
 
 
 class SampleConfig(Config):
@@ -119,7 +119,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         make_model(work / "model", work / "base")
-        export_model(ExportJob(work / "model", work / "adapter", "adapter", ("one", "two"), work / "base"))
+        export_model(ExportSpec(work / "model", work / "adapter", "adapter", ("one", "two"), work / "base"))
         samples: dict[str, tuple[int, Callable[[Path], object]]] = {
             "model_folder": (model_folder.FORMAT_VERSION, lambda to: shutil.copytree(work / "model", to)),
             "adapter": (adapter_folder.FORMAT_VERSION, lambda to: shutil.copytree(work / "adapter", to)),

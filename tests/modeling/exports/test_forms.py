@@ -13,9 +13,9 @@ from nvembed.modeling.adapters import apply_adapter, keep_adapter, merge_adapter
 from nvembed.modeling.config import LastTokenConfig, LatentAttentionConfig, LoraConfig, MeanConfig
 from nvembed.modeling.exports import backbone_folder
 from nvembed.modeling.exports.adapter_folder import load_adapter_folder
-from nvembed.modeling.exports.export import ExportJob, export_model
+from nvembed.modeling.exports.forms import ExportSpec, export_model
 from nvembed.modeling.exports.onnx_graph import ONNX_FILE, check_attention
-from nvembed.modeling.exports.parity import Parity, ParityError, compare, refuse_beyond
+from nvembed.modeling.exports.parity import ParityError
 from nvembed.modeling.folder import load_embedder, save_embedder
 from nvembed.text.instructions import instruction_prefix
 from nvembed.types import UserError
@@ -49,20 +49,20 @@ def saved(make_embedder, tmp_path):
 
 def test_the_whole_form_is_a_plain_copy(saved, tmp_path):
     embedder = saved(**STUDENT)
-    record = export_model(ExportJob(tmp_path / "model", tmp_path / "out", "sentence-transformers", TEXTS))
+    record = export_model(ExportSpec(tmp_path / "model", tmp_path / "out", "sentence-transformers", TEXTS))
     assert record["parity"]["given"]["texts"] == 4 and record["parity"]["given"]["max_difference"] <= 1e-5
     assert json.loads((tmp_path / "out" / "export.json").read_text()) == record
     assert np.abs(load_embedder(tmp_path / "out").encode(TEXTS) - embedder.encode(TEXTS)).max() <= 1e-5
     with pytest.raises(UserError, match="exists and is not empty"):
-        export_model(ExportJob(tmp_path / "model", tmp_path / "out", "merged"))
+        export_model(ExportSpec(tmp_path / "model", tmp_path / "out", "merged"))
     with pytest.raises(UserError, match="--as gguf: choose one of"):
-        export_model(ExportJob(tmp_path / "model", tmp_path / "gguf", "gguf"))
+        export_model(ExportSpec(tmp_path / "model", tmp_path / "gguf", "gguf"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
 def test_folded_form(saved, tmp_path):
     saved(pooling=LatentAttentionConfig(num_latents=8, num_heads=4, head_dim=64))
-    record = export_model(ExportJob(tmp_path / "model", tmp_path / "out", "folded", TEXTS))
+    record = export_model(ExportSpec(tmp_path / "model", tmp_path / "out", "folded", TEXTS))
     assert record["head_parameters"]["after"] < record["head_parameters"]["before"]
     assert max(parity["max_difference"] for parity in record["parity"].values()) <= 1e-5
 
@@ -84,7 +84,7 @@ np.savez(out, states=states.numpy(), ids=found["input_ids"].numpy(), mask=found[
 @pytest.mark.slow
 def test_backbone_in_a_fresh_process_with_transformers_alone(saved, tmp_path):
     embedder = saved(family="mistral", text={"max_length": 48})
-    record = export_model(ExportJob(tmp_path / "model", tmp_path / "out", "backbone", TEXTS))
+    record = export_model(ExportSpec(tmp_path / "model", tmp_path / "out", "backbone", TEXTS))
     assert record["architecture"] == "MistralModel" and not record["is_causal"] and not record["head_included"]
     assert not list((tmp_path / "out").rglob("*.py")) and not (tmp_path / "out" / "modules.json").exists()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -114,7 +114,7 @@ np.save(sys.argv[3], model.encode(json.loads(sys.argv[2]), prompt_name="query"))
 @pytest.mark.parametrize("pooling", [MeanConfig(), LastTokenConfig()], ids=["mean", "last_token"])
 def test_backbone_of_a_stock_student_carries_its_pooling(saved, tmp_path, pooling):
     embedder = saved(pooling=pooling, text={"mask_instruction": False})
-    record = export_model(ExportJob(tmp_path / "model", tmp_path / "out", "backbone"))
+    record = export_model(ExportSpec(tmp_path / "model", tmp_path / "out", "backbone"))
     assert record["head_included"]
     alone(STOCK, tmp_path, tmp_path / "out", json.dumps(TEXTS), tmp_path / "found.npy")
     assert np.abs(np.load(tmp_path / "found.npy") - embedder.encode(TEXTS, PREFIX)).max() <= 1e-5
@@ -154,28 +154,28 @@ def adapted(make_embedder, tmp_path):
 
 def test_adapter_form_comes_back_with_its_base(adapted, tmp_path):
     model, base, out = tmp_path / "model", tmp_path / "base", tmp_path / "adapter"
-    record = export_model(ExportJob(model, out, "adapter", TEXTS, base))
+    record = export_model(ExportSpec(model, out, "adapter", TEXTS, base))
     assert record["base"] == {"name": "initialise/model", "weights_xxh3_128": weights_hash(base)}
     assert max(parity["max_difference"] for parity in record["parity"].values()) <= 1e-5
     assert record["tensor_bytes"] < (model / "model.safetensors").stat().st_size
     assert np.abs(load_adapter_folder(out, base).encode(TEXTS, PREFIX) - adapted).max() <= 1e-5
-    merged = export_model(ExportJob(out, tmp_path / "merged", "merged", TEXTS, base))
+    merged = export_model(ExportSpec(out, tmp_path / "merged", "merged", TEXTS, base))
     assert max(parity["max_difference"] for parity in merged["parity"].values()) <= 1e-5
     assert np.abs(load_embedder(tmp_path / "merged").encode(TEXTS, PREFIX) - adapted).max() <= 1e-5
     assert not (tmp_path / "merged" / "adapter").exists()
-    without = export_model(ExportJob(model, tmp_path / "unmeasured", "adapter"))
+    without = export_model(ExportSpec(model, tmp_path / "unmeasured", "adapter"))
     assert without["parity"] == {}
 
 
 def test_the_wrong_base_is_refused(adapted, tmp_path, make_embedder):
-    export_model(ExportJob(tmp_path / "model", tmp_path / "adapter", "adapter"))
+    export_model(ExportSpec(tmp_path / "model", tmp_path / "adapter", "adapter"))
     save_embedder(make_embedder(seed=1), tmp_path / "other")
     with pytest.raises(UserError, match="is not what this adapter stands on"):
         load_adapter_folder(tmp_path / "adapter", tmp_path / "other")
     with pytest.raises(UserError, match="give the folder it stands on as --base"):
-        export_model(ExportJob(tmp_path / "adapter", tmp_path / "out", "merged"))
+        export_model(ExportSpec(tmp_path / "adapter", tmp_path / "out", "merged"))
     with pytest.raises(UserError, match="keeps no adapter"):
-        export_model(ExportJob(tmp_path / "other", tmp_path / "out", "adapter"))
+        export_model(ExportSpec(tmp_path / "other", tmp_path / "out", "adapter"))
     assert not (tmp_path / "out").exists()
 
 
@@ -196,7 +196,7 @@ np.save(out, states.numpy())
 
 @pytest.mark.slow
 def test_peft_itself_loads_the_adapter(adapted, tmp_path):
-    export_model(ExportJob(tmp_path / "model", tmp_path / "adapter", "adapter"))
+    export_model(ExportSpec(tmp_path / "model", tmp_path / "adapter", "adapter"))
     arguments = (tmp_path / "base", tmp_path / "adapter", json.dumps(TEXTS), tmp_path / "found.npy")
     alone(PEFT, tmp_path, *arguments)
     merged = load_embedder(tmp_path / "model")
@@ -208,26 +208,13 @@ def test_peft_itself_loads_the_adapter(adapted, tmp_path):
     assert np.abs(np.load(tmp_path / "found.npy") - states.numpy()).max() <= 1e-5
 
 
-# -- parity and onnx --------------------------------------------------------------------------------------------------
-
-
-def test_parity_counts_what_differs():
-    first = np.eye(3, dtype=np.float32)
-    second = first.copy()
-    second[1] = [0.6, 0.8, 0]
-    assert compare(first, first) == Parity(3, 0.0, 1.0)
-    found = compare(first, second)
-    assert found.max_difference == pytest.approx(0.6) and found.min_cosine == pytest.approx(0.8)
-    with pytest.raises(ParityError, match=r"largest difference 0\.6"):
-        refuse_beyond({"probes": compare(first, first), "given": found}, 1e-4, "it")
-    with pytest.raises(ParityError, match="finite"):
-        compare(first, np.full((3, 3), np.nan, dtype=np.float32))
+# -- onnx ------------------------------------------------------------------------------------------------------------
 
 
 def test_onnx_is_for_stock_pooling(saved, tmp_path):
     saved()
     with pytest.raises(UserError, match="Export a student"):
-        export_model(ExportJob(tmp_path / "model", tmp_path / "out", "onnx"))
+        export_model(ExportSpec(tmp_path / "model", tmp_path / "out", "onnx"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -256,9 +243,9 @@ np.save(out, session.run(["sentence_embedding"], {"input_ids": ids, "attention_m
 )  # fmt: skip
 def test_onnx_in_a_fresh_process_with_onnxruntime_alone(saved, tmp_path, variant):
     embedder = saved(**variant)
-    record = export_model(ExportJob(tmp_path / "model", tmp_path / "fp32", "onnx", TEXTS))
+    record = export_model(ExportSpec(tmp_path / "model", tmp_path / "fp32", "onnx", TEXTS))
     assert max(parity["max_difference"] for parity in record["parity"].values()) <= 1e-4
-    small = export_model(ExportJob(tmp_path / "model", tmp_path / "int8", "onnx-int8", TEXTS))
+    small = export_model(ExportSpec(tmp_path / "model", tmp_path / "int8", "onnx-int8", TEXTS))
     assert min(parity["min_cosine"] for parity in small["parity"].values()) > 0.98
     assert max(parity["max_difference"] for parity in small["parity"].values()) > 0
     assert (tmp_path / "int8" / ONNX_FILE).stat().st_size < (tmp_path / "fp32" / ONNX_FILE).stat().st_size

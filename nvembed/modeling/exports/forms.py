@@ -35,7 +35,7 @@ from nvembed.modeling.folder import describe_folder, load_embedder, save_embedde
 from nvembed.modeling.sentence_folder import library_versions, needs_code
 from nvembed.types import UserError
 
-__all__ = ["FORMS", "ExportJob", "ParityError", "export_model"]
+__all__ = ["FORMS", "ExportSpec", "ParityError", "export_model"]
 
 FORMS = ("sentence-transformers", "onnx", "onnx-int8", "merged", "adapter", "folded", "backbone")
 LIMITS = {"onnx": 1e-4}  # onnxruntime has its own kernels; all other forms run the same ones
@@ -45,7 +45,7 @@ RECORD, FORMAT_VERSION = "export.json", 1
 
 
 @dataclass(frozen=True)
-class ExportJob:
+class ExportSpec:
     """What `export_model` is asked for.
 
     Attributes:
@@ -71,34 +71,34 @@ class _Source:
     adapter_only: bool
 
 
-def export_model(job: ExportJob) -> dict[str, Any]:
+def export_model(spec: ExportSpec) -> dict[str, Any]:
     """Write one form of a model; the content of its `export.json`.
 
     Raises:
         UserError: an unknown form, a target that exists, a form that this model cannot take.
         ParityError: the form gives other vectors than the model; nothing was written.
     """
-    if job.form not in FORMS:
-        raise UserError(f"--as {job.form}: choose one of {', '.join(FORMS)}")
-    if job.target.exists() and (not job.target.is_dir() or any(job.target.iterdir())):
-        raise UserError(f"{job.target} exists and is not empty. Choose another place.")
-    source = _open(job)
+    if spec.form not in FORMS:
+        raise UserError(f"--as {spec.form}: choose one of {', '.join(FORMS)}")
+    if spec.target.exists() and (not spec.target.is_dir() or any(spec.target.iterdir())):
+        raise UserError(f"{spec.target} exists and is not empty. Choose another place.")
+    source = _open(spec)
     before = sum(parameter.numel() for parameter in source.embedder.parameters())
-    sets = text_sets(job.model, job.texts)
+    sets = text_sets(spec.model, spec.texts)
     expected = reference(source.embedder, sets)
-    staging = job.target.absolute().parent / ".tmp" / f"nvembed-export-{job.target.name}"
+    staging = spec.target.absolute().parent / ".tmp" / f"nvembed-export-{spec.target.name}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        encode, extra = _write(job, source, staging)
+        encode, extra = _write(spec, source, staging)
         parity = measure(expected, encode, sets) if encode is not None else {}
-        if parity and job.form != "onnx-int8":
-            refuse_beyond(parity, LIMITS.get(job.form, LIMIT), f"the {job.form} form")
-        record = _record(job, source, staging, parity, {"parameters": {"model": before}, **extra})
+        if parity and spec.form != "onnx-int8":
+            refuse_beyond(parity, LIMITS.get(spec.form, LIMIT), f"the {spec.form} form")
+        record = _record(spec, source, staging, parity, {"parameters": {"model": before}, **extra})
         (staging / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if job.target.exists():
-            job.target.rmdir()
-        os.replace(staging, job.target)
+        if spec.target.exists():
+            spec.target.rmdir()
+        os.replace(staging, spec.target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if staging.parent.exists() and not any(staging.parent.iterdir()):
@@ -106,22 +106,22 @@ def export_model(job: ExportJob) -> dict[str, Any]:
     return record
 
 
-def _open(job: ExportJob) -> _Source:
-    if is_adapter_folder(job.model):
-        if job.base is None:
-            raise UserError(f"{job.model} is an adapter without its backbone: give the folder it stands on as --base.")
-        embedder = load_adapter_folder(job.model, job.base)
-        return _Source(embedder, job.model, describe_adapter_folder(job.model)["prompts"], True)
-    if job.base is not None and job.form != "adapter":
-        raise UserError(f"{job.model} is a whole model; --base is for adapter-only forms.")
-    return _Source(load_embedder(job.model), job.model, describe_folder(job.model)["prompts"], False)
+def _open(spec: ExportSpec) -> _Source:
+    if is_adapter_folder(spec.model):
+        if spec.base is None:
+            raise UserError(f"{spec.model} is an adapter without its backbone: give the folder it stands on as --base.")
+        embedder = load_adapter_folder(spec.model, spec.base)
+        return _Source(embedder, spec.model, describe_adapter_folder(spec.model)["prompts"], True)
+    if spec.base is not None and spec.form != "adapter":
+        raise UserError(f"{spec.model} is a whole model; --base is for adapter-only forms.")
+    return _Source(load_embedder(spec.model), spec.model, describe_folder(spec.model)["prompts"], False)
 
 
-def _write(job: ExportJob, source: _Source, folder: Path) -> Written:
+def _write(spec: ExportSpec, source: _Source, folder: Path) -> Written:
     """Write the form; how to embed with what was written, and what else to record."""
-    if source.adapter_only and job.form != "merged":
-        raise UserError(f"{job.model} is adapter-only: export it --as merged first, and that model --as {job.form}.")
-    writers: dict[str, Callable[[ExportJob, _Source, Path], Written]] = {
+    if source.adapter_only and spec.form != "merged":
+        raise UserError(f"{spec.model} is adapter-only: export it --as merged first, and that model --as {spec.form}.")
+    writers: dict[str, Callable[[ExportSpec, _Source, Path], Written]] = {
         "sentence-transformers": _whole,
         "merged": _whole,
         "onnx": _onnx,
@@ -130,10 +130,10 @@ def _write(job: ExportJob, source: _Source, folder: Path) -> Written:
         "folded": _folded,
         "backbone": _backbone,
     }
-    return writers[job.form](job, source, folder)
+    return writers[spec.form](spec, source, folder)
 
 
-def _whole(job: ExportJob, source: _Source, folder: Path) -> Written:
+def _whole(spec: ExportSpec, source: _Source, folder: Path) -> Written:
     if source.adapter_only:
         merge_adapter(source.embedder)
         save_embedder(source.embedder, folder, prompts=source.prompts)
@@ -145,9 +145,9 @@ def _whole(job: ExportJob, source: _Source, folder: Path) -> Written:
     return encode, {"needs_trust_remote_code": code, "measured_with": library}
 
 
-def _onnx(job: ExportJob, source: _Source, folder: Path) -> Written:
+def _onnx(spec: ExportSpec, source: _Source, folder: Path) -> Written:
     embedder = source.embedder
-    write_onnx(embedder, folder, int8=job.form == "onnx-int8")
+    write_onnx(embedder, folder, int8=spec.form == "onnx-int8")
     embedder.tokeniser.tokenizer.save_pretrained(folder)
     embedder.embedding_model.config.save_pretrained(folder)
     session = open_session(folder / ONNX_FILE)
@@ -164,14 +164,14 @@ def _onnx(job: ExportJob, source: _Source, folder: Path) -> Written:
     return lambda texts, instructions: onnx_encode(embedder, session, texts, instructions), extra
 
 
-def _adapter(job: ExportJob, source: _Source, folder: Path) -> Written:
+def _adapter(spec: ExportSpec, source: _Source, folder: Path) -> Written:
     base = write_adapter_folder(source.embedder, source.folder, folder)
     tensors = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    again = load_adapter_folder(folder, job.base).encode if job.base is not None else None
+    again = load_adapter_folder(folder, spec.base).encode if spec.base is not None else None
     return again, {"base": base, "tensor_bytes": tensors}
 
 
-def _folded(job: ExportJob, source: _Source, folder: Path) -> Written:
+def _folded(spec: ExportSpec, source: _Source, folder: Path) -> Written:
     folded = fold_embedder(source.embedder)
     pooling = source.embedder.config.pooling
     assert isinstance(pooling, LatentAttentionConfig)
@@ -184,7 +184,7 @@ def _folded(job: ExportJob, source: _Source, folder: Path) -> Written:
     return encode, {"head_parameters": heads, "measured_with": library}
 
 
-def _backbone(job: ExportJob, source: _Source, folder: Path) -> Written:
+def _backbone(spec: ExportSpec, source: _Source, folder: Path) -> Written:
     from transformers import AutoModel
 
     embedder = source.embedder
@@ -203,16 +203,16 @@ def _backbone(job: ExportJob, source: _Source, folder: Path) -> Written:
 
 
 def _record(
-    job: ExportJob, source: _Source, folder: Path, parity: dict[str, Parity], extra: dict[str, Any]
+    spec: ExportSpec, source: _Source, folder: Path, parity: dict[str, Parity], extra: dict[str, Any]
 ) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {
         **stamp(FORMAT_VERSION),
-        "form": job.form,
+        "form": spec.form,
         "model": source.folder.absolute().name,
         "bytes": size,
         "parity": {name: found.plain() for name, found in parity.items()},
-        "limit": None if job.form == "onnx-int8" else LIMITS.get(job.form, LIMIT),
+        "limit": None if spec.form == "onnx-int8" else LIMITS.get(spec.form, LIMIT),
         **extra,
         "versions": library_versions(),
     }
