@@ -9,7 +9,7 @@ from typing import Any
 
 __all__ = ["encode_texts", "search_vectors"]
 
-_HOMES = {"encode_texts": "encode", "search_vectors": "search"}
+_HOMES = {"encode_texts": "encode", "search_vectors": "exact.search"}
 
 
 def __getattr__(name: str) -> Any:

@@ -68,7 +68,7 @@ def encode_texts(
     *,
     instruction: str | Sequence[str] = "",
     max_length: int | None = None,
-    precision: str = "auto",
+    precision: str = "fp32",
     token_budget: int = 4096,
     device: str = "cpu",
     cache: str | None = None,

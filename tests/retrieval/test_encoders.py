@@ -1,5 +1,6 @@
 """Encoders: equal to sentence-transformers, instruction dropped where the model has none, missing models explained."""
 
+import inspect
 import tomllib
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from nvembed.retrieval.config import FolderModel, PackageModel, PretrainedModel
-from nvembed.retrieval.encode import encode_rows
+from nvembed.retrieval.encode import encode_rows, encode_texts
+from nvembed.retrieval.encode_file import EmbedJob
 from nvembed.retrieval.encoders import (
     QUICKSTART_PACKAGES,
     check_model,
@@ -42,6 +44,14 @@ def test_bf16_gives_float32_unit_vectors_close_to_fp32(minilm):
     np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1.0, atol=1e-6)
     cosine = (half * minilm.encode(TEXTS, [""] * len(TEXTS))).sum(axis=1)
     assert cosine.min() > 0.999 and cosine.max() < 1 - 1e-7  # it is really bf16, and not far off
+
+
+def test_the_library_computes_in_fp32_unless_asked():
+    from nvembed.modeling.embedder import Embedder
+
+    for function in (encode_texts, Embedder.encode):
+        assert inspect.signature(function).parameters["precision"].default == "fp32"
+    assert EmbedJob("model", "in.txt", "out.npy").precision == "fp32"
 
 
 def test_instruction_only_reaches_models_that_want_it(minilm):
