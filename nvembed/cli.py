@@ -1,4 +1,4 @@
-"""The `nvembed` command (layer 6), put together from `commands/`. Nothing heavy is imported before it is needed.
+"""The `nvembed` command. Its commands are in `commands/`, one file each.
 
 nvembed embed models:/nvembed-quickstart-teacher@champion texts.txt --out vectors.parquet --instruction web_search
 nvembed recipe validate pipelines/recipes/quickstart.yaml
@@ -6,33 +6,14 @@ nvembed recipe validate pipelines/recipes/quickstart.yaml
 
 from __future__ import annotations
 
-import nvembed.pipeline.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest loads)
-
-import typer
-
-from nvembed.commands import doctor, embed, export, jobs, plan, preflight, recipe, registry, report, search, submit
-
-app = typer.Typer(
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    help="Embedding models: use and check them.",
-)
-app.command("embed")(embed.embed_command)
-app.command("search")(search.search_command)
-app.command("plan")(plan.plan_command)
-app.command("export")(export.export_command)
-app.command("import")(export.import_command)
-app.command("doctor")(doctor.doctor_command)
-app.command("report")(report.report_command)
-app.command("preflight")(preflight.preflight_command)
-app.add_typer(recipe.app, name="recipe")
-app.add_typer(registry.app, name="registry")
-app.command("submit")(submit.submit_command)
-app.add_typer(jobs.app, name="jobs")
+from nvembed.pipeline.signals import end_quietly_on_interrupt
 
 
 def main() -> None:
     """Entry point of the `nvembed` command."""
+    end_quietly_on_interrupt()  # before the commands' libraries load
+    from nvembed.commands.app import app
+
     app()
 
 

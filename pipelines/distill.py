@@ -1,56 +1,46 @@
-"""The student: teacher_embeddings (teacher vectors, written once) -> train student -> evaluate -> register.
+"""The student: teacher embeddings (written once) -> train student -> evaluate -> register.
 
     python pipelines/distill.py [RECIPE] [--set teacher=models:/nvembed-teacher@champion] [--out URI] [--dry-run]
 
-The student is the teacher's first layers, mean pooled; it learns to point where the teacher points.
+The student is the teacher's first layers, mean pooled; it learns to give the teacher's embeddings.
 """
 
-import nvembed.pipeline.early  # isort: skip  # noqa: F401  (first: Ctrl-C while the rest loads ends quietly)
+from nvembed.pipeline.command_line import main
+from nvembed.pipeline.declaration import Pipeline
+from nvembed.pipeline.run import PipelineRun
+from nvembed.pipeline.steps import (
+    COMPARE_STUDENT,
+    DISTILL_STREAM,
+    EVALUATE,
+    PREPARE,
+    STUDENT_INIT,
+    TEACHER_EMBEDDINGS,
+    TRAIN,
+)
 
-from nvembed.data.prepare import PREPARE
-from nvembed.distill.student import COMPARE_STUDENT
-from nvembed.distill.teacher_embeddings import TEACHER_EMBEDDINGS
-from nvembed.evaluation.run import EVALUATE
-from nvembed.pipeline.command_line import tell
-from nvembed.pipeline.run import Road
-from nvembed.stream.steps import DISTILL_STREAM
-from nvembed.training.initialise import STUDENT_INIT
-from nvembed.training.launch import TRAIN
-from nvembed.types import Artifact
 
-
-def train_student(road: Road, prepared: Artifact, teacher: Artifact) -> Artifact:
-    """Walk the road from a teacher to its student; returns the student's artifact (model folder at `model/`)."""
-    recipe, student = road.recipe, road.recipe.student
-    taught = road.step(
+def distill(run: PipelineRun) -> None:
+    """Train a student of an existing teacher."""
+    recipe, student = run.recipe, run.recipe.student
+    prepared = run.step("prepare", PREPARE, recipe.prepare)
+    teacher = run.import_model("teacher", recipe.teacher)
+    embeddings = run.step(
         "teacher_embeddings", TEACHER_EMBEDDINGS, recipe.teacher_embeddings, prepare=prepared, model=teacher
     )
-    before = road.step("student_init", STUDENT_INIT, student.init, model=teacher)
-    road.step("evaluate_student_init", EVALUATE, student.evaluate, prepare=prepared, model=before)
 
-    stream = road.step("stream_student", DISTILL_STREAM, student.stream, teacher_embeddings=taught, model=before)
-    after = road.step("train_student", TRAIN, student.train, stream=stream, model=before)
+    before = run.step("student_init", STUDENT_INIT, student.init, model=teacher)
+    run.step("evaluate_student_init", EVALUATE, student.evaluate, prepare=prepared, model=before)
+    stream = run.step("stream_student", DISTILL_STREAM, student.stream, teacher_embeddings=embeddings, model=before)
+    after = run.step("train_student", TRAIN, student.train, stream=stream, model=before)
 
-    scores = road.step("evaluate_student", EVALUATE, student.evaluate, prepare=prepared, model=after)
-    road.step(
-        "compare_student",
-        COMPARE_STUDENT,
-        student.compare,
-        teacher_embeddings=taught,
-        teacher=teacher,
-        before=before,
-        student=after,
-    )
-    road.register("register_student", recipe.register.student_name, model=after, scores=scores)
-    return after
+    scores = run.step("evaluate_student", EVALUATE, student.evaluate, prepare=prepared, model=after)
+    models = {"teacher": teacher, "before": before, "student": after}
+    run.step("compare_student", COMPARE_STUDENT, student.compare, teacher_embeddings=embeddings, **models)
+    run.register("register_student", recipe.register.student_name, model=after, scores=scores)
+    run.report()
 
 
-def distill(road: Road) -> None:
-    """The whole story of one student of an existing teacher."""
-    prepared = road.step("prepare", PREPARE, road.recipe.prepare)
-    train_student(road, prepared, road.import_model("teacher", road.recipe.teacher))
-    road.report()
-
+PIPELINE = Pipeline(distill, recipe="distill.yaml", needs=("teacher", "teacher_embeddings", "student"))
 
 if __name__ == "__main__":
-    raise SystemExit(tell(distill, default="distill.yaml", needs=("teacher", "teacher_embeddings", "student")))
+    raise SystemExit(main(PIPELINE))

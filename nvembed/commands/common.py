@@ -13,7 +13,7 @@ import typer
 from nvembed.commands.complete import recipe_files
 from nvembed.core.secrets import mask
 from nvembed.core.terminal import Console
-from nvembed.pipeline.command_line import ExitCode, report_error
+from nvembed.pipeline.exit_codes import ExitCode, report_error
 from nvembed.pipeline.signals import Interrupts
 from nvembed.types import UserError
 

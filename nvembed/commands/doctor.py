@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nvembed.commands.common import AsJson, ended, show
-from nvembed.pipeline.command_line import ExitCode
+from nvembed.pipeline.exit_codes import ExitCode
 
 
 def doctor_command(as_json: AsJson = False) -> None:

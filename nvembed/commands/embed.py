@@ -9,7 +9,7 @@ import typer
 from nvembed.commands.common import AsJson, Registry, ended, near_registry, show
 from nvembed.commands.complete import model_folders
 from nvembed.core.terminal import Console
-from nvembed.pipeline.command_line import ExitCode
+from nvembed.pipeline.exit_codes import ExitCode
 from nvembed.types import UserError
 
 

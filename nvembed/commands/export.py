@@ -10,9 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from nvembed.commands.common import AsJson, ended, show
-from nvembed.commands.embed import near_registry
-from nvembed.pipeline.command_line import ExitCode, GatePreconditionError
+from nvembed.commands.common import AsJson, ended, near_registry, show
+from nvembed.pipeline.exit_codes import ExitCode, GatePreconditionError
 from nvembed.types import UserError
 
 

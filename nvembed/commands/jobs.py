@@ -9,7 +9,7 @@ import typer
 
 from nvembed.commands.common import AsJson, ended, show
 from nvembed.core.terminal import Console
-from nvembed.pipeline.command_line import ExitCode
+from nvembed.pipeline.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from nvembed.jobs.backend import Backend, JobState, Say

@@ -8,7 +8,7 @@ import typer
 
 from nvembed.commands.common import AsJson, RecipePath, Settings, ended, show
 from nvembed.commands.complete import hardware_names
-from nvembed.pipeline.command_line import ExitCode
+from nvembed.pipeline.exit_codes import ExitCode
 from nvembed.types import UserError
 
 

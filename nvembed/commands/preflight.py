@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from nvembed.commands.common import AsJson, RecipePath, Settings, ended, show
-from nvembed.pipeline.command_line import ExitCode
+from nvembed.pipeline.exit_codes import ExitCode
 
 
 def preflight_command(
@@ -20,7 +20,7 @@ def preflight_command(
 
     def action() -> int:
         from nvembed.core import storage
-        from nvembed.pipeline.command_line import shut_down_ray
+        from nvembed.pipeline.execution import ray_until_end
         from nvembed.preflight.findings import PROBLEM, as_text
         from nvembed.preflight.findings import as_json as plain
         from nvembed.preflight.ready import check_reachable, examine
@@ -29,10 +29,8 @@ def preflight_command(
         recipe = load_recipe(path, settings or [])
         place = out or f"runs/{recipe.name}"
         check_reachable(place)
-        try:
+        with ray_until_end():
             findings = examine(recipe, storage.absolute(place))
-        finally:
-            shut_down_ray()
         show(plain(findings), as_text(findings), as_json)
         return ExitCode.PREFLIGHT if any(finding.state == PROBLEM for finding in findings) else ExitCode.DONE
 

@@ -9,7 +9,7 @@ import typer
 
 from nvembed.commands.common import AsJson, RecipePath, Settings, ended, show
 from nvembed.commands.complete import recipe_files
-from nvembed.pipeline.command_line import ExitCode
+from nvembed.pipeline.exit_codes import ExitCode
 from nvembed.recipe.diff import compare_recipes, difference_lines
 from nvembed.recipe.document import dotted
 from nvembed.recipe.schema import Recipe, RecipeError, load_recipe, resolved_yaml

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from nvembed.commands.common import AsJson, Registry, ended, near_registry, show
-from nvembed.pipeline.command_line import ExitCode, GatePreconditionError
+from nvembed.pipeline.exit_codes import ExitCode, GatePreconditionError
 
 app = typer.Typer(no_args_is_help=True, help="Versions of trained models: look, compare, promote, roll back, export.")
 Reference = Annotated[str, typer.Argument(metavar="MODEL", help="NAME/VERSION or NAME@ALIAS; NAME is its candidate.")]

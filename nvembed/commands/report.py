@@ -9,7 +9,7 @@ import typer
 
 from nvembed.commands.common import AsJson, ended, show
 from nvembed.core import storage
-from nvembed.pipeline.command_line import ExitCode
+from nvembed.pipeline.exit_codes import ExitCode
 from nvembed.types import UserError
 
 COMPARISON = "comparison.html"

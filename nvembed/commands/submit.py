@@ -13,7 +13,7 @@ import typer
 from nvembed.commands.common import AsJson, ended, show
 from nvembed.commands.jobs import TargetPath, follow
 from nvembed.core.terminal import Console
-from nvembed.pipeline.command_line import ExitCode
+from nvembed.pipeline.exit_codes import ExitCode
 from nvembed.types import UserError
 
 SEEN_HERE = "# (outputs as this machine sees them; the job looks again where it runs)"

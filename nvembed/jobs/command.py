@@ -98,12 +98,13 @@ def read_job(target: Target, command: Sequence[str]) -> Job:
     """
     folder = Path(target.working_dir if isinstance(target, RayTarget | CloudTarget) else ".").absolute()
     interpreter, script, rest = _split(command, folder)
-    default, needs = _story(folder / script)
+    declaration = _declaration(folder / script)
     recipe_path, settings, out, options = _options(rest)
-    shown = str(folder / Path(script).parent / "recipes" / default)
-    if recipe_path is not None:  # as the story reads it, which runs in that folder
-        shown = recipe_path if "://" in recipe_path else str(folder / recipe_path)
-    recipe = load_recipe(shown, settings, needs)
+    if recipe_path is None:
+        recipe_file = str(_default_recipe(declaration, folder / script))
+    else:  # as the pipeline reads it, which runs in that folder
+        recipe_file = recipe_path if "://" in recipe_path else str(folder / recipe_path)
+    recipe = load_recipe(recipe_file, settings, declaration.needs)
     uri = _output(target, recipe, out)
     resolved = recipe.model_dump(mode="json")
     identity = {"recipe": resolved, "story": script, "out": uri, "options": options}
@@ -167,24 +168,73 @@ def _split(command: Sequence[str], folder: Path) -> tuple[str, str, list[str]]:
     return interpreter, script.as_posix(), rest[1:]
 
 
-def _story(path: Path) -> tuple[str, list[str]]:
-    """Default recipe and needed sections of a story, read from its source: importing it would load everything."""
+@dataclass(frozen=True)
+class _Declaration:
+    """`PIPELINE = Pipeline(...)` of a file: default recipe, needed sections, and the place `file:line`."""
+
+    recipe: str
+    needs: tuple[str, ...]
+    place: str
+
+
+def _declaration(path: Path) -> _Declaration:
+    """The pipeline that a file declares, read from its source; nothing of the file is executed.
+
+    Raises:
+        UserError: no Python file, no declaration, two of them, or one whose arguments are not literals.
+    """
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    except (SyntaxError, UnicodeDecodeError) as error:
+    except (SyntaxError, ValueError) as error:
         raise UserError(f"{path}: not a Python file ({error})") from error
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "tell":
-            given = {keyword.arg: keyword.value for keyword in node.keywords}
-            try:
-                default = ast.literal_eval(given["default"])
-                needs: Any = ast.literal_eval(given["needs"]) if "needs" in given else ()
-            except (KeyError, ValueError) as error:
-                raise UserError(f"{path}: tell(...) needs default= and needs= written out") from error
-            return str(default), [str(name) for name in needs]
-    raise UserError(
-        f"{path}: not a story: it does not call nvembed.pipeline.command_line.tell(...). See pipelines/ for examples."
-    )
+    calls = [call for node in tree.body if (call := _declaring_call(node)) is not None]
+    if not calls:
+        raise UserError(
+            f"{path}: declares no pipeline: it has no module-level `PIPELINE = Pipeline(function, recipe=..., "
+            "needs=(...))`. See pipelines/ for examples."
+        )
+    if len(calls) > 1:
+        lines = " and ".join(str(call.lineno) for call in calls)
+        raise UserError(
+            f"{path}:{calls[1].lineno}: PIPELINE is declared on lines {lines}; a file declares one pipeline"
+        )
+    call, place = calls[0], f"{path}:{calls[0].lineno}"
+    arguments = dict(zip(("function", "recipe", "needs"), call.args, strict=False))
+    arguments |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
+    recipe = _literal(arguments.get("recipe"), "quickstart.yaml", place, "recipe")
+    needs = _literal(arguments.get("needs"), (), place, "needs")
+    if not isinstance(recipe, str) or not isinstance(needs, tuple | list):
+        raise UserError(f"{place}: Pipeline(...) takes a file name as recipe= and a tuple of section names as needs=")
+    return _Declaration(recipe, tuple(map(str, needs)), place)
+
+
+def _default_recipe(declaration: _Declaration, script: Path) -> Path:
+    path = script.parent / "recipes" / declaration.recipe
+    if not path.is_file():
+        raise UserError(f"{declaration.place}: recipe={declaration.recipe!r}: no such file, {path}")
+    return path
+
+
+def _declaring_call(node: ast.stmt) -> ast.Call | None:
+    """The call in `PIPELINE = Pipeline(...)`; None for any other statement."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    if not any(isinstance(target, ast.Name) and target.id == "PIPELINE" for target in targets):
+        return None
+    value = getattr(node, "value", None)
+    is_call = isinstance(value, ast.Call) and ast.unparse(value.func).split(".")[-1] == "Pipeline"
+    return value if is_call else None
+
+
+def _literal(node: ast.expr | None, default: Any, place: str, name: str) -> Any:
+    if node is None:
+        return default
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise UserError(
+            f"{place}: {name}={ast.unparse(node)} is not a literal; the file is read without running it, so write the "
+            "value out"
+        ) from error
 
 
 def _options(rest: Sequence[str]) -> tuple[str | None, list[str], str | None, list[str]]:

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM: the first asks the run to stop, a second one or the end of the grace time forces it (layer 6).
+"""Ctrl-C and SIGTERM: the first requests a stop, a second one or the end of the grace time forces it.
 
 Ray and Ray Train put their own handlers in place of ours (`ray.init` for SIGTERM, `fit` for SIGINT), and a handler in
 Python waits for as long as the main thread is busy in C++. Hence the wake-up descriptor: the interpreter writes every
-signal's number into it at once, whoever's handler it is, and a thread reads it.
+signal's number into it at once, whichever handler is installed, and a thread reads it.
 """
 
 from __future__ import annotations
@@ -21,66 +21,88 @@ GRACE_SECONDS = 8.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def end_quietly_on_interrupt() -> None:
+    """Let Ctrl-C end this process at once, with 130 and no traceback, until `Interrupts` takes over.
+
+    For commands, before they load their libraries: nothing has been written yet that would need tidying up.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _end_quietly)
+
+
+def _end_quietly(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
 class Interrupts:
-    """Context manager for the main thread; raises KeyboardInterrupt in it when asked to stop.
+    """Context manager for the main thread; raises KeyboardInterrupt in it when a stop is requested.
 
     Args:
-        say: told in one sentence what happens.
-        promise: what that sentence says.
+        write: takes the sentence that says what happens.
         on_force: called right before a forced end of the process (exit code 130), after its children were killed.
-        grace: seconds between being asked and being forced.
+        promise: that sentence.
+        grace: seconds from the request to the forced end. None never forces: for a Python caller, whose process goes
+            on; every Ctrl-C then raises. In another thread than the main one, which cannot have handlers, it does
+            nothing.
     """
 
     def __init__(
         self,
-        say: Callable[[str], None],
+        write: Callable[[str], None],
         on_force: Callable[[], None],
         *,
         promise: str = "stopping; the next run resumes here",
-        grace: float = GRACE_SECONDS,
+        grace: float | None = GRACE_SECONDS,
     ) -> None:
-        self._say, self._on_force, self._promise, self._grace = say, on_force, promise, grace
-        self._asked_at = 0.0
+        self._write, self._on_force, self._promise, self._grace = write, on_force, promise, grace
+        self._requested_at = 0.0
         self._raised = False
         self._reader, self._writer = -1, -1
-        self._before: dict[int, object] = {}
+        self._handlers_before: dict[int, object] = {}
         self._wakeup_before = -1
 
     @property
-    def asked(self) -> bool:
-        """Whether somebody asked the run to stop."""
-        return self._asked_at > 0 or self._raised
+    def requested(self) -> bool:
+        """True once a stop was requested."""
+        return self._requested_at > 0 or self._raised
 
     def __enter__(self) -> Interrupts:
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
-        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        if self._grace is None and threading.current_thread() is not threading.main_thread():
+            return self
+        self._handlers_before = {number: signal.getsignal(number) for number in SIGNALS}
         self.arm()
-        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
+        if self._grace is not None:
+            self._reader, self._writer = os.pipe()
+            os.set_blocking(self._writer, False)
+            self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.asked:
+        if self.requested and self._grace is not None:
             return  # stay on guard: leaving the interpreter may hang too
-        signal.set_wakeup_fd(self._wakeup_before)
-        for number, handler in self._before.items():
+        if self._grace is not None:
+            signal.set_wakeup_fd(self._wakeup_before)
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        os.close(self._writer)  # ends the thread
+        if self._grace is not None:
+            os.close(self._writer)  # ends the thread
 
     def arm(self) -> None:
         """Put our handlers (back) in place; libraries replace them."""
-        for number in SIGNALS:
+        for number in self._handlers_before:
             signal.signal(number, self._handle)
 
     def check(self) -> None:
         """Raise KeyboardInterrupt when a library swallowed the one that was raised."""
-        if self.asked:
+        if self.requested:
             self._raised = True
             raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._raised:  # a second exception would only break the clean-up that the first one started
+        # under a grace time, a second exception would only break the clean-up that the first one started
+        if not self._raised or self._grace is None:
             self._raised = True
             raise KeyboardInterrupt
 
@@ -88,17 +110,18 @@ class Interrupts:
         while data := os.read(self._reader, 1):
             if data[0] not in SIGNALS:
                 continue
-            if self._asked_at:
-                self._say("stopping now")
+            if self._requested_at:
+                self._write("stopping now")
                 self._force()
-            self._asked_at = time.monotonic()
-            self._say(f"{self._promise} (once more to stop at once)")
+            self._requested_at = time.monotonic()
+            self._write(f"{self._promise} (once more to stop at once)")
             threading.Thread(target=self._wait, name="interrupts-grace", daemon=True).start()
         os.close(self._reader)
 
     def _wait(self) -> None:
+        assert self._grace is not None
         time.sleep(self._grace)
-        self._say(f"not stopped after {self._grace:g} s: ended by force; what was saved stays")
+        self._write(f"not stopped after {self._grace:g} s: ended by force; what was saved stays")
         self._force()
 
     def _force(self) -> None:

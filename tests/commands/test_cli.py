@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from nvembed.cli import app
+from nvembed.commands.app import app
 from nvembed.preflight import doctor
 from nvembed.retrieval import encode_file
 from nvembed.retrieval.encode_file import EmbedJob, cut

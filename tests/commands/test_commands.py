@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from nvembed.cli import app
 from nvembed.commands import complete
+from nvembed.commands.app import app
 from nvembed.preflight import doctor
 from nvembed.recipe.diff import compare_recipes
 from nvembed.recipe.schema import load_recipe
@@ -261,7 +261,7 @@ def test_the_shell_gets_its_completions() -> None:
     environment = os.environ | {
         "_NVEMBED_COMPLETE": "complete_bash", "COMP_WORDS": "nvembed plan pipelines/recipes/qu", "COMP_CWORD": "2",
     }  # fmt: skip
-    script = "import sys; sys.argv = ['nvembed']; from nvembed.cli import app; app(prog_name='nvembed')"
+    script = "import sys; sys.argv = ['nvembed']; from nvembed.commands.app import app; app(prog_name='nvembed')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.stdout.split() == ["pipelines/recipes/quickstart.yaml"], done.stderr
     code, said, _ = run("--help")

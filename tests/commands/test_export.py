@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from nvembed.cli import app
+from nvembed.commands.app import app
 
 MODEL = Path(__file__).parents[1] / "assets" / "formats" / "model_folder" / "v1"
 

@@ -20,7 +20,7 @@ from nvembed.core.secrets import (
     without_credentials,
 )
 from nvembed.core.terminal import Console
-from nvembed.pipeline.command_line import report_error
+from nvembed.pipeline.exit_codes import report_error
 from nvembed.recipe.schema import RecipeError, load_recipe
 from nvembed.tracking.store import probe, resolve_store
 

@@ -26,7 +26,9 @@ import os
 import time
 
 from nvembed.core import storage
-from nvembed.pipeline.command_line import PlannedRoad, Road, tell
+from nvembed.pipeline.command_line import main
+from nvembed.pipeline.declaration import Pipeline
+from nvembed.pipeline.run import PipelineRun
 from nvembed.types import UserError
 
 
@@ -41,21 +43,21 @@ def look_for_the_token() -> tuple[str, int]:
     return oct(os.stat(path).st_mode & 0o777), sum(token in line for line in lines)
 
 
-def light(road: Road | PlannedRoad) -> None:
+def light(run: PipelineRun) -> None:
     """Look at the cluster."""
-    if isinstance(road, PlannedRoad):
+    if not isinstance(run, PipelineRun):  # a dry run
         return
 
     import ray
 
     from nvembed.core.ray_cluster import ensure_ray
 
-    marks = f"{road.out}/attempts"
+    marks = f"{run.out}/attempts"
     attempts = int(storage.read_bytes(marks)) + 1 if storage.exists(marks) else 1
     storage.write_bytes(marks, str(attempts).encode())
-    print("attempt", attempts, "of", road.recipe.name, flush=True)
+    print("attempt", attempts, "of", run.recipe.name, flush=True)
     ensure_ray()
-    road.interrupts.arm()  # as a road does before its first step on Ray, whose handler for SIGTERM ends in abort()
+    run.runner.interrupts.arm()  # as a run does before its first step on Ray, whose handler for SIGTERM ends in abort()
 
     @ray.remote
     def where() -> tuple[str, str]:
@@ -64,20 +66,22 @@ def light(road: Road | PlannedRoad) -> None:
     node, plain = ray.get(where.remote())
     print("RAY_ADDRESS", os.environ["RAY_ADDRESS"], "cpus", ray.cluster_resources().get("CPU"), "plain", plain)
     print("same node", node == ray.get_runtime_context().get_node_id(), flush=True)
-    if road.recipe.name == "looks":
+    if run.recipe.name == "looks":
         print("token", *look_for_the_token(), flush=True)
-    for number in range(20 if road.recipe.name == "counts" else 0):
+    for number in range(20 if run.recipe.name == "counts" else 0):
         print("count", number, flush=True)
         time.sleep(1)
-    if road.recipe.name == "wrong":
+    if run.recipe.name == "wrong":
         raise UserError("this story was told to fail")
-    while road.recipe.name == "waits":
-        road.interrupts.check()
+    while run.recipe.name == "waits":
+        run.runner.interrupts.check()
         time.sleep(0.2)
 
 
+PIPELINE = Pipeline(light, recipe="light.yaml")
+
 if __name__ == "__main__":
-    raise SystemExit(tell(light, default="light.yaml"))
+    raise SystemExit(main(PIPELINE))
 '''
 
 

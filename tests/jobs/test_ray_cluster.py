@@ -171,7 +171,7 @@ def test_detach_refuse_a_second_one_reattach_and_stop(nvembed: Nvembed) -> None:
     assert said.strip() == f"{alive[0]['id']}: asked to stop"
     log, notes = follower.communicate(timeout=60)
     assert follower.returncode == 130 and "stopped, exit code 130" in notes
-    assert "attempt 1 of waits" in log and "interrupted; run the same command again to go on" in log
+    assert "attempt 1 of waits" in log and "interrupted; run the same command again to resume" in log
     assert "has ended already (stopped)" in nvembed("jobs", "stop", "TARGET", alive[0]["id"])[0]
     assert "no job of nvembed is alive here" in nvembed("jobs", "stop", "TARGET", code=2)[1]
 

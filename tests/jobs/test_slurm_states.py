@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from nvembed.cli import app
+from nvembed.commands.app import app
 
 STUBS = {
     "sbatch": 'cat > "$SLURM_STUB/script.sh"; echo "77;stub"',

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from nvembed.cli import app
+from nvembed.commands.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = sorted(path.name for path in (ROOT / "cluster").glob("*.yaml"))
@@ -80,7 +80,7 @@ def test_a_story_that_would_not_begin_is_told_before_the_job(checkout: Path) -> 
 def test_a_dry_run_ends_as_the_storys_own_would(checkout: Path, ends: int, code: int) -> None:
     """The story itself says how; what is neither a mistake nor a preflight is a failure."""
     story = (checkout / "light.py").read_text()
-    (checkout / "light.py").write_text(story.replace("raise SystemExit(tell(", f"raise SystemExit({ends} or tell("))
+    (checkout / "light.py").write_text(story.replace("raise SystemExit(main(", f"raise SystemExit({ends} or main("))
     said = run("submit", str(ROOT / "cluster/local.yaml"), "--dry-run", "--", "python", "light.py")
     assert said[0] == code and f"light.py would end with {ends}" in said[2] and not said[1]
 

@@ -12,7 +12,7 @@ from nv_embed_kit import NV_EMBED, transcription
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from nvembed.cli import app
+from nvembed.commands.app import app
 from nvembed.modeling.assemble import continue_embedder
 from nvembed.modeling.config import EmbedderConfig, InitialiseConfig, NvembedBackbone
 from nvembed.modeling.exports.forms import ExportSpec, export_model

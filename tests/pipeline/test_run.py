@@ -15,14 +15,15 @@ import psutil
 import pytest
 
 from nvembed.core.terminal import Console
-from nvembed.pipeline import command_line, log
+from nvembed.pipeline import log
 from nvembed.pipeline.attempts import Records
+from nvembed.pipeline.exit_codes import GatePreconditionError, report_error
 from nvembed.pipeline.log import Heartbeat
 from nvembed.pipeline.memory_meter import MemoryMeter, process_tree, pss_bytes
-from nvembed.pipeline.run import logical_cpus
 from nvembed.pipeline.signals import Interrupts
 from nvembed.preflight.findings import PreflightError
 from nvembed.preflight.needs import check_packages, needed_packages, pip_line
+from nvembed.pipeline.step_runner import logical_cpus
 from nvembed.recipe.schema import load_recipe
 from nvembed.types import UserError
 
@@ -36,7 +37,8 @@ import sys, time
 from pathlib import Path
 from nvembed.core import storage
 from nvembed.core.steps import Step, StepResult
-from nvembed.pipeline.command_line import tell
+from nvembed.pipeline.command_line import main
+from nvembed.pipeline.declaration import Pipeline
 from nvembed.types import UserError
 
 def build(config, inputs, uri):
@@ -53,14 +55,16 @@ def build(config, inputs, uri):
 FIRST = Step("prepare", 1, build)
 SECOND = Step("initialise", 1, build, cleared=False)
 
-def toy(road):
+def toy(run):
     """Two steps."""
-    first = road.step("first", FIRST, road.recipe.prepare)
-    road.step("second", SECOND, road.recipe.initialise, prepare=first)
-    road.report()
+    first = run.step("first", FIRST, run.recipe.prepare)
+    run.step("second", SECOND, run.recipe.initialise, prepare=first)
+    run.report()
+
+PIPELINE = Pipeline(toy, recipe="toy.yaml", needs=("stage_1",))
 
 if __name__ == "__main__":
-    raise SystemExit(tell(toy, default="toy.yaml", needs=("stage_1",)))
+    raise SystemExit(main(PIPELINE))
 '''
 
 
@@ -216,7 +220,7 @@ def test_a_failed_step_is_told_in_a_line_and_in_full_in_a_file(toy: Toy) -> None
     assert toy.records[-1]["status"] == "failed" and toy.records[-1]["steps"]["second"]["status"] == "failed"
     toy.do("second", "")
     code, said = toy.run()
-    assert code == 0 and "second: goes on where it was stopped" in said
+    assert code == 0 and "second: resumes" in said
     assert json.loads((toy.out / "second/manifest.json").read_text())["rows"] == {"resumed": 1}
     assert [step["status"] for step in toy.report["steps"]] == ["skipped", "resumed"]
 
@@ -267,7 +271,7 @@ def test_asked_to_stop_a_run_stops_cleanly_and_the_next_goes_on(toy: Toy, number
     process.send_signal(number)
     said = process.communicate(timeout=30)[0]
     assert process.returncode == 130 and time.monotonic() - asked < 8
-    assert "Traceback" not in said and "run the same command again to go on" in said
+    assert "Traceback" not in said and "run the same command again to resume" in said
     assert json.loads((toy.out / ".lease.json").read_text())["released"] is True
     assert toy.records[-1]["status"] == "interrupted"
     toy.do("second", "")
@@ -316,7 +320,7 @@ def test_kill_9_never_blocks_and_its_seconds_count(toy: Toy) -> None:
     process.communicate()
     toy.do("second", "")
     code, said = toy.run()
-    assert code == 0 and "second: goes on where it was stopped" in said, said
+    assert code == 0 and "second: resumes" in said, said
     assert [attempt["status"] for attempt in toy.records] == ["killed", "done"]
     second = toy.report["steps"][1]
     assert second["status"] == "resumed" and second["seconds"] > 4
@@ -326,11 +330,13 @@ def test_kill_9_never_blocks_and_its_seconds_count(toy: Toy) -> None:
 
 IMPORTING = """
 
-def toy(road):
-    road.import_model("teacher", road.recipe.teacher)
+def toy(run):
+    run.import_model("teacher", run.recipe.teacher)
+
+PIPELINE = Pipeline(toy, recipe="toy.yaml", needs=("teacher",))
 
 if __name__ == "__main__":
-    raise SystemExit(tell(toy, default="toy.yaml", needs=("teacher",)))
+    raise SystemExit(main(PIPELINE))
 """
 
 
@@ -476,12 +482,12 @@ def test_a_local_cluster_has_room_for_the_recipes_workers() -> None:
         (UserError("bad"), 2),
         (PreflightError("lacking"), 3),
         (RuntimeError("broken"), 4),
-        (command_line.GatePreconditionError("no"), 5),
+        (GatePreconditionError("no"), 5),
     ],
 )
 def test_errors_have_their_exit_codes(error: Exception, code: int, tmp_path: Path) -> None:
     said: list[str] = []
-    assert command_line.report_error(error, said.append, str(tmp_path)) == code
+    assert report_error(error, said.append, str(tmp_path)) == code
     assert str(error) in said[0]
     assert bool(list(tmp_path.glob("logs/error-*"))) == (code == 4)
 
@@ -556,7 +562,7 @@ def test_a_failing_tick_is_told_once_and_the_run_goes_on(
 def test_interrupts_put_back_what_they_found() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with Interrupts(print, lambda: None) as interrupts:
-        assert signal.getsignal(signal.SIGINT) == interrupts._handle and not interrupts.asked
+        assert signal.getsignal(signal.SIGINT) == interrupts._handle and not interrupts.requested
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a library would
         interrupts.arm()
         assert signal.getsignal(signal.SIGINT) == interrupts._handle

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from nvembed.cli import app
+from nvembed.commands.app import app
 
 RECIPE = Path(__file__).resolve().parents[2] / "pipelines/recipes/nv_embed_v1_7b.yaml"
 GIB = 2**30

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from nvembed.cli import app
+from nvembed.commands.app import app
 from nvembed.mining.config import MineConfig
 from nvembed.mining.searching import MinePaths
 from nvembed.plan.corpora import division, parse_rows, searched_sets, shard_count

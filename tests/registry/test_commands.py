@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from nvembed.cli import app
+from nvembed.commands.app import app
 
 NAME = "nvembed-teacher"
 

@@ -15,7 +15,7 @@ import pytest
 from report_kit import write_road
 from typer.testing import CliRunner
 
-from nvembed.cli import app
+from nvembed.commands.app import app
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [

@@ -11,7 +11,7 @@ import yaml
 from report_kit import RECIPE, Page, raw
 from typer.testing import CliRunner
 
-from nvembed.cli import app
+from nvembed.commands.app import app
 from nvembed.core import storage
 from nvembed.evaluation.significance import MEAN
 from nvembed.pipeline.attempts import Records
