@@ -16,14 +16,14 @@ from nvembed.core.runtime import give_back
 from nvembed.core.steps import STARTED, Step, remove_working_files
 from nvembed.core.terminal import Console, adopt_loggers
 from nvembed.pipeline.attempts import Records
-from nvembed.pipeline.log import METRICS, Heartbeat
+from nvembed.pipeline.log import Heartbeat
 from nvembed.pipeline.memory_meter import MemoryMeter
 from nvembed.pipeline.signals import Interrupts
 from nvembed.pipeline.steps import StepReference, load_step
 from nvembed.recipe.schema import Recipe
 from nvembed.registry.client import RegistryAwayError
 from nvembed.tracking.tracker import Tracker
-from nvembed.types import Artifact, Config, UserError
+from nvembed.types import METRICS, Artifact, Config, UserError
 
 WITHOUT_RAY = ("prepare", "initialise", "student_init", "register", "import_model")  # spares them Ray's 5 s and 0.5 GiB
 StepConfig = Callable[[str | None], Config]

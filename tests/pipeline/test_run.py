@@ -21,9 +21,9 @@ from nvembed.pipeline.exit_codes import GatePreconditionError, report_error
 from nvembed.pipeline.log import Heartbeat
 from nvembed.pipeline.memory_meter import MemoryMeter, process_tree, pss_bytes
 from nvembed.pipeline.signals import Interrupts
+from nvembed.pipeline.step_runner import logical_cpus
 from nvembed.preflight.findings import PreflightError
 from nvembed.preflight.needs import check_packages, needed_packages, pip_line
-from nvembed.pipeline.step_runner import logical_cpus
 from nvembed.recipe.schema import load_recipe
 from nvembed.types import UserError
 

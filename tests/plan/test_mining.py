@@ -88,7 +88,7 @@ def test_the_plan_of_memory_is_what_was_taken(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("queries", "documents", "measured"), [(2000, 200_000, 0.42), (5000, 1_000_000, 3.87)])
 def test_a_search_on_an_h100_is_what_was_measured(queries: int, documents: int, measured: float) -> None:
-    """Wall seconds of `tests/benchmarks/gpu_retrieval.py` (`tests/benchmarks/README.md`): vectors in memory, 384 wide."""
+    """Wall seconds of `tests/benchmarks/gpu_retrieval.py`: vectors in memory, 384 wide."""
     planned = search_core_seconds(
         queries, documents, 384, depth=100, read_bytes=0.0, hardware=find_hardware("h100x1"), gpu=True
     )
