@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cluster_kit import ROOT, SimulatedCluster, simulated_cluster
 
 TINY = ROOT / "pipelines/recipes/tiny.yaml"

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from artifacts import tiny_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -31,17 +32,7 @@ PROMPT = "Instruct: Find\nQuery: "
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder of ours with a prompt."""
-    from nvembed.modeling.assemble import build_embedder
-    from nvembed.modeling.backbones import load_backbone
-    from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, RandomBackbone
-    from nvembed.modeling.folder import save_embedder
-
-    config = EmbedderConfig(pooling=LatentAttentionConfig(num_latents=4, num_heads=2))
-    backbone = RandomBackbone(hidden_size=32, intermediate_size=64, vocab_size=300)
-    embedder = build_embedder(*load_backbone(backbone, TEXTS * 20, 0), config, 0)
-    folder = tmp_path_factory.mktemp("model") / "model"
-    save_embedder(embedder, folder, prompts={"find": PROMPT})
-    return folder
+    return tiny_folder(tmp_path_factory.mktemp("model") / "model", TEXTS, prompts={"find": PROMPT})
 
 
 def run(*arguments: Any) -> tuple[int, str]:

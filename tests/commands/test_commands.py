@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from artifacts import tiny_folder
 from typer.testing import CliRunner
 
 from nvembed.commands import complete
@@ -128,17 +129,10 @@ def test_a_section_of_another_type_is_one_difference() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from nvembed.modeling.assemble import build_embedder
-    from nvembed.modeling.backbones import load_backbone
-    from nvembed.modeling.config import EmbedderConfig, MeanConfig, RandomBackbone
-    from nvembed.modeling.folder import save_embedder
+    from nvembed.modeling.config import EmbedderConfig, MeanConfig
 
-    backbone = RandomBackbone(hidden_size=32, intermediate_size=64, vocab_size=300)
-    config = EmbedderConfig(pooling=MeanConfig())
-    embedder = build_embedder(*load_backbone(backbone, DOCUMENTS * 20, 0), config, 0)
-    folder = tmp_path_factory.mktemp("model") / "model"
-    save_embedder(embedder, folder, prompts={"find": "Instruct: Find\nQuery: "})
-    return folder
+    config, prompts = EmbedderConfig(pooling=MeanConfig()), {"find": "Instruct: Find\nQuery: "}
+    return tiny_folder(tmp_path_factory.mktemp("model") / "model", DOCUMENTS, config, prompts)
 
 
 @pytest.fixture(scope="module")

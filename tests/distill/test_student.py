@@ -4,7 +4,6 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +11,26 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from artifacts import publish
 from safetensors.numpy import save_file
 
-from nvembed.core.steps import Step, StepResult
 from nvembed.core.vectors import vector_table, write_shard
 from nvembed.distill.config import CompareConfig
 from nvembed.distill.student import COMPARE_STUDENT, cosine_to_teacher, encode_cost, folder_size
 from nvembed.distill.teacher_embeddings import text_key
 from nvembed.modeling.folder import load_embedder
-from nvembed.types import Artifact, Config
+from nvembed.types import Artifact
 
 CONFIG = CompareConfig(holdout_texts=20, texts=8, repeats=2, precision="fp32", bootstrap_samples=100)
 TEXTS = [f"a text about the number {index} " + "and more " * (index % 4) for index in range(24)]
 PREFIX = "Instruct: find\nQuery: "
 
 
-class _Nothing(Config):
-    pass
-
-
-def publish(uri: Path, build: Any) -> Artifact:
-    def step(config: Config, inputs: Mapping[str, Artifact], work: str) -> StepResult:
-        build(Path(work))
-        return StepResult()
-
-    return Step("made_by_hand", 1, step).run(_Nothing(), {}, str(uri))
-
-
 @pytest.fixture(scope="module")
 def inputs(teacher: Artifact, before: Artifact, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     root = tmp_path_factory.mktemp("compare")
 
-    def teacher_embeddings(work: Path) -> None:
+    def teacher_embeddings(work: str) -> None:
         instructions = [PREFIX if index % 2 else "" for index in range(24)]
         vectors = load_embedder(teacher.path("model")).encode(TEXTS, instructions)
         for part in range(3):
@@ -51,19 +38,19 @@ def inputs(teacher: Artifact, before: Artifact, tmp_path_factory: pytest.TempPat
             keys = [text_key(*pair) for pair in zip(TEXTS[rows], instructions[rows], strict=True)]
             table = vector_table(pa.array(keys), vectors[rows])
             table = table.add_column(1, "text", [TEXTS[rows]]).add_column(2, "instruction", [instructions[rows]])
-            write_shard(table, str(work / "holdout" / f"part-{part:05d}.parquet"))
+            write_shard(table, f"{work}/holdout/part-{part:05d}.parquet")
 
-    def student(work: Path) -> None:
-        shutil.copytree(before.path("model"), work / "model")
+    def student(work: str) -> None:
+        shutil.copytree(before.path("model"), f"{work}/model")
         generator = np.random.default_rng(0)
         tensors = {f"projections.{width}.weight": generator.normal(size=(32, width)) for width in (32, 16)}
-        save_file({name: value.astype(np.float32) for name, value in tensors.items()}, work / "objective.safetensors")
+        save_file({name: value.astype(np.float32) for name, value in tensors.items()}, f"{work}/objective.safetensors")
 
     return {
-        "teacher_embeddings": publish(root / "teacher_embeddings", teacher_embeddings),
+        "teacher_embeddings": publish(root / "teacher_embeddings", "teacher_embeddings", teacher_embeddings),
         "teacher": teacher,
         "before": before,
-        "student": publish(root / "student", student),
+        "student": publish(root / "student", "train", student),
     }
 
 

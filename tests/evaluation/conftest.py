@@ -1,23 +1,14 @@
 """A small hand-made `prepare` artifact (all three kinds of data sets) and a random model on it."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
+from artifacts import PreparedSet, publish_prepared, tiny_model
 
-from nvembed.core.parquet import write_table, write_tables
-from nvembed.core.steps import Step, StepResult
-from nvembed.data.config import CweSource, HpoClassesSource, HpoSimilaritySource, PrepareConfig
-from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, SPLITS, Document, examples_table
-from nvembed.modeling.config import EmbedderConfig, InitialiseConfig, LatentAttentionConfig, RandomBackbone
-from nvembed.text.config import TextConfig
-from nvembed.training.initialise import INITIALISE
-from nvembed.types import Artifact, Config, ScoredId, TaskType, TrainingExample
+from nvembed.data.tables import SPLITS, Document
+from nvembed.types import Artifact, ScoredId, TaskType, TrainingExample
 
 PREFIX = "Instruct: find {}\nQuery: "
-TASKS = {"links": TaskType.RETRIEVAL, "kinds": TaskType.CLASSIFICATION, "pairs": TaskType.STS}
 WORDS = ["heap", "stack", "buffer", "script", "query", "token", "session", "secret"]
 WORDS += ["path", "race", "lock", "cache", "frame", "packet", "cipher"]
 
@@ -74,40 +65,20 @@ def pairs() -> tuple[list[Document], dict[str, list[TrainingExample]]]:
     return documents, examples
 
 
-def _build(config: Config, inputs: Mapping[str, Artifact], work: str) -> StepResult:
-    info: dict[str, dict[str, Any]] = {}
-    for name, make in (("links", links), ("kinds", kinds), ("pairs", pairs)):
-        documents, examples = make()
-        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, f"{work}/{name}/corpus.parquet")
-        for split in SPLITS:
-            write_table(examples_table(examples[split]), f"{work}/{name}/examples-{split}.parquet")
-        info[name] = {
-            "task": TASKS[name].value,
-            "instruction": PREFIX.format(name),
-            "evaluation_hash": f"hash of {name}",
-        }
-    return StepResult(metrics={"datasets": info})
-
-
 @pytest.fixture(scope="session")
 def prepare(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    sources = (
-        CweSource(name="links", instruction="cwe"),
-        HpoClassesSource(name="kinds", instruction="hpo_classes"),
-        HpoSimilaritySource(name="pairs", instruction="hpo_similarity"),
-    )
-    uri = str(tmp_path_factory.mktemp("evaluation") / "prepare")
-    return Step("prepare", 1, _build).run(PrepareConfig(sources=sources), {}, uri)
+    datasets = {
+        name: PreparedSet(task, *make(), PREFIX.format(name), {"evaluation_hash": f"hash of {name}"})
+        for name, task, make in (
+            ("links", TaskType.RETRIEVAL, links),
+            ("kinds", TaskType.CLASSIFICATION, kinds),
+            ("pairs", TaskType.STS, pairs),
+        )
+    }
+    return publish_prepared(tmp_path_factory.mktemp("evaluation") / "prepare", datasets)
 
 
 @pytest.fixture(scope="session")
 def model(prepare: Artifact) -> Artifact:
     """A random 2-layer model, 32 wide."""
-    config = InitialiseConfig(
-        backbone=RandomBackbone(vocab_size=400, hidden_size=32, intermediate_size=64, num_layers=2),
-        embedder=EmbedderConfig(
-            pooling=LatentAttentionConfig(num_latents=8, num_heads=4), text=TextConfig(max_length=48)
-        ),
-        seed=3,
-    )
-    return INITIALISE.run(config, {"prepare": prepare}, str(Path(prepare.uri).parent / "initialise"))
+    return tiny_model(Path(prepare.uri).parent / "initialise", prepare)

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from artifacts import publish
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.metrics import v_measure_score
 
 from nvembed.core.parquet import write_table
-from nvembed.core.steps import Step, StepResult
 from nvembed.evaluation import significance
 from nvembed.evaluation.run import ITEMS_SCHEMA
 from nvembed.evaluation.significance import (
@@ -29,7 +29,7 @@ from nvembed.evaluation.significance import (
     paired_bootstrap_runs,
     spearman_statistic,
 )
-from nvembed.types import Artifact, Config, UserError
+from nvembed.types import Artifact, UserError
 
 values = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
@@ -159,18 +159,13 @@ def test_the_mean_over_sets_weighs_sets_equally_and_draws_them_apart() -> None:
     assert paired_bootstrap_mean([one, small])["value"] == pytest.approx((a_N.mean() + 1) / 2)
 
 
-class _Nothing(Config):
-    pass
-
-
 def _evaluation(uri: Path, rows: list[tuple[Any, ...]], hashes: dict[str, str]) -> Artifact:
-    def build(config: Config, inputs: Any, work: str) -> StepResult:
+    def build(work: str) -> None:
         columns = dict(zip(ITEMS_SCHEMA.names, map(list, zip(*rows, strict=True)), strict=True))
         write_table(pa.table(columns, schema=ITEMS_SCHEMA), f"{work}/items.parquet")
         Path(work, "scores.json").write_text(json.dumps({"evaluation_hash": hashes, "scores": {}}))
-        return StepResult()
 
-    return Step("evaluate", 1, build).run(_Nothing(), {}, str(uri))
+    return publish(uri, "evaluate", build)
 
 
 def _rows(system: str, seed: int, lift: float) -> list[tuple[Any, ...]]:

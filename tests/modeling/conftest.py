@@ -1,8 +1,6 @@
 """Tiny embedders, built in the test process: random decoders with a byte-level BPE learned from a few sentences."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,6 @@ from nvembed.modeling.backbones import random_decoder, train_byte_level_bpe
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, RandomBackbone
 from nvembed.modeling.embedder import Embedder
 from nvembed.text.config import TextConfig
-
-for folder in (Path(__file__).parent, Path(__file__).parents[1] / "training"):
-    sys.path.insert(0, str(folder))  # for nv_embed_kit and training_kit
 
 SENTENCES = [
     "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: how do I sort a list",

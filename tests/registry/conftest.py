@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from artifacts import publish, tiny_folder
 
 from nvembed.core import storage
 from nvembed.core.parquet import write_table
-from nvembed.core.steps import Step, StepResult
 from nvembed.evaluation.run import ITEMS_SCHEMA
 from nvembed.registry.client import aliases, list_versions, open_registry
 from nvembed.registry.config import GateConfig, RegisterConfig, RegistrationConfig
@@ -31,22 +31,15 @@ TEXTS = ["the first text", "a second, somewhat longer text about the sea", "Vier
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two real model folders: `masked` needs its own code, `stock` does not."""
-    from nvembed.modeling.assemble import build_embedder
-    from nvembed.modeling.backbones import load_backbone
-    from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, MeanConfig, RandomBackbone
-    from nvembed.modeling.folder import save_embedder
+    from nvembed.modeling.config import EmbedderConfig, MeanConfig
     from nvembed.text.config import TextConfig
 
     root = tmp_path_factory.mktemp("folders")
-    backbone = RandomBackbone(hidden_size=32, intermediate_size=64, vocab_size=300)
-    configs = {
-        "masked": EmbedderConfig(pooling=LatentAttentionConfig(num_latents=4, num_heads=2)),
-        "stock": EmbedderConfig(pooling=MeanConfig(), text=TextConfig(mask_instruction=False)),
+    stock = EmbedderConfig(pooling=MeanConfig(), text=TextConfig(mask_instruction=False))
+    return {
+        name: tiny_folder(root / name, TEXTS, config, {"find": PROMPT})
+        for name, config in {"masked": None, "stock": stock}.items()
     }
-    for name, config in configs.items():
-        embedder = build_embedder(*load_backbone(backbone, TEXTS * 20, 0), config, 0)
-        save_embedder(embedder, root / name, prompts={"find": PROMPT})
-    return {name: root / name for name in configs}
 
 
 @pytest.fixture(scope="session")
@@ -83,12 +76,7 @@ class Kit:
 
     def step(self, name: str, kind: str, config: dict[str, Any], build: Any = None, **inputs: Artifact) -> Artifact:
         """Publish a step; `build(uri)` writes its files and may return its metrics."""
-
-        def write(_: Config, __: Any, uri: str) -> StepResult:
-            return StepResult(metrics=(build(uri) if build else None) or {})
-
-        settings = AnyConfig.model_validate(config)
-        return Step(kind, 1, write).run(settings, inputs, storage.join(self.out, name))
+        return publish(storage.join(self.out, name), kind, build, AnyConfig.model_validate(config), **inputs)
 
     def prepare(self, hashes: dict[str, str] | None = None, near_duplicates: int = 0) -> Artifact:
         tag = storage.hash_json([hashes, near_duplicates])[:6]

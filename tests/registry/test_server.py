@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import MlflowServer, Postgres, why_not
+from test_champion import race
 
 from nvembed.core import storage
 from nvembed.registry.champion import roll_back
@@ -24,10 +25,6 @@ from nvembed.tracking.config import TrackingConfig
 from nvembed.tracking.store import Store
 from nvembed.tracking.tracker import Tracker
 from nvembed.types import Config
-
-sys.path.insert(0, str(Path(__file__).parent))
-from servers import MlflowServer, Postgres, why_not
-from test_champion import race
 
 NAME = "nvembed-teacher"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.skipif(bool(why_not()), reason=why_not())]

@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from servers import free_port
 
 from nvembed.registry.client import open_registry
 from nvembed.text.instructions import instruction_prefix
-
-sys.path.insert(0, str(Path(__file__).parent))
-from servers import free_port
 
 NAME = "nvembed-teacher"
 TEXTS = ["how to reverse a list", "a second, somewhat longer text about the sea", "Größe 東京 🙂", ""]

@@ -2,23 +2,19 @@
 
 import functools
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from artifacts import publish
 from safetensors.numpy import save
 
 from nvembed.core import storage
-from nvembed.core.steps import Step, StepResult
 from nvembed.types import Artifact, Config
-
-sys.path.insert(0, str(Path(__file__).parent))  # for report_kit
 
 RETRIEVAL_SETS = ("cwe", "hpo", "code")
 PRIMARY = {**dict.fromkeys(RETRIEVAL_SETS, "ndcg_at_10"), "hpo_classes": "accuracy", "hpo_similarity": "spearman"}
@@ -74,7 +70,7 @@ class Road:
     ) -> None:
         """Publish a step; bytes, pyarrow tables and JSON values become files."""
 
-        def build(config: Config, _: Any, uri: str) -> StepResult:
+        def build(uri: str) -> dict[str, Any]:
             for path, content in files.items():
                 target = storage.join(uri, path)
                 if isinstance(content, bytes):
@@ -84,10 +80,10 @@ class Road:
                     pq.write_table(content, target)
                 else:
                     storage.write_json(target, content)
-            return StepResult(metrics=metrics or {})
+            return metrics or {}
 
         given = {role: self.artifacts[source] for role, source in inputs.items()}
-        self.artifacts[name] = Step(name, 1, build).run(config, given, storage.join(self.out, name))
+        self.artifacts[name] = publish(storage.join(self.out, name), name, build, config, **given)
 
     @property
     def records(self) -> list[dict[str, Any]]:

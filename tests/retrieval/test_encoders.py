@@ -4,6 +4,7 @@ import inspect
 import tomllib
 from pathlib import Path
 
+import artifacts
 import numpy as np
 import pytest
 
@@ -121,18 +122,8 @@ def test_our_own_folders_are_recognised(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
-    """A random 2-layer model folder as `initialise` publishes it."""
-    from nvembed.modeling.assemble import build_embedder
-    from nvembed.modeling.backbones import load_backbone
-    from nvembed.modeling.config import EmbedderConfig, RandomBackbone
-    from nvembed.modeling.folder import save_embedder
-
-    words = [f"{verb} {noun}" for verb in ("find", "open", "close") for noun in ("buffer", "overflow", "session")] * 9
-    backbone, tokenizer = load_backbone(RandomBackbone(vocab_size=300), words, 0)
-    embedder = build_embedder(backbone, tokenizer, EmbedderConfig(), 0)
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    save_embedder(embedder, folder, recipe=None, prompts={}, card=None)
-    return folder
+    words = [f"{verb} {noun}" for verb in ("find", "open", "close") for noun in ("buffer", "overflow", "session")]
+    return artifacts.tiny_folder(tmp_path_factory.mktemp("tiny") / "model", words)
 
 
 def test_our_folder_encodes_as_its_embedder_does(tiny_folder):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from artifacts import PreparedSet, publish, publish_prepared
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nvembed.core import storage
-from nvembed.core.parquet import write_table, write_tables
-from nvembed.core.steps import CorruptArtifactError, Step, StepResult
-from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, SCORED_IDS, Document, examples_table
+from nvembed.core.parquet import write_table
+from nvembed.core.steps import CorruptArtifactError
+from nvembed.data.tables import SCORED_IDS, Document
 from nvembed.stream import steps
 from nvembed.stream.config import DistillStreamConfig, StreamConfig
 from nvembed.stream.layout import load_tokeniser
 from nvembed.stream.sampling import document_key
 from nvembed.stream.steps import DISTILL_STREAM, STREAM, StreamReader
-from nvembed.types import Artifact, Batch, Config, ScoredId, TaskType, TrainingExample, UserError
+from nvembed.types import Artifact, Batch, ScoredId, TaskType, TrainingExample, UserError
 
 MAX_LENGTH = 16
 MINED = pa.schema(
@@ -37,16 +36,6 @@ MINED = pa.schema(
 TASKS = {"facts": TaskType.RETRIEVAL, "kinds": TaskType.CLASSIFICATION, "pairs": TaskType.STS}
 PREFIX = "Instruct: find {}\nQuery: "
 COUNT = 60
-
-
-class Nothing(Config):
-    """A step without options."""
-
-    sources: tuple[dict[str, str], ...] = tuple({"name": name} for name in TASKS)
-
-
-def publish(uri: Path, kind: str, build: Any) -> Artifact:
-    return Step(kind, 1, build).run(Nothing(), {}, str(uri))
 
 
 def examples(name: str) -> list[TrainingExample]:
@@ -75,24 +64,16 @@ def mined(name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def build_prepare(config: Config, inputs: Mapping[str, Artifact], uri: str) -> StepResult:
-    for name in TASKS:
-        documents = [
-            Document(f"d{i}", f"Title {i}" if i % 3 == 0 else "", f"{name} text " + "word " * i) for i in range(COUNT)
-        ]
-        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, storage.join(uri, name, "corpus.parquet"))
-        write_table(examples_table(examples(name)), storage.join(uri, name, "examples-train.parquet"))
-    datasets = {name: {"task": task.value, "instruction": PREFIX.format(name)} for name, task in TASKS.items()}
-    return StepResult(metrics={"datasets": datasets})
+def documents(name: str) -> list[Document]:
+    return [Document(f"d{i}", f"Title {i}" if i % 3 == 0 else "", f"{name} text " + "word " * i) for i in range(COUNT)]
 
 
-def build_mine(config: Config, inputs: Mapping[str, Artifact], uri: str) -> StepResult:
+def build_mine(uri: str) -> None:
     for name in TASKS:
         write_table(pa.Table.from_pylist(mined(name), MINED), storage.join(uri, name, "mined.parquet"))
-    return StepResult()
 
 
-def build_model(config: Config, inputs: Mapping[str, Artifact], uri: str) -> StepResult:
+def build_model(uri: str) -> None:
     folder = Path(uri, "model")
     vocabulary = ["[UNK]", "</s>", "Instruct", ":", "find", "Query", "question", "word", "text", *TASKS]
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(vocabulary)}, unk_token="[UNK]"))
@@ -100,10 +81,9 @@ def build_model(config: Config, inputs: Mapping[str, Artifact], uri: str) -> Ste
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="[UNK]").save_pretrained(folder)
     text = {"max_length": MAX_LENGTH, "add_bos": False, "add_eos": True, "mask_instruction": True}
     storage.write_json(str(folder / "nvembed.json"), {"embedder": {"text": text}})
-    return StepResult()
 
 
-def build_teach(config: Config, inputs: Mapping[str, Artifact], uri: str) -> StepResult:
+def build_teacher_embeddings(uri: str) -> None:
     for part in range(3):
         keys = [f"k{part}-{i}" for i in range(20)]
         vectors = np.array([[part, i, 0.5, -1] for i in range(20)], np.float32)
@@ -114,14 +94,17 @@ def build_teach(config: Config, inputs: Mapping[str, Artifact], uri: str) -> Ste
             "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 4),
         }
         write_table(pa.table(columns), storage.join(uri, "vectors", f"part-{part:05d}.parquet"))
-    return StepResult()
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     root = tmp_path_factory.mktemp("inputs")
-    builders = {"prepare": build_prepare, "mine": build_mine, "model": build_model, "teacher_embeddings": build_teach}
-    return {name: publish(root / name, name, build) for name, build in builders.items()}
+    datasets = {
+        name: PreparedSet(task, documents(name), examples(name), PREFIX.format(name)) for name, task in TASKS.items()
+    }
+    builders = {"mine": build_mine, "model": build_model, "teacher_embeddings": build_teacher_embeddings}
+    published = {name: publish(root / name, name, build) for name, build in builders.items()}
+    return {"prepare": publish_prepared(root / "prepare", datasets), **published}
 
 
 @pytest.fixture(autouse=True)
@@ -391,9 +374,8 @@ def test_too_few_examples(inputs: dict[str, Artifact], tmp_path: Path) -> None:
 
 
 def test_a_data_set_that_was_not_mined(inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    def build(config: Config, given: Mapping[str, Artifact], uri: str) -> StepResult:
+    def build(uri: str) -> None:
         write_table(pa.Table.from_pylist(mined("facts"), MINED), storage.join(uri, "facts", "mined.parquet"))
-        return StepResult()
 
     partly = publish(tmp_path / "mine", "mine", build)
     with pytest.raises(UserError, match="data set kinds was not mined"):

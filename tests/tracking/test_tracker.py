@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from artifacts import publish
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
 from nvembed.core import storage
-from nvembed.core.steps import Step, StepResult, load_artifact
+from nvembed.core.steps import StepResult, load_artifact
 from nvembed.tracking.config import TrackingConfig
 from nvembed.tracking.store import Follower, flatten, numbers, resolve_store
 from nvembed.tracking.tracker import Tracker, open_client
@@ -62,16 +63,16 @@ def rows(first: int, last: int) -> bytes:
 
 
 def source_artifact(out: str) -> Artifact:
-    step = Step("prepare", 1, lambda config, inputs, uri: StepResult(rows={"train": 7}))
-    return step.run(StepConfig(steps=1), {}, storage.join(out, "prepare"))
+    result = StepResult(rows={"train": 7})
+    return publish(storage.join(out, "prepare"), "prepare", lambda uri: result, StepConfig(steps=1))
 
 
 def train(out: str, source: Artifact, data: bytes) -> Artifact:
-    def build(config: Config, inputs: Any, uri: str) -> StepResult:
+    def build(uri: str) -> StepResult:
         storage.write_bytes(storage.join(uri, "metrics.jsonl"), data)
         return StepResult(rows={"examples": 3}, metrics={"a set": {"loss@64": 0.5, "text": "a private text"}})
 
-    return Step("train", 1, build).run(StepConfig(), {"prepare": source}, storage.join(out, "train"))
+    return publish(storage.join(out, "train"), "train", build, StepConfig(), prepare=source)
 
 
 def walk(out: str, source: Artifact, data: bytes) -> Tracker:

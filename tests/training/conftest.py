@@ -1,13 +1,9 @@
-"""Makes `training_kit` importable and gives every test one thread, as the trained workers have."""
+"""One thread for every test, as the trained workers have."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,11 @@
 """The steps that make model folders without training, on a small prepare artifact."""
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from artifacts import PreparedSet, publish_prepared
 
 from nvembed.core.steps import load_artifact
+from nvembed.data.tables import SPLITS, Document
 from nvembed.modeling.config import (
     EmbedderConfig,
     InitialiseConfig,
@@ -16,7 +16,7 @@ from nvembed.modeling.config import (
 )
 from nvembed.modeling.folder import describe_folder, load_embedder
 from nvembed.training.initialise import INITIALISE, STUDENT_INIT, dataset_prompts, tokenizer_texts
-from nvembed.types import Artifact, UserError
+from nvembed.types import TaskType, TrainingExample, UserError
 
 CONFIG = InitialiseConfig(
     backbone=RandomBackbone(vocab_size=320, num_layers=3),
@@ -28,28 +28,17 @@ TEXTS = ["a heap overflow", "lists", ""]
 
 @pytest.fixture
 def prepare(tmp_path):
-    uri = tmp_path / "prepare"
-    sets = {
-        "classes": {"task": "classification", "instruction": "Instruct: Classify\nQuery: "},
-        "cwe": {"task": "retrieval", "instruction": "Instruct: Find\nQuery: "},
-    }
-    for name in sets:
-        (uri / name).mkdir(parents=True)
-        splits = ["train", "dev", "test"] if name == "classes" else [None] * 3
-        corpus = {
-            "id": ["0", "1", "2"],
-            "title": ["", "Title", ""],
-            "text": [f"{name} first text", "second text", f"{name} third text"],
-            "label": [None] * 3,
-            "split": splits,
+    datasets = {}
+    for name, task, verb in (("classes", TaskType.CLASSIFICATION, "Classify"), ("cwe", TaskType.RETRIEVAL, "Find")):
+        splits = SPLITS if task.labelled else [None] * 3
+        texts = [("", f"{name} first text"), ("Title", "second text"), ("", f"{name} third text")]
+        documents = [Document(str(i), *texts[i], split=splits[i]) for i in range(3)]
+        examples = {
+            split: [TrainingExample(f"{split}{i}", name, task, f"{split} query of {name}") for i in range(3)]
+            for split in SPLITS
         }
-        schema = pa.schema([(key, pa.string()) for key in corpus])
-        pq.write_table(pa.table(corpus, schema=schema), uri / name / "corpus.parquet")
-        for split in ("train", "dev", "test"):
-            pq.write_table(
-                pa.table({"query": [f"{split} query of {name}"] * 3}), uri / name / f"examples-{split}.parquet"
-            )
-    return Artifact(str(uri), {"content_hash": "x", "metrics": {"datasets": sets}})
+        datasets[name] = PreparedSet(task, documents, examples, f"Instruct: {verb}\nQuery: ")
+    return publish_prepared(tmp_path / "prepare", datasets)
 
 
 def test_vocabulary_texts_leave_held_out_items_and_queries_out(prepare):
