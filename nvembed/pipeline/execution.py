@@ -146,7 +146,7 @@ def _why_unreachable(out: str) -> str | None:
 
 def _check_ready(recipe: Recipe, out: str, console: Console) -> None:
     for note in check_ready(recipe, out):
-        console.line(f"note: {note.check}: {note.said}{f'; {note.fix}' if note.fix else ''}")
+        console.line(f"note: {note.check}: {note.message}{f'; {note.fix}' if note.fix else ''}")
 
 
 def execute(request: Request, console: Console, *, grace: float | None) -> PipelineRun:

@@ -1,1 +1,1 @@
-"""What a run's cluster has to be like, looked at before any GPU time is spent (layer 6)."""
+"""Preflight: checks of this machine and of every node, before the first step."""

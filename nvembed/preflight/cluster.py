@@ -1,4 +1,4 @@
-"""From what the nodes answered to findings, each with its fix (layer 6). Pure."""
+"""Findings about a Ray cluster, each with its fix, from the facts of its nodes. Pure."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from nvembed.preflight.facts import Cluster, Node
 from nvembed.preflight.findings import NOTE, OK, PROBLEM, Finding
 from nvembed.preflight.needs import Needs, Pool, pip_line
 
-MIN_STORE_BYTES = 80 * 2**20  # what the recipe's own lower bound is (`cluster.object_store_mb`)
+MIN_STORE_BYTES = 80 * 2**20  # the lower bound of `cluster.object_store_mb` in a recipe
 MIN_SHARED_BYTES = 300 * 2**20
-FULL_DISK = 0.95  # from there on Ray refuses to spill and to start what needs the disk
-SKEW_NOTE, SKEW_PROBLEM = 2.0, 20.0  # seconds; a lease is believed dead after 60
+FULL_DISK = 0.95  # fuller, Ray does not spill and does not start tasks that need the disk
+SKEW_NOTE, SKEW_PROBLEM = 2.0, 20.0  # seconds; a lease expires after 60
 WITHOUT_BF16 = ("V100", "P100", "T4", "P4", "K80")
 
 
-def judge_cluster(cluster: Cluster, needs: Needs, driver: Mapping[str, object], out: str) -> list[Finding]:
+def cluster_findings(cluster: Cluster, needs: Needs, driver: Mapping[str, object], out: str) -> list[Finding]:
     """All findings about a cluster.
 
     Args:
-        cluster: what was gathered.
-        needs: what the recipe asks for.
+        cluster: facts of the nodes.
+        needs: what the recipe needs.
         driver: `versions` and `source` of the driver.
-        out: the output, for the sentences.
+        out: the output, for the messages.
     """
     answered = [node for node in cluster.nodes if not node.error]
-    found = [
+    return [
         *_answers(cluster),
         *_storage(cluster, answered, out),
         *_versions(answered, driver),
@@ -40,7 +40,6 @@ def judge_cluster(cluster: Cluster, needs: Needs, driver: Mapping[str, object], 
         *_clocks(answered),
         *_room(cluster, needs),
     ]
-    return found
 
 
 def _answers(cluster: Cluster) -> Iterator[Finding]:
@@ -56,15 +55,15 @@ def _answers(cluster: Cluster) -> Iterator[Finding]:
 def _storage(cluster: Cluster, nodes: list[Node], out: str) -> Iterator[Finding]:
     bad = False
     for node in nodes:
-        said = str(node.facts["storage"])
-        if said != "ok":
+        storage = str(node.facts["storage"])
+        if storage != "ok":
             bad = True
             fix = "give the node the mount, the permissions or the credentials (environment) to write there"
-            yield Finding("storage", PROBLEM, f"{node.name} cannot write, rename and list at {out}: {said}", fix)
+            yield Finding("storage", PROBLEM, f"{node.name} cannot write, rename and list at {out}: {storage}", fix)
         elif node.id not in cluster.seen:
             bad = True
             fix = "use storage that all nodes share: a network mount at the same path, s3://, gs://"
-            yield Finding("storage", PROBLEM, f"what {node.name} writes at {out} is not seen by the driver", fix)
+            yield Finding("storage", PROBLEM, f"the driver does not see what {node.name} writes at {out}", fix)
     if nodes and not bad:
         yield Finding("storage", OK, f"written, renamed and listed at {out} from {len(nodes)} nodes")
 
@@ -103,9 +102,9 @@ def _models(nodes: list[Node], needs: Needs) -> Iterator[Finding]:
     for section, name, revision in needs.node_models:
         yield from unpinned(section, name, revision)
         for node in nodes:
-            said = next(m["said"] for m in node.facts["models"] if (m["name"], m["revision"]) == (name, revision))
-            if said != "ok":
-                yield Finding(f"model {section}", PROBLEM, f"{node.name}: {name}: {said}", model_fix(name))
+            state = next(m["state"] for m in node.facts["models"] if (m["name"], m["revision"]) == (name, revision))
+            if state != "ok":
+                yield Finding(f"model {section}", PROBLEM, f"{node.name}: {name}: {state}", model_fix(name))
 
 
 def unpinned(section: str, name: str, revision: str | None) -> Iterator[Finding]:
@@ -116,9 +115,9 @@ def unpinned(section: str, name: str, revision: str | None) -> Iterator[Finding]
 
 
 def model_fix(name: str) -> str:
-    """What to do about a model that cannot be opened."""
+    """The fix for a model that cannot be opened."""
     if "://" in name or name.startswith("/"):
-        return "put it on storage that the node reaches, at this path"
+        return "put it at this path on storage that the node reaches"
     return "check name and revision; give the node HF_TOKEN or network, or fill its cache (huggingface-cli download)"
 
 
@@ -130,12 +129,12 @@ def _network(nodes: list[Node]) -> Iterator[Finding]:
             fix = "open all TCP ports between the nodes: ranks connect to each other on ports the system chooses"
             yield Finding("network", PROBLEM, f"{node.name} cannot reach a port of {other}: {error}", fix)
     if len(nodes) > 1 and not bad:
-        yield Finding("network", OK, "ports that the nodes open are reached from the others")
+        yield Finding("network", OK, "every node reaches the ports that the others open")
 
 
 def _authentication(nodes: list[Node]) -> Iterator[Finding]:
     open_nodes = [node.name for node in nodes if node.facts["authentication"] != "token"]
-    fix = "start Ray on every node with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (whoever reaches a port runs code)"
+    fix = "start Ray on every node with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (anyone who reaches a port can run code)"
     if open_nodes:
         yield Finding("authentication", PROBLEM, f"off on {', '.join(open_nodes)}", fix)
     elif nodes:
@@ -147,17 +146,19 @@ def _dashboard(cluster: Cluster) -> Iterator[Finding]:
         yield Finding("dashboard", OK, "none")
         return
     if cluster.dashboard_answer in (401, 403):
-        yield Finding("dashboard", OK, f"{cluster.dashboard} wants the token")
+        yield Finding("dashboard", OK, f"{cluster.dashboard} requires the token")
         return
     host = cluster.dashboard.removeprefix("http://").rpartition(":")[0].strip("[]")
     if is_loopback(host):
         yield Finding("dashboard", OK, f"{cluster.dashboard}, this machine only")
         return
-    fix = "ray start --dashboard-host=127.0.0.1, or RAY_AUTH_MODE=token: its job API runs what it is sent"
-    said = (
+    fix = "ray start --dashboard-host=127.0.0.1, or RAY_AUTH_MODE=token: its job API runs any code"
+    message = (
         "answers without a token" if cluster.dashboard_answer == 200 else "listens beyond its machine, did not answer"
     )
-    yield Finding("dashboard", PROBLEM if cluster.dashboard_answer == 200 else NOTE, f"{cluster.dashboard} {said}", fix)
+    yield Finding(
+        "dashboard", PROBLEM if cluster.dashboard_answer == 200 else NOTE, f"{cluster.dashboard} {message}", fix
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -174,14 +175,14 @@ def _memory(nodes: list[Node]) -> Iterator[Finding]:
         store, shared = node.resources.get("object_store_memory", 0.0), node.facts["shared_memory"]
         if store < MIN_STORE_BYTES:
             bad = True
-            said = f"{node.name}: {store / 2**20:.0f} MiB, at least {MIN_STORE_BYTES / 2**20:.0f} are needed"
-            yield Finding("object store", PROBLEM, said, "ray start --object-store-memory=209715200")
+            message = f"{node.name}: {store / 2**20:.0f} MiB, at least {MIN_STORE_BYTES / 2**20:.0f} are needed"
+            yield Finding("object store", PROBLEM, message, "ray start --object-store-memory=209715200")
         wanted = max(MIN_SHARED_BYTES, store)
         if shared is None or shared["total"] < wanted:
             bad = True
-            said = f"{node.name}: {(shared or {'total': 0})['total'] / 2**20:.0f} MiB for {wanted / 2**20:.0f}"
+            message = f"{node.name}: {(shared or {'total': 0})['total'] / 2**20:.0f} MiB for {wanted / 2**20:.0f}"
             fix = "docker run --shm-size, or an emptyDir of medium Memory at /dev/shm: objects lie on disk otherwise"
-            yield Finding("/dev/shm", PROBLEM, said, fix)
+            yield Finding("/dev/shm", PROBLEM, message, fix)
     if nodes and not bad:
         smallest = min(node.resources.get("object_store_memory", 0.0) for node in nodes)
         yield Finding("object store", OK, f"{smallest / 2**20:.0f} MiB or more on every node, within /dev/shm")
@@ -200,12 +201,12 @@ def _clocks(nodes: list[Node]) -> Iterator[Finding]:
     known = [(node.name, node.skew) for node in nodes if node.skew is not None]
     for node in nodes:
         if node.skew is None:
-            yield Finding("clock", NOTE, f"{node.name} did not say its time", "see that its clock is right")
+            yield Finding("clock", NOTE, f"{node.name} did not report its time", "check its clock")
     for name, skew in known:
         if abs(skew) > SKEW_NOTE:
             state = PROBLEM if abs(skew) > SKEW_PROBLEM else NOTE
-            said = f"{name} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'} of the driver"
-            yield Finding("clock", state, said, "run NTP on every node: leases and credentials go by the clock")
+            message = f"{name} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'} of the driver"
+            yield Finding("clock", state, message, "run NTP on every node: leases and credentials depend on the clock")
     worst = max((abs(skew) for _, skew in known), default=0.0)
     if known and worst <= SKEW_NOTE:
         yield Finding("clock", OK, f"within {max(worst, 0.1):.1f} s")
@@ -228,33 +229,33 @@ def _room(cluster: Cluster, needs: Needs) -> Iterator[Finding]:
 
 
 def total(cluster: Cluster, kind: str) -> float:
-    """How much of a resource the nodes have together."""
+    """Amount of a resource over all nodes."""
     return sum(node.resources.get(kind, 0.0) for node in cluster.nodes)
 
 
 def places(cluster: Cluster, kind: str, each: float) -> int:
-    """How many processes that ask for `each` the nodes hold: one never spans two nodes."""
+    """Number of processes that the nodes have room for, each needing `each`: none spans two nodes."""
     return sum(int(node.resources.get(kind, 0.0) / each + 1e-9) for node in cluster.nodes)
 
 
 def _fits(cluster: Cluster, pool: Pool, kind: str, each: float) -> Finding | None:
     if not each:
         return None
-    held = places(cluster, kind, each)
-    if held >= pool.count:
+    capacity = places(cluster, kind, each)
+    if capacity >= pool.count:
         return None
-    said = (
-        f"{pool.section}: {pool.count} processes of {each:g} {kind}s, the nodes hold {held} "
+    message = (
+        f"{pool.section}: {pool.count} processes of {each:g} {kind}s, the nodes have room for {capacity} "
         f"({total(cluster, kind):g} {kind}s)"
     )
     workers = pool.section.endswith(".train")
     fix = f"start more nodes, or lower {pool.section}.{'num_workers' if workers else 'actors'}"
     if cluster.maximum is not None and cluster.maximum.get(kind, 0.0) < pool.count * each:
         most = cluster.maximum.get(kind, 0.0)
-        return Finding("room", PROBLEM, f"{said}; the autoscaler reaches {most:g} {kind}s at most", fix)
+        return Finding("room", PROBLEM, f"{message}; the autoscaler reaches {most:g} {kind}s at most", fix)
     if cluster.grows:
-        return Finding("room", NOTE, f"{said}; the autoscaler is to add some, Ray waits for it")
-    return Finding("room", PROBLEM, said, fix)
+        return Finding("room", NOTE, f"{message}; the autoscaler should add some, Ray waits for it")
+    return Finding("room", PROBLEM, message, fix)
 
 
 def _kinds(cluster: Cluster, pool: Pool) -> Iterator[Finding]:
@@ -270,7 +271,7 @@ def _kinds(cluster: Cluster, pool: Pool) -> Iterator[Finding]:
     old = sorted(kinds & set(WITHOUT_BF16))
     if pool.bf16 and old:
         fix = f"set {pool.section}.precision to fp32, or use Ampere or later"
-        yield Finding("GPU kind", PROBLEM, f"{pool.section} asks for bf16, which {', '.join(old)} has not", fix)
+        yield Finding("GPU kind", PROBLEM, f"{pool.section} needs bf16, which {', '.join(old)} does not support", fix)
     if len(kinds) > 1:
         fix = "keep one kind: the slowest sets the pace, and a resumed run is bit-equal on one machine type only"
         yield Finding("GPU kind", NOTE, f"{pool.section} may run on {', '.join(sorted(kinds))} together", fix)

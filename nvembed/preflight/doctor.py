@@ -1,4 +1,4 @@
-"""`nvembed doctor`: what this machine is and lacks, each finding with what to do (layer 6)."""
+"""The checks of `nvembed doctor`: properties of this machine, each problem with its fix."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def _requirements(extra: str) -> list[Requirement]:
         lines = importlib.metadata.requires("nvembed") or []
     except importlib.metadata.PackageNotFoundError:
         return []
-    found = [Requirement(line) for line in lines]
+    requirements = [Requirement(line) for line in lines]
     if not extra:
-        return [item for item in found if item.marker is None]
-    return [item for item in found if item.marker is not None and item.marker.evaluate({"extra": extra})]
+        return [item for item in requirements if item.marker is None]
+    return [item for item in requirements if item.marker is not None and item.marker.evaluate({"extra": extra})]
 
 
 def _compare(requirements: list[Requirement], state: str, fix: str) -> Iterator[Finding]:
@@ -64,8 +64,8 @@ def _compare(requirements: list[Requirement], state: str, fix: str) -> Iterator[
             yield Finding(f"package {item.name}", state, "not installed", fix.format(name=item.name))
             continue
         good = item.specifier.contains(version, prereleases=True)
-        said = version if good else f"{version}, wanted {item.specifier}"
-        yield Finding(f"package {item.name}", OK if good else PROBLEM, said, "" if good else f"pip install '{item}'")
+        message = version if good else f"{version}, required {item.specifier}"
+        yield Finding(f"package {item.name}", OK if good else PROBLEM, message, "" if good else f"pip install '{item}'")
 
 
 def _packages() -> Iterator[Finding]:
@@ -81,10 +81,12 @@ def _quickstart() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    found = shutil.which("c++") or shutil.which("g++")
-    said = found or "none"
+    compiler = shutil.which("c++") or shutil.which("g++")
     yield Finding(
-        "C++ compiler", OK if found else NOTE, said, "" if found else "apt-get install g++ (DeepSpeed's offload)"
+        "C++ compiler",
+        OK if compiler else NOTE,
+        compiler or "none",
+        "" if compiler else "apt-get install g++ (DeepSpeed's offload)",
     )
 
 
@@ -96,17 +98,19 @@ def _processor() -> Iterator[Finding]:
             flags = set(line.partition(":")[2].split())
             break
     bf16 = flags & {"avx512_bf16", "amx_bf16", "bf16"}
-    said = f"{os.cpu_count()} CPUs, bf16 {'by ' + ', '.join(sorted(bf16)) if bf16 else 'not supported: fp32 is used'}"
-    yield Finding("processor", OK, said)
+    message = (
+        f"{os.cpu_count()} CPUs, bf16 {'by ' + ', '.join(sorted(bf16)) if bf16 else 'not supported: fp32 is used'}"
+    )
+    yield Finding("processor", OK, message)
 
 
 def _memory() -> Iterator[Finding]:
     import psutil
 
     memory = psutil.virtual_memory()
-    said = f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}"
+    message = f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}"
     low = memory.available < 8 * 2**30
-    yield Finding("memory", NOTE if low else OK, said, "the quickstart needs up to 8 GiB" if low else "")
+    yield Finding("memory", NOTE if low else OK, message, "the quickstart needs up to 8 GiB" if low else "")
 
 
 def _shared_memory() -> Iterator[Finding]:
@@ -123,7 +127,7 @@ def _shared_memory() -> Iterator[Finding]:
 def _ray() -> Iterator[Finding]:
     mode = os.environ.get("RAY_AUTH_MODE", "")
     if mode == "disabled":
-        fix = "unset RAY_AUTH_MODE: Ray listens on every interface, and whoever reaches it runs code here"
+        fix = "unset RAY_AUTH_MODE: Ray listens on every interface, and anyone who reaches it can run code here"
         yield Finding("ray authentication", PROBLEM, "disabled by RAY_AUTH_MODE", fix)
     else:
         yield Finding("ray authentication", OK, mode or "token (Ray's default)")
@@ -147,25 +151,27 @@ def _files() -> Iterator[Finding]:
 
 
 def _clock() -> Iterator[Finding]:
-    """A clock that is behind the files it reads makes leases and certificates fail."""
+    """A clock that is behind the dates of files makes leases and certificates fail."""
     written = Path(__file__).stat().st_mtime
     behind = written - time.time()
-    said = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    message = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     if behind > 60:
-        yield Finding("clock", PROBLEM, f"{said}, {behind / 3600:.1f} h before nvembed was installed", "set the clock")
+        yield Finding(
+            "clock", PROBLEM, f"{message}, {behind / 3600:.1f} h before nvembed was installed", "set the clock"
+        )
     else:
-        yield Finding("clock", OK, said)
+        yield Finding("clock", OK, message)
 
 
 def listening(port: int, table: str) -> list[str]:
-    """Addresses on which a port is listened to, from a table like /proc/net/tcp (its own hexadecimal form)."""
-    found = []
+    """Addresses that listen on a port, from a table like /proc/net/tcp (in its hexadecimal form)."""
+    addresses = []
     for line in table.splitlines()[1:]:
         columns = line.split()
         address, _, number = columns[1].partition(":")
         if columns[3] == _LISTEN and int(number, 16) == port:
-            found.append(address)
-    return found
+            addresses.append(address)
+    return addresses
 
 
 def _is_loopback(address: str) -> bool:
@@ -175,15 +181,15 @@ def _is_loopback(address: str) -> bool:
 
 
 def _dashboard() -> Iterator[Finding]:
-    """Whoever reaches Ray's dashboard may run code here (ShadowRay), token or not."""
-    found = []
+    """A dashboard that other machines reach: it runs any code it is sent (ShadowRay), with or without a token."""
+    addresses = []
     for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         with contextlib.suppress(OSError):
-            found += listening(DASHBOARD_PORT, path.read_text())
-    if not found:
+            addresses += listening(DASHBOARD_PORT, path.read_text())
+    if not addresses:
         yield Finding("ray dashboard", OK, f"nothing listens on port {DASHBOARD_PORT}")
-    elif all(map(_is_loopback, found)):
-        yield Finding("ray dashboard", OK, f"port {DASHBOARD_PORT}, reached from this machine only")
+    elif all(map(_is_loopback, addresses)):
+        yield Finding("ray dashboard", OK, f"port {DASHBOARD_PORT}, open to this machine only")
     else:
         fix = "ray start --dashboard-host 127.0.0.1, and an SSH tunnel to reach it"
         yield Finding("ray dashboard", PROBLEM, f"port {DASHBOARD_PORT} is open to other machines", fix)
@@ -200,7 +206,7 @@ def _mlflow() -> Iterator[Finding]:
             probe(uri)
         yield Finding("mlflow", OK, f"{shown} answers" if "://" in uri else shown)
     except (OSError, ValueError) as error:
-        fix = "start the server or mend MLFLOW_TRACKING_URI; runs go on without it and send the rest later"
+        fix = "start the server or correct MLFLOW_TRACKING_URI; runs continue without it and send their metrics later"
         yield Finding("mlflow", PROBLEM, f"{shown}: {mask(str(error))}", fix)
 
 
@@ -212,8 +218,8 @@ def _hub() -> Iterator[Finding]:
         yield Finding("hub cache", PROBLEM, f"{cache} cannot be written", f"chown it, or set HF_HOME: {cache}")
         return
     models = len(list(cache.glob("models--*"))) if cache.is_dir() else 0
-    said = f"{models} model(s) in {cache}" + ("; HF_HUB_OFFLINE: nothing is downloaded" if offline else "")
-    yield Finding("hub cache", OK, said)
+    message = f"{models} model(s) in {cache}" + ("; HF_HUB_OFFLINE: nothing is downloaded" if offline else "")
+    yield Finding("hub cache", OK, message)
 
 
 def _locks() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""What the nodes of a Ray cluster answer, gathered in a few seconds (layer 6)."""
+"""Facts about the nodes of a Ray cluster, gathered by one actor per node in a few seconds."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Node:
     """One node.
 
     Attributes:
-        name: what the user knows it by: its address, and the end of Ray's id.
+        name: address and the start of Ray's id.
         id: Ray's id.
         resources: what Ray may place there.
-        facts: what `Probe.look` found; empty where it did not answer.
-        skew: seconds its clock is ahead of the driver's, the uncertainty taken off; 0 within it; None: it did not say.
+        facts: the result of `Probe.look`; empty where it did not answer.
+        skew: seconds its clock is ahead of the driver's, the uncertainty taken off; 0 within it; None: not known.
         unreachable: name of another node -> error.
         error: why it did not answer.
     """
@@ -43,14 +43,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Cluster:
-    """All nodes, and what only the driver sees.
+    """All nodes, and the facts that only the driver sees.
 
     Attributes:
         seen: names below the scratch directory as the driver sees them.
         maximum: resources an autoscaler may reach; None where the cluster does not grow.
         grows: whether an autoscaler is at work.
         dashboard: host:port; None where there is none.
-        dashboard_answer: HTTP status of a request without a token; None where it was not asked or did not answer.
+        dashboard_answer: HTTP status of a request without a token; None without a request or an answer.
     """
 
     nodes: Sequence[Node]
@@ -62,7 +62,7 @@ class Cluster:
 
 
 def gather(order: Mapping[str, Any], listed: Callable[[str], set[str]]) -> Cluster:
-    """Ask every live node; Ray is connected. What the nodes wrote is removed again.
+    """Gather the facts of every live node; Ray must be connected. The nodes' scratch files are removed.
 
     Args:
         order: see `Probe.look`, without `node`.
@@ -91,17 +91,17 @@ def gather(order: Mapping[str, Any], listed: Callable[[str], set[str]]) -> Clust
     nodes = []
     for node in alive:
         key = node["NodeID"]
-        found = looked[key]
-        failed = isinstance(found, Exception)
+        answer = looked[key]
+        failed = isinstance(answer, Exception)
         nodes.append(
             Node(
                 name=_name(node),
                 id=key,
                 resources=node["Resources"],
-                facts={} if failed else found,
+                facts={} if failed else answer,
                 skew=skews.get(key),
                 unreachable=unreachable.get(key, {}),
-                error=f"{type(found).__name__}: {_first_line(found)}" if failed else "",
+                error=f"{type(answer).__name__}: {_first_line(answer)}" if failed else "",
             )
         )
     return Cluster(nodes, seen, *_growth(ray), *_dashboard(ray))
@@ -115,16 +115,16 @@ def _actor(ray: Any, body: type, node: str) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-    # several at a time: listening, reaching, being asked for the time
+    # several calls at a time: listen, reach, clock
     return ray.remote(body).options(num_cpus=0, scheduling_strategy=strategy, max_concurrency=4).remote()
 
 
-def _ask(ray: Any, asked: Mapping[str, Any], seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
-    """Answer or exception by key; all wait together."""
-    ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds) if asked else ([], [])
+def _ask(ray: Any, calls: Mapping[str, Any], seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
+    """Answer or exception by key; all calls share one timeout."""
+    ready, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=seconds) if calls else ([], [])
     done = set(ready)
     answers: dict[str, Any] = {}
-    for key, reference in asked.items():
+    for key, reference in calls.items():
         if reference not in done:
             answers[key] = TimeoutError(f"no answer within {seconds:.0f} s")
             continue
@@ -153,7 +153,7 @@ def _skew(ray: Any, actor: Any) -> float | None:
 
 
 def _mesh(ray: Any, actors: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Which node cannot reach which: each opens a port as the first rank would, the others connect."""
+    """Nodes that cannot reach others: each opens a port as rank 0 would, the others connect."""
     if len(actors) < 2:
         return {}
     opened = _ask(ray, {key: actor.listen.remote() for key, actor in actors.items()})
@@ -162,19 +162,19 @@ def _mesh(ray: Any, actors: Mapping[str, Any], names: Mapping[str, str]) -> dict
     }
     addresses = {key: value for key, value in opened.items() if not isinstance(value, Exception)}
     order = list(addresses)
-    asked = {}
+    calls = {}
     for index, key in enumerate(order):
         others = order[index + 1 :] + order[:index]
         others = others if len(order) <= FULL_MESH else others[:RING]
-        asked[key] = actors[key].reach.remote({names[other]: addresses[other] for other in others})
-    for key, answer in _ask(ray, asked).items():
+        calls[key] = actors[key].reach.remote({names[other]: addresses[other] for other in others})
+    for key, answer in _ask(ray, calls).items():
         if not isinstance(answer, Exception) and answer:
             failed.setdefault(key, {}).update(answer)
     return failed
 
 
 def _growth(ray: Any) -> tuple[Mapping[str, float] | None, bool]:
-    """What an autoscaler may reach (None: unknown), and whether there is one."""
+    """Resources an autoscaler may reach (None: unknown), and whether there is one."""
     from ray.experimental.internal_kv import _internal_kv_get
 
     with contextlib.suppress(Exception):
@@ -189,7 +189,7 @@ def _growth(ray: Any) -> tuple[Mapping[str, float] | None, bool]:
 def autoscales(status: Mapping[str, Any]) -> bool:
     """Whether the status that Ray's monitor publishes comes from an autoscaler that can add nodes.
 
-    The monitor of a cluster that somebody started by hand publishes one too; it names node types after their nodes.
+    The monitor of a cluster that was started by hand publishes one too; it names node types after their nodes.
     """
     report = status.get("autoscaler_report") or {}
     types = {*(report.get("active_nodes") or {}), *(report.get("idle_nodes") or {})}
@@ -197,7 +197,7 @@ def autoscales(status: Mapping[str, Any]) -> bool:
 
 
 def _dashboard(ray: Any) -> tuple[str | None, int | None]:
-    """Where the dashboard listens, and what it answers to somebody without a token."""
+    """Address of the dashboard, and its HTTP status for a request without a token."""
     from ray._private.services import get_webui_url_from_internal_kv
 
     url = None

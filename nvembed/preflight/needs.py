@@ -1,4 +1,4 @@
-"""What a recipe asks of a cluster: places, packages and models per node (layer 6). Pure."""
+"""What a recipe needs: processes, packages and models, by node. Only `lacking_packages` looks at this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SOURCE_PACKAGES = {
 
 @dataclass(frozen=True)
 class Pool:
-    """Processes that have to stand at the same time: a stage's workers or a step's actors."""
+    """Processes that run at the same time: the workers of a stage or the actors of a step."""
 
     section: str
     count: int
@@ -36,12 +36,12 @@ class Pool:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a recipe asks for.
+    """What a recipe needs.
 
     Attributes:
-        pools: what has to be placed, largest first by no order.
+        pools: processes to place, in no order.
         node_models: models that every node opens: `(section, name, revision)`.
-        node_packages: packages that every node needs, each with the sections that want it.
+        node_packages: packages that every node needs, each with the sections that need it.
         driver_packages: packages that only the driver's node needs.
         driver_paths: files and folders that only the driver reads: `(section, uri)`.
     """
@@ -58,7 +58,7 @@ ON_NODES = ("mine.", "baselines.reference")  # opened by actors; data and backbo
 
 
 def needs_of(recipe: Recipe) -> Needs:
-    """Everything the recipe's stages ask for."""
+    """The needs of all sections of a recipe."""
     packages = needed_packages(recipe)
     on_nodes = {name: wants for name, wants in packages.items() if any(want.startswith(ON_NODES) for want in wants)}
     return Needs(
@@ -138,11 +138,11 @@ def all_sources(recipe: Recipe) -> Iterator[tuple[str, SourceConfig]]:
 
 
 def needed_packages(recipe: Recipe) -> dict[str, list[str]]:
-    """Distributions beyond nvembed's own dependencies, each with the recipe's sections that want it."""
-    found: dict[str, list[str]] = {}
+    """Distributions beyond nvembed's own dependencies, each with the sections that need it."""
+    sections: dict[str, list[str]] = {}
     for package, section in _wanted(recipe):
-        found.setdefault(package, []).append(section)
-    return found
+        sections.setdefault(package, []).append(section)
+    return sections
 
 
 def _wanted(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -179,7 +179,7 @@ def check_packages(recipe: Recipe) -> None:
 
 
 def lacking_packages(recipe: Recipe) -> dict[str, list[str]]:
-    """The needed packages that are not installed here, each with the sections that want it."""
+    """The needed packages that are not installed here, each with the sections that need it."""
     return {name: wants for name, wants in needed_packages(recipe).items() if not _installed(name)}
 
 

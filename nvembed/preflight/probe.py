@@ -1,4 +1,4 @@
-"""What is looked at on a node, by an actor there (layer 6).
+"""The probe: an actor that gathers the facts of its node.
 
 The module is sent to the nodes by value and imports the standard library only: it has to work where nvembed is
 missing, broken or another version, and say so.
@@ -26,13 +26,13 @@ CONNECT_SECONDS = 3.0
 
 
 class Probe:
-    """One node's answers. Every method returns plain values; what goes wrong is a value too."""
+    """The facts of one node. Methods return plain values; errors are values too."""
 
     def __init__(self) -> None:
         self._listener: socket.socket | None = None
 
     def look(self, order: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything that needs no other node.
+        """The facts that need no other node.
 
         Args:
             order: `packages` (names), `models` ({name, revision}), `scratch` (URI below the output), `node` (its id).
@@ -42,7 +42,7 @@ class Probe:
             "versions": versions(),
             "source": _or_error(source_hash),
             "packages": {name: _version(name) for name in order["packages"]},
-            "models": [{**model, "said": model_state(model["name"], model["revision"])} for model in order["models"]],
+            "models": [{**model, "state": model_state(model["name"], model["revision"])} for model in order["models"]],
             "storage": _or_error(lambda: try_storage(order["scratch"], order["node"])),
             "shared_memory": _free("/dev/shm"),
             "temporary": _free(os.environ.get("RAY_TMPDIR") or "/tmp"),
@@ -50,7 +50,7 @@ class Probe:
         }
 
     def clock(self) -> float:
-        """Seconds since the epoch, as this node has them."""
+        """Seconds since the epoch by this node's clock."""
         return time.time()
 
     def listen(self) -> tuple[str, int]:
@@ -86,7 +86,7 @@ class Probe:
         return failed
 
     def close(self, scratch: str) -> None:
-        """Stop listening, and take away what this node wrote."""
+        """Stop listening, and remove the scratch directory."""
         if self._listener is not None:
             self._listener.close()
         with contextlib.suppress(Exception):
@@ -115,10 +115,10 @@ def _version(name: str) -> str | None:
 
 def source_hash() -> str | None:
     """SHA-256 of nvembed's Python files as this process would import them; None where there is no nvembed."""
-    found = importlib.util.find_spec("nvembed")
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("nvembed")
+    if spec is None or not spec.submodule_search_locations:
         return None
-    root = Path(next(iter(found.submodule_search_locations)))
+    root = Path(next(iter(spec.submodule_search_locations)))
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
@@ -150,7 +150,7 @@ def _hub(name: str, revision: str | None) -> str:
 
 
 def try_storage(scratch: str, node: str) -> str:
-    """Write a file, rename it, list it: what publication, checkpoints and leases need. "ok" or what failed."""
+    """Write, rename, list and read a file, as publication, checkpoints and leases do. "ok" or the failure."""
     import fsspec
 
     fs, path = fsspec.core.url_to_fs(scratch)

@@ -1,7 +1,7 @@
-"""The preflight of a run: this machine, then the cluster that RAY_ADDRESS names (layer 6).
+"""The preflight of a run: this machine, then the cluster that RAY_ADDRESS names.
 
-Everything is told at once. It runs again on every attempt, resumed ones too: the nodes of a resumed attempt are often
-not those of the one before, and it takes seconds.
+All problems are reported at once. It runs before every attempt: the nodes of a resumed attempt are often others, and it
+takes seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from nvembed.core import storage
 from nvembed.core.secrets import why_refused
 from nvembed.preflight import probe
-from nvembed.preflight.cluster import judge_cluster, model_fix, unpinned
+from nvembed.preflight.cluster import cluster_findings, model_fix, unpinned
 from nvembed.preflight.findings import NOTE, OK, PROBLEM, Finding, PreflightError, as_text
 from nvembed.preflight.needs import Needs, lacking_packages, needs_of, pip_line
 from nvembed.recipe.schema import Recipe
@@ -28,19 +28,19 @@ CONNECT_SECONDS = 5.0
 
 
 def examine(recipe: Recipe, out: str) -> list[Finding]:
-    """Everything that can be known before the first step; connects to the cluster at RAY_ADDRESS, if it is set.
+    """All findings before the first step; connects to the cluster at RAY_ADDRESS, if it is set.
 
     Args:
-        recipe: what is to run.
+        recipe: the recipe of the run.
         out: output root, absolute.
     """
     needs = needs_of(recipe)
     address = os.environ.get("RAY_ADDRESS", "")
-    found = [*_packages(recipe), *_sources(needs), *_output(out), *_addresses()]
+    findings = [*_packages(recipe), *_sources(needs), *_output(out), *_addresses()]
     if not address:
-        return [*found, *_own_shared_memory(recipe), *_own_gpus(needs)]
+        return [*findings, *_own_shared_memory(recipe), *_own_gpus(needs)]
     refused = list(_unreachable(address))
-    return [*found, *(refused or _cluster(needs, out))]
+    return [*findings, *(refused or _cluster(needs, out))]
 
 
 def on_cluster() -> bool:
@@ -54,19 +54,19 @@ def check_ready(recipe: Recipe, out: str) -> list[Finding]:
     Raises:
         PreflightError: there are problems; the message has all of them with their fixes.
     """
-    found = examine(recipe, out)
-    problems = [finding for finding in found if finding.state == PROBLEM]
+    findings = examine(recipe, out)
+    problems = [finding for finding in findings if finding.state == PROBLEM]
     if problems:
-        raise PreflightError(f"not ready ({len(problems)} of {len(found)} checks):\n{as_text(problems)}")
-    return [finding for finding in found if finding.state == NOTE]
+        raise PreflightError(f"not ready ({len(problems)} of {len(findings)} checks):\n{as_text(problems)}")
+    return [finding for finding in findings if finding.state == NOTE]
 
 
 def check_reachable(out: str) -> None:
-    """Look at the output's address, as it was given.
+    """Check the address of the output.
 
     Raises:
         UserError: it carries a secret.
-        PreflightError: its storage cannot be asked at all.
+        PreflightError: its storage cannot be reached.
     """
     if why := why_refused(out):
         raise UserError(f"--out: {why}.")
@@ -77,9 +77,8 @@ def check_reachable(out: str) -> None:
     except Exception as error:  # every storage has errors of its own: no package, no credentials, no host, no bucket
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise PreflightError(
-            f"{out} cannot be reached ({type(error).__name__}: {' '.join(lines)[:300]}). Install the package of its "
-            "kind of storage (s3fs, gcsfs, ...), give credentials and endpoint by the environment, or choose another "
-            "--out."
+            f"{out} cannot be reached ({type(error).__name__}: {' '.join(lines)[:300]}). Install the package for "
+            "its storage (s3fs, gcsfs, ...), set credentials and endpoint in the environment, or choose another --out."
         ) from error
 
 
@@ -92,19 +91,19 @@ def _packages(recipe: Recipe) -> Iterator[Finding]:
         listed = ", ".join(f"{name} (for {', '.join(wants)})" for name, wants in missing.items())
         yield Finding("packages", PROBLEM, f"{listed} not installed", pip_line(missing))
     else:
-        yield Finding("packages", OK, "what the recipe needs is installed here")
+        yield Finding("packages", OK, "every package that the recipe needs is installed")
 
 
 def _sources(needs: Needs) -> Iterator[Finding]:
     for section, uri in needs.driver_paths:
-        said = probe.model_state(uri, None) if "://" in uri else "ok" if _there(uri) else "not there"
+        answer = probe.model_state(uri, None) if "://" in uri else "ok" if _there(uri) else "not there"
         fix = "check the path, the mount and the credentials (environment)"
-        yield Finding(section, OK if said == "ok" else PROBLEM, f"{uri}: {said}", "" if said == "ok" else fix)
+        yield Finding(section, OK if answer == "ok" else PROBLEM, f"{uri}: {answer}", "" if answer == "ok" else fix)
     for section, name, revision in needs.driver_models:
         yield from unpinned(section, name, revision)
-        said = probe.model_state(name, revision)
-        state = OK if said == "ok" else PROBLEM
-        yield Finding(f"model {section}", state, f"{name}: {said}", "" if said == "ok" else model_fix(name))
+        answer = probe.model_state(name, revision)
+        state = OK if answer == "ok" else PROBLEM
+        yield Finding(f"model {section}", state, f"{name}: {answer}", "" if answer == "ok" else model_fix(name))
 
 
 def _there(path: str) -> bool:
@@ -114,14 +113,14 @@ def _there(path: str) -> bool:
 def _output(out: str) -> Iterator[Finding]:
     scratch = storage.join(out, f"{SCRATCH}-{uuid.uuid4().hex[:8]}")
     try:
-        said = probe.try_storage(scratch, "driver")
+        answer = probe.try_storage(scratch, "driver")
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
+        answer = f"{type(error).__name__}: {error}"
     finally:
         _clear(scratch)
-    fix = "" if said == "ok" else "choose another --out, or mend permissions, mount or credentials (environment)"
-    yield Finding("output", OK if said == "ok" else PROBLEM, f"{out}: {said}", fix)
-    if said == "ok" and storage.is_local(out):
+    fix = "" if answer == "ok" else "choose another --out, or correct permissions, mount or credentials (environment)"
+    yield Finding("output", OK if answer == "ok" else PROBLEM, f"{out}: {answer}", fix)
+    if answer == "ok" and storage.is_local(out):
         place = storage.local_path(out)
         while not place.exists():
             place = place.parent
@@ -147,8 +146,8 @@ def _own_shared_memory(recipe: Recipe) -> Iterator[Finding]:
         return
     fix = "docker run --shm-size=1g, or lower cluster.object_store_mb: Ray keeps its objects on disk otherwise"
     low = free < wanted
-    said = f"{free / 2**20:.0f} MiB free for an object store of {wanted / 2**20:.0f}"
-    yield Finding("/dev/shm", NOTE if low else OK, said, fix if low else "")
+    message = f"{free / 2**20:.0f} MiB free for an object store of {wanted / 2**20:.0f}"
+    yield Finding("/dev/shm", NOTE if low else OK, message, fix if low else "")
 
 
 def _own_gpus(needs: Needs) -> Iterator[Finding]:
@@ -162,9 +161,9 @@ def _own_gpus(needs: Needs) -> Iterator[Finding]:
     for pool in wanting:
         need = pool.count * pool.gpus
         if need > have:
-            said = f"{pool.section} asks for {need:g} GPUs, this machine has {have:g}"
+            message = f"{pool.section} needs {need:g} GPUs, this machine has {have:g}"
             fix = "set RAY_ADDRESS to a cluster that has them (nvembed submit), or its gpus_per_* to 0"
-            yield Finding("room", PROBLEM, said, fix)
+            yield Finding("room", PROBLEM, message, fix)
 
 
 # -- the cluster ------------------------------------------------------------------------------------------------------
@@ -173,14 +172,14 @@ def _own_gpus(needs: Needs) -> Iterator[Finding]:
 def _addresses() -> Iterator[Finding]:
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         state = PROBLEM if os.environ.get("RAY_ADDRESS") else NOTE
-        fix = "unset RAY_AUTH_MODE: Ray listens on every interface, and whoever reaches it runs code here"
+        fix = "unset RAY_AUTH_MODE: Ray listens on every interface, and anyone who reaches it can run code here"
         yield Finding("authentication", state, "disabled by RAY_AUTH_MODE", fix)
 
 
 def _unreachable(address: str) -> Iterator[Finding]:
-    """Why the cluster cannot be joined; nothing where it was joined."""
+    """The reason why the cluster cannot be joined; nothing after joining it."""
     if address.startswith("ray://"):
-        fix = "run the story on the cluster instead: nvembed submit TARGET -- python STORY RECIPE"
+        fix = "run the pipeline on the cluster instead: nvembed submit TARGET -- python PIPELINE RECIPE"
         yield Finding("cluster", PROBLEM, f"{address} is Ray Client, which Ray Train cannot use", fix)
         return
     host, _, port = address.rpartition(":")
@@ -195,9 +194,9 @@ def _unreachable(address: str) -> Iterator[Finding]:
         _join()
     except Exception as error:  # Ray raises RuntimeError, ConnectionError and errors of its own for the same mistakes
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = f"{address} cannot be joined: {type(error).__name__}: {' '.join(lines)[:600]}"
+        message = f"{address} cannot be joined: {type(error).__name__}: {' '.join(lines)[:600]}"
         fix = "the driver needs the cluster's Python and Ray versions and its token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)"
-        yield Finding("cluster", PROBLEM, said, fix)
+        yield Finding("cluster", PROBLEM, message, fix)
 
 
 def _join() -> None:
@@ -224,4 +223,4 @@ def _cluster(needs: Needs, out: str) -> list[Finding]:
     finally:
         _clear(scratch)
     driver = {"versions": probe.versions(), "source": probe.source_hash()}
-    return judge_cluster(cluster, needs, driver, out)
+    return cluster_findings(cluster, needs, driver, out)

@@ -1,1 +1,1 @@
-"""The model registry: versions of model folders with scores, chain and licences; the gate; promotion (layer 5)."""
+"""The model registry: versions of model folders with scores, chain and licences; the gate; promotion."""

@@ -1,14 +1,14 @@
-"""Moving `champion`: one mover at a time, and only from where the mover thinks it is; and back again.
+"""Compare-and-set of the alias `champion`, its history and rollback.
 
-MLflow moves an alias without looking at where it was. So a mover first takes a lock: a registered model with a reserved
-name (`<name>.nvembed-lock.<n>`), as making one is the thing of which MLflow lets exactly one succeed. Under the lock it
-reads the alias again, writes what it is about to do into the history, and moves. Locks are held for a few calls; the
-gate is judged before. One that a killed mover left is overtaken by the next number once a waiter has seen it unchanged
-for `PATIENCE_SECONDS` of its own clock, while a mover that has held its lock for `HOLD_SECONDS` gives up: no clock of
-one machine is compared with another's.
+MLflow moves an alias without comparing it with an expected value. So a process first takes a lock: a registered model
+with a reserved name (`<name>.nvembed-lock.<n>`), since MLflow lets exactly one process create it. Under the lock it
+reads the alias again, writes the planned move into the history, and moves. A lock lasts a few calls; the gate is
+evaluated before. A lock left by a killed process is overtaken by the next number once a waiter has seen it unchanged
+for `PATIENCE_SECONDS` of its own clock, and a process gives its lock up after `HOLD_SECONDS`: no clock of one machine
+is compared with another's.
 
-What this cannot stop: somebody who moves the alias in MLflow itself between our look and our move. The move is looked
-at afterwards, and the history names both.
+Not prevented: another client that moves the alias in MLflow itself between our read and our move. The alias is read
+again afterwards, and the history names both moves.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nvembed.registry.client import CHAMPION, HISTORY, LOCK, aliases, get_model,
 from nvembed.registry.evidence import GateResult
 
 PATIENCE_SECONDS = 90.0
-HOLD_SECONDS = 60.0  # six calls; a registry that takes longer is not fit to be moved on
+HOLD_SECONDS = 60.0  # six calls; with a slower registry nothing is moved
 POLL_SECONDS = 0.3
 HISTORY_ENTRIES = 20  # MLflow keeps 5,000 characters of a tag
 PROMOTE, ROLLBACK = "promote", "rollback"
@@ -35,11 +35,11 @@ Entry = Mapping[str, Any]
 
 
 class PromotionRefusedError(Exception):
-    """`champion` was not moved, and is where it was, or where somebody else put it. The message says which."""
+    """`champion` was not moved by this process; the message says where it is."""
 
 
-def holder() -> str:
-    """Who moves: user, machine, process."""
+def process_name() -> str:
+    """Name of this process in locks and history: user, machine, process id."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name
@@ -51,26 +51,28 @@ def move_champion(client: Any, name: str, number: str, expected: str | None, act
     """Compare and set: `champion` goes from `expected` (None: nowhere) to `number`.
 
     Raises:
-        PromotionRefusedError: it was not at `expected` any more, or somebody else is moving it.
+        PromotionRefusedError: it is not at `expected` any more, or another process is moving it.
     """
-    with lock(client, name) as held:
+    with champion_lock(client, name) as lock:
         model = get_model(client, name)
         current = None if CHAMPION not in model.aliases else str(model.aliases[CHAMPION])
         if current != expected:
             raise PromotionRefusedError(
                 f"champion of {name} was {_shown(expected)} when this was decided and is {_shown(current)} now: "
-                "somebody else was faster. Run the command again to decide against that one."
+                "another process was faster. Run the command again to compare with that one."
             )
-        entry = {"version": number, "from": current, "action": action, "at": round(time.time()), "by": holder()}
+        entry = {"version": number, "from": current, "action": action, "at": round(time.time()), "by": process_name()}
         entries = [*effective(_history(model), current), entry][-HISTORY_ENTRIES:]
-        held.check()  # an overtaken mover must not write over the history of the one that overtook it
-        client.set_registered_model_tag(name, HISTORY, json.dumps(entries))  # before the move: a killed one is seen
-        held.check()
+        lock.check()  # an overtaken process must not overwrite the history of the one that overtook it
+        # the history comes before the move: a killed process leaves a trace
+        client.set_registered_model_tag(name, HISTORY, json.dumps(entries))
+        lock.check()
         client.set_registered_model_alias(name, CHAMPION, number)
         after = aliases(client, name).get(CHAMPION)
     if after != number:
         raise PromotionRefusedError(
-            f"champion of {name} was moved to {_shown(number)} and is {_shown(after)}: somebody moved it without asking"
+            f"champion of {name} was moved to {_shown(number)} and is {_shown(after)}: "
+            "another client moved it without the lock"
         )
 
 
@@ -78,7 +80,7 @@ def promote_candidate(client: Any, result: GateResult) -> None:
     """Move `champion` to a version that passed the gate, from the champion that it was compared with.
 
     Raises:
-        PromotionRefusedError: the gate refused it, or champion is another one by now.
+        PromotionRefusedError: the gate refused it, or champion has changed since.
     """
     if not result.passed:
         raise PromotionRefusedError(result.refusal())
@@ -89,7 +91,7 @@ def roll_back(client: Any, name: str) -> tuple[str, str]:
     """Put `champion` back to the version it was before; (from, to).
 
     Raises:
-        PromotionRefusedError: there is no earlier champion, or somebody else is moving it.
+        PromotionRefusedError: there is no earlier champion, or another process is moving it.
         UserError: the earlier version was deleted.
     """
     current = aliases(client, name).get(CHAMPION)
@@ -120,7 +122,7 @@ def _history(model: Any) -> list[Entry]:
 
 
 def effective(entries: Sequence[Entry], current: str | None) -> list[Entry]:
-    """The moves that took place: the last one may have been announced by a mover that was killed before it moved."""
+    """The moves that took place: the last entry may be of a process that was killed before it moved."""
     if entries and entries[-1]["version"] != current and entries[-1]["from"] == current:
         return list(entries[:-1])
     return list(entries)
@@ -142,7 +144,7 @@ def champions(entries: Sequence[Entry], current: str | None) -> list[str]:
 
 
 def champion_before(entries: Sequence[Entry], number: str, current: str | None) -> str | None:
-    """The champion a version stands against: the current one, or, where it is that itself, the one before."""
+    """The champion that a version is compared with: the current one, or the one before where it is that itself."""
     if current != number:
         return current
     stack = champions(entries, current)
@@ -152,19 +154,19 @@ def champion_before(entries: Sequence[Entry], number: str, current: str | None) 
 # -- the lock -------------------------------------------------------------------------------------------------------
 
 
-class HeldLock:
-    """A lock this process made."""
+class ChampionLock:
+    """A lock on `champion` that this process created."""
 
     def __init__(self, client: Any, name: str, number: int, token: str) -> None:
         self._client, self._name, self._number, self._token = client, name, number, token
         self._since = time.monotonic()
 
     def check(self) -> None:
-        """Raise unless the lock is still ours and young."""
-        found = list_locks(self._client, self._name)
-        mine = found.get(self._number)
-        if mine is None or mine["token"] != self._token or max(found) != self._number:
-            raise PromotionRefusedError(f"this process was so slow that somebody else moves champion of {self._name}")
+        """Raise PromotionRefusedError unless the lock is still ours and younger than HOLD_SECONDS."""
+        locks = list_locks(self._client, self._name)
+        mine = locks.get(self._number)
+        if mine is None or mine["token"] != self._token or max(locks) != self._number:
+            raise PromotionRefusedError(f"this process was so slow that another one moves champion of {self._name}")
         if time.monotonic() - self._since > HOLD_SECONDS:
             raise PromotionRefusedError(
                 f"the registry took more than {HOLD_SECONDS:.0f} s for a few calls; champion of {self._name} was left "
@@ -172,9 +174,9 @@ class HeldLock:
             )
 
     def release(self) -> None:
-        """Delete it and those it overtook, lowest first; never one that is not ours."""
-        for number, found in sorted(list_locks(self._client, self._name).items()):
-            if number < self._number or found["token"] == self._token:
+        """Delete it and those it overtook, lowest first; never one of another live process."""
+        for number, other in sorted(list_locks(self._client, self._name).items()):
+            if number < self._number or other["token"] == self._token:
                 with suppress(Exception):  # the next mover overtakes what stays
                     self._client.delete_registered_model(_lock_name(self._name, number))
 
@@ -186,34 +188,34 @@ def _lock_name(name: str, number: int) -> str:
 def list_locks(client: Any, name: str) -> dict[int, dict[str, str]]:
     """Number -> token and holder of every lock of a model."""
     prefix = name + LOCK
-    found = client.search_registered_models(filter_string=f"name LIKE '{prefix}%'")
-    ours = [model for model in found if model.name.startswith(prefix) and model.name.removeprefix(prefix).isdigit()]
+    matches = client.search_registered_models(filter_string=f"name LIKE '{prefix}%'")
+    ours = [model for model in matches if model.name.startswith(prefix) and model.name.removeprefix(prefix).isdigit()]
     return {
         int(model.name.removeprefix(prefix)): {
             "token": model.tags.get("token", ""),
-            "holder": model.tags.get("holder", "somebody"),
+            "holder": model.tags.get("holder", "unknown"),
         }
         for model in ours
     }
 
 
 @contextmanager
-def lock(client: Any, name: str) -> Iterator[HeldLock]:
-    """Hold the lock of a model's `champion`.
+def champion_lock(client: Any, name: str) -> Iterator[ChampionLock]:
+    """The lock of a model's `champion` for the block.
 
     Raises:
-        PromotionRefusedError: somebody has held it, alive, for longer than anyone should.
+        PromotionRefusedError: other processes had it for three times PATIENCE_SECONDS.
         UserError: there is no such model.
     """
     get_model(client, name)
-    held = _take(client, name)
+    lock = _acquire(client, name)
     try:
-        yield held
+        yield lock
     finally:
-        held.release()
+        lock.release()
 
 
-def _take(client: Any, name: str) -> HeldLock:
+def _acquire(client: Any, name: str) -> ChampionLock:
     from mlflow.exceptions import MlflowException
 
     token = uuid.uuid4().hex
@@ -229,15 +231,15 @@ def _take(client: Any, name: str) -> HeldLock:
             try:
                 client.create_registered_model(
                     _lock_name(name, top + 1),
-                    tags={"token": token, "holder": holder()},
+                    tags={"token": token, "holder": process_name()},
                     description=f"nvembed is moving the alias {CHAMPION} of {name}; gone in a moment.",
                 )
-                return HeldLock(client, name, top + 1, token)
+                return ChampionLock(client, name, top + 1, token)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
         time.sleep(POLL_SECONDS)
     raise PromotionRefusedError(
-        f"somebody is moving champion of {name} all the time, or holds a lock you may not see. Look in MLflow for "
-        f"registered models named {name}{LOCK}*; if nobody moves it, delete them."
+        f"other processes move champion of {name} all the time, or have a lock that you may not see. Look in MLflow "
+        f"for registered models named {name}{LOCK}*; if no process moves it, delete them."
     )

@@ -1,4 +1,4 @@
-"""The registry's MLflow client, what its tags are called, and how names and versions are looked up."""
+"""The registry's MLflow client, the names of its tags, and the lookup of models and versions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GATE = "gate."
 
 
 class RegistryAwayError(UserError):
-    """The registry does not answer. Nothing is wrong with the run: what was to be told waits."""
+    """The registry does not answer. The run is complete; its registration waits."""
 
 
 def open_registry(uri: str) -> Any:
@@ -51,13 +51,13 @@ def open_registry(uri: str) -> Any:
 def _away(uri: str, error: BaseException) -> RegistryAwayError:
     return RegistryAwayError(
         f"the model registry at {uri} does not answer ({str(error)[:300]}). Start it, or correct tracking.uri or "
-        "MLFLOW_TRACKING_URI, and run again: what is finished stays."
+        "MLFLOW_TRACKING_URI, and run again: finished steps are kept."
     )
 
 
 @contextmanager
 def answering(uri: str) -> Iterator[None]:
-    """What is raised inside because the registry went away is a RegistryAwayError.
+    """Raise RegistryAwayError for errors of the block that a registry out of reach causes.
 
     A registry that was away for seconds and is back counts too: the call that met the gap is lost, the work is not.
     """
@@ -86,7 +86,7 @@ def _is_connection_error(error: BaseException) -> bool:
         if isinstance(seen, ConnectionError | TimeoutError) or kinds & set(_AWAY.items()):
             return True
         seen = seen.__cause__ or seen.__context__
-    return any(said in str(error) for said in ("Max retries exceeded", "OperationalError"))
+    return any(phrase in str(error) for phrase in ("Max retries exceeded", "OperationalError"))
 
 
 def version_format(version: Any) -> int:
@@ -95,8 +95,8 @@ def version_format(version: Any) -> int:
     Raises:
         FormatError: a newer one; the message names the nvembed to install.
     """
-    found = str(version.tags.get(FORMAT, 1))
-    record = {"format_version": int(found) if found.isdigit() else found, WRITER_KEY: version.tags.get(WRITER)}
+    number = str(version.tags.get(FORMAT, 1))
+    record = {"format_version": int(number) if number.isdigit() else number, WRITER_KEY: version.tags.get(WRITER)}
     return check_format(record, f"version {version.version} of {version.name}", newest=FORMAT_VERSION)
 
 
@@ -105,14 +105,14 @@ def version_format(version: Any) -> int:
 
 def model_names(client: Any) -> list[str]:
     """Registered models, sorted; locks are not models."""
-    found = (model.name for model in _pages(client.search_registered_models))
-    return sorted(name for name in found if LOCK not in name)
+    names = (model.name for model in _pages(client.search_registered_models))
+    return sorted(name for name in names if LOCK not in name)
 
 
 def list_versions(client: Any, name: str) -> list[Any]:
     """All versions of a model, oldest first."""
-    found = _pages(client.search_model_versions, filter_string=f"name = '{name}'")
-    return sorted(found, key=lambda version: int(version.version))
+    versions = _pages(client.search_model_versions, filter_string=f"name = '{name}'")
+    return sorted(versions, key=lambda version: int(version.version))
 
 
 def _pages(search: Any, **arguments: Any) -> Iterator[Any]:
@@ -129,7 +129,7 @@ def get_model(client: Any, name: str) -> Any:
     """The registered model.
 
     Raises:
-        UserError: there is none, with those there are.
+        UserError: there is none; the message lists the others.
     """
     from mlflow.exceptions import MlflowException
 
@@ -150,7 +150,7 @@ def find_version(client: Any, reference: str) -> Any:
     """The version of `models:/name@alias`, `models:/name/version`, or the same without `models:/`.
 
     Raises:
-        UserError: no such name, alias or version, with those there are.
+        UserError: no such name, alias or version; the message lists the others.
     """
     name, at, alias = reference.removeprefix("models:/").partition("@")
     number = ""
@@ -159,13 +159,13 @@ def find_version(client: Any, reference: str) -> Any:
     if not name or not (alias or number):
         raise UserError(f"{reference}: write models:/name@alias or models:/name/version")
     try:
-        found = aliases(client, name)
+        by_alias = aliases(client, name)
     except UserError as error:
         raise UserError(f"{reference}: {error}") from error
     if alias:
-        number = found.get(alias, "")
+        number = by_alias.get(alias, "")
         if not number:
-            known = ", ".join(f"@{key} (version {value})" for key, value in sorted(found.items()))
+            known = ", ".join(f"@{key} (version {value})" for key, value in sorted(by_alias.items()))
             raise UserError(f"{reference}: {name} has no alias {alias}; it has: {known or 'none'}")
     return get_version(client, name, number, reference)
 
@@ -174,7 +174,7 @@ def get_version(client: Any, name: str, number: str, reference: str | None = Non
     """A version by number.
 
     Raises:
-        UserError: there is none, with those there are.
+        UserError: there is none; the message lists the others.
     """
     from mlflow.exceptions import MlflowException
 
@@ -183,8 +183,8 @@ def get_version(client: Any, name: str, number: str, reference: str | None = Non
     except MlflowException as error:
         _raise_unless_missing(error)
         known = ", ".join(str(version.version) for version in list_versions(client, name)) or "none"
-        said = f"{reference or f'{name}/{number}'}: {name} has no version {number}; it has: {known}"
-        raise UserError(said) from error
+        message = f"{reference or f'{name}/{number}'}: {name} has no version {number}; it has: {known}"
+        raise UserError(message) from error
 
 
 def _raise_unless_missing(error: Any) -> None:
@@ -199,7 +199,7 @@ def json_tag(version: Any, key: str) -> Any:
 
 
 def set_tags(client: Any, version: Any, values: dict[str, str]) -> None:
-    """Set tags of a version that it does not have yet."""
+    """Set those tags of a version that differ."""
     for key, value in values.items():
         if version.tags.get(key) != value:
             client.set_model_version_tag(version.name, str(version.version), key, value)

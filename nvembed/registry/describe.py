@@ -1,4 +1,4 @@
-"""What the registry holds, as plain values: lists, one version in full, two compared; and a version as a folder."""
+"""The contents of the registry as plain values: lists, one version in full, two compared; export of a version."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from nvembed.types import UserError
 def list_models(client: Any, name: str | None = None) -> list[dict[str, Any]]:
     """Every registered model, or one: name, aliases, versions (oldest first)."""
     names = tags.model_names(client) if name is None else [tags.get_model(client, name).name]
-    found = []
+    models = []
     for model in names:
         aliases = tags.aliases(client, model)
         versions = [_summary(version, aliases) for version in tags.list_versions(client, model)]
-        found.append({"name": model, "aliases": aliases, "versions": versions})
-    return found
+        models.append({"name": model, "aliases": aliases, "versions": versions})
+    return models
 
 
 def _summary(version: Any, aliases: dict[str, str]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def _summary(version: Any, aliases: dict[str, str]) -> dict[str, Any]:
     score = version.tags.get(tags.SCORE)
     return {
         "version": number,
-        "aliases": sorted(alias for alias, found in aliases.items() if found == number),
+        "aliases": sorted(alias for alias, version_number in aliases.items() if version_number == number),
         "score": None if score is None else float(score),
         "recipe": version.tags.get("nvembed.recipe.schema"),
         "gate": version.tags.get(f"{tags.GATE}result"),
@@ -51,7 +51,7 @@ def show_version(client: Any, uri: str, version: Any) -> dict[str, Any]:
     try:
         with version_records(client, uri, version) as records:
             provenance = read_provenance(records)
-        chain = [{"step": step, "manifest_hash": found} for step, found in chains.chain(provenance)]
+        chain = [{"step": step, "manifest_hash": digest} for step, digest in chains.chain(provenance)]
         problems = chains.chain_problems(provenance, version.tags.get(tags.CONTENT))
     except UserError as error:  # a version of an older nvembed
         chain, problems = [], [str(error)]
@@ -86,14 +86,14 @@ def compare_versions(client: Any, uri: str, a: Any, b: Any, config: GateConfig) 
         UserError: they were not scored on the same items, or one was registered by an older nvembed.
     """
     with both_records(client, uri, a, b) as (first, second):
-        found = score_differences(first, second, config.samples, config.seed)
-    rows = [_row(dataset, metric, delta) for dataset, (metric, delta) in found.datasets.items()]
+        differences = score_differences(first, second, config.samples, config.seed)
+    rows = [_row(dataset, metric, delta) for dataset, (metric, delta) in differences.datasets.items()]
     return {
         "a": f"{a.name}/{a.version}",
         "b": f"{b.name}/{b.version}",
         "datasets": rows,
-        "mean": {key: float(found.mean[key]) for key in ("value", "low", "high")},
-        "only_one": list(found.only_one),
+        "mean": {key: float(differences.mean[key]) for key in ("value", "low", "high")},
+        "only_one": list(differences.only_one),
         "samples": config.samples,
     }
 
@@ -110,7 +110,7 @@ def export_version(client: Any, uri: str, version: Any, target: Path) -> dict[st
         CorruptArtifactError: the files are not those that were registered.
     """
     if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists and is not overwritten. Choose another place.")
+        raise UserError(f"{target} exists and is not overwritten. Choose another directory.")
     folder = fetch_version(client, uri, version)
     partial = target.absolute().parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:

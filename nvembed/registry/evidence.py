@@ -1,4 +1,4 @@
-"""The evidence for the gate, gathered from what two versions carry; and the paired comparison of any two versions."""
+"""Evaluation of the gate for a registered version, and the paired comparison of any two versions."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class GateResult:
 
 def gate_config(version: Any) -> GateConfig:
     """The recipe's gate, as it was recorded when the version was registered."""
-    found = tags.json_tag(version, tags.GATE_CONFIG)
-    return GateConfig() if found is None else GateConfig.model_validate(found)
+    recorded = tags.json_tag(version, tags.GATE_CONFIG)
+    return GateConfig() if recorded is None else GateConfig.model_validate(recorded)
 
 
 def evaluate_gate(
@@ -66,20 +66,20 @@ def evaluate_gate(
     """Run the gate for a version against today's champion and record the result as its tags `gate.*`.
 
     Args:
-        config: another gate than the recorded one.
-        probes: load the version's own files and compute its probe vectors (a large model takes its time and memory).
+        config: settings instead of the recorded ones.
+        probes: load the version's own files and compute its probe vectors (slow and large for a large model).
     """
     version = tags.get_version(client, name, number)
     settings = config or gate_config(version)
     current = tags.aliases(client, name).get(tags.CHAMPION)
     rival = None if current is None or current == number else tags.get_version(client, name, current)
-    found = replace(_evidence(client, uri, version, rival, settings, probes), reigning=current == number)
-    checks = run_gate(found, settings)
+    evidence = replace(_evidence(client, uri, version, rival, settings, probes), reigning=current == number)
+    checks = run_gate(evidence, settings)
     result = GateResult(name, number, None if rival is None else str(rival.version), checks)
     values = {f"{tags.GATE}{check.name}": f"{check.state}: {check.message}"[:_TAG_LIMIT] for check in checks}
     values[f"{tags.GATE}result"] = "passed" if result.passed else "refused"
     values[f"{tags.GATE}champion"] = result.champion or "none"
-    if current != number:  # a champion keeps the record of what made it one
+    if current != number:  # a champion keeps the result that made it one
         tags.set_tags(client, version, values)
     return result
 
@@ -112,7 +112,7 @@ def _evidence(client: Any, uri: str, version: Any, rival: Any, config: GateConfi
 
 
 def _prepared_together(provenance: Mapping[str, Any]) -> bool:
-    """Whether the data the model learned from and the data it was scored on come from one `prepare`."""
+    """Whether one `prepare` made both the model's training data and its evaluation data."""
     scores = provenance["nodes"].get(provenance["scores"], {"inputs": {}})
     return scores["inputs"].get("prepare") in chains.reachable(provenance, provenance["model"])
 
@@ -125,7 +125,7 @@ def _probe_problem(client: Any, uri: str, version: Any) -> str:
         load_embedder(fetch_version(client, uri, version))
     except UserError as error:
         return str(error)
-    except (OSError, ValueError, RuntimeError) as error:  # a gate says what is wrong, whatever it is
+    except (OSError, ValueError, RuntimeError) as error:  # every error of loading is a refusal with its message
         return f"its files cannot be loaded ({type(error).__name__}: {error})"
     return ""
 
@@ -153,9 +153,9 @@ def score_differences(a: Path, b: Path, samples: int, seed: int) -> ScoreDiffere
     pairs = list(paired_items(Artifact(str(a), {}), Artifact(str(b), {})))
     if not pairs:
         raise UserError("the two versions share no scored data set")
-    found = {pair.dataset: (pair.metric, paired_bootstrap(pair, samples, seed)) for pair in pairs}
-    scored = [set(primary_scores(storage.read_json(str(side / SCORES)))) for side in (a, b)]
-    return ScoreDifferences(paired_bootstrap_mean(pairs, samples, seed), found, sorted(scored[0] ^ scored[1]))
+    intervals = {pair.dataset: (pair.metric, paired_bootstrap(pair, samples, seed)) for pair in pairs}
+    scored = [set(primary_scores(storage.read_json(str(records / SCORES)))) for records in (a, b)]
+    return ScoreDifferences(paired_bootstrap_mean(pairs, samples, seed), intervals, sorted(scored[0] ^ scored[1]))
 
 
 def retrieval_interval(client: Any, uri: str, name: str, number: str) -> dict[str, float] | None:
@@ -166,11 +166,11 @@ def retrieval_interval(client: Any, uri: str, name: str, number: str) -> dict[st
     config = gate_config(version)
     try:
         with version_records(client, uri, version) as records:
-            found = retrieval_mean(Artifact(str(records), {}), samples=config.samples, seed=config.seed)
+            mean = retrieval_mean(Artifact(str(records), {}), samples=config.samples, seed=config.seed)
     except UserError as error:
         logger.warning("version %s of %s: no interval for its mean: %s", number, name, error)
         return None
-    return None if found is None else dict(found)
+    return None if mean is None else dict(mean)
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def _compared(client: Any, uri: str, version: Any, rival: Any, config: GateConfi
     number = str(rival.version)
     try:
         with both_records(client, uri, version, rival) as (ours, theirs):
-            found = score_differences(ours, theirs, config.samples, config.seed)
+            differences = score_differences(ours, theirs, config.samples, config.seed)
     except UserError as error:
         return Comparison(number, hashes, problem=f"it cannot be compared with champion {number}: {error}")
-    return Comparison(number, hashes, found.mean, found.datasets)
+    return Comparison(number, hashes, differences.mean, differences.datasets)

@@ -68,7 +68,7 @@ def write_flavours(target: Path, folder: Path, name: str) -> None:
     made = Model.load(str(target))
     made.flavors[mlflow.pyfunc.FLAVOR_NAME] |= {
         "artifacts": {"model": {"path": FOLDER, "uri": FOLDER}},
-        "model_code_path": SERVING,  # MLflow noted where the file lay on this machine
+        "model_code_path": SERVING,  # MLflow noted the file's path on this machine
     }
     made.flavors[mlflow.pyfunc.FLAVOR_NAME].pop("cloudpickle_version", None)  # nothing here is pickled
     if not code:
@@ -89,7 +89,7 @@ def _signature() -> Any:
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.llm import EMBEDDING_MODEL_OUTPUT_SCHEMA
 
-    # In an HTTP request the options are split off as parameters; in Python they may also stand beside the input.
+    # In an HTTP request the options are split off as parameters; in Python they may also be columns beside the input.
     inputs: Any = [
         ColSpec(DataType.string, "input"),
         ColSpec(DataType.string, "prompt_name", required=False),

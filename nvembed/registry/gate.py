@@ -1,4 +1,4 @@
-"""The gate before `champion`: checks over plain data, all of them every time, none of them with a side effect."""
+"""The gate before `champion`: pure checks over plain data; all of them run every time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from nvembed.registry.config import GateConfig
 
 Interval = Mapping[str, float]  # value, low, high
 NOT_COUNTED = (
-    "nobody counted near duplicates between what it learned from and what it was scored on: not of one `prepare`"
+    "near duplicates between its training data and its evaluation data were not counted: they are not of one `prepare`"
 )
 CHECKS = ("evaluation", "comparison", "floor", "leak", "probes", "provenance")
 
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found. `passed` None: it had nothing to look at, or was not run; `message` tells which."""
+    """The result of one check. `passed` None: it was skipped; `message` says why."""
 
     name: str
     passed: bool | None
@@ -50,17 +50,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All the gate looks at.
+    """The input of the gate.
 
     Attributes:
         evaluation: data set -> hash, of what was scored.
         primary: data set -> (metric, score) of the candidate.
-        expected: data set -> hash of everything held out that there was to score; None where no chain tells.
+        expected: data set -> hash of every held-out set of the chain; None where there is no chain.
         comparison: None where there is no champion.
-        near_duplicates: data set -> train examples that nearly copy a held-out text; None where nobody counted.
-        unmeasured: models the candidate started from whose training data nobody here has seen.
-        probes: "" when files, loading and probe vectors are right, else what is wrong; None: not run.
-        chain: everything wrong with the hash chain.
+        near_duplicates: data set -> train examples that nearly copy a held-out text; None where they were not counted.
+        unmeasured: models that the candidate started from whose training data is unknown.
+        probes: "" when files, loading and probe vectors are right, else the error; None: not run.
+        chain: problems of the hash chain.
         reigning: the candidate is the champion itself.
     """
 
@@ -87,7 +87,7 @@ def passed(checks: Sequence[Check]) -> bool:
 
 
 def refusals(checks: Sequence[Check]) -> str:
-    """What was refused, a line each."""
+    """The failed checks, a line each."""
     return "\n".join(f"  {check.name}: {check.message}" for check in checks if check.passed is False)
 
 
@@ -110,7 +110,7 @@ def _evaluation(evidence: Evidence, _: GateConfig) -> Check:
         problems.append(f"no scores of {_listed(unscored)}")
     if evidence.expected is not None:
         missing = [name for name in evidence.expected if name not in ours]
-        other = [name for name, found in evidence.expected.items() if name in ours and ours[name] != found]
+        other = [name for name, digest in evidence.expected.items() if name in ours and ours[name] != digest]
         if missing:
             problems.append(f"not complete: {_listed(missing)} was held out and not scored")
         if other:
@@ -128,7 +128,7 @@ def _evaluation(evidence: Evidence, _: GateConfig) -> Check:
 
 
 def points(value: float) -> str:
-    """A score difference as people write it: +1.2."""
+    """A score difference in points of 100: +1.2."""
     return f"{100 * value:+.1f}"
 
 
@@ -136,20 +136,20 @@ def _difference(delta: Interval) -> str:
     return f"{points(delta['value'])} points [{points(delta['low'])}, {points(delta['high'])}]"
 
 
-def _nobody(evidence: Evidence) -> str:
+def _no_champion(evidence: Evidence) -> str:
     return "it is the champion itself" if evidence.reigning else "there is no champion"
 
 
 def _comparison(evidence: Evidence, config: GateConfig) -> Check:
-    found = evidence.comparison
-    if found is None:
-        return Check("comparison", None, _nobody(evidence))
-    if found.mean is None:
-        return Check("comparison", False, found.problem or "it cannot be compared with the champion")
-    against = f"mean difference to champion {found.version} {_difference(found.mean)}"
-    if found.mean["low"] > 0:
+    comparison = evidence.comparison
+    if comparison is None:
+        return Check("comparison", None, _no_champion(evidence))
+    if comparison.mean is None:
+        return Check("comparison", False, comparison.problem or "it cannot be compared with the champion")
+    against = f"mean difference to champion {comparison.version} {_difference(comparison.mean)}"
+    if comparison.mean["low"] > 0:
         return Check("comparison", True, f"{against}: better")
-    if config.margin > 0 and found.mean["low"] >= -config.margin:
+    if config.margin > 0 and comparison.mean["low"] >= -config.margin:
         return Check("comparison", True, f"{against}: not worse by more than {100 * config.margin:g}")
     allowed = f"its lower end may be {points(-config.margin)} at least" if config.margin else "it must be above 0"
     return Check("comparison", False, f"{against}: not better, and {allowed} (register.gate.margin)")
@@ -163,17 +163,17 @@ def _floor(evidence: Evidence, config: GateConfig) -> Check:
     ]
     unknown = [name for name in config.floors if name not in evidence.primary]
     problems += [f"{name} has a floor (register.gate.floors) and no score" for name in sorted(unknown)]
-    found = evidence.comparison
-    for name, (metric, delta) in (found.datasets if found else {}).items():
+    comparison = evidence.comparison
+    for name, (metric, delta) in (comparison.datasets if comparison else {}).items():
         if delta["value"] < -config.floor:
             problems.append(
-                f"{name}: {metric} {_difference(delta)} against champion {found.version if found else ''}; "
+                f"{name}: {metric} {_difference(delta)} against champion {comparison.version if comparison else ''}; "
                 f"{points(-config.floor)} is the floor (register.gate.floor)"
             )
     if problems:
         return Check("floor", False, "; ".join(problems))
-    if found is None and not config.floors:
-        return Check("floor", None, f"{_nobody(evidence)}, and no floors are given")
+    if comparison is None and not config.floors:
+        return Check("floor", None, f"{_no_champion(evidence)}, and no floors are given")
     return Check("floor", True, "no data set below its floor")
 
 
@@ -184,10 +184,10 @@ def _leak(evidence: Evidence, _: GateConfig) -> Check:
     if leaking:
         listed = ", ".join(f"{name} {count}" for name, count in sorted(leaking.items()))
         return Check("leak", False, f"train examples that nearly copy a held-out text: {listed}")
-    said = f"no near duplicate across the split, {len(evidence.near_duplicates)} data sets"
+    message = f"no near duplicate across the split, {len(evidence.near_duplicates)} data sets"
     if evidence.unmeasured:
-        said += f"; what {_listed(evidence.unmeasured)} was trained on is not measured"
-    return Check("leak", True, said)
+        message += f"; what {_listed(evidence.unmeasured)} was trained on is not measured"
+    return Check("leak", True, message)
 
 
 def _probes(evidence: Evidence, _: GateConfig) -> Check:

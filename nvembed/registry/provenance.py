@@ -1,9 +1,9 @@
-"""The hash chain of a model: data -> mined -> stream -> checkpoint -> folder, walked back over the manifests.
+"""The hash chain of a model: data -> mined -> stream -> checkpoint -> folder, collected from the manifests.
 
 `provenance.json` of a version holds the nodes of the chain: of every step its identity, its inputs' hashes and its
-files' checksums. Each hash can be computed again from that alone, so a chain that was cut or changed is found without
-the artifacts. Where artifacts lie is left out; what a recipe names (a teacher's folder, the files of a source) is named
-here too. Texts never stand in a manifest.
+files' checksums. Each hash can be computed again from that alone, so a cut or changed chain is detected without the
+artifacts. Where artifacts lie is left out; what a recipe names (a teacher's folder, the files of a source) is named
+here too. Manifests hold no texts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Provenance = Mapping[str, Any]
 def trace(model: Artifact, scores: Artifact) -> dict[str, Any]:
     """The chain of a model artifact and of its evaluation, as `provenance.json` holds it.
 
-    An input that is not found any more, or has changed since, is left out; `chain_problems` then says so.
+    An input that is gone or has changed since is left out; `chain_problems` then reports it.
     """
     nodes: dict[str, dict[str, Any]] = {}
 
@@ -43,8 +43,8 @@ def trace(model: Artifact, scores: Artifact) -> dict[str, Any]:
         if artifact.manifest_hash in nodes:
             return
         nodes[artifact.manifest_hash] = _node(artifact)
-        for found in _inputs(artifact):
-            visit(found)
+        for source in _inputs(artifact):
+            visit(source)
 
     visit(model)
     visit(scores)
@@ -63,9 +63,9 @@ def _inputs(artifact: Artifact) -> Iterator[Artifact]:
         parent = artifact.uri.rsplit("/", 1)[0]
         for place in (uri, storage.join(parent, uri.rsplit("/", 1)[-1])):  # the output may have been moved
             if place and storage.exists(storage.join(place, MANIFEST)):
-                found = load_artifact(place, verify=False)
-                if found.manifest_hash == wanted:
-                    yield found
+                source = load_artifact(place, verify=False)
+                if source.manifest_hash == wanted:
+                    yield source
                     break
 
 
@@ -74,8 +74,10 @@ def _node(artifact: Artifact) -> dict[str, Any]:
     keys = ("kind", "logic_version", "config", "inputs", "fingerprint", "files", "rows", "git_revision")
     node = {"step": artifact.uri.rsplit("/", 1)[-1], **{key: manifest[key] for key in keys}}
     if manifest["kind"] == "prepare":
-        found = manifest["metrics"].get("datasets", {})
-        node["datasets"] = {name: {key: row[key] for key in _DATASET_KEYS if key in row} for name, row in found.items()}
+        datasets = manifest["metrics"].get("datasets", {})
+        node["datasets"] = {
+            name: {key: row[key] for key in _DATASET_KEYS if key in row} for name, row in datasets.items()
+        }
     if manifest["kind"] == "import_model":
         given = manifest["metrics"].get("licences")  # of a folder that a run of ours had made
         if storage.is_local(artifact.uri):
@@ -88,7 +90,7 @@ def _node(artifact: Artifact) -> dict[str, Any]:
 
 
 def _elsewhere(node: Mapping[str, Any]) -> str | None:
-    """The model made elsewhere that a step starts from: its folder or its name in the registry."""
+    """The model of another run that a step starts from: its folder or its name in the registry."""
     if node["kind"] == "import_model":
         return str(node["config"]["reference"])
     backbone = node["config"].get("backbone") or {}
@@ -99,7 +101,7 @@ def _elsewhere(node: Mapping[str, Any]) -> str | None:
 
 
 def chain_problems(provenance: Provenance | None, content: str | None) -> list[str]:
-    """Everything wrong with a chain; empty when it leads whole from the data to the folder with this content."""
+    """Problems of a chain; empty when it is complete from the data to the folder with this content."""
     if provenance is None:
         return ["the version has no provenance.json: register it again with this nvembed"]
     try:
@@ -109,11 +111,11 @@ def chain_problems(provenance: Provenance | None, content: str | None) -> list[s
     nodes: Mapping[str, Mapping[str, Any]] = provenance["nodes"]
     problems = [
         f"{node['step']}: its hash is not that of its contents"
-        for found, node in nodes.items()
-        if not _whole(found, node)
+        for digest, node in nodes.items()
+        if not _whole(digest, node)
     ]
     for node in nodes.values():
-        missing = [role for role, found in node["inputs"].items() if found not in nodes]
+        missing = [role for role, digest in node["inputs"].items() if digest not in nodes]
         problems += [f"{node['step']}: its input {role} is gone (moved, deleted or built again)" for role in missing]
         needed = [role for role in _NEEDS.get(node["kind"], ()) if role not in node["inputs"]]
         problems += [f"{node['step']}: it had no input {role}" for role in needed]
@@ -124,66 +126,66 @@ def chain_problems(provenance: Provenance | None, content: str | None) -> list[s
         problems.append(f"{scores['step']} scored another model")
     if content is not None and _folder_of(model) != content:
         problems.append(f"the folder of {model['step']} is not the one that was registered")
-    kinds = {nodes[found]["kind"] for found in reachable(provenance, provenance["model"])}
+    kinds = {nodes[digest]["kind"] for digest in reachable(provenance, provenance["model"])}
     if not kinds & {"prepare", "import_model"}:
         problems.append("the chain does not lead back to data (no prepare step)")
     return problems
 
 
-def _whole(found: str, node: Mapping[str, Any]) -> bool:
+def _whole(digest: str, node: Mapping[str, Any]) -> bool:
     identity = {key: node[key] for key in ("kind", "logic_version", "config", "inputs")}
     fingerprint = storage.hash_json(identity)
     content = storage.hash_json({"fingerprint": fingerprint, "files": node["files"]})
-    return bool(fingerprint == node["fingerprint"] and content == found)
+    return bool(fingerprint == node["fingerprint"] and content == digest)
 
 
 def _folder_of(node: Mapping[str, Any]) -> str:
     prefix = MODEL_FOLDER + "/"
     inside = {name: entry["xxh3_128"] for name, entry in node["files"].items() if name.startswith(prefix)}
-    return content_hash({name.removeprefix(prefix): found for name, found in inside.items()})
+    return content_hash({name.removeprefix(prefix): checksum for name, checksum in inside.items()})
 
 
 def reachable(provenance: Provenance, start: str) -> list[str]:
     """Hashes of `start` and of everything it was made from, in the order data -> folder."""
     nodes, order, seen = provenance["nodes"], list[str](), set[str]()
 
-    def visit(found: str) -> None:
-        if found in seen or found not in nodes:
+    def visit(digest: str) -> None:
+        if digest in seen or digest not in nodes:
             return
-        seen.add(found)
-        for _, below in sorted(nodes[found]["inputs"].items()):
+        seen.add(digest)
+        for _, below in sorted(nodes[digest]["inputs"].items()):
             visit(below)
-        order.append(found)
+        order.append(digest)
 
     visit(start)
     return order
 
 
-# -- what the chain tells -------------------------------------------------------------------------------------------
+# -- facts of the chain ---------------------------------------------------------------------------------------------
 
 
 def chain(provenance: Provenance) -> list[tuple[str, str]]:
     """(step, manifest hash) from the data to the folder."""
-    return [(provenance["nodes"][found]["step"], found) for found in reachable(provenance, provenance["model"])]
+    return [(provenance["nodes"][digest]["step"], digest) for digest in reachable(provenance, provenance["model"])]
 
 
 def evaluated_datasets(provenance: Provenance) -> dict[str, dict[str, Any]]:
-    """What `prepare` recorded of the data sets the scores were taken on."""
+    """Records of `prepare` about the data sets of the evaluation, by data set."""
     scores = provenance["nodes"].get(provenance["scores"], {"inputs": {}})
     node = provenance["nodes"].get(scores["inputs"].get("prepare"), {})
     return dict(node.get("datasets", {}))
 
 
 def training_datasets(provenance: Provenance) -> dict[str, dict[str, Any]]:
-    """What every `prepare` in the model's chain recorded, by data set."""
-    nodes = (provenance["nodes"][found] for found in reachable(provenance, provenance["model"]))
+    """Records of every `prepare` in the model's chain, by data set."""
+    nodes = (provenance["nodes"][digest] for digest in reachable(provenance, provenance["model"]))
     return {name: row for node in nodes for name, row in node.get("datasets", {}).items()}
 
 
 def imported(provenance: Provenance) -> list[str]:
-    """References of models made elsewhere that the model started from."""
-    nodes = (provenance["nodes"][found] for found in reachable(provenance, provenance["model"]))
-    return [found for node in nodes if (found := _elsewhere(node)) is not None]
+    """References of the models of other runs that the model started from."""
+    nodes = (provenance["nodes"][digest] for digest in reachable(provenance, provenance["model"]))
+    return [reference for node in nodes if (reference := _elsewhere(node)) is not None]
 
 
 def licences(provenance: Provenance) -> list[dict[str, str]]:
@@ -192,8 +194,8 @@ def licences(provenance: Provenance) -> list[dict[str, str]]:
         {"kind": "data set", "name": name, "licence": str(row.get("licence", UNKNOWN))}
         for name, row in training_datasets(provenance).items()
     ]
-    for found in reachable(provenance, provenance["model"]):
-        node = provenance["nodes"][found]
+    for digest in reachable(provenance, provenance["model"]):
+        node = provenance["nodes"][digest]
         config = node["config"]
         reference = _elsewhere(node)
         if reference is not None:
@@ -208,7 +210,7 @@ def licences(provenance: Provenance) -> list[dict[str, str]]:
 
 
 def _of_card(card: Mapping[str, Any], reference: str) -> list[dict[str, str]]:
-    """What an imported model's card carries; else the model itself, with the licence it states."""
+    """The licences in an imported model's card; else the model itself, with the licence it states."""
     carried = card.get("nvembed", {}).get("licences") if isinstance(card.get("nvembed"), Mapping) else None
     if isinstance(carried, list):
         return [{key: str(row.get(key, UNKNOWN)) for key in ("kind", "name", "licence")} for row in carried]

@@ -1,4 +1,4 @@
-"""From the registry back to a model folder: in place where its files are on this machine, else fetched and checked."""
+"""The local folder of a registered version: in place where its files are on this machine, else fetched and checked."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def hash_folder(folder: str) -> str:
 
 
 def registry_uri(uri: str | None, reference: str) -> str:
-    """The registry that was given, or MLFLOW_TRACKING_URI.
+    """The given registry, or MLFLOW_TRACKING_URI.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither is set.
     """
-    found = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not found:
+    address = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not address:
         raise UserError(
             f"{reference}: which registry? Set MLFLOW_TRACKING_URI, for example sqlite:////path/of/the/output/mlflow.db"
         )
-    return found
+    return address
 
 
 def resolve_model(reference: str, tracking_uri: str | None = None, cache: Path | None = None) -> str:

@@ -1,8 +1,8 @@
-"""What `mlflow.pyfunc` and `mlflow models serve` run for a registered version: `llm/v1/embeddings`, models from code.
+"""The pyfunc model of a registered version, for `mlflow.pyfunc` and `mlflow models serve`: `llm/v1/embeddings`.
 
-This file travels with the version and stands alone: it does not import nvembed, so it runs where that is not installed.
+This file is copied into the version (MLflow's models from code). It does not import nvembed, so it runs without it.
 The model folder is loaded by sentence-transformers. Where its pooling needs the folder's own modules, they are trusted
-if and only if they are the files that were registered: their SHA-256 stand in the version's MLmodel. Loading a pyfunc
+if and only if they are the files that were registered: their SHA-256 are in the version's MLmodel. Loading a pyfunc
 runs the version's code in any case; this adds nothing to whom one trusts.
 """
 
@@ -22,9 +22,9 @@ FIELDS = ("input", "prompt_name", "instruction", "dimensions")
 BATCH_SIZE = 32
 
 
-def refused(said: str) -> MlflowException:
+def refused(message: str) -> MlflowException:
     """A mistake of the caller: HTTP status 400."""
-    return MlflowException.invalid_parameter_value(said)
+    return MlflowException.invalid_parameter_value(message)
 
 
 class Embeddings:
@@ -130,7 +130,7 @@ def read_request(model_input: Any, params: dict[str, Any]) -> tuple[list[str], d
         raise refused("input: give a text or a list of texts")
     options = {name: value for name, value in params.items() if value not in (None, "", 0)}
     for name, values in columns.items():
-        given = {value for value in values if value is not None and value == value}  # NaN stands for absent
+        given = {value for value in values if value is not None and value == value}  # NaN: no value
         if len(given) > 1 or (given and name in options and options[name] not in given):
             raise refused(f"{name}: one value for the whole request")
         if given:

@@ -1,4 +1,4 @@
-"""The `register` step: a model folder becomes a version, is judged, and may become champion."""
+"""The `register` step: a model folder becomes a version, passes the gate or not, and may become champion."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def registration_config(
 
 
 def register_model(config: RegistrationConfig, submission: Submission) -> dict[str, Any]:
-    """Register a model folder: upload, version, tags, `candidate`, the gate, and `champion` where that was earned.
+    """Register a model folder: upload, version, tags, `candidate`, the gate, and `champion` for a version that passed.
 
-    The gate is judged in any case; only where it decides (`auto_promote`) are the version's files loaded again.
+    The gate is always evaluated; only where it decides (`auto_promote`) are the version's files loaded again.
 
     Returns:
         name, version, registry_uri, content_hash, run_id, score, aliases (of this version), promoted, reason,
@@ -86,7 +86,7 @@ def _register(client: Any, config: RegistrationConfig, submission: Submission) -
         "content_hash": version.tags[tags.CONTENT],
         "run_id": version.run_id,
         "score": float(version.tags[tags.SCORE]),
-        "aliases": sorted(alias for alias, found in tags.aliases(client, name).items() if found == number),
+        "aliases": sorted(alias for alias, at in tags.aliases(client, name).items() if at == number),
         "promoted": promoted,
         "reason": reason,
         "champion_before": before,

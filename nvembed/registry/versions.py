@@ -1,7 +1,6 @@
 """Versions: a model folder with its scores, items, chain and licences, put into the registry and read back.
 
-A version is one content: registering the same folder again finds the version it has and mends whatever a killed run
-left undone. Its artifacts:
+A version is one content: registering the same folder again completes its version after a killed run. Its artifacts:
 
     MLmodel, serving.py, requirements.txt, ...   the MLflow model (`flavours.py`)
     model.sentence_transformer/                  the model folder: the artifact of truth; README.md is its full card
@@ -36,7 +35,7 @@ SCORES, ITEMS, PROVENANCE = "scores.json", "items.parquet", "provenance.json"
 
 @dataclass(frozen=True)
 class Submission:
-    """What is registered.
+    """A model folder with its evaluation and chain, to be registered.
 
     Attributes:
         folder: local model folder.
@@ -54,18 +53,18 @@ class Submission:
 
 
 def primary_metric(metrics: Mapping[str, Any]) -> str:
-    """The metric a data set is judged by: nDCG@10 of retrieval, accuracy of classes, Spearman of graded pairs."""
+    """The primary metric of a data set: nDCG@10 of retrieval, accuracy of classes, Spearman of graded pairs."""
     return next((name for name in PRIMARY_METRICS if name in metrics), next(iter(metrics)))
 
 
 def primary_scores(scores: Mapping[str, Any], system: str = "model") -> dict[str, tuple[str, float]]:
     """data set -> (primary metric, value) of a system in the `scores.json` layout, 0-1."""
-    found = {}
+    primary = {}
     for dataset, metrics in scores["scores"].get(system, {}).items():
         if metrics:
             name = primary_metric(metrics)
-            found[dataset] = (name, float(metrics[name]["value"]))
-    return found
+            primary[dataset] = (name, float(metrics[name]["value"]))
+    return primary
 
 
 def mean_primary_score(scores: Mapping[str, Any], system: str = "model") -> float:
@@ -77,17 +76,17 @@ def mean_primary_score(scores: Mapping[str, Any], system: str = "model") -> floa
 def add_version(client: Any, config: RegistrationConfig, submission: Submission) -> Any:
     """The version of a folder's content, made if missing (uploaded first: a version is never without its files).
 
-    What it says follows the last evaluation. The alias `candidate` is moved to it.
+    Its scores are those of the last evaluation. The alias `candidate` is moved to it.
     """
     content = folder_content(submission.folder)
     values = _tags(config, submission, content)
-    found = [
+    same_content = [
         version
         for version in tags.list_versions(client, config.model_name)
         if version.tags.get(tags.CONTENT) == content and version.tags.get(tags.FORMAT) == str(tags.FORMAT_VERSION)
     ]
-    if found:
-        version = found[0]
+    if same_content:
+        version = same_content[0]
         if version.tags.get(tags.EVALUATED) != values[tags.EVALUATED]:
             _upload_records(client, version, config, submission)
     else:
@@ -135,7 +134,7 @@ def _upload_records(client: Any, version: Any, config: RegistrationConfig, submi
 
 
 def _log_records(client: Any, run_id: str, place: str, config: RegistrationConfig, submission: Submission) -> None:
-    """Scores, items, chain, and the card that tells of them."""
+    """Log scores, items, chain, and the card with them."""
     with tempfile.TemporaryDirectory(prefix="nvembed-records-") as temporary:
         records = Path(temporary, RECORDS)
         records.mkdir()
@@ -181,7 +180,7 @@ def _ensure_registered_model(client: Any, name: str) -> None:
 
 
 def _ensure_run(client: Any, config: RegistrationConfig, content: str) -> Any:
-    """The step's run; where tracking has none, one of our own that a resumed registration finds again."""
+    """The step's run; where tracking has none, one of its own, which a resumed registration reuses."""
     if config.run_id is not None:
         return client.get_run(config.run_id)
     experiment = client.get_experiment_by_name(config.experiment)
@@ -190,9 +189,9 @@ def _ensure_run(client: Any, config: RegistrationConfig, content: str) -> Any:
     else:
         experiment_id = experiment.experiment_id
     key = f"register/{config.model_name}/{content}"
-    found = client.search_runs([experiment_id], f"tags.`nvembed.key` = '{key}'", max_results=1)
-    if found:
-        return found[0]
+    runs = client.search_runs([experiment_id], f"tags.`nvembed.key` = '{key}'", max_results=1)
+    if runs:
+        return runs[0]
     run = client.create_run(experiment_id, run_name=f"register {config.model_name}", tags={"nvembed.key": key})
     client.set_terminated(run.info.run_id)
     return run

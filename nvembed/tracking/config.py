@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from nvembed.types import Config
 
 
 class TrackingConfig(Config):
-    """MLflow tracking.
+    """MLflow tracking."""
 
-    `uri` null: MLFLOW_TRACKING_URI where it is set, else `mlflow.db` and `mlartifacts/` below the (local) output.
-    """
-
-    enabled: bool = True
-    uri: str | None = None
-    experiment: str = "nvembed"
+    enabled: bool = Field(True, description="Send runs and metrics to MLflow.")
+    uri: str | None = Field(
+        None,
+        description="Tracking URI; null: MLFLOW_TRACKING_URI, else mlflow.db and mlartifacts/ in the (local) output.",
+    )
+    experiment: str = Field("nvembed", description="MLflow experiment of the runs.")

@@ -1,6 +1,6 @@
-"""Where MLflow keeps things and what it takes, without MLflow (layer 0).
+"""MLflow's store of a run, names and values in the form that MLflow takes, and the tail of `metrics.jsonl`.
 
-Used by `tracking.py` and `registry.py`, the only modules that import mlflow.
+Does not import mlflow; `tracking/tracker.py` and `registry/` do.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from nvembed.types import Config, UserError
 logger = logging.getLogger(__name__)
 
 _BATCH_METRICS = 1000  # MLflow's own limit of one log_batch call
-PROBE_SECONDS = 3.0  # a server that does not answer within this is taken for dead
+PROBE_SECONDS = 3.0  # a server that does not answer within this is unreachable
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 @dataclass(frozen=True)
 class Store:
-    """Where MLflow keeps things.
+    """The store of MLflow.
 
     Attributes:
-        configured: the URI somebody chose (recipe or environment), as it may be stored: without user and password;
+        configured: the URI of the recipe or the environment, as it may be stored: without user and password;
             None for the output's own store.
         uri: the tracking and registry URI.
         artifact_root: where a new experiment keeps its artifacts; None leaves it to the server.
@@ -69,7 +69,7 @@ def resolve_store(uri: str | None, out: str) -> Store:
         database = Path(configured.removeprefix("sqlite:///")).absolute()
         if storage.is_local(out) and database == _own_database(
             out
-        ):  # named for another command of the same shell; the run is the same with and without
+        ):  # set for another command of the same shell; the run is the same with and without
             configured = None
     else:
         return Store(without_credentials(configured), configured, None)
@@ -100,10 +100,10 @@ def flatten(value: Any, path: str = "") -> dict[str, str]:
 def numbers(value: Any, path: str = "") -> dict[str, float]:
     """The numeric leaves of a nested value, keyed by path with `/`; texts, flags and nulls are left out."""
     if isinstance(value, Mapping):
-        found: dict[str, float] = {}
+        leaves: dict[str, float] = {}
         for key, item in value.items():
-            found.update(numbers(item, f"{path}/{key}" if path else str(key)))
-        return found
+            leaves.update(numbers(item, f"{path}/{key}" if path else str(key)))
+        return leaves
     if isinstance(value, (int, float)) and not isinstance(value, bool) and path:
         return {valid_name(path): float(value)}
     return {}
@@ -134,7 +134,7 @@ def probe(uri: str) -> None:
             if error.code >= 500:
                 raise
         except urllib.error.URLError as error:
-            # somebody answers; which certificates to trust is for MLflow's client, which has settings of its own
+            # a server answers; which certificates to trust is decided by MLflow's client, which has its own settings
             if not isinstance(error.reason, ssl.SSLCertVerificationError):
                 raise
     elif scheme in _PORTS and parsed.hostname:
@@ -183,7 +183,7 @@ class Follower:
         return [row for row in map(_parse, lines) if row is not None]
 
     def commit(self) -> None:
-        """The rows of the last `read` are done with."""
+        """Mark the rows of the last `read` as processed."""
         self._offset, self._last = self._next
 
 
@@ -192,7 +192,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
         int(row["step"])
     except (ValueError, TypeError, KeyError):
-        logger.warning("a line of metrics.jsonl is no JSON object with a step and is not sent: %r", line[:80])
+        logger.warning("a line of metrics.jsonl is not a JSON object with a step and is not sent: %r", line[:80])
         return None
     return dict(row)
 
@@ -200,8 +200,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 class Tail:
     """Sends rows of a growing `metrics.jsonl`, each (metric, optimiser step) once.
 
-    What MLflow already has is asked once per process and again after every failure, so it does not matter whether a
-    lost call had arrived. Of a step that was repeated after a resume, MLflow keeps what it was told first.
+    MLflow's rows are read once per process and again after every failure, so it does not matter whether a lost call had
+    arrived. Of a step that was repeated after a resume, MLflow keeps the first values.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
-"""MLflow as a reader of the run: what the output directory says, told to a tracking server (layer 3).
+"""MLflow runs and metrics of an output directory.
 
-The truth lies in the output (`manifest.json`, `metrics.jsonl`). Every call here can be repeated: it looks at what
-MLflow has and sends what is missing. So an outage costs nothing but a warning, and a killed run sends the rest when it
-is resumed. MLflow is imported on first use only, so a recipe is validated without it.
+The output is the source (`manifest.json`, `metrics.jsonl`); MLflow is a copy of it. Every call here can be repeated: it
+reads what MLflow has and sends what is missing. So an outage costs nothing but a warning, and a killed run sends the
+rest when it is resumed. MLflow is imported on first use only, so a recipe is validated without it.
 
 Numbers, parameters, hashes and URIs are sent; texts of the data never are.
 """
@@ -45,8 +45,8 @@ def open_client(uri: str) -> Any:
 class Tracker:
     """The MLflow runs of one output: a parent run, and a child run per pipeline step.
 
-    Which runs these are stands in `<out>/tracking.json` and, as a tag, in MLflow; so one output has one parent run,
-    however often it is killed and resumed. The parent, called `name`, has the resolved `recipe` as its parameters.
+    Their ids are in `<out>/tracking.json` and, as a tag, in MLflow; so an output has one parent run, even if killed and
+    resumed. The parent, called `name`, has the resolved `recipe` as its parameters.
     No method raises because of MLflow; only an output that needs a tracking URI and has none is a UserError.
     """
 
@@ -69,7 +69,7 @@ class Tracker:
                 self._all = storage.read_json(self._file)
             new: dict[str, Any] = {"experiment_id": None, "parent_run": None, "closed": None, "steps": {}}
             self._state = self._all["stores"].setdefault(self.store.configured or "output", new)
-            self._write_state()  # the key stands here before a run is made under it
+            self._write_state()  # the key is on disk before a run is made under it
 
     def _write_state(self) -> None:
         storage.write_json(self._file, self._all)
@@ -86,11 +86,11 @@ class Tracker:
                 if self._client is None:
                     self._open()
                 action(self._client)
-            except Exception as error:  # whatever goes wrong in tracking, the training goes on
+            except Exception as error:  # no error of tracking stops the training
                 self._retry_at = time.monotonic() + RETRY_SECONDS
                 if not self._down:
                     cause = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-                    logger.warning("MLflow failed (%s); the run goes on, the rest is sent later", cause)
+                    logger.warning("MLflow failed (%s); the run continues and sends the rest later", cause)
                 logger.debug("MLflow failure", exc_info=True)
                 self._down = True
                 return False
@@ -101,7 +101,7 @@ class Tracker:
 
     @property
     def parent_run_id(self) -> str | None:
-        """Id of the parent run; None while MLflow was never reached."""
+        """Id of the parent run; None until MLflow was reached."""
         return self._state.get("parent_run")
 
     def _open(self) -> None:
@@ -114,7 +114,7 @@ class Tracker:
         elif state["experiment_id"] != experiment.experiment_id:
             state.update(experiment_id=experiment.experiment_id, parent_run=None)
         run = self._run(client, state["parent_run"], self._all["key"], self.name, {})
-        if state["parent_run"] != run.info.run_id:  # new, or deleted in MLflow: its steps are told again
+        if state["parent_run"] != run.info.run_id:  # new, or deleted in MLflow: its steps are sent again
             state["parent_run"] = run.info.run_id
             for step in state["steps"].values():
                 step.update(run_id=None, sent=None)
@@ -139,9 +139,9 @@ class Tracker:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
         experiment_id = self._state["experiment_id"]
-        found = client.search_runs([experiment_id], f"tags.`nvembed.key` = '{key}'", max_results=1)
-        if found:
-            return found[0]
+        matches = client.search_runs([experiment_id], f"tags.`nvembed.key` = '{key}'", max_results=1)
+        if matches:
+            return matches[0]
         made = client.create_run(experiment_id, run_name=name, tags={"nvembed.key": key, **tags})
         return client.get_run(made.info.run_id)
 
@@ -175,7 +175,7 @@ class Tracker:
             return self._steps[name]
 
     def sync(self) -> bool:
-        """Send whatever MLflow does not have yet; True when nothing is left. Tries at once, and once."""
+        """Send everything that MLflow does not have yet, in one attempt; True when nothing is left."""
         if self.store is None:
             return True
         with self._lock:
@@ -192,7 +192,7 @@ class Tracker:
             return True
         ended, done = _STATUS[status], self.sync()
         if done and self._state["closed"] == ended:
-            return True  # an unchanged run: MLflow need not be asked at all
+            return True  # an unchanged run: no call to MLflow is needed
 
         def end(client: Any) -> None:
             client.set_terminated(self.parent_run_id, ended)
@@ -242,13 +242,15 @@ class StepRun:
             return self._tracker._attempt(self._send_metrics)
 
     def publish(self, artifact: Artifact) -> None:
-        """Take what is to be sent from the step's artifact."""
+        """Take parameters, inputs and results from the step's artifact."""
         self._artifact, self.status = artifact, "FINISHED"
         self._metrics_uri = artifact.path(METRICS)
         manifest = artifact.manifest
         self._parameters = flatten(manifest["config"]) | self._parameters
         uris = manifest.get("input_uris", {})
-        self._inputs = {name: (uris.get(name, ""), found) for name, found in manifest["inputs"].items()} | self._inputs
+        self._inputs = {
+            name: (uris.get(name, ""), digest) for name, digest in manifest["inputs"].items()
+        } | self._inputs
 
     def finish(self, artifact: Artifact | None, status: str = "finished") -> bool:
         """End the run: results, hashes and lineage of the artifact. False if MLflow failed and `sync` must send it."""
@@ -259,7 +261,7 @@ class StepRun:
             return self.send()
 
     def send(self) -> bool:
-        """Send what is missing, unless everything was sent before."""
+        """Send what MLflow lacks, unless everything was sent before."""
         if self._settled and self._wanted in (None, self._sent):
             return True
         return self._tracker._attempt(self._send_all)
@@ -275,7 +277,7 @@ class StepRun:
 
     @property
     def _wanted(self) -> str | None:
-        """What `sent` says once everything was sent: the manifest's hash, or how the step ended without one."""
+        """The value of `sent` once everything was sent: the manifest's hash, or the status of a step without one."""
         return self._artifact.manifest_hash if self._artifact is not None else self.status
 
     def _describe(self, client: Any) -> None:
@@ -344,7 +346,7 @@ def _log_lineage(client: Any, run_id: str, inputs: Mapping[str, tuple[str, str]]
         dataset = Dataset(name=name, digest=manifest_hash[:36], source_type="nvembed", source=source)
         listed.append(DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", name)]))
     client.log_inputs(run_id, listed)
-    _set_tags(client, run_id, {f"nvembed.input.{name}": found for name, (_, found) in inputs.items()})
+    _set_tags(client, run_id, {f"nvembed.input.{name}": digest for name, (_, digest) in inputs.items()})
 
 
 def _log_results(client: Any, run: Any, artifact: Artifact) -> None:
@@ -357,6 +359,6 @@ def _log_results(client: Any, run: Any, artifact: Artifact) -> None:
     _set_tags(client, run.info.run_id, {f"nvembed.{key}": value for key, value in tags.items()})
     started, seconds = manifest["timing"]["started"], manifest["timing"]["seconds"]
     when = int((started + seconds) * 1000)
-    found = numbers({"rows": manifest["rows"], "result": manifest["metrics"], "seconds": seconds})
-    new = [Metric(key, value, when, 0) for key, value in found.items() if key not in run.data.metrics]
+    results = numbers({"rows": manifest["rows"], "result": manifest["metrics"], "seconds": seconds})
+    new = [Metric(key, value, when, 0) for key, value in results.items() if key not in run.data.metrics]
     log_metrics(client, run.info.run_id, new)

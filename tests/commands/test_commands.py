@@ -230,7 +230,7 @@ def test_doctor_looks_at_mlflow_disk_clock_and_files(tmp_path: Path, monkeypatch
     found = findings()
     assert found["mlflow"].state == doctor.PROBLEM and "canary" not in str(found["mlflow"])
     assert found["disk of the runs"].state == doctor.NOTE and found["open files"].fix.startswith("ulimit -n")
-    assert found["clock"].state == doctor.PROBLEM and "1 model(s)" in found["hub cache"].said
+    assert found["clock"].state == doctor.PROBLEM and "1 model(s)" in found["hub cache"].message
     monkeypatch.undo()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/no/mlflow.db")
     assert findings()["mlflow"].state == doctor.OK and not (tmp_path / "no").exists(), "nothing is made by looking"

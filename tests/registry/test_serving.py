@@ -52,8 +52,8 @@ for name, request in bad.items():
 stock = None
 if reference.endswith("@candidate"):
     import mlflow.sentence_transformers
-    found = mlflow.sentence_transformers.load_model(reference)
-    stock = found.encode(json.loads(requests)["prompt"]["input"], prompt_name="find").tolist()
+    model = mlflow.sentence_transformers.load_model(reference)
+    stock = model.encode(json.loads(requests)["prompt"]["input"], prompt_name="find").tolist()
 print("RESULT" + json.dumps({"answers": answers, "refused": refused, "stock": stock}))
 """
 
@@ -89,8 +89,8 @@ def check(answers: dict[str, Any], folder: Path) -> None:
 
 def environment(uri: str) -> dict[str, str]:
     """Without our PYTHONPATH, so that only the version's own files can be used."""
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return {**kept, "MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_OFFLINE": "1"}
+    others = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return {**others, "MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.mark.slow
@@ -118,18 +118,18 @@ def test_a_fresh_process_gets_our_vectors(registered: Any, folders: dict[str, Pa
 def test_code_that_was_not_registered_is_not_run(registered: Any) -> None:
     version = open_registry(registered.uri).get_model_version(NAME, "1")
     folder = Path(version.source.removeprefix("file://"), "model.sentence_transformer")
-    for change, said in (
+    for change, message in (
         ("pooling.py", "is not the code that was registered"),
         ("extra.py", "was not registered: extra.py"),
     ):
-        kept = shutil.copytree(folder.parent, Path(registered.out, f"copy-{change}"))
-        with open(kept / "model.sentence_transformer" / change, "a") as file:
+        changed = shutil.copytree(folder.parent, Path(registered.out, f"copy-{change}"))
+        with open(changed / "model.sentence_transformer" / change, "a") as file:
             file.write("\nraise SystemExit('it ran')\n")
-        code = f"import mlflow; mlflow.pyfunc.load_model({str(kept)!r})"
+        code = f"import mlflow; mlflow.pyfunc.load_model({str(changed)!r})"
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment(registered.uri)
         )
-        assert done.returncode != 0 and said in done.stderr and "it ran" not in done.stderr, done.stderr
+        assert done.returncode != 0 and message in done.stderr and "it ran" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow
@@ -165,8 +165,8 @@ def test_mlflow_models_serve_answers_over_http(registered: Any, folders: dict[st
 
 
 def ask(port: int, request: dict[str, Any]) -> dict[str, Any]:
-    asked = urllib.request.Request(
+    request = urllib.request.Request(
         f"http://127.0.0.1:{port}/invocations", json.dumps(request).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(asked, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=120) as answer:
         return dict(json.load(answer))

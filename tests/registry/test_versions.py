@@ -24,8 +24,8 @@ HASHES = {"cwe": "aa", "hpo": "bb"}
 Files = Callable[[str | Path], dict[str, bytes]]
 
 
-def without_card(found: dict[str, bytes]) -> dict[str, bytes]:
-    return {name: data for name, data in found.items() if name != "README.md"}
+def without_card(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in files.items() if name != "README.md"}
 
 
 def folder_of(version: Any) -> Path:
@@ -66,12 +66,12 @@ def test_the_card_carries_evaluation_licences_and_chain(kit: Any) -> None:
     front = yaml.safe_load(card.content.split("---")[1])
     assert card.data.license == "apache-2.0" and front["base_model"] == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
     assert sorted(front["datasets"]) == ["cwe", "hpo"]
-    results = {found.dataset_name: found for found in card.data.eval_results}
+    results = {result.dataset_name: result for result in card.data.eval_results}
     assert results["cwe"].metric_type == "ndcg_at_10" and results["cwe"].metric_value == pytest.approx(0.5)
     assert results["hpo"].metric_args["low"] == pytest.approx(0.49)
-    for said in ("| cwe | nDCG@10 | 0.5000 | 0.4900 | 0.5100 |", "| data set | hpo | licence of hpo |",
+    for line in ("| cwe | nDCG@10 | 0.5000 | 0.4900 | 0.5100 |", "| data set | hpo | licence of hpo |",
                  "| mining model | sentence-transformers/all-MiniLM-L6-v2 | Apache-2.0 |", "| prepare-"):  # fmt: skip
-        assert said in card.text
+        assert line in card.text
     assert {row["kind"] for row in json.loads(version.tags["nvembed.licences"])} == {
         "data set", "backbone", "mining model",
     }  # fmt: skip
@@ -80,8 +80,8 @@ def test_the_card_carries_evaluation_licences_and_chain(kit: Any) -> None:
 def test_the_same_content_is_the_same_version(kit: Any) -> None:
     first, second = kit.register("a", 0.5), kit.register("a", 0.5)
     assert first == {**second, "reason": first["reason"], "gate": first["gate"]}
-    said = {check["name"]: check["said"] for check in second["gate"]["checks"]}
-    assert said["comparison"] == "it is the champion itself"
+    messages = {check["name"]: check["said"] for check in second["gate"]["checks"]}
+    assert messages["comparison"] == "it is the champion itself"
     tags = kit.versions()[0].tags  # the record of what made it champion stays
     assert tags["gate.comparison"] == "skipped: there is no champion"
     assert len(kit.versions()) == 1
@@ -256,22 +256,22 @@ def test_a_version_of_the_first_format_is_still_read(kit: Any, files: Files, fol
 
 
 @pytest.mark.parametrize(
-    ("reference", "said"),
+    ("reference", "message"),
     [
-        ("models:/nobody@champion", f"no model nobody; it has: {NAME}"),
+        ("models:/unknown@champion", f"no model unknown; it has: {NAME}"),
         (f"models:/{NAME}@production", r"no alias production; it has: @candidate \(version 1\), @champion"),
         (f"models:/{NAME}/7", "no version 7; it has: 1"),
         (f"models:/{NAME}", "write models:/name@alias"),
         ("no/such/folder", "no such model folder"),
     ],
 )
-def test_what_cannot_be_resolved_says_what_exists(kit: Any, reference: str, said: str) -> None:
+def test_a_failed_lookup_lists_the_existing_names(kit: Any, reference: str, message: str) -> None:
     client = kit.client
     client.create_registered_model(NAME)
     client.create_model_version(NAME, "file:///nowhere")
     for alias in ("candidate", "champion"):
         client.set_registered_model_alias(NAME, alias, "1")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         resolve_model(reference, kit.uri)
 
 

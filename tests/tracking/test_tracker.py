@@ -75,37 +75,37 @@ def train(out: str, source: Artifact, data: bytes) -> Artifact:
     return publish(storage.join(out, "train"), "train", build, StepConfig(), prepare=source)
 
 
-def walk(out: str, source: Artifact, data: bytes) -> Tracker:
-    """What the story does around two steps."""
-    told = tracker(out)
-    with told.step("prepare", StepConfig(steps=1)) as handle:
+def run_steps(out: str, source: Artifact, data: bytes) -> Tracker:
+    """The calls of a pipeline with two steps."""
+    tracking = tracker(out)
+    with tracking.step("prepare", StepConfig(steps=1)) as handle:
         handle.finish(source, "skipped")
-    with told.step("train", StepConfig(), {"prepare": source}) as handle:
+    with tracking.step("train", StepConfig(), {"prepare": source}) as handle:
         storage.write_bytes(storage.join(out, "live.jsonl"), data[: len(data) // 2])
         handle.tail(storage.join(out, "live.jsonl"))
         handle.finish(train(out, source, data))
-    told.close()
-    return told
+    tracking.close()
+    return tracking
 
 
 def all_runs(out: str, experiment: str = "nvembed") -> dict[str, list[Any]]:
     client = open_client(f"sqlite:///{out}/mlflow.db")
-    found = client.get_experiment_by_name(experiment)
+    entity = client.get_experiment_by_name(experiment)
     runs: dict[str, list[Any]] = {}
-    for run in client.search_runs([found.experiment_id]) if found else []:
+    for run in client.search_runs([entity.experiment_id]) if entity else []:
         runs.setdefault(run.info.run_name, []).append(run)
     return runs
 
 
 def history(out: str, run_id: str, key: str) -> list[tuple[int, float]]:
-    found = open_client(f"sqlite:///{out}/mlflow.db").get_metric_history(run_id, key)
-    return sorted((metric.step, metric.value) for metric in found)
+    metrics = open_client(f"sqlite:///{out}/mlflow.db").get_metric_history(run_id, key)
+    return sorted((metric.step, metric.value) for metric in metrics)
 
 
 def check_complete(out: str, source: Artifact, steps: int) -> None:
     """One run each, everything in it once."""
     runs = all_runs(out)
-    assert {name: len(found) for name, found in runs.items()} == {"tiny": 1, "prepare": 1, "train": 1}
+    assert {name: len(runs_of_name) for name, runs_of_name in runs.items()} == {"tiny": 1, "prepare": 1, "train": 1}
     (parent,), (child,) = runs["tiny"], runs["train"]
     assert parent.data.params["prepare.sources.1.type"] == "beir"
     assert [run[0].info.status for run in runs.values()] == ["FINISHED"] * 3
@@ -123,80 +123,85 @@ def check_complete(out: str, source: Artifact, steps: int) -> None:
         assert history(out, child.info.run_id, key) == [(step, value(step)) for step in range(steps)]
 
 
-# -- what MLflow is told --------------------------------------------------------------------------------------------
+# -- what MLflow receives ----------------------------------------------------------------------------------------------
 
 
 def test_runs_parameters_lineage_and_metrics(out: str) -> None:
     source = source_artifact(out)
-    walk(out, source, rows(0, 5))
+    run_steps(out, source, rows(0, 5))
     check_complete(out, source, 5)
     assert not Path(out, "mlruns").exists()
 
 
-def test_a_second_run_adds_nothing_and_does_not_ask(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_adds_nothing_and_makes_no_call(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = source_artifact(out)
-    first = walk(out, source, rows(0, 5))
-    monkeypatch.setattr("nvembed.tracking.tracker.open_client", lambda uri: pytest.fail("MLflow was asked"))
-    second = walk_skipping(out, source)
+    first = run_steps(out, source, rows(0, 5))
+    monkeypatch.setattr("nvembed.tracking.tracker.open_client", lambda uri: pytest.fail("MLflow was called"))
+    second = skip_steps(out, source)
     assert second.parent_run_id == first.parent_run_id
     check_complete(out, source, 5)
 
 
-def walk_skipping(out: str, source: Artifact) -> Tracker:
-    told = tracker(out)
-    with told.step("prepare", StepConfig(steps=1)) as handle:
+def skip_steps(out: str, source: Artifact) -> Tracker:
+    tracking = tracker(out)
+    with tracking.step("prepare", StepConfig(steps=1)) as handle:
         handle.finish(source, "skipped")
-    with told.step("train", StepConfig(), {"prepare": source}) as handle:
+    with tracking.step("train", StepConfig(), {"prepare": source}) as handle:
         handle.finish(load_artifact(storage.join(out, "train")), "skipped")
-    assert told.close()
-    return told
+    assert tracking.close()
+    return tracking
 
 
 def test_more_rows_than_one_batch_holds(out: str) -> None:
     source = source_artifact(out)
-    walk(out, source, rows(0, 1500))
+    run_steps(out, source, rows(0, 1500))
     check_complete(out, source, 1500)
 
 
 def test_changed_inputs_get_a_new_run(out: str) -> None:
-    told = tracker(out)
+    tracking = tracker(out)
     for steps in (3, 4):
-        with told.step("train", StepConfig(steps=steps)) as handle:
+        with tracking.step("train", StepConfig(steps=steps)) as handle:
             assert handle.run_id is not None
     assert sorted(run.data.params["steps"] for run in all_runs(out)["train"]) == ["3", "4"]
 
 
 def test_failure_and_interruption_are_statuses(out: str) -> None:
-    told = tracker(out)
+    tracking = tracker(out)
     for name, error in (("bad", RuntimeError), ("stopped", KeyboardInterrupt)):
-        with suppress(error), told.step(name):
+        with suppress(error), tracking.step(name):
             raise error
-    told.close("interrupted")
-    statuses = {name: found[0].info.status for name, found in all_runs(out).items()}
+    tracking.close("interrupted")
+    statuses = {name: runs[0].info.status for name, runs in all_runs(out).items()}
     assert statuses == {"bad": "FAILED", "stopped": "KILLED", "tiny": "KILLED"}
 
 
 def test_runs_deleted_in_mlflow_are_made_again(out: str) -> None:
     source = source_artifact(out)
-    first = walk(out, source, rows(0, 5))
+    first = run_steps(out, source, rows(0, 5))
     client = open_client(f"sqlite:///{out}/mlflow.db")
-    for found in all_runs(out).values():
-        client.delete_run(found[0].info.run_id)
-    told = tracker(out)
-    with told.step("more") as handle:
+    for runs_of_name in all_runs(out).values():
+        client.delete_run(runs_of_name[0].info.run_id)
+    tracking = tracker(out)
+    with tracking.step("more") as handle:
         assert handle.run_id is not None
-    told.close()
-    assert told.parent_run_id != first.parent_run_id
+    tracking.close()
+    assert tracking.parent_run_id != first.parent_run_id
     runs = all_runs(out)
-    assert {name: len(found) for name, found in runs.items()} == {"tiny": 1, "prepare": 1, "train": 1, "more": 1}
+    assert {name: len(runs_of_name) for name, runs_of_name in runs.items()} == {
+        "tiny": 1,
+        "prepare": 1,
+        "train": 1,
+        "more": 1,
+    }
     assert len(history(out, runs["train"][0].info.run_id, "loss")) == 5
 
 
 def test_disabled_does_nothing(out: str) -> None:
-    told = tracker(out, enabled=False)
-    with told.step("train", StepConfig()) as handle:
+    tracking = tracker(out, enabled=False)
+    with tracking.step("train", StepConfig()) as handle:
         assert handle.tail() and handle.run_id is None
-    assert told.close()
+    assert tracking.close()
     assert not Path(out, "tracking.json").exists()
 
 
@@ -204,7 +209,7 @@ def test_disabled_does_nothing(out: str) -> None:
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing catches it."""
+    """Simulates kill -9: nothing catches it."""
 
 
 class Dying:
@@ -248,14 +253,14 @@ def test_killed_at_any_call_then_resumed(out: str, monkeypatch: pytest.MonkeyPat
                 "nvembed.tracking.tracker.open_client", lambda uri, at=at: Dying(open_client(uri), at, after)
             )
             try:
-                walk(here, source, rows(0, 5))
+                run_steps(here, source, rows(0, 5))
             except Killed:
                 pass
             else:
                 break
-        walk(here, source, rows(0, 5))
+        run_steps(here, source, rows(0, 5))
         check_complete(here, source, 5)
-    assert at > 20  # the walk makes more calls than this, and all have been passed
+    assert at > 20  # the steps make more calls than this, and all have been passed
 
 
 def test_rows_of_a_resumed_training_are_sent_once(out: str) -> None:
@@ -288,12 +293,12 @@ def test_dead_server_never_raises_and_costs_seconds(
     source = source_artifact(out)
     storage.write_bytes(storage.join(out, "train", "metrics.jsonl"), rows(0, 5))
     started = time.monotonic()
-    told = tracker(out, uri="http://127.0.0.1:9")  # the discard port: nobody listens
-    with caplog.at_level(logging.WARNING), told.step("train", StepConfig(), {"prepare": source}) as handle:
+    tracking = tracker(out, uri="http://127.0.0.1:9")  # the discard port: no listener
+    with caplog.at_level(logging.WARNING), tracking.step("train", StepConfig(), {"prepare": source}) as handle:
         for _ in range(20):
             assert not handle.tail()
         assert handle.run_id is None
-    assert not told.close()
+    assert not tracking.close()
     assert time.monotonic() - started < 15
     assert len([record for record in caplog.records if "MLflow failed" in record.message]) == 1
 
@@ -305,9 +310,9 @@ def test_silent_server_costs_seconds(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        told = tracker(str(tmp_path), uri=f"http://127.0.0.1:{listener.getsockname()[1]}")
+        tracking = tracker(str(tmp_path), uri=f"http://127.0.0.1:{listener.getsockname()[1]}")
         started = time.monotonic()
-        with told.step("train", StepConfig()) as handle:
+        with tracking.step("train", StepConfig()) as handle:
             for _ in range(10):
                 assert not handle.tail()
         assert time.monotonic() - started < 10
@@ -316,19 +321,19 @@ def test_silent_server_costs_seconds(tmp_path: Path) -> None:
 def test_backlog_is_sent_when_the_store_is_back(out: str, caplog: pytest.LogCaptureFixture) -> None:
     source = source_artifact(out)
     database, away = Path(out, "mlflow.db"), Path(out, "away.db")
-    told = tracker(out)
-    with told.step("prepare", StepConfig(steps=1)) as handle:
+    tracking = tracker(out)
+    with tracking.step("prepare", StepConfig(steps=1)) as handle:
         handle.finish(source)
     database.rename(away)
     database.mkdir()  # SQLite cannot open a directory: every call fails
-    with told.step("train", StepConfig(), {"prepare": source}) as handle:
+    with tracking.step("train", StepConfig(), {"prepare": source}) as handle:
         storage.write_bytes(storage.join(out, "live.jsonl"), rows(0, 3))
         assert not handle.tail(storage.join(out, "live.jsonl"))
         assert not handle.finish(train(out, source, rows(0, 5)))
-    assert not told.sync()
+    assert not tracking.sync()
     database.rmdir()
     away.rename(database)
-    assert told.close()
+    assert tracking.close()
     check_complete(out, source, 5)
 
 
@@ -337,7 +342,7 @@ def test_next_run_sends_what_the_last_could_not(out: str) -> None:
     database, away = Path(out, "mlflow.db"), Path(out, "away.db")
     database.rename(away)
     database.mkdir()
-    walk(out, source, rows(0, 5))
+    run_steps(out, source, rows(0, 5))
     database.rmdir()
     away.rename(database)
     assert all_runs(out) == {}
