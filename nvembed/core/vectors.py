@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from nvembed.core import storage
-from nvembed.core.parquet import Encoding, list_shards, part_name, read_table, table_bytes, write_table
+from nvembed.core.parquet import Encoding, list_shards, part_name, read_table, table_bytes
 from nvembed.types import UserError, VectorType
 
 _KIND = b"nvembed.kind"
@@ -33,7 +33,7 @@ TEXT_SCHEMA = pa.schema([("key", pa.string()), ("text", pa.string()), ("instruct
 
 def write_shard(table: pa.Table, uri: str) -> None:
     """Write one shard: a parquet file of one row group. Equal tables give equal bytes."""
-    write_table(table, uri, row_group_rows=max(table.num_rows, 1), encoding=_encoding(table.schema))
+    storage.write_bytes(uri, shard_content(table))
 
 
 def shard_content(table: pa.Table, *, checksums: bool = False) -> bytes:

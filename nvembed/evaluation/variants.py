@@ -19,7 +19,7 @@ import torch
 from nvembed.core import storage
 from nvembed.core.model_cache import local_model
 from nvembed.core.parquet import list_shards, read_table
-from nvembed.core.ray_pool import ProgressLog, run_pool
+from nvembed.core.ray_tasks import ProgressLog, run_pool
 from nvembed.core.vectors import vector_table, write_shard
 from nvembed.modeling.bidirectional import set_bidirectional
 from nvembed.modeling.config import MeanConfig

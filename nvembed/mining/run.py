@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from nvembed.core import storage
 from nvembed.core.model_cache import local_model
 from nvembed.core.parquet import column_size, iter_parquet, list_shards, read_table
-from nvembed.core.ray_pool import ProgressLog, run_pool
+from nvembed.core.ray_tasks import ProgressLog, run_pool
 from nvembed.core.steps import Step, StepResult
 from nvembed.data.tables import dataset_info
 from nvembed.mining.audit import Audit, near_duplicates, samples, short_summary

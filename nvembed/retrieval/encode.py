@@ -22,7 +22,7 @@ import xxhash
 
 from nvembed.core import storage
 from nvembed.core.parquet import list_shards, read_schema
-from nvembed.core.ray_pool import ProgressLog, run_pool
+from nvembed.core.ray_tasks import ProgressLog, run_pool
 from nvembed.core.vectors import (
     iter_vectors,
     read_vectors,

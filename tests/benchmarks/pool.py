@@ -23,7 +23,7 @@ from encode import texts
 
 from nvembed.core.parquet import list_shards
 from nvembed.core.ray_cluster import ensure_ray
-from nvembed.core.ray_pool import run_pool
+from nvembed.core.ray_tasks import run_pool
 from nvembed.core.vectors import write_text_shards
 from nvembed.retrieval.config import EncodeConfig, PackageModel
 from nvembed.retrieval.encode import ShardEncoder
