@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -44,9 +42,8 @@ def search_command(
 
     def action() -> int:
         from nvembed.registry.resolve import resolve_model
-        from nvembed.retrieval.encode_file import EmbedJob, prompt_prefix
+        from nvembed.retrieval.encode_file import EmbedJob, stored_prompts
         from nvembed.retrieval.search_corpus import SearchJob, as_text, corpus_source, search
-        from nvembed.text.instructions import instruction_prefix
 
         if instruction is not None and prompt_name is not None:
             raise UserError("give --instruction or --prompt-name, not both")
@@ -54,14 +51,23 @@ def search_command(
             raise UserError(f"--precision {precision}: choose fp32, bf16 or auto")
         console = Console()
         folder = resolve_model(model, registry or (near_registry() if model.startswith("models:/") else None))
-        prefix = instruction_prefix(instruction) if instruction is not None else ""
-        if prompt_name is not None:
-            prefix = prompt_prefix(folder, prompt_name)
-        elif instruction is None and (prompts := _prompts(folder)):
+        prompts = [name for name, prompt in stored_prompts(folder).items() if prompt and name != "document"]
+        if instruction is None and prompt_name is None and prompts:
             console.line(f"no instruction; this model was trained with --prompt-name {' | '.join(prompts)}")
         source, title = corpus_source(corpus)
-        job = EmbedJob(folder, source, "", "", dim, 4096, text_column, title_column or title, precision, threads)
-        hits = search(SearchJob(job, query, prefix, k, vectors), console.transient)
+        job = EmbedJob(
+            folder,
+            source,
+            target="",
+            instruction=instruction,
+            prompt_name=prompt_name,
+            dim=dim,
+            text_column=text_column,
+            title_column=title_column or title,
+            precision=precision,
+            threads=threads,
+        )
+        hits = search(SearchJob(job, query, k, vectors), console.transient)
         if console.is_terminal:
             console.status("")
         width = shutil.get_terminal_size((120, 24)).columns
@@ -69,13 +75,3 @@ def search_command(
         return ExitCode.DONE
 
     raise ended(action)
-
-
-def _prompts(folder: str) -> list[str]:
-    """Names of the query prompts a model folder stores, documents' left out."""
-    path = Path(folder) / "config_sentence_transformers.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("prompts", {})
-    except (OSError, ValueError):
-        return []
-    return [name for name, prompt in found.items() if prompt and name != "document"]

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from nvembed.modeling.folder import describe_folder, load_embedder
-from nvembed.text.instructions import instruction_prefix, task_sentence
+from nvembed.text.instructions import task_sentence
 from nvembed.types import UserError
 
 # mteb's tasks whose wording our catalogue has; keys of `text.instructions.CATALOGUE`
@@ -105,25 +105,26 @@ class MtebEncoder:
             task_metadata: decides the instruction.
             hf_split: not used.
             hf_subset: not used.
-            prompt_type: query, document, or None where the task has no sides.
+            prompt_type: query, document, or None where the task compares like with like.
             **kwargs: mteb's batch size and bar; batches are cut by tokens here.
         """
         texts = [text for batch in inputs for text in batch["text"]]
-        return self.embedder.encode(texts, self.prefix(task_metadata, prompt_type), token_budget=self.token_budget)
+        instruction = self.instruction(task_metadata, prompt_type)
+        return self.embedder.encode(texts, instruction, token_budget=self.token_budget)
 
-    def prefix(self, task_metadata: Any, prompt_type: Any) -> str:
-        """The instruction put before the texts of one side of a task; "" for documents of asymmetric tasks.
+    def instruction(self, task_metadata: Any, prompt_type: Any) -> str:
+        """The task sentence of a task's queries or documents; "" for documents of asymmetric tasks.
 
         In this order: given for the task, our catalogue's, the task's own prompt, that of the task's type.
         """
-        side = None if prompt_type is None else str(getattr(prompt_type, "value", prompt_type))
-        if task_metadata.type in ASYMMETRIC and side not in (None, "query"):
+        role = None if prompt_type is None else str(getattr(prompt_type, "value", prompt_type))
+        if task_metadata.type in ASYMMETRIC and role not in (None, "query"):
             return ""
-        found = self.instructions.get(task_metadata.name) or TASKS.get(task_metadata.name)
-        if found is None:
+        instruction = self.instructions.get(task_metadata.name) or TASKS.get(task_metadata.name)
+        if instruction is None:
             own = task_metadata.prompt
-            found = own.get("query") if isinstance(own, Mapping) else own
-        return instruction_prefix(found or TYPES.get(task_metadata.type, "web_search"))
+            instruction = own.get("query") if isinstance(own, Mapping) else own
+        return task_sentence(instruction or TYPES.get(task_metadata.type, "web_search"))
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Cosines [N1, N2] of unit vectors."""

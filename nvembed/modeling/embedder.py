@@ -21,6 +21,7 @@ from nvembed.modeling.packed import packed_states, packing, packs
 from nvembed.modeling.pooling import last_token_pool, mean_pool, normalise
 from nvembed.modeling.precision import autocast, resolve_precision
 from nvembed.text.batching import packed_chunks, token_budget_chunks
+from nvembed.text.instructions import choose_prompts
 from nvembed.text.tokenise import Tokeniser, Tokens
 from nvembed.types import UserError
 
@@ -38,6 +39,7 @@ class Embedder(nn.Module):
 
     Attributes:
         dim: D, width of the vectors.
+        prompts: name -> prompt, as the model folder stores them (`prompt_name` of `encode`); empty before.
 
     Raises:
         UserError: latent attention whose heads do not divide the width; texts longer than the backbone's positions.
@@ -50,6 +52,7 @@ class Embedder(nn.Module):
         self.embedding_model = embedding_model
         self.config = config
         self.tokeniser = tokeniser
+        self.prompts: dict[str, str] = {}
         self.dim = int(self.embedding_model.config.hidden_size)
         _check_length(self.embedding_model.config, config.text.max_length)
         set_bidirectional(self.embedding_model, config.bidirectional)
@@ -91,6 +94,8 @@ class Embedder(nn.Module):
         texts: Sequence[str],
         instruction: str | Sequence[str] = "",
         *,
+        prompt: str | Sequence[str] | None = None,
+        prompt_name: str | None = None,
         dim: int | None = None,
         token_budget: int = 4096,
         precision: str = "fp32",
@@ -99,11 +104,16 @@ class Embedder(nn.Module):
     ) -> np.ndarray:
         """Embed texts, packed where the backbone can (`packed.FAMILIES`), else in windows of similar token length.
 
-        A text's vector does not depend on the other texts beyond float noise.
+        A text's vector does not depend on the other texts beyond float noise. At most one of `instruction`, `prompt`
+        and `prompt_name` is given: queries need one, documents of retrieval none.
 
         Args:
             texts: N strings; may be empty.
-            instruction: a full prefix ("Instruct: ...\\nQuery: ") for all texts, or one for each; "" for documents.
+            instruction: a task sentence or its key in `text.instructions.CATALOGUE`, for all texts, or one for each;
+                "" for none. The prompt is rendered from it.
+            prompt: strings put before the texts as they are (sentence-transformers' `prompt`), one for all, or one for
+                each.
+            prompt_name: a name of the model's `prompts`.
             dim: Matryoshka prefix: keep the first `dim` numbers and scale to length 1 again.
             token_budget: tokens of one forward, padding included.
             precision: "fp32", "bf16" (autocast) or "auto".
@@ -114,10 +124,11 @@ class Embedder(nn.Module):
             float32 [N, dim or D], rows of length 1, in the order of `texts`.
 
         Raises:
-            UserError: something that is not a string, a number of instructions other than N, an impossible `dim` or
-                `max_length`.
+            UserError: something that is not a string, another number of instructions or prompts than N, an unknown key
+                or name, an impossible `dim` or `max_length`.
         """
-        texts, instructions = _checked(texts, instruction)
+        texts = _checked(texts)
+        prompts = choose_prompts(len(texts), instruction, prompt, prompt_name, self.prompts)
         if dim is not None and not 1 <= dim <= self.dim:
             raise UserError(f"dim={dim}: this model's vectors have {self.dim} numbers; choose 1 to {self.dim}.")
         if max_length is not None:
@@ -130,7 +141,7 @@ class Embedder(nn.Module):
         try:
             for start in range(0, len(texts), WINDOW_TEXTS):
                 window = slice(start, start + WINDOW_TEXTS)
-                tokens = self.tokeniser.encode(texts[window], instructions[window], max_length)
+                tokens = self.tokeniser.encode(texts[window], prompts[window], max_length)
                 self._encode_window(tokens, token_budget, resolved, matrix_ND[window])
                 if cut_N is not None:
                     cut_N[window] = [item.cut for item in tokens]
@@ -171,18 +182,14 @@ def _check_length(decoder_config: Any, max_length: int) -> None:
         raise UserError(f"text.max_length is {max_length}, but the backbone has {positions} positions.")
 
 
-def _checked(texts: Sequence[str], instruction: str | Sequence[str]) -> tuple[list[str], list[str]]:
+def _checked(texts: Sequence[str]) -> list[str]:
     if isinstance(texts, str):
         raise UserError("encode takes a list of texts, not one string: write encode([text]).")
     texts = list(texts)
-    instructions = [instruction] * len(texts) if isinstance(instruction, str) else list(instruction)
-    if len(instructions) != len(texts):
-        raise UserError(f"encode: {len(texts)} texts but {len(instructions)} instructions; give one, or one for each.")
-    for name, values in (("texts", texts), ("instruction", instructions)):
-        for index, value in enumerate(values):
-            if not isinstance(value, str):
-                raise UserError(f"encode: {name}[{index}] is {type(value).__name__}, not a string: {value!r:.80}")
-    return texts, instructions
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"encode: texts[{index}] is {type(text).__name__}, not a string: {text!r:.80}")
+    return texts
 
 
 def _matryoshka_prefix(matrix_ND: np.ndarray, dim: int) -> np.ndarray:

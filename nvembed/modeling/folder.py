@@ -181,8 +181,9 @@ def load_embedder(
         UserError: not a model folder of ours, damaged, or computed differently by the installed libraries.
     """
     folder = Path(folder)
+    description = describe_folder(folder)
     try:
-        stored = EmbedderConfig.model_validate(describe_folder(folder)["embedder"])
+        stored = EmbedderConfig.model_validate(description["embedder"])
     except ValidationError as error:
         raise UserError(f"{folder / DESCRIPTION} does not fit this nvembed: {error}") from error
     config = stored.model_copy(
@@ -196,6 +197,7 @@ def load_embedder(
             f"{folder} has no latent attention like {config.pooling}: only mean and last_token can replace it."
         )
     embedder = Embedder(_load_backbone(folder, stored), _load_tokeniser(folder, config), config).eval()
+    embedder.prompts = {"document": "", **description.get("prompts", {})}
     if embedder.latent_attention_model is not None:
         _load_head(embedder, folder)
     if check_probes and config == stored:

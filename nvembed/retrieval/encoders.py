@@ -1,13 +1,13 @@
 """Text encoders behind one call: a model folder inside a package, any sentence-transformers model, our own folders.
 
-`open_encoder(model, threads, precision).encode(texts, instructions)` gives float32, L2-normalised rows. A model
-that was not trained with instructions gets the bare texts.
+`open_encoder(model, threads, precision).encode(texts, prompts)` gives float32, L2-normalised rows. Encoders take
+rendered prompts (`text.instructions`); a model that was not trained with instructions gets the bare texts.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -39,16 +39,18 @@ class Encoder(Protocol):
         dim: width of the vectors.
         max_length: most tokens of a text.
         precision: "fp32" or "bf16", never "auto".
+        prompts: name -> prompt, as the model's folder stores them.
     """
 
     dim: int
     max_length: int
     precision: str
+    prompts: Mapping[str, str]
 
     def encode(
         self,
         texts: Sequence[str],
-        instructions: Sequence[str],
+        prompts: Sequence[str],
         max_length: int | None = None,
         *,
         cut_N: np.ndarray | None = None,
@@ -56,8 +58,8 @@ class Encoder(Protocol):
         """float32 [N, dim], unit norm, in the order of `texts`.
 
         Args:
-            instructions: full prefixes, "" for none.
-            max_length: most tokens of a text, prefix and special tokens included; None for the model's own.
+            prompts: one for each text, "" for none.
+            max_length: most tokens of a text, prompt and special tokens included; None for the model's own.
             cut_N: int8 [N] that gets 1 where a text had more tokens than that and 0 where it had not; it is left as it
                 is where the tokenizer does not tell.
 
@@ -66,8 +68,8 @@ class Encoder(Protocol):
         """
         ...
 
-    def prefix(self, instruction: str) -> str:
-        """What this model puts before a text for an instruction: "" if it was not trained with instructions."""
+    def used_prompt(self, prompt: str) -> str:
+        """The prompt itself, or "" where the model was not trained with instructions."""
         ...
 
 
@@ -99,13 +101,24 @@ def is_nvembed_folder(folder: str | Path) -> bool:
     return (Path(folder) / "nvembed.json").is_file()
 
 
-def resolve_model(model: Model) -> PackageModel | PretrainedModel | FolderModel:
+def as_model_config(model: Model) -> PackageModel | PretrainedModel | FolderModel:
     """Plain paths become the matching config; our own folders are recognised by their `nvembed.json`."""
     if isinstance(model, str | Path):
-        return FolderModel(folder=str(model)) if is_nvembed_folder(model) else PretrainedModel(name=str(model))
+        return named_model(model, with_prompt=False)
     if isinstance(model, PretrainedModel) and is_nvembed_folder(model.name):
         return FolderModel(folder=model.name)
     return model
+
+
+def named_model(model: str | Path, with_prompt: bool) -> FolderModel | PretrainedModel:
+    """The config of a folder or hub name.
+
+    Args:
+        with_prompt: whether the texts get prompts; a model that is not an nvembed folder then takes them as they are.
+    """
+    if is_nvembed_folder(model):
+        return FolderModel(folder=str(model))
+    return PretrainedModel(name=str(model), instruction=with_prompt)
 
 
 def check_model(model: Model) -> None:
@@ -114,7 +127,7 @@ def check_model(model: Model) -> None:
     Raises:
         UserError: the package or folder is missing.
     """
-    resolved = resolve_model(model)
+    resolved = as_model_config(model)
     if isinstance(resolved, PackageModel):
         package_folder(resolved.package)
     elif isinstance(resolved, FolderModel) and not is_nvembed_folder(resolved.folder):
@@ -123,7 +136,7 @@ def check_model(model: Model) -> None:
 
 def model_identity(model: Model) -> str:
     """Hash of a model's files, wherever they lie, and of how it is used."""
-    resolved = resolve_model(model)
+    resolved = as_model_config(model)
     if isinstance(resolved, PackageModel):
         folder = package_folder(resolved.package)
     elif isinstance(resolved, FolderModel):
@@ -164,7 +177,7 @@ def open_encoder(
     check_model(model)
     if threads is not None:
         torch.set_num_threads(threads)
-    resolved = resolve_model(model)
+    resolved = as_model_config(model)
     precision = resolve_precision(precision, torch.device(device))
     if isinstance(resolved, FolderModel):
         from nvembed.modeling.folder import load_embedder
@@ -180,6 +193,14 @@ def open_encoder(
     return SentenceEncoder(folder, resolved.instruction, precision, token_budget, device)
 
 
+def embedder_encoder(embedder: Embedder, precision: str, token_budget: int) -> FolderEncoder:
+    """The encoder of a loaded embedder, on its device; `precision` as in `open_encoder`."""
+    from nvembed.modeling.precision import resolve_precision
+
+    device = next(embedder.parameters()).device
+    return FolderEncoder(embedder, resolve_precision(precision, device), token_budget)
+
+
 class FolderEncoder:
     """An nvembed model folder."""
 
@@ -189,11 +210,12 @@ class FolderEncoder:
         self.precision = precision
         self.dim = embedder.dim
         self.max_length = embedder.config.text.max_length
+        self.prompts: Mapping[str, str] = embedder.prompts
 
     def encode(
         self,
         texts: Sequence[str],
-        instructions: Sequence[str],
+        prompts: Sequence[str],
         max_length: int | None = None,
         *,
         cut_N: np.ndarray | None = None,
@@ -201,16 +223,16 @@ class FolderEncoder:
         """See `Encoder.encode`."""
         return self._embedder.encode(
             list(texts),
-            list(instructions),
+            prompt=list(prompts),
             token_budget=self._token_budget,
             precision=self.precision,
             max_length=max_length,
             cut_N=cut_N,
         )
 
-    def prefix(self, instruction: str) -> str:
-        """See `Encoder.prefix`."""
-        return instruction
+    def used_prompt(self, prompt: str) -> str:
+        """See `Encoder.used_prompt`."""
+        return prompt
 
 
 class SentenceEncoder:
@@ -244,15 +266,16 @@ class SentenceEncoder:
             )
         self.dim = int(dim)
         self.max_length = int(self._model.max_seq_length or _DEFAULT_LENGTH)
+        self.prompts: Mapping[str, str] = {name: prompt or "" for name, prompt in self._model.prompts.items()}
 
-    def prefix(self, instruction: str) -> str:
-        """See `Encoder.prefix`."""
-        return instruction if self._instruction else ""
+    def used_prompt(self, prompt: str) -> str:
+        """See `Encoder.used_prompt`."""
+        return prompt if self._instruction else ""
 
     def encode(
         self,
         texts: Sequence[str],
-        instructions: Sequence[str],
+        prompts: Sequence[str],
         max_length: int | None = None,
         *,
         cut_N: np.ndarray | None = None,
@@ -261,7 +284,7 @@ class SentenceEncoder:
         import torch
 
         cut_N = np.empty(len(texts), dtype=np.int8) if cut_N is None else cut_N
-        joined = [self.prefix(before) + text for before, text in zip(instructions, texts, strict=True)]
+        joined = [self.used_prompt(prompt) + text for prompt, text in zip(prompts, texts, strict=True)]
         matrix_ND = np.empty((len(texts), self.dim), dtype=np.float32)
         with torch.inference_mode(), self._cut_to(max_length):
             for start in range(0, len(joined), _WINDOW_TEXTS):

@@ -41,17 +41,17 @@ class Encoded:
 def encode_checked(
     encoder: Encoder,
     texts: Sequence[str],
-    instructions: Sequence[str],
+    prompts: Sequence[str],
     max_lengths: Sequence[int | None] | None = None,
     *,
     cache: VectorCache | None = None,
     max_bytes: int = MAX_TEXT_BYTES,
 ) -> Encoded:
-    """Encode rows; equal (instruction, text, max_length) rows are encoded once and so have equal vectors.
+    """Encode rows; equal (prompt, text, max_length) rows are encoded once and so have equal vectors.
 
     Args:
         texts: N; anything but a text that can be embedded is rejected (`text_problem`).
-        instructions: N full prefixes, "" for none.
+        prompts: N, "" for none.
         max_lengths: most tokens of each text, None for the model's own; None for all.
         cache: looked in, and given what was embedded.
         max_bytes: longer texts are rejected.
@@ -61,12 +61,12 @@ def encode_checked(
     rejected = {index: problem for index, problem in enumerate(problems) if problem is not None}
     place: dict[tuple[str, str, int | None], int] = {}
     inverse = {
-        index: place.setdefault((encoder.prefix(instructions[index]), texts[index], limits[index]), len(place))
+        index: place.setdefault((encoder.used_prompt(prompts[index]), texts[index], limits[index]), len(place))
         for index in range(len(texts))
         if index not in rejected
     }
     unique = list(place)
-    keys = [row_key(text, prefix, limit or encoder.max_length) for prefix, text, limit in unique]
+    keys = [row_key(text, prompt, limit or encoder.max_length) for prompt, text, limit in unique]
     known = {} if cache is None else cache.find(keys)
     matrix_UD = np.empty((len(unique), encoder.dim), dtype=np.float32)
     cut_U = np.full(len(unique), UNKNOWN, dtype=np.int8)
@@ -75,9 +75,9 @@ def encode_checked(
     new = [row for row in range(len(unique)) if row not in known]
     for limit in dict.fromkeys(unique[row][2] for row in new):
         rows = [row for row in new if unique[row][2] == limit]
-        prefixes, chosen, _ = zip(*(unique[row] for row in rows), strict=True)
+        used_prompts, chosen, _ = zip(*(unique[row] for row in rows), strict=True)
         cut_R = np.full(len(rows), UNKNOWN, dtype=np.int8)
-        matrix_UD[rows] = encoder.encode(chosen, prefixes, limit, cut_N=cut_R)
+        matrix_UD[rows] = encoder.encode(chosen, used_prompts, limit, cut_N=cut_R)
         cut_U[rows] = cut_R
     finite_U: np.ndarray = np.asarray(np.isfinite(matrix_UD).all(axis=1))
     if cache is not None:

@@ -23,6 +23,7 @@ from nvembed.retrieval.encode_file import (
     cut,
     input_kind,
     iter_rows,
+    job_prompt,
     open_job_encoder,
 )
 from nvembed.types import UserError
@@ -46,16 +47,15 @@ class SearchJob:
     """What `search` is asked for.
 
     Attributes:
-        corpus: how the corpus is read and embedded; documents carry no instruction, `target` is not used.
+        corpus: how the corpus is read and embedded; its instruction or prompt name is the query's, documents carry
+            none; `target` is not used.
         query: the text that is searched for.
-        prefix: put before the query; "" for none.
         k: documents wanted.
         vectors: parquet or npy file that `nvembed embed` wrote of the same corpus with the same model; None: embed now.
     """
 
     corpus: EmbedJob
     query: str
-    prefix: str = ""
     k: int = 10
     vectors: str | None = None
 
@@ -78,19 +78,20 @@ def search(job: SearchJob, say: Callable[[str], None]) -> list[Hit]:
 
     if not job.query.strip():
         raise UserError("the query is empty")
+    prompt = job_prompt(job.corpus)
     kind = input_kind(job.corpus.source)
     total = check_rows(job.corpus, kind)
     if not total:
         raise UserError(f"{job.corpus.source} holds no text")
-    encoder = open_job_encoder(job.corpus)
+    encoder = open_job_encoder(job.corpus, prompt)
     dim = job.corpus.dim or encoder.dim
     if not 1 <= dim <= encoder.dim:
         raise UserError(f"--dim {dim}: this model's vectors have {encoder.dim} numbers; choose 1 to {encoder.dim}.")
 
-    def encode(texts: Sequence[str], prefix: str) -> np.ndarray:
-        return cut(encoder.encode(texts, [prefix] * len(texts)), dim)
+    def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
+        return cut(encoder.encode(texts, [prompt] * len(texts)), dim)
 
-    query_1D = encode([job.query], job.prefix)
+    query_1D = encode([job.query], prompt)
     if job.vectors is None:
         shards = _embedded(job.corpus, kind, encode, total, say)
     else:

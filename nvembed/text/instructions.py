@@ -1,12 +1,14 @@
-"""Instructions: the only home of prompts.
+"""Instructions and prompts: the catalogue, and the only home of the template.
 
-A query is embedded as `Instruct: {task}\\nQuery: {query}` (NV-Embed 4.2, wording of E5-Mistral 3.2); documents are
-bare. Symmetric tasks put the same prefix on both sides.
+An *instruction* is a task sentence or its key in `CATALOGUE`. The *prompt* is the string put before a text:
+`Instruct: {sentence}\\nQuery: ` (NV-Embed 4.2, wording of E5-Mistral 3.2). Documents have none; symmetric tasks put the
+same prompt before both texts.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Mapping, Sequence
 
 from nvembed.types import UserError
 
@@ -70,28 +72,94 @@ CATALOGUE: dict[str, str] = {
 }
 
 
-def task_sentence(task: str) -> str:
-    """The sentence of a task: looked up when `task` is a key of the catalogue, itself when it is a sentence.
-
-    Raises:
-        UserError: a single word that is no key; the message names the nearest one.
-    """
-    task = task.strip()
-    if task in CATALOGUE:
-        return CATALOGUE[task]
-    if not task or not any(character.isspace() for character in task):
-        nearest = difflib.get_close_matches(task, CATALOGUE, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"unknown instruction {task!r}: it is no key of the catalogue and no sentence either. "
-            f"Did you mean {nearest!r}? Keys: {', '.join(CATALOGUE)}. Or write the task as a sentence."
-        )
-    return task
-
-
-def instruction_prefix(task: str) -> str:
-    """What stands before a query: `Instruct: {task}\\nQuery: `, with the trailing space.
+def task_sentence(instruction: str) -> str:
+    """The sentence of an instruction: that of its key in the catalogue, or the sentence itself.
 
     Args:
-        task: a key of `CATALOGUE` or a sentence of one's own.
+        instruction: a string with a space is a sentence, one without must be a key.
+
+    Raises:
+        UserError: an unknown key (the message names the nearest one), or a rendered prompt.
     """
-    return f"Instruct: {task_sentence(task)}\nQuery: "
+    instruction = instruction.strip()
+    if instruction in CATALOGUE:
+        return CATALOGUE[instruction]
+    if instruction.lower().startswith("instruct:"):
+        raise UserError(
+            f"instruction {instruction[:60]!r} is a rendered prompt. Give the task alone, as a sentence or a key "
+            "of the catalogue; the library renders the prompt. In Python, prompt= takes a string that is used as it is."
+        )
+    if not any(character.isspace() for character in instruction):
+        raise UserError(
+            f"unknown instruction {instruction!r}: it is no key of the catalogue and no sentence either. "
+            f"Did you mean {_nearest(instruction, CATALOGUE)!r}? Keys: {', '.join(CATALOGUE)}. "
+            "Or write the task as a sentence."
+        )
+    return instruction
+
+
+def instruction_prefix(instruction: str) -> str:
+    """The prompt of an instruction: `Instruct: {sentence}\\nQuery: `, with the trailing space.
+
+    Args:
+        instruction: see `task_sentence`.
+    """
+    return f"Instruct: {task_sentence(instruction)}\nQuery: "
+
+
+def named_prompt(prompts: Mapping[str, str], name: str) -> str:
+    """The prompt that a model stores under a name.
+
+    Raises:
+        UserError: it stores none of this name; the message names the nearest one and lists all.
+    """
+    if name not in prompts:
+        nearest = f" Did you mean {_nearest(name, prompts)!r}?" if prompts else ""
+        listed = ", ".join(prompts) or "none"
+        raise UserError(f"prompt name {name!r}: the model has no prompt of this name; it has: {listed}.{nearest}")
+    return prompts[name]
+
+
+def choose_prompts(
+    count: int,
+    instruction: str | Sequence[str] = "",
+    prompt: str | Sequence[str] | None = None,
+    prompt_name: str | None = None,
+    prompts: Mapping[str, str] | None = None,
+) -> list[str]:
+    """The prompts of `count` texts, from at most one of `instruction`, `prompt` and `prompt_name`.
+
+    Args:
+        instruction: a task sentence or its key, for all texts, or one for each; "" for no prompt.
+        prompt: strings used as they are, one for all texts, or one for each.
+        prompt_name: a name of `prompts`.
+        prompts: the model's stored prompts by name.
+
+    Raises:
+        UserError: more than one of the three, another number than `count`, an unknown key or name, or something that is
+            not a string.
+    """
+    given = {"instruction": instruction or None, "prompt": prompt, "prompt_name": prompt_name}
+    if len(names := [name for name, value in given.items() if value is not None]) > 1:
+        raise UserError(f"{' and '.join(names)} are both given; give one of instruction, prompt and prompt_name.")
+    if prompt_name is not None:
+        return [named_prompt(prompts or {}, prompt_name)] * count
+    if prompt is not None:
+        return _each("prompt", prompt, count)
+    instructions = _each("instruction", instruction, count)
+    rendered = {value: instruction_prefix(value) if value else "" for value in dict.fromkeys(instructions)}
+    return [rendered[value] for value in instructions]
+
+
+def _each(name: str, value: str | Sequence[str], count: int) -> list[str]:
+    values = [value] * count if isinstance(value, str) else list(value)
+    if len(values) != count:
+        raise UserError(f"{count} texts but {len(values)} {name}s; give one {name}, or one for each text.")
+    for index, item in enumerate(values):
+        if not isinstance(item, str):
+            raise UserError(f"{name}[{index}] is {type(item).__name__}, not a string: {item!r:.80}")
+    return values
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]

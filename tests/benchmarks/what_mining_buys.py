@@ -182,7 +182,7 @@ def _evaluate(
 def _vectors(held_out: HeldOut, encoder: Encoder) -> Vectors:
     def encoded(role: str) -> Iterator[tuple[list[str], np.ndarray]]:
         keys, texts, instructions = zip(*held_out.roles()[role](), strict=True)
-        yield list(keys), encode_texts(texts, encoder, instruction=instructions)
+        yield list(keys), encode_texts(texts, encoder, prompt=instructions)
 
     return encoded
 

@@ -44,7 +44,7 @@ def run(*arguments: Any) -> tuple[int, str]:
 def expected(model: Path, instruction: str = "") -> np.ndarray:
     from nvembed.modeling.folder import load_embedder
 
-    return load_embedder(model).encode(TEXTS, instruction)
+    return load_embedder(model).encode(TEXTS, prompt=instruction)
 
 
 def write_input(folder: Path, kind: str) -> Path:

@@ -152,7 +152,7 @@ def test_search_finds_what_the_vectors_say(model: Path, corpus: Path, tmp_path: 
     from nvembed.modeling.folder import load_embedder
 
     embedder = load_embedder(model)
-    scores = embedder.encode(DOCUMENTS) @ embedder.encode(["the sea"], "Instruct: Find\nQuery: ")[0]
+    scores = embedder.encode(DOCUMENTS) @ embedder.encode(["the sea"], prompt="Instruct: Find\nQuery: ")[0]
     order = np.lexsort((np.arange(len(DOCUMENTS)), -scores.round(6)))
     found = hits(model, corpus, "the sea", "--k", "3", "--prompt-name", "find")
     assert [hit["id"] for hit in found] == [f"d{i}" for i in order[:3]] and found[0]["rank"] == 1

@@ -61,7 +61,7 @@ def test_model_folders_are_read(sample):
     embedder = load_embedder(sample)  # with its probe vectors computed again
     vectors = load_file(sample / "probes.safetensors")["vectors"]
     rows = json.loads((sample / "probes.json").read_text())
-    found = embedder.encode([row["text"] for row in rows], [row["instruction"] for row in rows])
+    found = embedder.encode([row["text"] for row in rows], prompt=[row["instruction"] for row in rows])
     assert np.abs(found - vectors).max() <= 1e-5
     assert describe_folder(sample)["prompts"] == {"query": "Instruct: x\nQuery: "}
     assert len(read_adapter(sample / "adapter").tensors) == 2

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from nvembed.core.ray_tasks import run_pool, run_tasks
-from nvembed.pipeline.command_line import report_error
 from nvembed.pipeline.exit_codes import report_error
 from nvembed.types import UserError
 

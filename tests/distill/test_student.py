@@ -32,7 +32,7 @@ def inputs(teacher: Artifact, before: Artifact, tmp_path_factory: pytest.TempPat
 
     def teacher_embeddings(work: str) -> None:
         instructions = [PREFIX if index % 2 else "" for index in range(24)]
-        vectors = load_embedder(teacher.path("model")).encode(TEXTS, instructions)
+        vectors = load_embedder(teacher.path("model")).encode(TEXTS, prompt=instructions)
         for part in range(3):
             rows = slice(8 * part, 8 * part + 8)
             keys = [text_key(*pair) for pair in zip(TEXTS[rows], instructions[rows], strict=True)]
@@ -63,8 +63,8 @@ def test_comparison(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     found = json.loads((tmp_path / "compare" / "comparison.json").read_text())
     assert found == json.loads(json.dumps(artifact.manifest["metrics"]))
     texts, instructions = TEXTS[:20], [PREFIX if index % 2 else "" for index in range(20)]
-    ours = load_embedder(inputs["student"].path("model")).encode(texts, instructions)
-    theirs = load_embedder(inputs["teacher"].path("model")).encode(texts, instructions)
+    ours = load_embedder(inputs["student"].path("model")).encode(texts, prompt=instructions)
+    theirs = load_embedder(inputs["teacher"].path("model")).encode(texts, prompt=instructions)
     cosines = found["cosine_to_teacher"]
     assert cosines["texts"] == 20
     assert cosines["before"]["32"]["value"] == pytest.approx(cosine(ours, theirs), abs=1e-6)

@@ -152,7 +152,7 @@ def test_vectors_are_the_teachers(taught: Artifact, teacher: Artifact) -> None:
     for part in ("vectors", "holdout"):
         rows, matrix = read_part(taught, part)
         assert matrix.dtype == np.float32 and np.linalg.norm(matrix, axis=1) == pytest.approx(1, abs=1e-5)
-        found = embedder.encode([row["text"] for row in rows], [row["instruction"] for row in rows])
+        found = embedder.encode([row["text"] for row in rows], prompt=[row["instruction"] for row in rows])
         assert np.abs(found - matrix).max() < 1e-6
     some, _ = read_part(taught, "vectors", limit=3)
     assert some == read_part(taught, "vectors")[0][:3]

@@ -11,7 +11,7 @@ from nvembed.modeling.backbones import random_decoder, train_byte_level_bpe
 from nvembed.modeling.config import EmbedderConfig, LatentAttentionConfig, RandomBackbone
 from nvembed.modeling.folder import save_embedder
 from nvembed.text.config import TextConfig
-from nvembed.text.instructions import CATALOGUE, instruction_prefix
+from nvembed.text.instructions import CATALOGUE
 from nvembed.types import UserError
 
 pytestmark = [
@@ -79,7 +79,7 @@ def test_a_local_task_end_to_end(folder, tmp_path, monkeypatch):
     assert isinstance(encoder, EncoderProtocol)
     result = mteb.evaluate(encoder, local_task(), cache=None, show_progress_bar=False, co2_tracker=False)
     scores = result.task_results[0].scores["test"][0]
-    queries = encoder.embedder.encode(list(QUERIES.values()), instruction_prefix(OWN))
+    queries = encoder.embedder.encode(list(QUERIES.values()), OWN)
     documents = encoder.embedder.encode(list(DOCUMENTS.values()))
     order = (queries @ documents.T).argsort(axis=1)[:, ::-1]
     gains = [1 / torch.log2(torch.tensor(2.0 + list(row).index(i))).item() for i, row in enumerate(order)]
@@ -92,13 +92,13 @@ def test_a_local_task_end_to_end(folder, tmp_path, monkeypatch):
     )
 
 
-def test_instructions_by_task_and_side(folder):
+def test_instructions_by_task_and_role(folder):
     from mteb.types import PromptType
 
     encoder = MtebEncoder(str(folder), instructions={"Mine": "Find what is mine", "NQ": "code_search"})
     assert encoder.mteb_model_meta.training_datasets is None
     query, document = PromptType.query, PromptType.document
-    for given, side, expected in [
+    for given, role, expected in [
         (metadata("Mine"), query, "Find what is mine"),
         (metadata("Mine", prompt={"query": OWN}), query, "Find what is mine"),
         (metadata("NQ", prompt=OWN), query, CATALOGUE["code_search"]),
@@ -108,8 +108,8 @@ def test_instructions_by_task_and_side(folder):
         (metadata("Other", kind="STS"), None, CATALOGUE["similar_text"]),
         (metadata("Other", kind="Clustering"), None, CATALOGUE["topic"]),
     ]:
-        assert encoder.prefix(given, side) == f"Instruct: {expected}\nQuery: "
-    assert encoder.prefix(metadata("NQ", prompt=OWN), document) == ""
+        assert encoder.instruction(given, role) == expected
+    assert encoder.instruction(metadata("NQ", prompt=OWN), document) == ""
     assert {*TASKS.values(), *TYPES.values()} <= set(CATALOGUE)
     with pytest.raises(UserError, match="unknown instruction 'nonsense'"):
         MtebEncoder(str(folder), instructions={"NQ": "nonsense"})
@@ -119,7 +119,7 @@ def test_vectors_and_similarities_are_ours(folder):
     encoder = MtebEncoder(str(folder))
     batches = [{"text": ["sort a list", "x"]}, {"text": ["heap overflow"]}]
     found = encoder.encode(batches, task_metadata=metadata(), hf_split="test", hf_subset="default")
-    ours = encoder.embedder.encode(["sort a list", "x", "heap overflow"], instruction_prefix("web_search"))
+    ours = encoder.embedder.encode(["sort a list", "x", "heap overflow"], "web_search")
     assert abs(found - ours).max() <= 1e-6
     assert torch.allclose(encoder.similarity(found, ours).diagonal(), encoder.similarity_pairwise(found, ours))
     assert encoder.similarity(found[0], ours).shape == (1, 3)

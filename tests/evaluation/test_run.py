@@ -39,7 +39,7 @@ def values(artifact: Artifact, system: str) -> dict[str, dict[str, float]]:
 
 
 def encode(embedder: Embedder, texts: list[str], prefix: str, dim: int) -> np.ndarray:
-    return embedder.encode(texts, prefix, dim=dim).astype(np.float64)
+    return embedder.encode(texts, prompt=prefix, dim=dim).astype(np.float64)
 
 
 def direct(prepare: Artifact, embedder: Embedder, dim: int) -> dict[str, dict[str, float]]:
@@ -159,7 +159,7 @@ def test_variants_are_the_embedder_with_its_switches(model: Artifact) -> None:
     for name, variant in VARIANTS.items():
         pooling = MeanConfig() if variant.pooling == "mean" else LastTokenConfig()
         one = load_embedder(model.path("model"), pooling=pooling, bidirectional=variant.bidirectional)
-        assert np.abs(one.encode(texts, instructions) - found[name]).max() < 1e-6
+        assert np.abs(one.encode(texts, prompt=instructions) - found[name]).max() < 1e-6
     names = list(found)
     assert all(np.abs(found[a] - found[b]).max() > 1e-3 for a in names for b in names if a < b)
 

@@ -6,7 +6,7 @@ import torch
 
 from nvembed.modeling.config import LastTokenConfig, MeanConfig
 from nvembed.modeling.precision import resolve_precision
-from nvembed.text.instructions import instruction_prefix
+from nvembed.text.instructions import CATALOGUE, instruction_prefix
 from nvembed.types import UserError
 
 PREFIX = instruction_prefix("web_search")
@@ -20,12 +20,12 @@ def embedder(request, make_embedder):
 
 
 def test_unit_float32_vectors_in_order(embedder):
-    vectors = embedder.encode(TEXTS, PREFIX)
+    vectors = embedder.encode(TEXTS, prompt=PREFIX)
     assert vectors.dtype == np.float32 and vectors.shape == (7, embedder.dim) == (7, 64)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     np.testing.assert_array_equal(vectors[2], vectors[5])
     for index, text in enumerate(TEXTS):
-        np.testing.assert_allclose(vectors[index], embedder.encode([text], PREFIX)[0], atol=1e-5)
+        np.testing.assert_allclose(vectors[index], embedder.encode([text], prompt=PREFIX)[0], atol=1e-5)
     distances = np.linalg.norm(vectors[:, None] - vectors[None], axis=2) + 10 * np.eye(7)
     distances[2, 5] = distances[5, 2] = 10
     assert distances.min() > 1e-3  # other texts have other vectors
@@ -35,13 +35,30 @@ def test_unit_float32_vectors_in_order(embedder):
 def test_the_budget_changes_nothing(embedder, budget):
     instructions = [PREFIX, "", PREFIX, "", PREFIX, PREFIX, ""]
     expected = np.concatenate(
-        [embedder.encode([text], prefix) for text, prefix in zip(TEXTS, instructions, strict=True)]
+        [embedder.encode([text], prompt=prefix) for text, prefix in zip(TEXTS, instructions, strict=True)]
     )
-    np.testing.assert_allclose(embedder.encode(TEXTS, instructions, token_budget=budget), expected, atol=1e-5)
+    np.testing.assert_allclose(embedder.encode(TEXTS, prompt=instructions, token_budget=budget), expected, atol=1e-5)
+
+
+def test_an_instruction_is_a_sentence_or_a_key(embedder):
+    expected = embedder.encode(TEXTS, prompt=PREFIX)
+    for instruction in ("web_search", CATALOGUE["web_search"], ["web_search"] * len(TEXTS)):
+        np.testing.assert_array_equal(embedder.encode(TEXTS, instruction), expected)
+    embedder.prompts = {"document": "", "query": PREFIX}
+    np.testing.assert_array_equal(embedder.encode(TEXTS, prompt_name="query"), expected)
+    np.testing.assert_array_equal(embedder.encode(TEXTS, prompt_name="document"), embedder.encode(TEXTS))
+    for problem, options in (
+        ("Did you mean 'web_search'", {"instruction": "web_serch"}),
+        ("is a rendered prompt", {"instruction": PREFIX}),
+        ("Did you mean 'query'", {"prompt_name": "qeury"}),
+        ("are both given", {"instruction": "cwe", "prompt_name": "query"}),
+    ):
+        with pytest.raises(UserError, match=problem):
+            embedder.encode(["a"], **options)
 
 
 def test_it_repeats_to_the_bit(embedder):
-    np.testing.assert_array_equal(embedder.encode(TEXTS, PREFIX), embedder.encode(TEXTS, PREFIX))
+    np.testing.assert_array_equal(embedder.encode(TEXTS, prompt=PREFIX), embedder.encode(TEXTS, prompt=PREFIX))
 
 
 def test_no_texts(embedder):
@@ -56,12 +73,12 @@ def test_matryoshka_prefix_is_renormalised(embedder):
 
 
 def test_bf16_is_close_and_comes_back_as_float32(embedder):
-    half = embedder.encode(TEXTS, PREFIX, precision="bf16")
-    whole = embedder.encode(TEXTS, PREFIX)
+    half = embedder.encode(TEXTS, prompt=PREFIX, precision="bf16")
+    whole = embedder.encode(TEXTS, prompt=PREFIX)
     assert half.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-6)
     assert (half * whole).sum(axis=1).min() > 0.99 and not np.array_equal(half, whole)
-    auto = embedder.encode(TEXTS, PREFIX, precision="auto")
+    auto = embedder.encode(TEXTS, prompt=PREFIX, precision="auto")
     np.testing.assert_array_equal(auto, half if resolve_precision("auto", "cpu") == "bf16" else whole)
 
 
@@ -100,7 +117,7 @@ def test_impossible_arguments_are_refused(make_embedder):
 def test_instruction_acts_through_attention_only(make_embedder):
     """Its tokens are not pooled, yet the vector changes with it; a causal mean would change as well."""
     embedder = make_embedder(pooling=MeanConfig())
-    masked, bare = embedder.encode(["heap overflow"], PREFIX)[0], embedder.encode(["heap overflow"])[0]
+    masked, bare = embedder.encode(["heap overflow"], prompt=PREFIX)[0], embedder.encode(["heap overflow"])[0]
     assert np.linalg.norm(masked - bare) > 1e-2
     inputs = embedder.tokeniser.collate(embedder.tokeniser.encode(["heap overflow"], [PREFIX]))
     with torch.no_grad():

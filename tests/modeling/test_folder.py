@@ -36,8 +36,9 @@ def test_reloads_to_identical_vectors(family, pooling, bidirectional, make_embed
     save_embedder(embedder, tmp_path / "model", prompts=PROMPTS)
     again = load_embedder(tmp_path / "model")
     assert again.config == embedder.config and not again.training
-    assert np.abs(again.encode(TEXTS, PREFIX) - embedder.encode(TEXTS, PREFIX)).max() <= 1e-6
+    assert np.abs(again.encode(TEXTS, prompt=PREFIX) - embedder.encode(TEXTS, prompt=PREFIX)).max() <= 1e-6
     assert np.abs(again.encode(TEXTS) - embedder.encode(TEXTS)).max() <= 1e-6
+    np.testing.assert_array_equal(again.encode(TEXTS, prompt_name="query"), again.encode(TEXTS, prompt=PREFIX))
 
 
 def test_what_is_in_it(folder):
@@ -183,8 +184,10 @@ def test_overrides_for_the_untrained_variants(folder, make_embedder):
             again = load_embedder(folder, pooling=pooling, bidirectional=bidirectional)
             expected = make_embedder(pooling=pooling, bidirectional=bidirectional)
             assert again.config == expected.config
-            vectors[pooling.type, bidirectional] = again.encode(TEXTS, PREFIX)
-            np.testing.assert_allclose(vectors[pooling.type, bidirectional], expected.encode(TEXTS, PREFIX), atol=1e-6)
+            vectors[pooling.type, bidirectional] = again.encode(TEXTS, prompt=PREFIX)
+            np.testing.assert_allclose(
+                vectors[pooling.type, bidirectional], expected.encode(TEXTS, prompt=PREFIX), atol=1e-6
+            )
     assert len({array.tobytes() for array in vectors.values()}) == 4
     same = load_embedder(folder, pooling=load_embedder(folder).config.pooling)
     np.testing.assert_array_equal(same.encode(TEXTS), load_embedder(folder).encode(TEXTS))

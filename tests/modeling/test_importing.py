@@ -167,7 +167,7 @@ def test_vectors_are_those_of_the_published_formulas(checkpoint, weights, tmp_pa
     assert embedder.embedding_model.config.sliding_window is None and embedder.config.text.add_bos
     double = {name: tensor.double() for name, tensor in weights.items()}
     for instruction in ("", instruction_prefix("web_search")):
-        found = embedder.encode(TEXTS, instruction)
+        found = embedder.encode(TEXTS, prompt=instruction)
         for row, tokens in zip(found, embedder.tokeniser.encode(TEXTS, [instruction] * len(TEXTS)), strict=True):
             expected = plain_vector(double, tokens.input_ids, tokens.pool_mask)
             assert np.abs(row - expected.numpy()).max() <= 1e-5

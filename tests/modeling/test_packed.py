@@ -125,9 +125,9 @@ def test_pooling_and_the_instruction_mask(pooling, monkeypatch):
     batch = ["open session", "buffer " * 30, "x", "open session", ""]
     instructions = ["Instruct: find\nQuery: ", "", "Instruct: find\nQuery: ", "", ""]
     assert packs(embedder.embedding_model, 40)
-    found = embedder.encode(batch, instructions, token_budget=64)
+    found = embedder.encode(batch, prompt=instructions, token_budget=64)
     monkeypatch.setattr("nvembed.modeling.embedder.packs", lambda model, longest: False)
-    np.testing.assert_allclose(found, embedder.encode(batch, instructions, token_budget=64), atol=1e-5)
+    np.testing.assert_allclose(found, embedder.encode(batch, prompt=instructions, token_budget=64), atol=1e-5)
     assert np.abs(found[0] - found[3]).max() > 1e-3  # the instruction acts
 
 

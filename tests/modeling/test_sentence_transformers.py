@@ -119,7 +119,7 @@ def made(tokenizer, tmp_path_factory):
 )
 def test_gives_our_own_vectors(variant, call, instruction, made):
     embedders, found = made
-    expected = embedders[variant].encode(TEXTS, instruction)
+    expected = embedders[variant].encode(TEXTS, prompt=instruction)
     assert found[f"{variant}/{call}"].dtype == np.float32
     assert np.abs(found[f"{variant}/{call}"] - expected).max() <= 1e-5
     assert found[f"{variant}/length"].tolist() == [48, 64]

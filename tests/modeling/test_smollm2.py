@@ -35,8 +35,8 @@ def test_smollm2_round_trip_and_sentence_transformers(tmp_path):
     config = EmbedderConfig(pooling=LatentAttentionConfig(num_latents=64, num_heads=8), text=TextConfig(max_length=80))
     embedder = build_embedder(backbone, tokenizer, config, 0)
     save_embedder(embedder, tmp_path / "model", prompts={"query": PREFIX})
-    expected = embedder.encode(TEXTS, PREFIX)
-    assert np.abs(load_embedder(tmp_path / "model").encode(TEXTS, PREFIX) - expected).max() <= 1e-6
+    expected = embedder.encode(TEXTS, prompt=PREFIX)
+    assert np.abs(load_embedder(tmp_path / "model").encode(TEXTS, prompt=PREFIX) - expected).max() <= 1e-6
     subprocess.run(
         [sys.executable, "-P", "-c", CHILD, str(tmp_path / "model"), str(tmp_path / "found.npy"), *TEXTS],
         cwd=tmp_path,

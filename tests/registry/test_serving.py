@@ -71,7 +71,7 @@ def expected(folder: Path, prefix: str, texts: list[str], dim: int | None) -> np
     from nvembed.modeling.folder import load_embedder
     from nvembed.retrieval.encode_file import cut
 
-    vectors_ND = load_embedder(folder).encode(texts, prefix)
+    vectors_ND = load_embedder(folder).encode(texts, prompt=prefix)
     return vectors_ND if dim is None else cut(vectors_ND, dim)
 
 

@@ -25,19 +25,19 @@ ROUNDING = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8, "int8": 0.51 / 127}
 class Counting:
     """A stand-in for a model that is real enough to be wrong: vectors depend on the text, calls are counted."""
 
-    dim, max_length, precision = 4, 16, "fp32"
+    dim, max_length, precision, prompts = 4, 16, "fp32", {}
 
     def __init__(self):
         self.seen = []
 
-    def prefix(self, instruction):
-        return instruction
+    def used_prompt(self, prompt):
+        return prompt
 
-    def encode(self, texts, instructions, max_length=None, *, cut_N=None):
+    def encode(self, texts, prompts, max_length=None, *, cut_N=None):
         self.seen += texts
         if cut_N is not None:
             cut_N[:] = [len(text) > (max_length or self.max_length) for text in texts]
-        pairs = zip(texts, instructions, strict=True)
+        pairs = zip(texts, prompts, strict=True)
         rows = [[len(text), sum(map(ord, text)) % 97, len(before), max_length or 0] for text, before in pairs]
         matrix = np.array(rows, dtype=np.float32).reshape(-1, 4)
         matrix[[text == "poison" for text in texts]] = np.nan
@@ -61,8 +61,8 @@ def test_a_second_run_embeds_nothing_and_a_larger_one_only_what_is_new(tmp_path,
     expected = encode_checked(Counting(), larger, [""] * 23).matrix_AD
     np.testing.assert_allclose(second.matrix_AD, expected, atol=max(ROUNDING[kind], 1e-7), rtol=0)
     np.testing.assert_array_equal(first.matrix_AD, clean.matrix_AD)
-    for other in ({"instructions": ["q: "] * 20}, {"max_lengths": [8] * 20}):  # both are part of the key
-        options = {"instructions": [""] * 20, **other}
+    for other in ({"prompts": ["q: "] * 20}, {"max_lengths": [8] * 20}):  # both are part of the key
+        options = {"prompts": [""] * 20, **other}
         assert encode_checked(model, texts, cache=opened(tmp_path, kind), **options).embedded == 20
 
 

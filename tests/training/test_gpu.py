@@ -90,8 +90,8 @@ def test_zero_stages_on_the_device_equal_plain_torch(results: Path, stage: int, 
 @pytest.mark.parametrize(("precision", "least_cosine"), [("fp32", 1 - 1e-6), ("bf16", 0.999)])
 def test_vectors_of_the_device_are_those_of_the_processor(precision: str, least_cosine: float) -> None:
     embedder = tiny_embedder().eval()
-    expected = embedder.encode(TEXTS, INSTRUCTION)
-    found = embedder.to("cuda").encode(TEXTS, INSTRUCTION, precision=precision)
+    expected = embedder.encode(TEXTS, prompt=INSTRUCTION)
+    found = embedder.to("cuda").encode(TEXTS, prompt=INSTRUCTION, precision=precision)
     assert (expected * found).sum(axis=1).min() >= least_cosine
     if precision == "fp32":
         assert np.abs(expected - found).max() <= 1e-5

@@ -29,7 +29,16 @@ from nvembed.modeling.exports.adapter_folder import (
 from nvembed.modeling.exports.backbone_folder import write_backbone
 from nvembed.modeling.exports.folding import fold_embedder
 from nvembed.modeling.exports.onnx_graph import ONNX_FILE, onnx_encode, open_session, write_onnx
-from nvembed.modeling.exports.parity import Encode, Parity, ParityError, measure, reference, refuse_beyond, text_sets
+from nvembed.modeling.exports.parity import (
+    Encode,
+    Parity,
+    ParityError,
+    embedder_encode,
+    measure,
+    reference,
+    refuse_beyond,
+    text_sets,
+)
 from nvembed.modeling.exports.stock import folder_encoder
 from nvembed.modeling.folder import describe_folder, load_embedder, save_embedder
 from nvembed.modeling.sentence_folder import library_versions, needs_code
@@ -167,7 +176,7 @@ def _onnx(spec: ExportSpec, source: _Source, folder: Path) -> Written:
 def _adapter(spec: ExportSpec, source: _Source, folder: Path) -> Written:
     base = write_adapter_folder(source.embedder, source.folder, folder)
     tensors = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    again = load_adapter_folder(folder, spec.base).encode if spec.base is not None else None
+    again = embedder_encode(load_adapter_folder(folder, spec.base)) if spec.base is not None else None
     return again, {"base": base, "tensor_bytes": tensors}
 
 
@@ -199,7 +208,7 @@ def _backbone(spec: ExportSpec, source: _Source, folder: Path) -> Written:
         "head_included": embedder.latent_attention_model is None,
         "servers": "loaded with plain transformers; vLLM and TEI were not run",
     }
-    return again.eval().encode, extra
+    return embedder_encode(again.eval()), extra
 
 
 def _record(

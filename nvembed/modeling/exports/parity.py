@@ -17,7 +17,12 @@ from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.probes import PROBES_JSON
 
 BATCH = 8
-Encode = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # texts, instructions -> [N, D]
+Encode = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # texts, prompts -> [N, D]
+
+
+def embedder_encode(embedder: Embedder) -> Encode:
+    """`Embedder.encode` with rendered prompts."""
+    return lambda texts, prompts: embedder.encode(texts, prompt=prompts)
 
 
 class ParityError(RuntimeError):
@@ -61,7 +66,7 @@ def text_sets(folder: Path, given: Sequence[str] = ()) -> list[TextSet]:
 
 def reference(original: Embedder, sets: Sequence[TextSet]) -> dict[str, np.ndarray]:
     """The original's vectors of each set."""
-    return {texts.name: original.encode(texts.texts, texts.instructions) for texts in sets}
+    return {texts.name: embedder_encode(original)(texts.texts, texts.instructions) for texts in sets}
 
 
 def measure(expected: Mapping[str, np.ndarray], encode: Encode, sets: Sequence[TextSet]) -> dict[str, Parity]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nvembed.core.runtime import no_progress_bars
-from nvembed.modeling.exports.parity import Encode
+from nvembed.modeling.exports.parity import Encode, embedder_encode
 from nvembed.modeling.folder import load_embedder
 from nvembed.modeling.sentence_folder import runs_only_our_code
 
@@ -23,7 +23,7 @@ def folder_encoder(folder: Path, *, code: bool) -> tuple[Encode, str]:
     nvembed, which runs none.
     """
     if code and not runs_only_our_code(folder):
-        return load_embedder(folder).encode, "nvembed"
+        return embedder_encode(load_embedder(folder)), "nvembed"
     from sentence_transformers import SentenceTransformer
 
     with no_progress_bars():

@@ -50,9 +50,9 @@ def test_vectors_stay_within_1e_5_in_float32(make_embedder, tmp_path):
     save_embedder(folded, tmp_path / "folded")
     again = load_embedder(tmp_path / "folded")
     for instruction in ("", instruction_prefix("web_search")):
-        expected = embedder.encode(TEXTS, instruction)
-        assert np.abs(folded.encode(TEXTS, instruction) - expected).max() <= 1e-5
-        assert np.abs(again.encode(TEXTS, instruction) - expected).max() <= 1e-5
+        expected = embedder.encode(TEXTS, prompt=instruction)
+        assert np.abs(folded.encode(TEXTS, prompt=instruction) - expected).max() <= 1e-5
+        assert np.abs(again.encode(TEXTS, prompt=instruction) - expected).max() <= 1e-5
     # the fold is of the latents that were there: with others the vectors differ
     with torch.no_grad():
         embedder.latent_attention_model.latents.add_(torch.randn_like(embedder.latent_attention_model.latents))

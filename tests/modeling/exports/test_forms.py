@@ -117,7 +117,7 @@ def test_backbone_of_a_stock_student_carries_its_pooling(saved, tmp_path, poolin
     record = export_model(ExportSpec(tmp_path / "model", tmp_path / "out", "backbone"))
     assert record["head_included"]
     alone(STOCK, tmp_path, tmp_path / "out", json.dumps(TEXTS), tmp_path / "found.npy")
-    assert np.abs(np.load(tmp_path / "found.npy") - embedder.encode(TEXTS, PREFIX)).max() <= 1e-5
+    assert np.abs(np.load(tmp_path / "found.npy") - embedder.encode(TEXTS, prompt=PREFIX)).max() <= 1e-5
 
 
 def test_a_causal_backbone_is_refused(make_embedder, tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def adapted(make_embedder, tmp_path):
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     kept = keep_adapter(embedder, tmp_path / "base", "initialise/model")
-    unmerged = embedder.eval().encode(TEXTS, PREFIX)
+    unmerged = embedder.eval().encode(TEXTS, prompt=PREFIX)
     merge_adapter(embedder)
     save_embedder(embedder, tmp_path / "model", prompts={"query": PREFIX}, adapter=kept)
     return unmerged
@@ -158,10 +158,10 @@ def test_adapter_form_comes_back_with_its_base(adapted, tmp_path):
     assert record["base"] == {"name": "initialise/model", "weights_xxh3_128": weights_hash(base)}
     assert max(parity["max_difference"] for parity in record["parity"].values()) <= 1e-5
     assert record["tensor_bytes"] < (model / "model.safetensors").stat().st_size
-    assert np.abs(load_adapter_folder(out, base).encode(TEXTS, PREFIX) - adapted).max() <= 1e-5
+    assert np.abs(load_adapter_folder(out, base).encode(TEXTS, prompt=PREFIX) - adapted).max() <= 1e-5
     merged = export_model(ExportSpec(out, tmp_path / "merged", "merged", TEXTS, base))
     assert max(parity["max_difference"] for parity in merged["parity"].values()) <= 1e-5
-    assert np.abs(load_embedder(tmp_path / "merged").encode(TEXTS, PREFIX) - adapted).max() <= 1e-5
+    assert np.abs(load_embedder(tmp_path / "merged").encode(TEXTS, prompt=PREFIX) - adapted).max() <= 1e-5
     assert not (tmp_path / "merged" / "adapter").exists()
     without = export_model(ExportSpec(model, tmp_path / "unmeasured", "adapter"))
     assert without["parity"] == {}
@@ -250,7 +250,7 @@ def test_onnx_in_a_fresh_process_with_onnxruntime_alone(saved, tmp_path, variant
     assert max(parity["max_difference"] for parity in small["parity"].values()) > 0
     assert (tmp_path / "int8" / ONNX_FILE).stat().st_size < (tmp_path / "fp32" / ONNX_FILE).stat().st_size
     alone(RUNTIME, tmp_path, tmp_path / "fp32", json.dumps(TEXTS), tmp_path / "found.npy")
-    assert np.abs(np.load(tmp_path / "found.npy") - embedder.encode(TEXTS, PREFIX)).max() <= 1e-4
+    assert np.abs(np.load(tmp_path / "found.npy") - embedder.encode(TEXTS, prompt=PREFIX)).max() <= 1e-4
 
 
 class Causal:

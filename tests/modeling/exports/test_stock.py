@@ -31,4 +31,4 @@ def test_foreign_code_is_not_run(make_embedder, tmp_path, what):
     encode, library = folder_encoder(folder, code=True)
     assert library == ("sentence-transformers" if what == "ours" else "nvembed")
     texts, instructions = ["a heap overflow", "x"], ["", "Instruct: Find\nQuery: "]
-    assert np.abs(encode(texts, instructions) - embedder.encode(texts, instructions)).max() <= 1e-5
+    assert np.abs(encode(texts, instructions) - embedder.encode(texts, prompt=instructions)).max() <= 1e-5
