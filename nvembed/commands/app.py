@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import typer
 
-from nvembed.commands import doctor, embed, export, jobs, plan, preflight, recipe, registry, report, search, submit
+from nvembed.commands import (
+    data,
+    doctor,
+    embed,
+    export,
+    jobs,
+    plan,
+    preflight,
+    recipe,
+    registry,
+    report,
+    search,
+    submit,
+)
 
 app = typer.Typer(
     pretty_exceptions_enable=False,
@@ -20,6 +33,7 @@ app.command("doctor")(doctor.doctor_command)
 app.command("report")(report.report_command)
 app.command("preflight")(preflight.preflight_command)
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(data.app, name="data")
 app.add_typer(registry.app, name="registry")
 app.command("submit")(submit.submit_command)
 app.add_typer(jobs.app, name="jobs")

@@ -1,6 +1,6 @@
 """`nvembed submit`: a story runs where the accelerators are.
 
-nvembed submit cluster/ray.yaml -- python pipelines/nv_embed.py pipelines/recipes/nv_embed.yaml --out /shared/runs/a
+nvembed submit cluster/ray.yaml -- python pipelines/nv_embed.py pipelines/recipes/quickstart.yaml --out /shared/runs/a
 """
 
 from __future__ import annotations

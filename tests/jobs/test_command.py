@@ -82,7 +82,7 @@ BAD: list[tuple[Any, list[str], str]] = [
     (LOCAL, ["python", "no.py"], "no.py: no such file"),
     (LOCAL, ["python", "../x.py"], "outside the working directory"),
     (LOCAL, ["python", "/etc/x.py"], "outside the working directory"),
-    (LOCAL, ["python", "plain.py"], "not a story: it does not call nvembed.pipeline.command_line.tell"),
+    (LOCAL, ["python", "plain.py"], "plain.py: declares no pipeline: it has no module-level `PIPELINE = Pipeline("),
     (LOCAL, ["python", "broken.py"], "not a Python file"),
     (LOCAL, [*STORY], "no --out: the job runs on other machines"),
     (LOCAL, [*STORY, "--out"], "--out needs a value"),
@@ -112,6 +112,36 @@ def test_bad_commands_are_told_before_anything_is_sent(
     with pytest.raises(UserError) as raised:
         read_job(target, command)
     assert said in str(raised.value) and "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("declaration", "message"),
+    [
+        ("def f():\n    PIPELINE = Pipeline(light)", "declares no pipeline"),
+        ("PIPELINE = light", "declares no pipeline"),
+        ("PIPELINE = Pipeline(light)\nPIPELINE = Pipeline(light)", ":2: PIPELINE is declared on lines 1 and 2"),
+        ("NAME = 'a.yaml'\nPIPELINE = Pipeline(light, recipe=NAME)", ":2: recipe=NAME is not a literal"),
+        ("PIPELINE = Pipeline(light, needs=tuple(x))", ":1: needs=tuple(x) is not a literal"),
+        ("PIPELINE = Pipeline(light, needs='stage_1')", ":1: Pipeline(...) takes a file name as recipe="),
+        ("x = 1\n\nPIPELINE = Pipeline(light, recipe='no.yaml')", ":3: recipe='no.yaml': no such file, "),
+        ("PIPELINE = Pipeline(light, 'light.yaml', ('teacher',))", "teacher: missing"),
+        (
+            "PIPELINE: Pipeline = declaration.Pipeline(light, recipe='light.yaml', needs=('teacher',))",
+            "teacher: missing",
+        ),
+    ],
+)
+def test_a_declaration_is_read_from_the_source(checkout: Path, declaration: str, message: str) -> None:
+    """Nothing of these files could be executed."""
+    (checkout / "other.py").write_text(f"{declaration}\n")
+    with pytest.raises(UserError) as raised:
+        read_job(LOCAL, ["python", "other.py", "--out", "/o"])
+    assert message in str(raised.value), raised.value
+
+
+def test_a_recipe_on_the_command_line_needs_no_default(checkout: Path) -> None:
+    (checkout / "other.py").write_text("PIPELINE = Pipeline(light, recipe='no.yaml')\n")
+    assert read_job(LOCAL, ["python", "other.py", "recipes/light.yaml", "--out", "/o"]).name == "light"
 
 
 def test_the_recipe_is_the_one_below_the_working_directory(checkout: Path, tmp_path: Path) -> None:
