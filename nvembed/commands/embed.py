@@ -50,7 +50,9 @@ def embed_command(
         job = EmbedJob(
             folder, source, out, prefix, dim, batch_tokens, text_column, title_column, precision, threads, force, cache
         )
-        written = write_vectors(job, Console().transient)
+        console = Console()
+        written = write_vectors(job, console.transient)
+        console.clear()
         text = f"{out}: {written.rows:,} vectors of {written.dim} numbers"
         if written.truncated:
             text += f"; longer than {written.max_length} tokens and cut there: {written.truncated:,}"

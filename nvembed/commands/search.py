@@ -62,8 +62,7 @@ def search_command(
         source, title = corpus_source(corpus)
         job = EmbedJob(folder, source, "", "", dim, 4096, text_column, title_column or title, precision, threads)
         hits = search(SearchJob(job, query, prefix, k, vectors), console.transient)
-        if console.is_terminal:
-            console.status("")
+        console.clear()
         width = shutil.get_terminal_size((120, 24)).columns
         show([asdict(hit) for hit in hits], as_text(hits, width), as_json)
         return ExitCode.DONE
