@@ -58,7 +58,9 @@ def embed_command(
             force=force,
             cache=cache,
         )
-        written = write_vectors(job, Console().transient)
+        console = Console()
+        written = write_vectors(job, console.transient)
+        console.clear()
         text = f"{out}: {written.rows:,} vectors of {written.dim} numbers"
         if written.truncated:
             text += f"; longer than {written.max_length} tokens and cut there: {written.truncated:,}"

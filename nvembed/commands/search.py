@@ -68,8 +68,7 @@ def search_command(
             threads=threads,
         )
         hits = search(SearchJob(job, query, k, vectors), console.transient)
-        if console.is_terminal:
-            console.status("")
+        console.clear()
         width = shutil.get_terminal_size((120, 24)).columns
         show([asdict(hit) for hit in hits], as_text(hits, width), as_json)
         return ExitCode.DONE

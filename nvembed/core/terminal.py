@@ -2,11 +2,12 @@
 
 `Console()` holds a copy of standard error. While `redirected` is on, standard output and error of this process and its
 children go to a file, so stray lines of libraries (C++ ones too) end there; the console still reaches the user.
-Layer 0, light: the training's progress line comes from layer 3.
+The status line is a live display of rich, imported when the first one is shown; logs and pipes get plain lines.
 """
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import logging
 import os
@@ -14,18 +15,22 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from nvembed.core.secrets import mask
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+FRESH_SECONDS = 12.0  # how long a detail is shown beside the heartbeat
 BAR = 24  # cells of a progress bar where the window has room
-FRESH_SECONDS = 12.0  # how long a detail stands beside the heartbeat
 
 
 class Console:
-    """Lines on a terminal or in a file; `status` is a line that the next one replaces (terminals only).
+    """Lines on a terminal or in a file, and below them a status line that the next one replaces (terminals only).
 
     Args:
         stream: a copy of standard error by default.
@@ -34,11 +39,11 @@ class Console:
 
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
         self._stream = stream or _copy(sys.stderr)
-        self._lock = threading.Lock()
-        self._status = False
+        self._lock = threading.RLock()  # an interrupt's alert may come in the middle of a line
+        self._live: Live | None = None
         self._detail, self._detailed = "", 0.0
         self.quiet = quiet
-        self.is_terminal = self._stream.isatty()
+        self.is_terminal = self._stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
         self.spoke = time.monotonic()
 
     @property
@@ -50,45 +55,84 @@ class Console:
 
     @property
     def detail(self) -> str:
-        """What was last told by `transient`, empty when that is long ago."""
+        """The last text of `transient`; empty when it is older than `FRESH_SECONDS`."""
         return self._detail if time.monotonic() - self._detailed < FRESH_SECONDS else ""
 
     def line(self, text: str) -> None:
         """Write a line that stays; quiet consoles leave it out."""
         if not self.quiet:
-            self._write(text + "\n", keep=True)
+            self.alert(text)
 
     def alert(self, text: str) -> None:
         """Write a line that a quiet console shows too: warnings, errors, how it ended."""
-        self._write(text + "\n", keep=True)
+        with self._lock, self._guarded():
+            if self._live is not None:
+                self._live.console.print(mask(text), soft_wrap=True)
+            else:
+                self._stream.write(mask(text) + "\n")
+                self._stream.flush()
 
     def status(self, text: str) -> None:
-        """Write a line that the next one replaces, cut to the window; on no terminal it is a line like any other."""
-        if self.quiet:
-            return
-        if self.is_terminal:
-            self._write(text[: max(self.width - 1, 1)], keep=False)
-        else:
+        """Replace the status line, cut to the window; where there is no terminal, write a line like any other."""
+        if self.quiet or not self.is_terminal:
             self.line(text)
+            return
+        from rich.text import Text
+
+        self._show(Text(mask(text), no_wrap=True, overflow="ellipsis"))
+
+    def progress(self, name: str, done: int, total: int, fields: Sequence[str]) -> None:
+        """Replace the status line by name, bar, `done/total` and the fields that have room. Terminals only."""
+        if self.quiet or not self.is_terminal:
+            return
+        from rich.progress_bar import ProgressBar
+        from rich.table import Column, Table
+
+        columns = [Column(no_wrap=True, ratio=ratio) for ratio in (None, None, None, 1)]
+        row = Table.grid(*columns, padding=(0, 1), expand=True)
+        bar = ProgressBar(total, done, width=min(BAR, self.width // 6))
+        row.add_row(mask(name), bar, f"{done}/{total}", mask("  ".join(fields)))
+        self._show(row)
 
     def transient(self, text: str) -> None:
-        """Tell how far something is: a line where lines stay, on a terminal a part of the status line."""
+        """Show how far something is: a line where lines stay, on a terminal a part of the status line."""
         self._detail, self._detailed = text, time.monotonic()
-        if self.is_terminal:
-            self.status(f"  {text}")
-        else:
-            self.line(f"  {text}")
+        self.status(f"  {text}")
 
-    def _write(self, text: str, *, keep: bool) -> None:
-        with self._lock:
-            text = mask(text)
-            clear = "\r\033[K" if self._status or not keep else ""
-            # where the reader of a pipe is gone, the run goes on: its log file has the lines
-            with suppress(OSError, ValueError):
-                self._stream.write(clear + text)
-                self._stream.flush()
-            self._status = not keep
-            self.spoke = time.monotonic()
+    def clear(self) -> None:
+        """Remove the status line."""
+        with self._lock, self._guarded():
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
+                atexit.unregister(self.clear)
+
+    def _show(self, status: RenderableType) -> None:
+        from rich.console import Console as RichConsole
+        from rich.live import Live
+
+        with self._lock, self._guarded():
+            if self._live is None:
+                console = RichConsole(
+                    file=self._stream, force_terminal=True, markup=False, emoji=False, highlight=False
+                )
+                self._live = Live(
+                    console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+                )
+                self._live.start()
+                console.show_cursor(True)  # a killed process could not show it again
+                atexit.register(self.clear)
+            self._live.console.width = self.width  # of this stream; rich would ask standard input, output and error
+            self._live.update(status, refresh=True)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """A terminal or a pipe whose reader is gone does not stop the run: its log file has the lines."""
+        try:
+            yield
+        except (OSError, ValueError):
+            self._live, self.is_terminal = None, False
+        self.spoke = time.monotonic()
 
 
 _current: list[Console] = []
@@ -147,26 +191,6 @@ def _copy(stream: Any) -> TextIO:
     except (OSError, ValueError, AttributeError):
         kept: TextIO = stream
         return kept
-
-
-def bar(done: int, total: int, cells: int = BAR) -> str:
-    """`━━━━────`: how much of the whole is done."""
-    full = round(cells * done / total) if total else 0
-    return "━" * full + "─" * (cells - full)
-
-
-def fitted(head: str, done: int, total: int, fields: list[str], width: int) -> str:
-    """One line within a window: head, bar, then as many fields as have room, the first ones first."""
-    for cells in (BAR, BAR // 3, 0):
-        line = " ".join(part for part in (head, bar(done, total, cells)) if part)
-        kept = [line]
-        for field in fields:
-            if len("  ".join([*kept, field])) >= width:
-                break
-            kept.append(field)
-        if len(kept) > min(3, len(fields)) or cells == 0:
-            return "  ".join(kept)[: max(width - 1, 1)]
-    raise AssertionError("the last round returns")
 
 
 def clock(seconds: float) -> str:

@@ -122,6 +122,7 @@ class Heartbeat:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(timeout=5)
+        self._console.clear()
 
     def _metrics_size(self) -> int:
         try:

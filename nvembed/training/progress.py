@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core import storage, terminal
-from nvembed.core.terminal import Console, clock, fitted
+from nvembed.core.terminal import Console, clock
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 5.0
@@ -52,6 +52,7 @@ class Progress:
         self._stop.set()
         if self._path is not None:
             self._thread.join()
+            self._console.clear()
             self._show(last=True)
 
     def _follow(self) -> None:
@@ -67,9 +68,7 @@ class Progress:
         self._shown = int(rows[-1]["step"])
         count, fields = describe(rows, self._num_steps, self._saved_seconds_ago())
         if self._console.is_terminal and not last:
-            head = f"{self._name} {count}"
-            width = self._console.width
-            self._console.status(fitted(head, self._shown + 1, self._num_steps, fields, width))
+            self._console.progress(self._name, self._shown + 1, self._num_steps, fields)
         elif fresh or last:
             self._console.line(f"{self._name}: step {count}, {', '.join(fields)}")
 

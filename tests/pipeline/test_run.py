@@ -508,15 +508,6 @@ class Terminal:
         """Nothing is held back."""
 
 
-def test_a_status_is_replaced_on_a_terminal_and_a_line_elsewhere() -> None:
-    terminal, pipe = Terminal(True), Terminal(False)
-    for stream in (terminal, pipe):
-        console = Console(stream)  # type: ignore[arg-type]
-        console.status("half")
-        console.line("whole")
-    assert terminal.text == "\r\033[Khalf\r\033[Kwhole\n" and pipe.text == "half\nwhole\n"
-
-
 def test_the_heartbeat_speaks_only_where_others_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "TICK_SECONDS", 0.02)
     monkeypatch.setattr(log, "QUIET_SECONDS", 0.1)

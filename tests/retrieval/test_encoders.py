@@ -4,6 +4,7 @@ import inspect
 import tomllib
 from pathlib import Path
 
+import artifacts
 import numpy as np
 import pytest
 

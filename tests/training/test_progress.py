@@ -3,8 +3,11 @@
 import io
 import json
 import os
+import re
 import time
 from pathlib import Path
+
+import pytest
 
 from nvembed.core.terminal import Console
 from nvembed.training.progress import WINDOW, Progress, describe, read_rows
@@ -56,16 +59,19 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_on_a_terminal_one_line_changes_and_the_last_one_stays(tmp_path: Path) -> None:
+def test_on_a_terminal_a_bar_changes_and_the_last_line_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("NO_COLOR", "1")
     path, out = tmp_path / "metrics.jsonl", Terminal()
     progress = Progress("s", str(path), 4, Console(out))
     with progress:
         path.write_text(lines(row(0)))
         progress._show()
         path.write_text(lines(row(0), row(1)))
-    first, last = out.getvalue().split("\r\x1b[K")[1:]
-    assert first.startswith("s 1/4 ━━━━━━──────────────────") and "0:06 left" in first
-    assert last == "s: step 2/4, 0:04 left, loss 2.9900, 2.00 s/step, 250 tokens/s\n"
+    frames = [frame for frame in re.split(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]", out.getvalue()) if frame.strip()]
+    assert re.match(r"s ━━━━━ +1/4 0:06 left  loss 3\.0000", frames[0])
+    assert frames[-1] == "s: step 2/4, 0:04 left, loss 2.9900, 2.00 s/step, 250 tokens/s"
+    assert out.getvalue().endswith("\x1b[2K" + frames[-1] + "\n"), "the bar is removed before it"
 
 
 def test_a_quiet_console_shows_no_step(tmp_path: Path) -> None:
