@@ -43,7 +43,7 @@ def report_command(runs: Sources, out: Page = None, as_json: AsJson = False) -> 
 
 
 def _one(source: str, out: str | None) -> tuple[dict[str, Any], str]:
-    from nvembed.report.page import render
+    from nvembed.report.run_page import render
     from nvembed.report.runs import collect_again, locate
     from nvembed.report.write import REPORT_HTML, read_curves, read_report, write_files
 
@@ -61,8 +61,8 @@ def _one(source: str, out: str | None) -> tuple[dict[str, Any], str]:
 def _several(sources: Sequence[str], page: str) -> tuple[dict[str, Any], str]:
     from nvembed.evaluation.significance import MEAN
     from nvembed.report.runs import open_runs
-    from nvembed.report.versus import compare_runs
-    from nvembed.report.versus_page import render_versus
+    from nvembed.report.compare import compare_runs
+    from nvembed.report.comparison_page import render_versus
     from nvembed.report.write import read_curves
 
     _check_page(page)
@@ -88,7 +88,7 @@ def _write_page(uri: str, html: str) -> None:
 
 def _check_page(uri: str) -> None:
     """Refuse to replace what no report of ours is."""
-    from nvembed.report.page import GENERATOR
+    from nvembed.report.run_page import GENERATOR
 
     fs, path = storage.filesystem(uri)
     if fs.isdir(path):

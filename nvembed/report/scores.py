@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from nvembed.evaluation.significance import MEAN, RETRIEVAL_METRIC
 from nvembed.report.charts import Dot, dot_chart
-from nvembed.report.collect import CHAMPION, in_reading_order
-from nvembed.report.comparisons import MEAN, RETRIEVAL_METRIC
 from nvembed.report.markup import Content, Markup, join, table, tag
 from nvembed.report.schema import Difference, Interval, Report, Table
+from nvembed.report.systems import CHAMPION, in_reading_order
 from nvembed.report.words import (
     METRIC_NAMES,
     Section,

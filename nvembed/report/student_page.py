@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvembed.report.charts import Point, point_chart
-from nvembed.report.collect import mean_retrieval
 from nvembed.report.markup import Content, Markup, table, tag
 from nvembed.report.schema import Interval, Report, Size
+from nvembed.report.systems import mean_retrieval
 from nvembed.report.words import Section, kind, plain, section, short_name, system_name, with_interval
 
 

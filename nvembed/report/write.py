@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from nvembed.core import storage
 from nvembed.report.collect import collect_report, read_curve
-from nvembed.report.page import render
+from nvembed.report.run_page import render
 from nvembed.report.schema import Report
 from nvembed.types import Artifact, UserError
 

@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from report_kit import RECIPE, Page, raw, write_road
 
 from nvembed.core import storage
-from nvembed.report.comparisons import MEAN
+from nvembed.evaluation.significance import MEAN
 from nvembed.report.lineage_page import ancestors
-from nvembed.report.page import render
+from nvembed.report.run_page import render
 from nvembed.report.schema import Report
 from nvembed.report.training_data import negatives_quality, quantile, share_above
 from nvembed.report.write import read_curves, read_report, write_report

@@ -15,8 +15,8 @@ from nvembed.cli import app
 from nvembed.core import storage
 from nvembed.evaluation.significance import MEAN
 from nvembed.pipeline.attempts import Records
+from nvembed.report.compare import compare_runs
 from nvembed.report.runs import LABELS, collect_again, open_runs
-from nvembed.report.versus import compare_runs
 from nvembed.report.write import write_report
 from nvembed.types import UserError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nvembed.report.comparisons import MEAN
+from nvembed.evaluation.significance import MEAN
 from nvembed.report.lineage_page import lineage_section
 from nvembed.report.markup import Content, Markup, join, table, tag
 from nvembed.report.mining_page import mining_section

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from nvembed.evaluation.significance import MEAN
 from nvembed.report.charts import Dot, Point, curves_chart, dot_chart, point_chart
-from nvembed.report.collect import gap, mean_retrieval
-from nvembed.report.comparisons import MEAN
+from nvembed.report.collect import gap
+from nvembed.report.compare import RunPair, Versus
 from nvembed.report.markup import Content, Markup, join, table, tag
-from nvembed.report.page import Curves, card, environment_facts, whole_page
+from nvembed.report.run_page import Curves, card, environment_facts, whole_page
 from nvembed.report.runs import Run
 from nvembed.report.schema import Interval, Report, StepRecord
 from nvembed.report.scores import differences_table
 from nvembed.report.student_page import measured_systems
-from nvembed.report.versus import RunPair, Versus, all_tables
+from nvembed.report.systems import all_tables, mean_retrieval
 from nvembed.report.words import (
     Section,
     duration,
