@@ -174,7 +174,7 @@ class Road:
 
     def report(self) -> None:
         """Write `report.json` and `report.html` of everything walked so far; seconds are those of all attempts."""
-        from nvembed.report.write import write_report
+        from nvembed.report.pages import write_report
 
         self.interrupts.check()
         self._register_pending()

@@ -46,7 +46,7 @@ class RunPair(Part):
     left_out: list[str]
 
 
-class Versus(Part):
+class RunComparison(Part):
     """The comparison as JSON."""
 
     schema_version: Literal[1] = 1
@@ -54,7 +54,7 @@ class Versus(Part):
     pairs: list[RunPair]
 
 
-def compare_runs(runs: Sequence[Run]) -> Versus:
+def compare_runs(runs: Sequence[Run]) -> RunComparison:
     """Every later run against the first."""
     entries = [
         RunEntry(
@@ -71,7 +71,7 @@ def compare_runs(runs: Sequence[Run]) -> Versus:
         )
         for run in runs
     ]
-    return Versus(runs=entries, pairs=[_pair(runs[0], later) for later in runs[1:]])
+    return RunComparison(runs=entries, pairs=[_pair(runs[0], later) for later in runs[1:]])
 
 
 def other_sets(one: Report, other: Report) -> list[str]:

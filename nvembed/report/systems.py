@@ -53,9 +53,14 @@ def in_reading_order(tables: Mapping[str, Table]) -> dict[str, Table]:
     return {name: tables[name] for name in dict.fromkeys([*order, *tables])}
 
 
+def retrieval_scores(table: Table) -> list[float]:
+    """Primary scores of a system on its retrieval sets."""
+    return [metrics[RETRIEVAL_METRIC].value for metrics in table.values() if RETRIEVAL_METRIC in metrics]
+
+
 def mean_retrieval(table: Table) -> float | None:
     """Mean primary score over the retrieval sets of a system; None where it has none."""
-    values = [metrics[RETRIEVAL_METRIC].value for metrics in table.values() if RETRIEVAL_METRIC in metrics]
+    values = retrieval_scores(table)
     return sum(values) / len(values) if values else None
 
 
