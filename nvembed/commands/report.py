@@ -43,9 +43,8 @@ def report_command(runs: Sources, out: Page = None, as_json: AsJson = False) -> 
 
 
 def _one(source: str, out: str | None) -> tuple[dict[str, Any], str]:
-    from nvembed.report.page import render
-    from nvembed.report.runs import collect_again, locate
-    from nvembed.report.write import REPORT_HTML, read_curves, read_report, write_files
+    from nvembed.report.pages import REPORT_HTML, render_report, write_files
+    from nvembed.report.runs import collect_again, locate, read_curves, read_report
 
     root, report_json = locate(source)
     given_file = storage.absolute(source) != root
@@ -54,23 +53,22 @@ def _one(source: str, out: str | None) -> tuple[dict[str, Any], str]:
     if out is None and not given_file:
         write_files(root, report)
     else:
-        _write_page(page, render(report, read_curves(report)))
+        _write_page(page, render_report(report, read_curves(report)))
     return {"page": storage.absolute(page), "report": report.model_dump(mode="json")}, f"report: {page}"
 
 
 def _several(sources: Sequence[str], page: str) -> tuple[dict[str, Any], str]:
     from nvembed.evaluation.significance import MEAN
-    from nvembed.report.runs import open_runs
-    from nvembed.report.versus import compare_runs
-    from nvembed.report.versus_page import render_versus
-    from nvembed.report.write import read_curves
+    from nvembed.report.compare import compare_runs
+    from nvembed.report.pages import render_comparison
+    from nvembed.report.runs import open_runs, read_curves
 
     _check_page(page)
     runs = open_runs(sources)
-    versus = compare_runs(runs)
-    _write_page(page, render_versus(runs, versus, {run.label: read_curves(run.report) for run in runs}))
+    comparison = compare_runs(runs)
+    _write_page(page, render_comparison(runs, comparison, {run.label: read_curves(run.report) for run in runs}))
     lines = [f"{run.label}  {run.report.recipe}  {run.source}" for run in runs]
-    for pair in versus.pairs:
+    for pair in comparison.pairs:
         lines += [
             f"{found.a} - {found.b}, mean nDCG@10: {found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
             for found in pair.differences
@@ -78,7 +76,7 @@ def _several(sources: Sequence[str], page: str) -> tuple[dict[str, Any], str]:
         ]
         lines += [f"not compared between {pair.first} and {pair.later}: {line}" for line in pair.left_out]
     lines.append(f"page: {page}")
-    return {"page": storage.absolute(page), "comparison": versus.model_dump(mode="json")}, "\n".join(lines)
+    return {"page": storage.absolute(page), "comparison": comparison.model_dump(mode="json")}, "\n".join(lines)
 
 
 def _write_page(uri: str, html: str) -> None:
@@ -88,7 +86,7 @@ def _write_page(uri: str, html: str) -> None:
 
 def _check_page(uri: str) -> None:
     """Refuse to replace what no report of ours is."""
-    from nvembed.report.page import GENERATOR
+    from nvembed.report.pages import GENERATOR
 
     fs, path = storage.filesystem(uri)
     if fs.isdir(path):

@@ -111,7 +111,7 @@ class PipelineRun:
 
     def report(self) -> None:
         """Write `report.json` and `report.html` of all steps so far; seconds are those of all attempts."""
-        from nvembed.report.write import write_report
+        from nvembed.report.pages import write_report
 
         runner = self.runner
         runner.interrupts.check()

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import math
+import os
+import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import psutil
+
 from nvembed.core import storage
+from nvembed.core.runtime import git_revision
 from nvembed.core.secrets import mask_all
 from nvembed.modeling.precision import resolve_precision
 from nvembed.registry.step import REGISTRATION
 from nvembed.registry.versions import primary_metric
-from nvembed.report.comparisons import RETRIEVAL_METRIC, Scored, compare_systems, retrieval_means
-from nvembed.report.environment import describe_environment
 from nvembed.report.schema import (
     Champion,
     Dataset,
@@ -25,24 +31,23 @@ from nvembed.report.schema import (
     Model,
     Report,
     Restart,
-    Share,
+    Size,
     StepRecord,
-    Table,
     Training,
 )
-from nvembed.report.sizes import model_sizes
+from nvembed.report.systems import BASELINES, compare_systems, retrieval_means, scored_systems, teacher_shares
 from nvembed.report.training_data import data_mixes, negatives_quality
-from nvembed.types import METRICS, STARTS, Artifact
+from nvembed.types import METRICS, STARTS, Artifact, UserError
 
 logger = logging.getLogger(__name__)
 
-BASELINES = ("bm25", "minilm", "untrained")
+PACKAGES = (
+    "nvembed", "torch", "transformers", "peft", "deepspeed", "ray", "datasets", "mlflow", "sentence-transformers",
+    "tokenizers", "safetensors", "numpy", "scikit-learn", "pyarrow",
+)  # fmt: skip
+POOLING = "1_Pooling"  # left out of the untrained backbone, which is scored with plain pooling
 TEACHERS = ("train_stage_2", "train_stage_1", "teacher")  # the first of these that a run has is its teacher
 METRIC_ORDER = ("ndcg_at_10", "recall_at_100", "mrr_at_10", "accuracy", "v_measure", "spearman")
-CHAMPION = "champion_"  # before a role's name: who was the registry's champion before this run
-READING_ORDER = (*BASELINES, CHAMPION + "teacher", "teacher", "student_before", CHAMPION + "student", "student")
-# step that scored, and what its system "model" is called in the report
-SCORED = {"evaluate_teacher": "teacher", "evaluate_student_init": "student_before", "evaluate_student": "student"}
 
 
 def collect_report(
@@ -66,13 +71,13 @@ def collect_report(
         environment: what the run ran on; None: this process.
     """
     systems = scored_systems(artifacts)
-    files = {scored.artifact.uri: storage.read_json(scored.artifact.path("scores.json")) for scored in systems.values()}
+    files = {system.artifact.uri: storage.read_json(system.artifact.path("scores.json")) for system in systems.values()}
     tables = {
         name: {
             dataset: _in_order(metrics)
-            for dataset, metrics in files[scored.artifact.uri]["scores"][scored.system].items()
+            for dataset, metrics in files[system.artifact.uri]["scores"][system.name].items()
         }
-        for name, scored in systems.items()
+        for name, system in systems.items()
     }
     settings = recipe.get("evaluate") or (recipe.get("student") or {}).get("evaluate") or {}
     registrations = _registrations(artifacts)
@@ -88,7 +93,7 @@ def collect_report(
         peak_pss_mb=peak_pss_mb,
         other_scores={name: table for name, table in tables.items() if name not in BASELINES and not _reported(name)},
         comparisons=compare_systems(systems, settings),
-        shares=_shares(tables),
+        shares=teacher_shares(tables),
         notes={key: text for file in files.values() for key, text in file.get("notes", {}).items()},
         untrained_variants=_untrained_variants(files.values()),
         registrations=registrations,
@@ -139,25 +144,8 @@ def _champions(
             )
 
 
-def in_reading_order(tables: Mapping[str, Table]) -> dict[str, Table]:
-    """Baselines, champions, teacher, student before, student, each at full width first."""
-    order = [name for role in READING_ORDER for name in tables if name.partition("@")[0] == role]
-    return {name: tables[name] for name in dict.fromkeys([*order, *tables])}
-
-
 def _reported(name: str) -> bool:
     return name in ("teacher", "student") or name.startswith("student@")
-
-
-def scored_systems(artifacts: Mapping[str, Artifact]) -> dict[str, Scored]:
-    """Of every step with scores that the run has: name in the report -> where."""
-    found = {}
-    for step in ("baselines", *SCORED):
-        if step in artifacts:
-            artifact, role = artifacts[step], SCORED.get(step)
-            for name in storage.read_json(artifact.path("scores.json"))["scores"]:
-                found[name if role is None else role + name.removeprefix("model")] = Scored(artifact, name)
-    return found
 
 
 def _in_order(metrics: Mapping[str, Any]) -> dict[str, Interval]:
@@ -175,25 +163,6 @@ def _in_order(metrics: Mapping[str, Any]) -> dict[str, Interval]:
 
 def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
-
-
-def mean_retrieval(table: Table) -> float | None:
-    """Mean primary score over the retrieval sets of a system; None where it has none."""
-    values = [metrics[RETRIEVAL_METRIC].value for metrics in table.values() if RETRIEVAL_METRIC in metrics]
-    return sum(values) / len(values) if values else None
-
-
-def _shares(tables: Mapping[str, Table]) -> list[Share]:
-    teacher = mean_retrieval(tables.get("teacher", {}))
-    full = mean_retrieval(tables.get("student", {}))
-    if not teacher or not full:
-        return []
-    shares = []
-    for name, table in tables.items():
-        value = mean_retrieval(table) if name == "student" or name.startswith("student@") else None
-        if value is not None:
-            shares.append(Share(system=name, value=value, of_teacher=value / teacher, of_student=value / full))
-    return shares
 
 
 def _models(artifacts: Mapping[str, Artifact]) -> Iterator[tuple[str, Model]]:
@@ -280,3 +249,108 @@ def _lineage(artifact: Artifact) -> LineageEntry:
         git_revision=manifest.get("git_revision"),
         inputs={name: Input(uri=uris.get(name, ""), manifest_hash=found) for name, found in manifest["inputs"].items()},
     )
+
+
+# -- sizes of the models --
+
+
+def model_sizes(
+    artifacts: Mapping[str, Artifact],
+    folders: Mapping[str, str],
+    comparison: Mapping[str, Any] | None,
+    recipe: Mapping[str, Any],
+) -> dict[str, Size]:
+    """Sizes by system: teacher, student, untrained, minilm; one that lies elsewhere or is gone is left out.
+
+    Args:
+        artifacts: by step.
+        folders: model folder by role.
+        comparison: `comparison.json` of the student.
+        recipe: resolved; names the reference model.
+    """
+    found: dict[str, Size] = {}
+    for role, folder in folders.items():
+        cost = comparison["encode_cost"].get(role) if comparison else None
+        if comparison is not None:
+            dim = _width(_local(folder))
+            sizes = {what: comparison[what][role] for what in ("parameters", "bytes")}
+            found[role] = Size(**sizes, dim=dim, encode_seconds=cost)
+        else:
+            _add(found, role, _local(folder))
+    if "initialise" in artifacts:
+        _add(found, "untrained", _local(artifacts["initialise"].path("model")), without=POOLING)
+    _add(found, "minilm", _reference(recipe.get("baselines") or {}))
+    return found
+
+
+def _add(found: dict[str, Size], name: str, folder: Path | None, without: str = "") -> None:
+    if folder is None or not any(folder.rglob("*.safetensors")):
+        return
+    from nvembed.distill.student import folder_size
+
+    size = folder_size(folder)
+    less = folder_size(folder / without) if without else {"parameters": 0, "bytes": 0}
+    parts = {what: size[what] - less[what] for what in size}
+    found[name] = Size(**parts, dim=_width(folder), encode_seconds=None)
+
+
+def _local(uri: str) -> Path | None:
+    path = storage.local_path(uri) if storage.is_local(uri) else None
+    return path if path is not None and path.is_dir() else None
+
+
+def _width(folder: Path | None) -> int | None:
+    """Numbers of an embedding; a backbone's states are its embeddings."""
+    path = folder / "config.json" if folder is not None else None
+    width = json.loads(path.read_bytes()).get("hidden_size") if path is not None and path.is_file() else None
+    return width if isinstance(width, int) else None
+
+
+def _reference(baselines: Mapping[str, Any]) -> Path | None:
+    """Folder of the reference model, if it lies on this machine."""
+    from nvembed.retrieval.encoders import package_folder
+
+    reference = baselines.get("reference") or {}
+    if reference.get("type") != "package":
+        return _local(reference["name"]) if reference.get("name") else None
+    try:
+        return package_folder(reference["package"])
+    except UserError:
+        return None
+
+
+# -- environment --
+
+
+def describe_environment() -> Environment:
+    """The environment of this process."""
+    info = _processor_info()
+    flags = set(info.get("flags", "").split())
+    return Environment(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        processor=info.get("model name") or platform.processor() or platform.machine(),
+        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1),
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        bf16=bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}),
+        git_revision=git_revision(),
+        packages={name: version for name in PACKAGES if (version := _version(name)) is not None},
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor_info() -> dict[str, str]:
+    """The first processor's lines of /proc/cpuinfo; empty where there is no such file."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    first = path.read_text(errors="replace").split("\n\n", 1)[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}

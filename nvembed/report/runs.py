@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from nvembed.core import storage
 from nvembed.core.steps import MANIFEST, load_artifact
 from nvembed.report.attempts import RECORDS, read_records
-from nvembed.report.collect import collect_report
+from nvembed.report.collect import collect_report, read_curve
 from nvembed.report.schema import Report
-from nvembed.report.write import REPORT_JSON, read_report
 from nvembed.types import Artifact, UserError
 
+REPORT_JSON = "report.json"
 RECIPE = "recipe.yaml"
 LABELS = "ABCDE"  # as many as the charts have line styles
 
@@ -35,6 +36,11 @@ class Run:
     source: str
     report: Report
     artifacts: Mapping[str, Artifact]
+
+    @property
+    def title(self) -> str:
+        """Label and recipe."""
+        return f"{self.label} {self.report.recipe}"
 
 
 def open_runs(sources: Sequence[str]) -> list[Run]:
@@ -133,3 +139,25 @@ def _recipe(root: str) -> dict[str, Any]:
     if not isinstance(found, dict) or "name" not in found:
         raise UserError(f"{uri} is not a recipe: it has no name.")
     return found
+
+
+def read_curves(report: Report) -> dict[str, list[dict[str, Any]]]:
+    """Rows of `metrics.jsonl` by training step; a step whose file is gone is left out."""
+    return {name: read_curve(run.metrics) for name, run in report.training.items() if storage.exists(run.metrics)}
+
+
+def read_report(uri: str) -> Report:
+    """`report.json` of an output, validated.
+
+    Raises:
+        UserError: it is no report, or one that this version does not read.
+    """
+    try:
+        return Report.model_validate_json(storage.read_bytes(uri))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(
+            f"{uri} is not a report this nvembed reads ({where}: {first['msg']}). It may be of a newer version, or "
+            "no report.json at all."
+        ) from error

@@ -1,14 +1,9 @@
-"""What the pages call things, and the parts they share."""
+"""Names of metrics and systems, and formats of numbers, on the pages; templates use these functions as filters."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
-
-from nvembed.report.markup import Content, Markup, join, tag
-from nvembed.report.schema import Interval
+from datetime import UTC, datetime
 
 METRIC_NAMES = {
     "ndcg_at_10": "nDCG@10",
@@ -28,45 +23,26 @@ SYSTEM_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Section:
-    """A titled part of a page; `key` is its address on the page."""
-
-    title: str
-    key: str
-    markup: Markup
-
-
-def section(title: str, *content: Content) -> Section | None:
-    """A titled section; None when all of its content is."""
-    shown = [part for part in content if part is not None]
-    if not shown:
-        return None
-    key = re.sub(r"\W+", "-", title.lower())
-    return Section(title, key, tag("section", tag("h2", title, id=key), *shown, aria_labelledby=key))
-
-
-def contents(sections: Iterable[Section]) -> Markup:
-    """Links to the sections."""
-    links = [tag("li", tag("a", found.title, href=f"#{found.key}")) for found in sections]
-    return tag("nav", tag("ul", *links), aria_label="Sections")
+def metric_name(metric: str) -> str:
+    """The name of a metric."""
+    return METRIC_NAMES.get(metric, metric)
 
 
 def system_name(system: str) -> str:
-    """What a system is called on a page: `student@288` is "student, 288 dims"."""
+    """The name of a system: `student@288` is "student, 288 dims"."""
     name, at, dim = system.partition("@")
     return SYSTEM_NAMES.get(name, name) + (f", {dim} dims" if at else "")
 
 
 def short_name(system: str) -> str:
-    """A system's name, short enough for a chart."""
+    """The name of a system in a chart."""
     name, at, dim = system.partition("@")
     short = {"untrained": "untrained", "student_before": "before"}.get(name, SYSTEM_NAMES.get(name, name))
     return short.removesuffix(" before") + (f"@{dim}" if at else "")
 
 
-def kind(system: str) -> str:
-    """Which mark a system has in charts."""
+def mark_kind(system: str) -> str:
+    """The mark of a system in charts."""
     if system.startswith("champion"):
         return "champion"
     if system.startswith("teacher"):
@@ -74,9 +50,9 @@ def kind(system: str) -> str:
     return "student" if system.startswith("student") and "before" not in system else "baseline"
 
 
-def metric_name(metric: str) -> str:
-    """What a metric is called on a page."""
-    return METRIC_NAMES.get(metric, metric)
+def score(value: float) -> str:
+    """A score with three decimals."""
+    return f"{value:.3f}"
 
 
 def signed(value: float) -> str:
@@ -84,34 +60,26 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
-def span(low: float, high: float) -> Markup:
-    """An interval, small, below its value."""
-    return tag("small", f"{low:.3f}–{high:.3f}")
-
-
-def with_interval(found: Interval | Mapping[str, Any] | None) -> Content:
-    """A value with its interval; None stays."""
-    if found is None:
-        return None
-    value = found if isinstance(found, Interval) else Interval(**found)
-    return join([f"{value.value:.3f}", span(value.low, value.high)])
-
-
 def plain(value: float | None) -> str:
-    """A number for a table."""
+    """A count, or a number with four digits."""
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def percent(share: float | None, digits: int = 1) -> str | None:
+def percent(share: float | None) -> str | None:
     """A share in percent."""
-    return None if share is None else f"{100 * share:.{digits}f} %"
+    return None if share is None else f"{100 * share:.1f} %"
 
 
 def memory(mebibytes: float | None) -> str | None:
-    """Memory for a table."""
+    """Memory in MiB."""
     return None if mebibytes is None else f"{mebibytes:,.0f} MiB"
+
+
+def megabytes(size: int) -> str:
+    """Bytes in MB or GB."""
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"
 
 
 def duration(seconds: float) -> str:
@@ -120,3 +88,21 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def utc(seconds: float) -> str:
+    """A time in seconds since 1970."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def slug(title: str) -> str:
+    """A title as the address of its section."""
+    return re.sub(r"\W+", "-", title.lower())
+
+
+FILTERS = {
+    function.__name__: function
+    for function in (
+        metric_name, system_name, score, signed, plain, percent, memory, megabytes, duration, utc, slug,
+    )
+}  # fmt: skip

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
-from nvembed.report.write import write_report
+from nvembed.report.charts import Chart
+from nvembed.report.pages import template_environment, write_report
 
 RECIPE = {"name": "quickstart", "evaluate": {"bootstrap_samples": 200, "seed": 17}}
 VOID = {"meta", "line", "circle", "rect", "polyline", "polygon"}
@@ -45,6 +47,18 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.texts).split())
+
+
+def figure(chart: Chart) -> str:
+    """A chart with its title, as the page has it."""
+    return str(template_environment().get_template("chart.html").make_module().figure(chart))  # type: ignore[attr-defined]
+
+
+def drawn(chart: Chart) -> ElementTree.Element:
+    """A chart's SVG as the page has it."""
+    svg = ElementTree.fromstring(figure(chart)).find("svg")
+    assert svg is not None
+    return svg
 
 
 def raw(out: Path) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from pydantic import ValidationError
 from report_kit import RECIPE, Page, raw, write_road
 
 from nvembed.core import storage
-from nvembed.report.comparisons import MEAN
-from nvembed.report.lineage_page import ancestors
-from nvembed.report.page import render
+from nvembed.evaluation.significance import MEAN
+from nvembed.report.pages import render_report, write_report
+from nvembed.report.run_page import ancestors
+from nvembed.report.runs import read_curves, read_report
 from nvembed.report.schema import Report
 from nvembed.report.training_data import negatives_quality, quantile, share_above
-from nvembed.report.write import read_curves, read_report, write_report
 from nvembed.types import UserError
 
 CONTRACT = ["schema_version", "recipe", "steps", "baselines", "scores", "models", "wall_seconds", "peak_pss_mb"]
@@ -181,7 +181,7 @@ def test_mix_asked_and_realised(written: Path) -> None:
         "cwe": (0.75, None, 2.5), "hpo_classes": (0.25, None, 2.5),
     }  # fmt: skip
     text = Page((written / "report.html").read_text()).text
-    assert "stream_stage_2: tasks task asked realised retrieval 75.0 % 75.0 % classification 25.0 % 25.0 %" in text
+    assert "stream_stage_2: tasks task configured realised retrieval 75.0 % 75.0 % classification 25.0 % 25.0 %" in text
 
 
 edges = [round(-1 + 0.25 * i, 2) for i in range(9)]
@@ -205,10 +205,17 @@ def test_negatives_quality(positives: list[int], negatives: list[int]) -> None:
 def test_the_audit_stands_on_the_page(written: Path) -> None:
     page = (written / "report.html").read_text()
     for caption, numbers in {
-        "Where the positives rank for the retriever": ["60.0 %", "20.0 %"],
-        "Candidates each ceiling would refuse": ["2.5 %", "6.6 %"],
+        "Ranks of the positives for the retriever": ["60.0 %", "20.0 %"],
+        "Candidates each ceiling would reject": ["2.5 %", "6.6 %"],
         "Texts embedded for mining": ["4031", "7.4 %", ">2<", "is empty"],
-        "Negatives realised, hubs, near duplicates": ["4: 990", "812", "37", "4.3 %", "0.8 %", "1.1 %"],
+        "Negatives per example, most frequent negatives, near duplicates": [
+            "4: 990",
+            "812",
+            "37",
+            "4.3 %",
+            "0.8 %",
+            "1.1 %",
+        ],
     }.items():
         found = re.search(rf"<caption><div>{caption}.*?</table>", page, re.DOTALL)
         assert found and all(number in html.unescape(found[0]) for number in numbers), caption
@@ -313,7 +320,7 @@ def test_reports_of_earlier_versions_are_read(written: Path, tmp_path: Path) -> 
             del run[key]
     (tmp_path / "report.json").write_text(json.dumps(older))
     report = read_report(str(tmp_path / "report.json"))
-    page = Page(render(report, read_curves(report)))
+    page = Page(render_report(report, read_curves(report)))
     assert "Data mix" not in page.text and "Size and quality" not in page.text and "★ best: " in page.text
     older["schema_version"] = 2
     (tmp_path / "report.json").write_text(json.dumps(older))

@@ -15,9 +15,9 @@ from nvembed.commands.app import app
 from nvembed.core import storage
 from nvembed.evaluation.significance import MEAN
 from nvembed.pipeline.attempts import Records
+from nvembed.report.compare import compare_runs
+from nvembed.report.pages import write_report
 from nvembed.report.runs import LABELS, collect_again, open_runs
-from nvembed.report.versus import compare_runs
-from nvembed.report.write import write_report
 from nvembed.types import UserError
 
 SOURCES = [{"name": "cwe", "max_train": 5}, {"name": "hpo", "max_train": 5}]

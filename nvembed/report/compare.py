@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from nvembed.core.steps import differences as recipe_differences
-from nvembed.evaluation.significance import MEAN, RETRIEVAL_METRIC, compare
-from nvembed.report.collect import BASELINES, in_reading_order, scored_systems
-from nvembed.report.comparisons import Scored
+from nvembed.evaluation.significance import MEAN, RETRIEVAL_METRIC
 from nvembed.report.runs import Run
 from nvembed.report.schema import Difference, Interval, Model, Part, Report, Table
+from nvembed.report.systems import BASELINES, ScoredSystem, all_tables, paired_differences, scored_systems
 from nvembed.types import UserError
 
 
@@ -47,7 +46,7 @@ class RunPair(Part):
     left_out: list[str]
 
 
-class Versus(Part):
+class RunComparison(Part):
     """The comparison as JSON."""
 
     schema_version: Literal[1] = 1
@@ -55,7 +54,7 @@ class Versus(Part):
     pairs: list[RunPair]
 
 
-def compare_runs(runs: Sequence[Run]) -> Versus:
+def compare_runs(runs: Sequence[Run]) -> RunComparison:
     """Every later run against the first."""
     entries = [
         RunEntry(
@@ -72,12 +71,7 @@ def compare_runs(runs: Sequence[Run]) -> Versus:
         )
         for run in runs
     ]
-    return Versus(runs=entries, pairs=[_pair(runs[0], later) for later in runs[1:]])
-
-
-def all_tables(report: Report) -> dict[str, Table]:
-    """Scores of every system of a run."""
-    return in_reading_order({**report.baselines, **report.scores, **report.other_scores})
+    return RunComparison(runs=entries, pairs=[_pair(runs[0], later) for later in runs[1:]])
 
 
 def other_sets(one: Report, other: Report) -> list[str]:
@@ -137,33 +131,14 @@ def _trained(report: Report) -> list[str]:
 
 
 def _paired(
-    first: Run, later: Run, system: str, scored: tuple[Scored, Scored], differing: Sequence[str]
+    first: Run, later: Run, system: str, scored: tuple[ScoredSystem, ScoredSystem], differing: Sequence[str]
 ) -> list[Difference]:
     tables = [all_tables(run.report)[system] for run in (first, later)]
     shared = [name for name in tables[0] if name in tables[1] and name not in differing]
     if not shared:
         return []
+    names = (f"{later.label} {system}", f"{first.label} {system}")
     settings = first.report.resolved_recipe.get("evaluate") or {}
-    rows = compare(
-        scored[1].artifact,
-        scored[0].artifact,
-        system,
-        a_system=scored[1].system,
-        b_system=scored[0].system,
-        datasets=shared,
-        samples=settings.get("bootstrap_samples", 1000),
-        seed=settings.get("seed", 0),
-    )
+    rows = paired_differences(names, (scored[1], scored[0]), settings, shared)
     whole = not any(RETRIEVAL_METRIC in tables[0].get(name, {}) for name in differing)  # else the mean is of fewer sets
-    return [
-        Difference(
-            a=f"{later.label} {system}",
-            b=f"{first.label} {system}",
-            over=row["dataset"],
-            metric=row["metric"],
-            clear=row["delta"]["low"] > 0 or row["delta"]["high"] < 0,
-            **row["delta"],
-        )
-        for row in rows
-        if whole or row["dataset"] != MEAN
-    ]
+    return [row for row in rows if whole or row.over != MEAN]
