@@ -43,9 +43,10 @@ def report_command(runs: Sources, out: Page = None, as_json: AsJson = False) -> 
 
 
 def _one(source: str, out: str | None) -> tuple[dict[str, Any], str]:
+    from nvembed.core.steps import REPORT_HTML
     from nvembed.report.page import render
     from nvembed.report.runs import collect_again, locate
-    from nvembed.report.write import REPORT_HTML, read_curves, read_report, write_files
+    from nvembed.report.write import read_curves, read_report, write_files
 
     root, report_json = locate(source)
     given_file = storage.absolute(source) != root

@@ -58,7 +58,7 @@ DEFAULT = Encoding()
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def part_name(number: int) -> str:
+def shard_name(number: int) -> str:
     """Name of a numbered file of a folder: `part-00000.parquet`."""
     return f"part-{number:05d}.parquet"
 

@@ -23,7 +23,7 @@ from nvembed.core import storage
 from nvembed.core.parquet import iter_parquet, list_shards, read_table
 from nvembed.core.steps import Step, StepResult
 from nvembed.core.vectors import table_matrix, vector_table, write_shard
-from nvembed.data.tables import HELD_OUT, SPLITS, dataset_info, document_text
+from nvembed.data.tables import CORPUS, HELD_OUT, SPLITS, dataset_info, document_text, examples_file
 from nvembed.distill.config import TeacherEmbeddingsConfig
 from nvembed.retrieval.encode import encode_shards, write_text_shards
 from nvembed.types import Artifact, TaskType, UserError
@@ -129,18 +129,18 @@ def _named_texts(prepare: Artifact, held_out: frozenset[int], counts: Counter[st
 
 
 def _queries(prepare: Artifact, dataset: str, split: str) -> Iterator[str]:
-    for table in iter_parquet(prepare.path(dataset, f"examples-{split}.parquet"), ["query"]):
+    for table in iter_parquet(prepare.path(dataset, examples_file(split)), ["query"]):
         yield from table.column("query").to_pylist()
 
 
 def _positives(prepare: Artifact, dataset: str, split: str) -> set[str]:
-    tables = iter_parquet(prepare.path(dataset, f"examples-{split}.parquet"), ["positives"])
+    tables = iter_parquet(prepare.path(dataset, examples_file(split)), ["positives"])
     return {item["id"] for table in tables for row in table.column("positives").to_pylist() for item in row}
 
 
 def _corpus(prepare: Artifact, dataset: str) -> Iterator[tuple[str, str, str | None]]:
     """(id, text, split)."""
-    for table in iter_parquet(prepare.path(dataset, "corpus.parquet"), ["id", "title", "text", "split"]):
+    for table in iter_parquet(prepare.path(dataset, CORPUS), ["id", "title", "text", "split"]):
         for row in table.to_pylist():
             yield row["id"], document_text(row["title"], row["text"]), row["split"]
 

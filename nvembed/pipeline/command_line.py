@@ -27,7 +27,15 @@ from pydantic import ValidationError
 from nvembed.core import storage
 from nvembed.core.lease import LEASE, Lease
 from nvembed.core.secrets import mask
-from nvembed.core.steps import ChangedRecipeError, CorruptArtifactError, differences
+from nvembed.core.steps import (
+    RECIPE,
+    RECORDS,
+    REPORT_HTML,
+    REPORT_JSON,
+    ChangedRecipeError,
+    CorruptArtifactError,
+    differences,
+)
 from nvembed.core.terminal import Console
 from nvembed.pipeline.attempts import Records
 from nvembed.pipeline.dry_run import PlannedRoad
@@ -38,17 +46,15 @@ from nvembed.pipeline.signals import Interrupts, end_processes
 from nvembed.preflight.packages import PreflightError
 from nvembed.preflight.ready import check_reachable, check_ready, on_cluster
 from nvembed.recipe.schema import Recipe, load_recipe, read_recipe, resolved_yaml
-from nvembed.report.attempts import RECORDS
 from nvembed.tracking.tracker import STATE, Tracker
 from nvembed.types import UserError
 
 __all__ = ["ExitCode", "PlannedRoad", "Road", "tell"]
 
-RECIPE = "recipe.yaml"
 PATIENCE_SECONDS = 3.0  # Ray's agents notice the end of the cluster by themselves
 FREE_SECTIONS = ("cluster", "tracking")  # say where a run computes and who is told, never what comes out
 # names a run writes at the root of its output: a directory that has one of them but no recipe.yaml is not ours
-ROOT_NAMES = (RECORDS, STATE, "report.json", "report.html", "mlflow.db", "mlartifacts", "logs")
+ROOT_NAMES = (RECORDS, STATE, REPORT_JSON, REPORT_HTML, "mlflow.db", "mlartifacts", "logs")
 
 Story = Callable[[Any], None]
 

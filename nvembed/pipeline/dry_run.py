@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nvembed.core import storage
-from nvembed.core.steps import STARTED, Step
+from nvembed.core.steps import REPORT_JSON, STARTED, Step
 from nvembed.pipeline.run import IMPORT_MODEL, import_config
 from nvembed.recipe.schema import Recipe
 from nvembed.registry.step import REGISTER, registration_config
@@ -67,4 +67,4 @@ class PlannedRoad:
 
     def report(self) -> None:
         """See `Road.report`."""
-        self.steps.append(PlannedStep("report", "run", storage.join(self.out, "report.json")))
+        self.steps.append(PlannedStep("report", "run", storage.join(self.out, REPORT_JSON)))

@@ -21,7 +21,7 @@ from nvembed.core import storage
 from nvembed.core.lease import check_fence
 from nvembed.core.model_cache import written_folder
 from nvembed.core.runtime import give_back
-from nvembed.core.steps import STARTED, Step, StepResult, load_artifact, remove_working_files
+from nvembed.core.steps import METRICS, STARTED, Step, StepResult, load_artifact, remove_working_files
 from nvembed.core.terminal import Console, adopt_loggers
 from nvembed.pipeline.attempts import Records
 from nvembed.pipeline.log import Heartbeat
@@ -231,7 +231,7 @@ class Road:
 
                     def tick() -> None:
                         note("running")
-                        if storage.exists(storage.join(uri, "metrics.jsonl")):
+                        if storage.exists(storage.join(uri, METRICS)):
                             run.tail()
 
                     beat = Heartbeat(self.console, name, uri, lambda: self.meter.current_mb, tick)

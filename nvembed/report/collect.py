@@ -10,6 +10,7 @@ from typing import Any
 
 from nvembed.core import storage
 from nvembed.core.secrets import mask_all
+from nvembed.core.steps import AUDIT, COMPARISON, METRICS, SCORES, STARTS
 from nvembed.modeling.precision import resolve_precision
 from nvembed.registry.step import REGISTRATION
 from nvembed.registry.versions import primary_metric
@@ -32,12 +33,10 @@ from nvembed.report.schema import (
 )
 from nvembed.report.sizes import model_sizes
 from nvembed.report.training_data import data_mixes, negatives_quality
-from nvembed.tracking.tracker import METRICS
 from nvembed.types import Artifact
 
 logger = logging.getLogger(__name__)
 
-STARTS = "starts.jsonl"  # beside the metrics, see training/loop.py, which needs torch
 BASELINES = ("bm25", "minilm", "untrained")
 TEACHERS = ("train_stage_2", "train_stage_1", "teacher")  # the first of these that a run has is its teacher
 METRIC_ORDER = ("ndcg_at_10", "recall_at_100", "mrr_at_10", "accuracy", "v_measure", "spearman")
@@ -68,7 +67,7 @@ def collect_report(
         environment: what the run ran on; None: this process.
     """
     systems = scored_systems(artifacts)
-    files = {scored.artifact.uri: storage.read_json(scored.artifact.path("scores.json")) for scored in systems.values()}
+    files = {scored.artifact.uri: storage.read_json(scored.artifact.path(SCORES)) for scored in systems.values()}
     tables = {
         name: {
             dataset: _in_order(metrics)
@@ -79,7 +78,7 @@ def collect_report(
     settings = recipe.get("evaluate") or (recipe.get("student") or {}).get("evaluate") or {}
     registrations = _registrations(artifacts)
     models = dict(_models(artifacts))
-    student, mining = _read(artifacts, "compare_student", "comparison.json"), _mining(artifacts)
+    student, mining = _read(artifacts, "compare_student", COMPARISON), _mining(artifacts)
     return Report(
         recipe=recipe_name,
         steps=[StepRecord(**{key: record.get(key) for key in StepRecord.model_fields}) for record in records],
@@ -128,7 +127,7 @@ def _champions(
     for step, registration in registrations.items():
         before, role = registration.get("champion_before"), step.removeprefix("register_")
         if before and f"evaluate_{role}" in artifacts:
-            ours = storage.read_json(artifacts[f"evaluate_{role}"].path("scores.json"))["evaluation_hash"]
+            ours = storage.read_json(artifacts[f"evaluate_{role}"].path(SCORES))["evaluation_hash"]
             theirs, scores = before.get("evaluation_hash") or {}, (before.get("scores") or {}).get("model", {})
             yield (
                 role,
@@ -157,7 +156,7 @@ def scored_systems(artifacts: Mapping[str, Artifact]) -> dict[str, Scored]:
     for step in ("baselines", *SCORED):
         if step in artifacts:
             artifact, role = artifacts[step], SCORED.get(step)
-            for name in storage.read_json(artifact.path("scores.json"))["scores"]:
+            for name in storage.read_json(artifact.path(SCORES))["scores"]:
                 found[name if role is None else role + name.removeprefix("model")] = Scored(artifact, name)
     return found
 
@@ -227,7 +226,7 @@ def _datasets(artifacts: Mapping[str, Artifact]) -> dict[str, Dataset]:
 
 def _mining(artifacts: Mapping[str, Artifact]) -> dict[str, Any] | None:
     """The newest audit without its samples: texts stay where the recipe put them."""
-    audit = _read(artifacts, "mine_again" if "mine_again" in artifacts else "mine", "audit.json")
+    audit = _read(artifacts, "mine_again" if "mine_again" in artifacts else "mine", AUDIT)
     return None if audit is None else {key: value for key, value in audit.items() if key != "samples"}
 
 

@@ -9,14 +9,13 @@ from typing import Any
 import yaml
 
 from nvembed.core import storage
-from nvembed.core.steps import MANIFEST, load_artifact
-from nvembed.report.attempts import RECORDS, read_records
+from nvembed.core.steps import MANIFEST, RECIPE, RECORDS, REPORT_JSON, load_artifact
+from nvembed.report.attempts import read_records
 from nvembed.report.collect import collect_report
 from nvembed.report.schema import Report
-from nvembed.report.write import REPORT_JSON, read_report
+from nvembed.report.write import read_report
 from nvembed.types import Artifact, UserError
 
-RECIPE = "recipe.yaml"
 LABELS = "ABCDE"  # as many as the charts have line styles
 
 

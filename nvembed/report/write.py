@@ -8,13 +8,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from nvembed.core import storage
+from nvembed.core.steps import REPORT_HTML, REPORT_JSON
 from nvembed.report.collect import collect_report, read_curve
 from nvembed.report.page import render
 from nvembed.report.schema import Report
 from nvembed.types import Artifact, UserError
-
-REPORT_JSON = "report.json"
-REPORT_HTML = "report.html"
 
 
 def write_report(

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from nvembed.core import storage
 from nvembed.core.parquet import read_schema, read_table, write_table
 from nvembed.core.steps import Step, StepResult
-from nvembed.data.tables import dataset_info
+from nvembed.data.tables import CORPUS, MINED, dataset_info, examples_file
 from nvembed.stream.config import DistillStreamConfig, StreamConfig
 from nvembed.stream.layout import (
     DISTILL_PLAN_SCHEMA,
@@ -123,15 +123,15 @@ def _checked_datasets(config: StreamConfig, prepare: Artifact) -> dict[str, dict
 
 
 def _files(name: str, info: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> DatasetFiles:
-    mined = inputs["mine"].path(name, "mined.parquet")
+    mined = inputs["mine"].path(name, MINED)
     if not storage.exists(mined):
         raise UserError(f"data set {name} was not mined: {mined} is missing. Run the mine step on it first.")
     return DatasetFiles(
         task=info["task"],
         symmetric=TaskType(info["task"]).symmetric and info.get("positives_from") != "labels",  # a label is no query
         instruction=info["instruction"],
-        corpus_uri=inputs["prepare"].path(name, "corpus.parquet"),
-        examples_uri=inputs["prepare"].path(name, "examples-train.parquet"),
+        corpus_uri=inputs["prepare"].path(name, CORPUS),
+        examples_uri=inputs["prepare"].path(name, examples_file("train")),
         mined_uri=mined,
     )
 

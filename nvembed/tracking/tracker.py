@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from nvembed.core import storage
 from nvembed.core.runtime import git_revision
-from nvembed.core.steps import MANIFEST, load_artifact
+from nvembed.core.steps import MANIFEST, METRICS, load_artifact
 from nvembed.tracking.config import TrackingConfig
 from nvembed.tracking.store import Tail, flatten, log_metrics, numbers, prepare_environment, probe, resolve_store
 from nvembed.types import Artifact, Config
@@ -28,7 +28,6 @@ from nvembed.types import Artifact, Config
 logger = logging.getLogger(__name__)
 
 STATE = "tracking.json"
-METRICS = "metrics.jsonl"
 RETRY_SECONDS = 30.0  # after a failure MLflow is left alone for this long
 _STATUS = {"finished": "FINISHED", "done": "FINISHED", "skipped": "FINISHED"}
 _STATUS |= {"failed": "FAILED", "interrupted": "KILLED"}

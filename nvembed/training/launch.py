@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvembed.core import lease, storage
-from nvembed.core.steps import Step, StepResult
+from nvembed.core.steps import METRICS, Step, StepResult
 from nvembed.training.config import TrainConfig
 from nvembed.training.errors import TrainingError
 from nvembed.types import Artifact, UserError
@@ -31,7 +31,7 @@ def _build(config: TrainConfig, inputs: Mapping[str, Artifact], work_uri: str) -
     from nvembed.stream.reader import StreamReader
     from nvembed.training.build import Job
     from nvembed.training.checkpoint import CheckpointStore, Identity
-    from nvembed.training.loop import METRICS, check_batch
+    from nvembed.training.loop import check_batch
     from nvembed.training.progress import Progress
 
     stream = StreamReader(inputs["stream"].uri)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from nvembed.core import storage
 from nvembed.core.distributed import WorkerContext, broadcast_object
 from nvembed.core.runtime import trim
+from nvembed.core.steps import METRICS, STARTS
 from nvembed.losses.objectives import Objective
 from nvembed.modeling.precision import resolve_precision
 from nvembed.training.arithmetic import learning_rate_factor, slice_budget
@@ -37,8 +38,6 @@ from nvembed.types import Batch, UserError
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
-STARTS = "starts.jsonl"
 NAMED = 20  # examples an error message names
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from nvembed.core import storage
-from nvembed.core.steps import Step, StepResult, load_artifact
+from nvembed.core.steps import METRICS, Step, StepResult, load_artifact
 from nvembed.evaluation.config import EvaluateConfig
 from nvembed.evaluation.run import load_sets, notes, settings_of, write_scores
 from nvembed.evaluation.significance import (
@@ -52,7 +52,7 @@ from nvembed.stream.steps import STREAM
 from nvembed.training.build import Job
 from nvembed.training.config import EngineConfig, TrainConfig
 from nvembed.training.context import PlainContext
-from nvembed.training.loop import METRICS, train
+from nvembed.training.loop import train
 from nvembed.types import Artifact, UserError
 
 logger = logging.getLogger("what_mining_buys")
