@@ -26,6 +26,7 @@ from nvembed.core.vectors import table_matrix, vector_table, write_shard
 from nvembed.data.tables import CORPUS, HELD_OUT, SPLITS, dataset_info, document_text, examples_file
 from nvembed.distill.config import TeacherEmbeddingsConfig
 from nvembed.retrieval.encode import encode_shards, write_text_shards
+from nvembed.text.identity import folded_hash, text_digest, text_key
 from nvembed.types import Artifact, TaskType, UserError
 
 logger = logging.getLogger(__name__)
@@ -145,22 +146,7 @@ def _corpus(prepare: Artifact, dataset: str) -> Iterator[tuple[str, str, str | N
             yield row["id"], document_text(row["title"], row["text"]), row["split"]
 
 
-def folded_hash(text: str) -> int:
-    """64-bit hash of a text without regard to case and white space."""
-    return xxhash.xxh3_64_intdigest(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass"))
-
-
 # -- the choice -------------------------------------------------------------------------------------------------------
-
-
-def text_key(text: str, instruction: str) -> str:
-    """Key of a vector row: 128-bit hash of instruction and text, hex."""
-    return xxhash.xxh3_128_hexdigest(f"{instruction}\0{text}".encode("utf-8", "surrogatepass"))
-
-
-def text_digest(text: str, instruction: str) -> int:
-    """The first 64 bits of `text_key`, signed: eight bytes per text are held for the choice."""
-    return int.from_bytes(bytes.fromhex(text_key(text, instruction)[:16]), "big", signed=True)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ import xxhash
 
 from nvembed.core.parquet import iter_parquet, read_table
 from nvembed.data.fit import cap_examples
-from nvembed.data.sources.base import stable_hash
 from nvembed.data.tables import CORPUS, document_text, read_examples
 from nvembed.evaluation.metrics import knn_labels, ndcg, recall, reciprocal_rank, vote
 from nvembed.evaluation.significance import (
@@ -34,6 +33,7 @@ from nvembed.evaluation.significance import (
 )
 from nvembed.retrieval.bm25 import search_bm25
 from nvembed.retrieval.exact.search import search_exact
+from nvembed.text.identity import stable_hash
 from nvembed.types import Artifact, TaskType, TrainingExample, UserError
 
 Row = tuple[str, str, str]  # key, text, instruction

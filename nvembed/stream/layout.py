@@ -26,8 +26,9 @@ from nvembed.core.ray_tasks import run_tasks
 from nvembed.core.retry import retried
 from nvembed.data.tables import document_text
 from nvembed.stream.join import Gather
-from nvembed.stream.sampling import document_key, sample, text_key
+from nvembed.stream.sampling import sample
 from nvembed.text.config import TextConfig
+from nvembed.text.identity import document_key, signed_hash
 from nvembed.types import UserError
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ def _join_examples(rows: Sequence[Mapping[str, Any]], name: str, job: Contrastiv
         offered = dict.fromkeys(item["id"] for item in (*examples[key]["negatives"], *mined[key]["negatives"]))
         candidates = [item for item in offered if item not in known]
         chosen: list[str | None] = list(
-            sample(candidates, job.num_negatives, text_key(row["dataset"], key), job.seed, row["epoch"])
+            sample(candidates, job.num_negatives, signed_hash(row["dataset"], key), job.seed, row["epoch"])
         )
         chosen += [None] * (job.num_negatives - len(chosen))
         joined.append(_Joined(examples[key]["query"], (row["positive_id"], *chosen), known))

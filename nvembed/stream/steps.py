@@ -34,7 +34,8 @@ from nvembed.stream.layout import (
     truncated_shares,
 )
 from nvembed.stream.reader import StreamReader
-from nvembed.stream.sampling import Population, document_key, mixture, permutation, slots, text_key
+from nvembed.stream.sampling import Population, mixture, permutation, slots
+from nvembed.text.identity import document_key, signed_hash
 from nvembed.types import Artifact, TaskType, UserError
 
 __all__ = ["DISTILL_STREAM", "STREAM", "StreamReader"]
@@ -149,12 +150,12 @@ def _capped(name: str, candidates: list[tuple[str, list[str]]], config: StreamCo
     cap = config.caps.get(name)
     if cap is None or len(candidates) <= cap:
         return candidates
-    keys = np.array([text_key(name, example) for example, _ in candidates], np.int64)
-    return [candidates[place] for place in np.sort(permutation(keys, text_key("cap", config.seed, name), 0)[:cap])]
+    keys = np.array([signed_hash(name, example) for example, _ in candidates], np.int64)
+    return [candidates[place] for place in np.sort(permutation(keys, signed_hash("cap", config.seed, name), 0)[:cap])]
 
 
 def _population(name: str, candidates: Sequence[tuple[str, list[str]]]) -> Population:
-    keys = np.array([text_key(name, example) for example, _ in candidates], np.int64)
+    keys = np.array([signed_hash(name, example) for example, _ in candidates], np.int64)
     positives = [np.array([document_key(name, key) for key in row], np.int64) for _, row in candidates]
     return Population(name, keys, positives)
 
@@ -171,7 +172,7 @@ def _build_distill_stream(config: DistillStreamConfig, inputs: Mapping[str, Arti
         dim = int(read_schema(parts[0]).field("vector").type.list_size)
     if dim is None or not keys:
         raise UserError(f"{folder} holds no teacher vectors; raise teacher_embeddings.max_texts.")
-    array = np.array([text_key(key) for key in keys], np.int64)
+    array = np.array([signed_hash(key) for key in keys], np.int64)
     population = Population("teacher vectors", array, list(array[:, None]))
     batches = slots([population], [1.0], batch_size=config.global_batch_size, batching="homogeneous", seed=config.seed)
     plan = ([(keys[slot.example],) for slot in batch] for batch in itertools.islice(batches, config.steps))

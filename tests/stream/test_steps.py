@@ -21,8 +21,8 @@ from nvembed.data.tables import CORPUS_SCHEMA, SCORED_IDS, Document, examples_ta
 from nvembed.stream import steps
 from nvembed.stream.config import DistillStreamConfig, StreamConfig
 from nvembed.stream.layout import load_tokeniser
-from nvembed.stream.sampling import document_key
 from nvembed.stream.steps import DISTILL_STREAM, STREAM, StreamReader
+from nvembed.text.identity import document_key
 from nvembed.types import Artifact, Batch, Config, ScoredId, TaskType, TrainingExample, UserError
 
 MAX_LENGTH = 16
