@@ -58,9 +58,14 @@ DEFAULT = Encoding()
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def shard_name(number: int) -> str:
-    """Name of a numbered file of a folder: `part-00000.parquet`."""
-    return f"part-{number:05d}.parquet"
+def part_uri(uri: str, *place: str | int) -> str:
+    """A numbered file below a folder: `<uri>/<folders>/part-00000.parquet`.
+
+    Args:
+        place: folders, then the number.
+    """
+    *folders, number = place
+    return storage.join(uri, *map(str, folders), f"part-{number:05d}.parquet")
 
 
 @retried

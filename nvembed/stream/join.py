@@ -25,6 +25,7 @@ from nvembed.core.parquet import (
     group_rows,
     matching_rows,
     open_parquet,
+    part_uri,
     read_schema,
     read_where,
     write_table,
@@ -32,7 +33,6 @@ from nvembed.core.parquet import (
 )
 from nvembed.core.ray_tasks import run_tasks
 from nvembed.core.retry import retried
-from nvembed.data.dedup.near import part_uri
 
 PART_ROWS = 1 << 20
 MAX_PARTS = 64  # a shard opens each of them

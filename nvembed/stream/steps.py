@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.core import storage
-from nvembed.core.parquet import read_schema, read_table, write_table
+from nvembed.core.parquet import list_shards, read_schema, read_table, write_table
 from nvembed.core.steps import Step, StepResult
 from nvembed.data.tables import CORPUS, MINED, dataset_info, examples_file
 from nvembed.stream.config import DistillStreamConfig, StreamConfig
@@ -165,7 +165,7 @@ def _population(name: str, candidates: Sequence[tuple[str, list[str]]]) -> Popul
 
 def _build_distill_stream(config: DistillStreamConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     folder = inputs["teacher_embeddings"].path("vectors")
-    parts = [storage.join(folder, name) for name in storage.list_directory(folder) if name.endswith(".parquet")]
+    parts = [storage.join(folder, name) for name in list_shards(folder)]
     keys = [key for part in parts for key in read_table(part, ["key"]).column("key").to_pylist()]
     dim = None
     if parts:

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 
 from nvembed.core import storage
-from nvembed.core.parquet import read_rows, read_table, write_table
+from nvembed.core.parquet import part_uri, read_rows, read_table, write_table
 from nvembed.core.ray_tasks import run_tasks
 from nvembed.data.dedup.minhash import WordHashes, runs
-from nvembed.data.dedup.near import Sides, TextShards, part_uri
+from nvembed.data.dedup.near import Sides, TextShards
 
 _BATCH_TEXTS = 2048
 _QUERIES = pa.schema(
