@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-METRICS, STARTS = "metrics.jsonl", "starts.jsonl"  # of a training step: a line per optimiser step, per start
 VectorType = Literal["fp32", "fp16", "bf16", "int8"]  # how embeddings are stored
 
 

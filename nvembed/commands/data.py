@@ -5,18 +5,14 @@ nvembed data convert runs/quickstart --dataset cwe --to beir --out cwe-beir
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from nvembed.commands.common import AsJson, ended, show
 from nvembed.core import storage
 from nvembed.pipeline.exit_codes import ExitCode
-from nvembed.types import Artifact, TrainingExample, UserError
-
-if TYPE_CHECKING:
-    from nvembed.data.tables import Document
+from nvembed.types import Artifact, UserError
 
 BEIR = "beir"
 FORMATS = (BEIR, "sentence-transformers", "flag-embedding", "tevatron", "labelled", "graded")
@@ -45,7 +41,8 @@ def convert_command(
     """
 
     def action() -> int:
-        from nvembed.data.tables import SPLITS, Document, read_corpus, read_examples
+        from nvembed.data.tables import dataset_info
+        from nvembed.data.writers import write_dataset
 
         if form not in FORMATS:
             raise UserError(f"--to {form}: choose one of {', '.join(FORMATS)}")
@@ -53,12 +50,11 @@ def convert_command(
             raise UserError(f"{out} exists. Choose another --out.")
         artifact = _prepared(source)
         name = dataset or _only_dataset(artifact)
-        splits = (split,) if split is not None else SPLITS if form == BEIR else SPLITS[:1]
-        examples = {part: read_examples(artifact, name, part) for part in splits}
-        documents = [Document(**row) for row in read_corpus(artifact, name).to_pylist()]
-        _write(form, documents, examples, out)
-        counts = {part: len(rows) for part, rows in examples.items()}
-        text = f"{out}: {name}, {', '.join(f'{count:,} {part}' for part, count in counts.items())} examples"
+        part = split or (None if form == BEIR else "train")
+        write_dataset(artifact, name, part, form, out)
+        recorded = dataset_info(artifact)[name]
+        counts = {key: recorded[key] for key in ((part,) if part else ("train", "dev", "test"))}
+        text = f"{out}: {name}, {', '.join(f'{count:,} {key}' for key, count in counts.items())} examples"
         show({"out": out, "dataset": name, "format": form, "examples": counts}, text, as_json)
         return ExitCode.DONE
 
@@ -86,23 +82,3 @@ def _only_dataset(artifact: Artifact) -> str:
     if len(names) > 1:
         raise UserError(f"which data set? Give --dataset with one of: {', '.join(names)}")
     return names[0]
-
-
-def _write(
-    form: str, documents: Sequence[Document], examples: Mapping[str, Sequence[TrainingExample]], uri: str
-) -> None:
-    from nvembed.data import writers
-
-    [rows, *_] = examples.values()
-    if form == BEIR:
-        writers.write_beir(documents, examples, uri)
-    elif form == "labelled":
-        writers.write_labelled(rows, uri)
-    else:
-        write = {
-            "sentence-transformers": writers.write_sentence_transformers,
-            "flag-embedding": writers.write_flag_embedding,
-            "tevatron": writers.write_tevatron,
-            "graded": writers.write_graded,
-        }[form]
-        write(documents, rows, uri)

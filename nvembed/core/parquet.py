@@ -58,9 +58,14 @@ DEFAULT = Encoding()
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def part_name(number: int) -> str:
-    """Name of a numbered file of a folder: `part-00000.parquet`."""
-    return f"part-{number:05d}.parquet"
+def part_uri(uri: str, *place: str | int) -> str:
+    """A numbered file below a folder: `<uri>/<folders>/part-00000.parquet`.
+
+    Args:
+        place: folders, then the number.
+    """
+    *folders, number = place
+    return storage.join(uri, *map(str, folders), f"part-{number:05d}.parquet")
 
 
 @retried
@@ -127,6 +132,13 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """
     with open_parquet(uri) as file:
         return file.read(columns=_checked(file, uri, columns))
+
+
+@retried
+def read_where(uri: str, condition: pc.Expression | None, columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows of one parquet file that meet a condition; row groups are passed over by their statistics."""
+    with storage.open_reader(uri) as file:
+        return pq.read_table(file, columns=None if columns is None else list(columns), filters=condition)
 
 
 @retried
@@ -219,13 +231,38 @@ def list_shards(uri: str) -> list[str]:
 
 
 @retried
-def read_rows(uri: str, key: str, wanted: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
-    """Rows of a parquet file whose `key` is among `wanted`, in file order; memory is one batch plus the result."""
-    values = pa.array(sorted(set(wanted)), pa.string())
+def read_rows(uri: str, key: str, wanted: Iterable[Any] | pa.Array, columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows of a parquet file whose `key` is among `wanted`, in file order; memory is one row group plus the result.
+
+    Args:
+        uri: where the file lies.
+        key: column to compare.
+        wanted: keys, in any order; those the file lacks give no row.
+        columns: columns of the result; all by default.
+    """
+    values = wanted if isinstance(wanted, pa.Array) else None
     with open_parquet(uri) as file:
-        batches = [
-            batch.filter(pc.is_in(batch.column(key), value_set=values))
-            for batch in file.iter_batches(65536, columns=_checked(file, uri, columns))
-        ]
-        schema = batches[0].schema if batches else file.schema_arrow
-    return pa.Table.from_batches([batch for batch in batches if batch.num_rows], schema=schema)
+        names = _checked(file, uri, columns) or file.schema_arrow.names
+        if values is None:
+            values = pa.array(sorted(set(wanted)), file.schema_arrow.field(key).type)
+        none = file.schema_arrow.empty_table().select(names)
+        return pa.concat_tables([none, *matching_rows(file, key, values, names)])
+
+
+def matching_rows(
+    file: pq.ParquetFile, key: str, wanted: pa.Array, columns: Sequence[str], groups: Iterable[int] | None = None
+) -> Iterator[pa.Table]:
+    """The rows of each row group whose `key` is among `wanted`, in file order; nothing for a row group that has none.
+
+    The keys of a row group are read first, its other columns only where one is wanted: selecting by a filter of
+    `pyarrow.dataset` reads all columns of every row group.
+
+    Args:
+        wanted: keys, of the type of the column or one it casts to.
+        groups: row groups to look in; all by default.
+    """
+    for group in (range(file.num_row_groups) if groups is None else groups) if len(wanted) else ():
+        keys = file.read_row_group(group, [key]).column(key)
+        hit = pc.is_in(keys if keys.type == wanted.type else keys.cast(wanted.type), value_set=wanted)
+        if pc.any(hit).as_py():
+            yield file.read_row_group(group, list(columns)).filter(hit)

@@ -20,15 +20,16 @@ from nvembed.core.runtime import git_revision
 from nvembed.types import Artifact, Config, UserError
 
 MANIFEST = "manifest.json"
-
-
 STARTED = ".step.json"  # written when a step starts; lets a changed recipe be refused before anything is published
-
-
 WORKING = ("checkpoints", STARTED, ".tmp")  # never part of an artifact
-
-
 FORMAT_VERSION = 1
+
+# files that more than one package names; of a run:
+RECIPE, RECORDS = "recipe.yaml", "steps.json"
+REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+# of a step:
+METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
+AUDIT, SCORES, ITEMS, COMPARISON = "audit.json", "scores.json", "items.parquet", "comparison.json"
 
 
 class CorruptArtifactError(UserError):

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from nvembed.core import storage
-from nvembed.core.parquet import Encoding, list_shards, part_name, read_table, table_bytes
+from nvembed.core.parquet import Encoding, list_shards, part_uri, read_table, table_bytes
 from nvembed.types import UserError, VectorType
 
 _KIND = b"nvembed.kind"
@@ -80,11 +80,11 @@ def write_shard_tables(tables: Iterable[pa.Table], uri: str, shard_rows: int) ->
     """
     written, total = 0, 0
     for table in _recut(tables, shard_rows):
-        write_shard(table, storage.join(uri, part_name(written)))
+        write_shard(table, part_uri(uri, written))
         written += 1
         total += table.num_rows
     for name in list_shards(uri):
-        if name >= part_name(written):
+        if storage.join(uri, name) >= part_uri(uri, written):
             storage.remove(storage.join(uri, name))
     return total
 

@@ -16,9 +16,9 @@ from itertools import chain
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 
 from nvembed.data.tables import CORPUS_SCHEMA, SPLITS, Document, document_text
+from nvembed.text.identity import document_digest
 
 SIDES = (None, *SPLITS)  # a document's `split` by its code in `Documents.side_N`
 _TEXT_ROWS = 1024  # at most a megabyte each (`text/checks.py`), so that a column of them stays below 2 GB
@@ -207,7 +207,7 @@ class Documents:
         place = 0
         for table in self.tables():
             titles, texts = (table.column(name).to_pylist() for name in ("title", "text"))
-            packed = b"".join(map(_digest, titles, texts))
+            packed = b"".join(map(document_digest, titles, texts))
             digest_N2[place : place + len(texts)] = np.frombuffer(packed, np.uint64).reshape(-1, 2)
             place += len(texts)
         return digest_N2
@@ -215,10 +215,6 @@ class Documents:
     def lengths(self) -> np.ndarray:
         """int64 [N]: characters of what is embedded."""
         return np.fromiter(map(len, self.texts()), np.int64, len(self))
-
-
-def _digest(title: str, text: str) -> bytes:
-    return xxhash.xxh3_128_digest(f"{len(title)}\0{title}{text}".encode())
 
 
 def sides_of(splits: Sequence[str | None]) -> np.ndarray:

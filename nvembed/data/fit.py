@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from nvembed.data.documents import SIDES, Documents, sides_of
-from nvembed.data.sources.base import SourceRows, stable_hash
+from nvembed.data.sources.base import SourceRows
 from nvembed.data.tables import HELD_OUT, SPLITS
+from nvembed.text.identity import stable_hash
 from nvembed.types import ScoredId, TaskType, TrainingExample
 
 _RANK = np.zeros(len(SIDES), np.int8)  # which of equal texts stays: one that is held out, by the document's side

@@ -34,7 +34,7 @@ from nvembed.data.sources.files import read_files
 from nvembed.data.sources.hpo import read_hpo_classes, read_hpo_retrieval, read_hpo_similarity
 from nvembed.data.sources.hub import read_hub
 from nvembed.data.sources.stdlib_code import read_stdlib_code
-from nvembed.data.tables import CORPUS_SCHEMA, EXAMPLE_SCHEMA, HELD_OUT, SPLITS, examples_table
+from nvembed.data.tables import CORPUS, CORPUS_SCHEMA, EXAMPLE_SCHEMA, HELD_OUT, SPLITS, examples_file, examples_table
 from nvembed.text.instructions import instruction_prefix
 from nvembed.types import Artifact, TaskType, TrainingExample, UserError
 
@@ -198,10 +198,10 @@ def mark_held_out_documents(rows: SourceRows) -> None:
 
 def _write(rows: SourceRows, uri: str) -> None:
     tables = functools.partial(rows.documents.tables, ROW_GROUP_ROWS)
-    write_tables(tables, CORPUS_SCHEMA, storage.join(uri, "corpus.parquet"))
+    write_tables(tables, CORPUS_SCHEMA, storage.join(uri, CORPUS))
     for split in SPLITS:
         groups = functools.partial(_examples, rows.examples[split])
-        write_tables(groups, EXAMPLE_SCHEMA, storage.join(uri, f"examples-{split}.parquet"))
+        write_tables(groups, EXAMPLE_SCHEMA, storage.join(uri, examples_file(split)))
 
 
 def _examples(examples: list[TrainingExample]) -> Iterator[pa.Table]:
@@ -227,7 +227,7 @@ def _describe(rows: SourceRows, prefix: str) -> dict[str, Any]:
 
 def _evaluation_hash(uri: str) -> str:
     """Changes exactly when a held-out example or the corpus it is searched in changes."""
-    files = ["corpus.parquet", *(f"examples-{split}.parquet" for split in HELD_OUT)]
+    files = [CORPUS, *map(examples_file, HELD_OUT)]
     return storage.hash_json({file: storage.checksum(storage.join(uri, file)) for file in files})
 
 

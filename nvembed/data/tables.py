@@ -17,6 +17,7 @@ from nvembed.types import Artifact, ScoredId, TaskType, TrainingExample, UserErr
 
 SPLITS = ("train", "dev", "test")
 HELD_OUT = ("dev", "test")
+CORPUS, MINED = "corpus.parquet", "mined.parquet"  # of each data set, in the artifacts of `prepare` and `mine`
 
 SCORED_IDS = pa.list_(pa.struct([pa.field("id", pa.string(), nullable=False), pa.field("score", pa.float64())]))
 CORPUS_SCHEMA = pa.schema(
@@ -90,6 +91,11 @@ def examples_of(table: pa.Table) -> Iterator[TrainingExample]:
         )
 
 
+def examples_file(split: str) -> str:
+    """Name of the file with the examples of a split."""
+    return f"examples-{split}.parquet"
+
+
 # -- the prepare artifact ---------------------------------------------------------------------------------------------
 
 
@@ -114,7 +120,7 @@ def check_dataset(artifact: Artifact, dataset: str) -> None:
 def read_corpus(artifact: Artifact, dataset: str) -> pa.Table:
     """The corpus of a data set, `CORPUS_SCHEMA`."""
     check_dataset(artifact, dataset)
-    return read_table(artifact.path(dataset, "corpus.parquet"))
+    return read_table(artifact.path(dataset, CORPUS))
 
 
 def read_examples(artifact: Artifact, dataset: str, split: str) -> list[TrainingExample]:
@@ -122,4 +128,4 @@ def read_examples(artifact: Artifact, dataset: str, split: str) -> list[Training
     check_dataset(artifact, dataset)
     if split not in SPLITS:
         raise UserError(f"split {split!r} of {dataset}: choose one of {', '.join(SPLITS)}.")
-    return list(examples_of(read_table(artifact.path(dataset, f"examples-{split}.parquet"))))
+    return list(examples_of(read_table(artifact.path(dataset, examples_file(split)))))

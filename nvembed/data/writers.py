@@ -8,6 +8,7 @@ Rows are written as they are made: memory is the corpus' texts by id and one blo
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import itertools
 import json
@@ -20,11 +21,37 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nvembed.core import storage
-from nvembed.data.tables import Document, document_text
-from nvembed.types import TaskType, TrainingExample, UserError
+from nvembed.data.tables import SPLITS, Document, document_text, read_corpus, read_examples
+from nvembed.types import Artifact, TaskType, TrainingExample, UserError
 
 Row = Mapping[str, Any]
 _BLOCK_ROWS = 8192
+
+
+def write_dataset(artifact: Artifact, dataset: str, split: str | None, format: str, uri: str) -> None:
+    """Write a data set of a `prepare` artifact in a format that other tools read; a path is replaced.
+
+    Args:
+        artifact: of the `prepare` step.
+        dataset: name of the data set in its recipe.
+        split: train, dev or test; None for all of them. A BEIR folder keeps splits apart, rows follow each other.
+        format: one of `FORMATS`.
+        uri: folder of `beir`; else a file, whose ending says how rows are stored (`write_rows`).
+
+    Raises:
+        UserError: an unknown format, data set or split, or examples that the format cannot hold.
+    """
+    if format not in FORMATS:
+        near = difflib.get_close_matches(format, FORMATS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"format {format!r}: choose one of {', '.join(FORMATS)}{hint}")
+    examples = {name: read_examples(artifact, dataset, name) for name in (SPLITS if split is None else (split,))}
+    rows = read_corpus(artifact, dataset).to_pylist()
+    documents = [Document(**row) for row in rows]
+    if format == "beir":
+        write_beir(documents, examples, uri)
+    else:
+        FORMATS[format](documents, [example for items in examples.values() for example in items], uri)
 
 
 def write_beir(
@@ -100,8 +127,8 @@ def write_tevatron(documents: Sequence[Document], examples: Sequence[TrainingExa
     write_rows(rows(), uri)
 
 
-def write_labelled(examples: Sequence[TrainingExample], uri: str) -> None:
-    """Write `text`, `label` of classes or clusters."""
+def write_labelled(documents: Sequence[Document], examples: Sequence[TrainingExample], uri: str) -> None:
+    """Write `text`, `label` of classes or clusters; `documents` are not used."""
     _check(examples, TaskType.CLASSIFICATION, TaskType.CLUSTERING)
     write_rows(({"text": row.query, "label": row.label} for row in examples), uri)
 
@@ -120,6 +147,16 @@ def write_graded(documents: Sequence[Document], examples: Sequence[TrainingExamp
                 yield {"sentence1": a, "sentence2": b, "score": example.positives[0].score}
 
     write_rows(rows(), uri)
+
+
+FORMATS: Mapping[str, Callable[..., None]] = {
+    "beir": write_beir,
+    "sentence-transformers": write_sentence_transformers,
+    "flag-embedding": write_flag_embedding,
+    "tevatron": write_tevatron,
+    "labelled": write_labelled,
+    "graded": write_graded,
+}
 
 
 # -- rows by the ending of the URI ------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from safetensors.numpy import load as load_safetensors
 
 from nvembed.core import storage
 from nvembed.core.model_cache import local_model
-from nvembed.core.steps import Step, StepResult
+from nvembed.core.steps import COMPARISON, Step, StepResult
 from nvembed.distill.config import CompareConfig
 from nvembed.distill.teacher_embeddings import read_part
 from nvembed.evaluation.significance import bootstrap, mean_statistic
@@ -67,7 +67,7 @@ def _build(config: CompareConfig, inputs: Mapping[str, Artifact], work_uri: str)
         },
         "encode_cost": cost,
     }
-    storage.write_json(storage.join(work_uri, "comparison.json"), comparison)
+    storage.write_json(storage.join(work_uri, COMPARISON), comparison)
     return StepResult(rows={"texts": len(rows)}, metrics=comparison)
 
 

@@ -23,9 +23,10 @@ from nvembed.core import storage
 from nvembed.core.parquet import iter_parquet, list_shards, read_table
 from nvembed.core.steps import Step, StepResult
 from nvembed.core.vectors import table_matrix, vector_table, write_shard
-from nvembed.data.tables import HELD_OUT, SPLITS, dataset_info, document_text
+from nvembed.data.tables import CORPUS, HELD_OUT, SPLITS, dataset_info, document_text, examples_file
 from nvembed.distill.config import TeacherEmbeddingsConfig
 from nvembed.retrieval.encode import encode_shards, write_text_shards
+from nvembed.text.identity import folded_hash, text_digest, text_key
 from nvembed.types import Artifact, TaskType, UserError
 
 logger = logging.getLogger(__name__)
@@ -129,38 +130,23 @@ def _named_texts(prepare: Artifact, held_out: frozenset[int], counts: Counter[st
 
 
 def _queries(prepare: Artifact, dataset: str, split: str) -> Iterator[str]:
-    for table in iter_parquet(prepare.path(dataset, f"examples-{split}.parquet"), ["query"]):
+    for table in iter_parquet(prepare.path(dataset, examples_file(split)), ["query"]):
         yield from table.column("query").to_pylist()
 
 
 def _positives(prepare: Artifact, dataset: str, split: str) -> set[str]:
-    tables = iter_parquet(prepare.path(dataset, f"examples-{split}.parquet"), ["positives"])
+    tables = iter_parquet(prepare.path(dataset, examples_file(split)), ["positives"])
     return {item["id"] for table in tables for row in table.column("positives").to_pylist() for item in row}
 
 
 def _corpus(prepare: Artifact, dataset: str) -> Iterator[tuple[str, str, str | None]]:
     """(id, text, split)."""
-    for table in iter_parquet(prepare.path(dataset, "corpus.parquet"), ["id", "title", "text", "split"]):
+    for table in iter_parquet(prepare.path(dataset, CORPUS), ["id", "title", "text", "split"]):
         for row in table.to_pylist():
             yield row["id"], document_text(row["title"], row["text"]), row["split"]
 
 
-def folded_hash(text: str) -> int:
-    """64-bit hash of a text without regard to case and white space."""
-    return xxhash.xxh3_64_intdigest(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass"))
-
-
 # -- the choice -------------------------------------------------------------------------------------------------------
-
-
-def text_key(text: str, instruction: str) -> str:
-    """Key of a vector row: 128-bit hash of instruction and text, hex."""
-    return xxhash.xxh3_128_hexdigest(f"{instruction}\0{text}".encode("utf-8", "surrogatepass"))
-
-
-def text_digest(text: str, instruction: str) -> int:
-    """The first 64 bits of `text_key`, signed: eight bytes per text are held for the choice."""
-    return int.from_bytes(bytes.fromhex(text_key(text, instruction)[:16]), "big", signed=True)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pyarrow as pa
 from nvembed.core import storage
 from nvembed.core.model_cache import local_model
 from nvembed.core.parquet import write_table
-from nvembed.core.steps import Step, StepResult
+from nvembed.core.steps import ITEMS, SCORES, Step, StepResult
 from nvembed.data.tables import dataset_info
 from nvembed.evaluation.config import EvaluateConfig
 from nvembed.evaluation.tasks import (
@@ -101,12 +101,12 @@ def write_scores(work_uri: str, systems: Systems, prepare: Artifact, extra: Mapp
     }
     # Not storage.write_json: the order of the metrics says which is the primary one.
     storage.write_bytes(
-        storage.join(work_uri, "scores.json"), (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+        storage.join(work_uri, SCORES), (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     )
     rows = list(_item_rows(systems))
     columns = dict(zip(ITEMS_SCHEMA.names, zip(*rows, strict=True), strict=True)) if rows else {}
     table = pa.table({name: list(values) for name, values in columns.items()}, schema=ITEMS_SCHEMA)
-    write_table(table, storage.join(work_uri, "items.parquet"))
+    write_table(table, storage.join(work_uri, ITEMS))
     for system, found in scores.items():
         listed = (
             f"{dataset} {next(iter(rows))} {next(iter(rows.values()))['value']:.3f}" for dataset, rows in found.items()

@@ -19,6 +19,7 @@ import xxhash
 
 from nvembed.core import storage
 from nvembed.core.parquet import read_table
+from nvembed.core.steps import ITEMS, SCORES
 from nvembed.evaluation.metrics import contingency, spearman, v_measure
 from nvembed.types import Artifact, UserError
 
@@ -214,7 +215,7 @@ def read_items(artifact: Artifact, system: str) -> dict[tuple[str, str], Items]:
     Raises:
         UserError: the artifact has no such system.
     """
-    table = read_table(artifact.path("items.parquet"))
+    table = read_table(artifact.path(ITEMS))
     found: dict[tuple[str, str], dict[str, tuple[float, float | None]]] = {}
     for row in table.to_pylist():
         if row["system"] == system:
@@ -237,7 +238,7 @@ def paired_items(
     Raises:
         UserError: no such system, or a data set was not the same on both sides.
     """
-    hashes = [storage.read_json(artifact.path("scores.json"))["evaluation_hash"] for artifact in (a, b)]
+    hashes = [storage.read_json(artifact.path(SCORES))["evaluation_hash"] for artifact in (a, b)]
     ours, theirs = read_items(a, systems[0]), read_items(b, systems[1])
     for key in (key for key in ours if key in theirs and key[1] in metrics):
         dataset, metric = key

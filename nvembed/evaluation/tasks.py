@@ -22,8 +22,7 @@ import xxhash
 
 from nvembed.core.parquet import iter_parquet, read_table
 from nvembed.data.fit import cap_examples
-from nvembed.data.sources.base import stable_hash
-from nvembed.data.tables import document_text, read_examples
+from nvembed.data.tables import CORPUS, document_text, read_examples
 from nvembed.evaluation.metrics import knn_labels, ndcg, recall, reciprocal_rank, vote
 from nvembed.evaluation.significance import (
     Interval,
@@ -34,6 +33,7 @@ from nvembed.evaluation.significance import (
 )
 from nvembed.retrieval.bm25 import search_bm25
 from nvembed.retrieval.exact.search import search_exact
+from nvembed.text.identity import stable_hash
 from nvembed.types import Artifact, TaskType, TrainingExample, UserError
 
 Row = tuple[str, str, str]  # key, text, instruction
@@ -274,7 +274,7 @@ def load_held_out(
         examples = cap_examples(examples, caps.queries, caps.seed)
     if not examples:
         return None
-    task, instruction, corpus = TaskType(info["task"]), info["instruction"], prepare.path(dataset, "corpus.parquet")
+    task, instruction, corpus = TaskType(info["task"]), info["instruction"], prepare.path(dataset, CORPUS)
     if task is TaskType.RETRIEVAL:
         kept = None if caps is None else _kept(corpus, examples, caps)
         return RetrievalSet(dataset, instruction, examples, corpus, kept)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.core.parquet import read_rows
-from nvembed.data.tables import document_text
+from nvembed.data.tables import CORPUS, document_text
 from nvembed.mining.blocks import CODE, KEPT
 from nvembed.mining.config import CeilingRule, TopKAbs, TopKMarginPos, TopKPercPos
 from nvembed.mining.rules import ceilings
@@ -212,7 +212,7 @@ def rule_name(rule: CeilingRule) -> str:
 def near_duplicates(prepare: Artifact, dataset: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How many negatives nearly repeat a positive, or another negative, of their query, among some mined rows."""
     wanted = [item["id"] for row in rows for item in row["positives"] + row["negatives"]]
-    table = read_rows(prepare.path(dataset, "corpus.parquet"), "id", wanted, ["id", "title", "text"])
+    table = read_rows(prepare.path(dataset, CORPUS), "id", wanted, ["id", "title", "text"])
     triples = {row["id"]: word_triples(document_text(row["title"], row["text"])) for row in table.to_pylist()}
     of_positive = of_negative = negatives = 0
     for row in rows:
@@ -252,7 +252,7 @@ def samples(prepare: Artifact, dataset: str, rows: list[dict[str, Any]]) -> list
     wanted = [item["id"] for row in rows for item in row["positives"] + row["negatives"]]
     texts = {
         row["id"]: document_text(row["title"], row["text"])
-        for row in read_rows(prepare.path(dataset, "corpus.parquet"), "id", wanted, ["id", "title", "text"]).to_pylist()
+        for row in read_rows(prepare.path(dataset, CORPUS), "id", wanted, ["id", "title", "text"]).to_pylist()
     }
     return [
         {

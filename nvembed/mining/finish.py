@@ -13,6 +13,7 @@ from nvembed.core import storage
 from nvembed.core.parquet import iter_parquet, list_shards, read_slice, read_table
 from nvembed.core.retry import retried
 from nvembed.core.steps import load_artifact
+from nvembed.data.tables import MINED
 from nvembed.mining import capping
 from nvembed.mining.audit import Audit
 from nvembed.mining.config import MineConfig
@@ -40,7 +41,7 @@ def merge_parts(
     tables: Tables = functools.partial(_read, mined, MINED_SCHEMA)
     if with_cap:
         tables = functools.partial(capping.tables, mined, capping.capped(mined, config))
-    whole = storage.join(work_uri, dataset, "mined.parquet")
+    whole = storage.join(work_uri, dataset, MINED)
     total = _write(whole, tables, MINED_SCHEMA)
     for table in iter_parquet(whole, ["negatives"]):
         audit.add_hubs(table.column("negatives"))

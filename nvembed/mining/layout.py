@@ -17,7 +17,7 @@ import pyarrow as pa
 from nvembed.core import storage
 from nvembed.core.parquet import iter_parquet
 from nvembed.core.vectors import write_shard_tables
-from nvembed.data.tables import document_text
+from nvembed.data.tables import CORPUS, document_text
 from nvembed.mining.config import MineConfig
 from nvembed.mining.selection import text_hash
 from nvembed.types import Artifact, TaskType
@@ -68,7 +68,7 @@ def lay_out(prepare: Artifact, dataset: str, info: Mapping[str, Any], config: Mi
     if queries:
         instruction = info["instruction"] if task.symmetric else ""
         documents = write_shard_tables(
-            _documents(prepare.path(dataset, "corpus.parquet"), instruction),
+            _documents(prepare.path(dataset, CORPUS), instruction),
             storage.join(uri, "documents"),
             config.encode.shard_rows,
         )

@@ -25,8 +25,8 @@ from nvembed.core import storage
 from nvembed.core.model_cache import local_model
 from nvembed.core.parquet import column_size, iter_parquet, list_shards, read_table
 from nvembed.core.ray_tasks import ProgressLog, run_pool
-from nvembed.core.steps import Step, StepResult
-from nvembed.data.tables import dataset_info
+from nvembed.core.steps import AUDIT, Step, StepResult
+from nvembed.data.tables import CORPUS, MINED, dataset_info
 from nvembed.mining.audit import Audit, near_duplicates, samples, short_summary
 from nvembed.mining.config import Bm25Retriever, MineConfig, RandomNegatives
 from nvembed.mining.finish import check_reuse, index_recall, merge_parts
@@ -130,7 +130,7 @@ def _check(config: MineConfig, prepare: Artifact, searched: bool) -> None:
     ):
         for dataset, info in dataset_info(prepare).items():
             if not _example_based(info):  # what a cluster's nodes have is asked there
-                size = column_size(prepare.path(dataset, "corpus.parquet"), "text")
+                size = column_size(prepare.path(dataset, CORPUS), "text")
                 check_memory(dataset, *size, psutil.virtual_memory().total)
     for _, model in config.embedders():
         check_model(model)
@@ -204,7 +204,7 @@ def _write_audit(
         audit["samples"] = {
             dataset: samples(prepare, dataset, _first_rows(work_uri, dataset, config.audit_samples)) for dataset in info
         }
-    storage.write_json(storage.join(work_uri, "audit.json"), audit)
+    storage.write_json(storage.join(work_uri, AUDIT), audit)
 
 
 def _example_based(info: Mapping[str, Any]) -> bool:
@@ -345,7 +345,7 @@ def _summary(config: MineConfig, audit: Audit, info: Mapping[str, Any], laid: La
 
 
 def _first_rows(work_uri: str, dataset: str, count: int) -> list[dict[str, Any]]:
-    tables = iter_parquet(storage.join(work_uri, dataset, "mined.parquet"), batch_rows=count)
+    tables = iter_parquet(storage.join(work_uri, dataset, MINED), batch_rows=count)
     return [row for table in itertools.islice(tables, 1) for row in table.to_pylist()]
 
 

@@ -36,6 +36,7 @@ from nvembed.modeling.config import HEADS, EmbedderConfig, PoolingConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.origin import CARD
 from nvembed.modeling.sentence_folder import POOLING_FOLDER, library_versions, write_modules, write_prompts
+from nvembed.text.config import TextConfig
 from nvembed.text.tokenise import Tokeniser
 from nvembed.types import UserError
 
@@ -196,7 +197,7 @@ def load_embedder(
         raise UserError(
             f"{folder} has no latent attention like {config.pooling}: only mean and last_token can replace it."
         )
-    embedder = Embedder(_load_backbone(folder, stored), _load_tokeniser(folder, config), config).eval()
+    embedder = Embedder(_load_backbone(folder, stored), load_tokeniser(folder), config).eval()
     embedder.prompts = {"document": "", **description.get("prompts", {})}
     if embedder.latent_attention_model is not None:
         _load_head(embedder, folder)
@@ -225,16 +226,22 @@ def _load_backbone(folder: Path, stored: EmbedderConfig) -> Any:
     return model
 
 
-def _load_tokeniser(folder: Path, config: EmbedderConfig) -> Tokeniser:
+def load_tokeniser(folder: Path | str) -> Tokeniser:
+    """The tokenizer of a model folder, with the text handling its `nvembed.json` states; no weights are read.
+
+    Raises:
+        UserError: not a model folder of ours, or a damaged one.
+    """
     from transformers import AutoTokenizer
 
+    text = describe_folder(folder)["embedder"]["text"]
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{folder}: its tokenizer cannot be loaded ({error}). Copy or build the folder again."
         ) from error
-    return Tokeniser(tokenizer, config.text)
+    return Tokeniser(tokenizer, TextConfig.model_validate(text))
 
 
 def _load_head(embedder: Embedder, folder: Path) -> None:

@@ -10,7 +10,8 @@ import time
 from typing import Any
 
 from nvembed.core import storage
-from nvembed.report.attempts import RECORDS, whole_step
+from nvembed.core.steps import RECORDS
+from nvembed.report.attempts import whole_step
 
 
 class Records:

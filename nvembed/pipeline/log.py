@@ -17,8 +17,8 @@ from typing import Any
 
 from nvembed.core import storage
 from nvembed.core.secrets import MaskingFormatter
+from nvembed.core.steps import METRICS
 from nvembed.core.terminal import Console, redirected, used
-from nvembed.types import METRICS
 
 TICK_SECONDS = 1.0
 QUIET_SECONDS = 5.0  # how long nothing was said before a heartbeat; on a terminal it comes every tick

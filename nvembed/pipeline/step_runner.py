@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from nvembed.core import storage
 from nvembed.core.lease import check_fence
 from nvembed.core.runtime import give_back
-from nvembed.core.steps import STARTED, Step, remove_working_files
+from nvembed.core.steps import METRICS, STARTED, Step, remove_working_files
 from nvembed.core.terminal import Console, adopt_loggers
 from nvembed.pipeline.attempts import Records
 from nvembed.pipeline.log import Heartbeat
@@ -23,7 +23,7 @@ from nvembed.pipeline.steps import StepReference, load_step
 from nvembed.recipe.schema import Recipe
 from nvembed.registry.client import RegistryAwayError
 from nvembed.tracking.tracker import Tracker
-from nvembed.types import METRICS, Artifact, Config, UserError
+from nvembed.types import Artifact, Config, UserError
 
 WITHOUT_RAY = ("prepare", "initialise", "student_init", "register", "import_model")  # spares them Ray's 5 s and 0.5 GiB
 StepConfig = Callable[[str | None], Config]

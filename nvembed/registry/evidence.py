@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core import storage
+from nvembed.core.steps import SCORES
 from nvembed.registry import client as tags
 from nvembed.registry import provenance as chains
 from nvembed.registry.config import GateConfig
 from nvembed.registry.gate import Check, Comparison, Evidence, Interval, as_plain, passed, refusals, run_gate
 from nvembed.registry.resolve import fetch_version
-from nvembed.registry.versions import SCORES, primary_scores, read_provenance, version_records
+from nvembed.registry.versions import primary_scores, read_provenance, version_records
 from nvembed.types import Artifact, UserError
 
 logger = logging.getLogger(__name__)

@@ -8,14 +8,14 @@ from typing import Any
 
 from nvembed.core import storage
 from nvembed.core.runtime import git_revision
-from nvembed.core.steps import Step, StepResult
+from nvembed.core.steps import ITEMS, SCORES, Step, StepResult
 from nvembed.registry import client as tags
 from nvembed.registry import provenance as chains
 from nvembed.registry.champion import PromotionRefusedError, champion_before, promote_candidate, read_history
 from nvembed.registry.client import RegistryAwayError, answering, open_registry
 from nvembed.registry.config import RegisterConfig, RegistrationConfig
 from nvembed.registry.evidence import evaluate_gate, retrieval_interval
-from nvembed.registry.versions import ITEMS, SCORES, Submission, add_version, champion_facts
+from nvembed.registry.versions import Submission, add_version, champion_facts
 from nvembed.tracking.store import Store
 from nvembed.types import Artifact
 

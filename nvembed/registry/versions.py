@@ -21,6 +21,7 @@ from typing import Any
 
 from nvembed.core import storage
 from nvembed.core.formats import own_version
+from nvembed.core.steps import ITEMS, SCORES
 from nvembed.modeling.origin import CARD, folder_content
 from nvembed.registry import client as tags
 from nvembed.registry import provenance as chains
@@ -30,7 +31,7 @@ from nvembed.types import UserError
 
 PRIMARY_METRICS = ("ndcg_at_10", "accuracy", "spearman")
 RECORDS = "nvembed"
-SCORES, ITEMS, PROVENANCE = "scores.json", "items.parquet", "provenance.json"
+PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True)

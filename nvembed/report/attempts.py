@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nvembed.core import storage
-
-RECORDS = "steps.json"
+from nvembed.core.steps import RECORDS
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import psutil
 from nvembed.core import storage
 from nvembed.core.runtime import git_revision
 from nvembed.core.secrets import mask_all
+from nvembed.core.steps import METRICS, STARTS
 from nvembed.modeling.precision import resolve_precision
 from nvembed.registry.step import REGISTRATION
 from nvembed.registry.versions import primary_metric
@@ -37,7 +38,7 @@ from nvembed.report.schema import (
 )
 from nvembed.report.systems import BASELINES, compare_systems, retrieval_means, scored_systems, teacher_shares
 from nvembed.report.training_data import data_mixes, negatives_quality
-from nvembed.types import METRICS, STARTS, Artifact, UserError
+from nvembed.types import Artifact, UserError
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nvembed.core import storage
+from nvembed.core.steps import REPORT_HTML
 from nvembed.report.collect import collect_report
 from nvembed.report.compare import RunComparison
 from nvembed.report.comparison_page import comparison_sections
@@ -22,7 +23,6 @@ from nvembed.report.schema import Report
 from nvembed.report.words import FILTERS
 from nvembed.types import Artifact
 
-REPORT_HTML = "report.html"
 GENERATOR = "nvembed report"  # the page's generator; files without it are never replaced
 
 

@@ -10,14 +10,12 @@ import yaml
 from pydantic import ValidationError
 
 from nvembed.core import storage
-from nvembed.core.steps import MANIFEST, load_artifact
+from nvembed.core.steps import MANIFEST, RECIPE, REPORT_JSON, load_artifact
 from nvembed.report.attempts import RECORDS, read_records
 from nvembed.report.collect import collect_report, read_curve
 from nvembed.report.schema import Report
 from nvembed.types import Artifact, UserError
 
-REPORT_JSON = "report.json"
-RECIPE = "recipe.yaml"
 LABELS = "ABCDE"  # as many as the charts have line styles
 
 

@@ -21,10 +21,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nvembed.core import storage
-from nvembed.core.parquet import read_schema, write_table, write_tables
+from nvembed.core.parquet import (
+    group_rows,
+    matching_rows,
+    open_parquet,
+    part_uri,
+    read_schema,
+    read_where,
+    write_table,
+    write_tables,
+)
 from nvembed.core.ray_tasks import run_tasks
 from nvembed.core.retry import retried
-from nvembed.data.dedup.near import part_uri
 
 PART_ROWS = 1 << 20
 MAX_PARTS = 64  # a shard opens each of them
@@ -65,8 +73,8 @@ class Gather:
     def rows(self, shard: int) -> pa.Table:
         """The rows a shard asked for, in the order of the table; text columns are `large_string`."""
         parts = storage.read_json(storage.join(self.uri, "parts.json"))["parts"]
-        found = [_read_shard(part_uri(self.uri, "found", part), shard) for part in range(parts)]
-        return pa.concat_tables(found)
+        mine, names = pc.field("shard") == shard, self.schema().names
+        return pa.concat_tables([read_where(part_uri(self.uri, "found", part), mine, names) for part in range(parts)])
 
     def schema(self) -> pa.Schema:
         """Columns of the rows; text columns are `large_string`, of which a part may have more than 2 GB."""
@@ -82,7 +90,7 @@ class Gather:
 
     def _parts(self) -> list[list[tuple[str, list[int]]]]:
         """Row groups of each part, by file: contiguous, of about the same number of rows."""
-        groups = [(uri, group, rows) for uri in self.tables for group, rows in enumerate(_group_rows(uri))]
+        groups = [(uri, group, rows) for uri in self.tables for group, rows in enumerate(group_rows(uri))]
         end_G = np.cumsum([rows for _, _, rows in groups]) if groups else np.zeros(0, np.int64)
         count = min(MAX_PARTS, max(1, -(-int(end_G[-1]) // PART_ROWS))) if groups else 1
         parts: list[dict[str, list[int]]] = [{} for _ in range(count)]
@@ -93,22 +101,15 @@ class Gather:
 
 
 @retried
-def _group_rows(uri: str) -> list[int]:
-    with storage.open_reader(uri) as file:
-        metadata = pq.ParquetFile(file).metadata
-        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-
-
-@retried
 def _find(job: Gather, parts: Sequence[list[tuple[str, list[int]]]], part: int) -> None:
     """The asked rows of one part, by shard."""
     schema = job.schema()
     kept, asked = [schema.empty_table()], [_ASKED.empty_table()]
     for uri, groups in parts[part]:
-        with storage.open_reader(uri) as opened:
-            file = pq.ParquetFile(opened)
+        with open_parquet(uri) as file:
             here = _asked_between(job._asked, _bounds(file, groups, job.key))
-            kept += [rows.cast(schema) for rows in _asked_rows(file, groups, job, pc.unique(here.column("key")))]
+            keys = pc.unique(here.column("key"))
+            kept += [rows.cast(schema) for rows in matching_rows(file, job.key, keys, (job.key, *job.columns), groups)]
             asked.append(here)
     rows, whose = pa.concat_tables(kept), pa.concat_tables(asked).group_by(["key", "shard"]).aggregate([])
     with_shard = pa.schema([_ASKED.field("shard"), *schema])
@@ -131,18 +132,9 @@ def _bounds(file: pq.ParquetFile, groups: Sequence[int], key: str) -> tuple[str,
 
 
 def _asked_between(uri: str, bounds: tuple[str, str] | None) -> pa.Table:
-    filters = None if bounds is None else [("key", ">=", bounds[0]), ("key", "<=", bounds[1])]
-    with storage.open_reader(uri) as file:
-        return pq.read_table(file, filters=filters).cast(_ASKED)
-
-
-def _asked_rows(file: pq.ParquetFile, groups: Sequence[int], job: Gather, asked: pa.Array) -> Iterator[pa.Table]:
-    """Rows of each row group that were asked for; where there is none, only the keys are read."""
-    for group in groups if len(asked) else ():
-        keys = file.read_row_group(group, [job.key]).column(job.key).cast(pa.large_string())
-        hit = pc.is_in(keys, value_set=asked)
-        if pc.any(hit).as_py():
-            yield file.read_row_group(group, [job.key, *job.columns]).select([job.key, *job.columns]).filter(hit)
+    key = pc.field("key")
+    between = None if bounds is None else (key >= bounds[0]) & (key <= bounds[1])
+    return read_where(uri, between).cast(_ASKED)
 
 
 def _by_shard(rows: pa.Table, asked: pa.Table, key: str, schema: pa.Schema) -> Iterator[pa.Table]:
@@ -157,13 +149,3 @@ def _by_shard(rows: pa.Table, asked: pa.Table, key: str, schema: pa.Schema) -> I
     for shard, places in zip(shards, np.split(row_F, starts[1:]), strict=False):  # of none, split gives one
         chosen = rows.take(pa.array(places))
         yield chosen.add_column(0, schema.field("shard"), pa.array(np.full(chosen.num_rows, shard, np.int32)))
-
-
-@retried
-def _read_shard(uri: str, shard: int) -> pa.Table:
-    with storage.open_reader(uri) as opened:
-        file = pq.ParquetFile(opened)
-        for group in range(file.metadata.num_row_groups):
-            if file.metadata.row_group(group).column(0).statistics.min == shard:
-                return file.read_row_group(group).drop_columns(["shard"])
-        return file.schema_arrow.empty_table().drop_columns(["shard"])

@@ -21,13 +21,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.core import storage
-from nvembed.core.parquet import read_table, write_table, write_tables
+from nvembed.core.parquet import part_uri, read_table, write_table, write_tables
 from nvembed.core.ray_tasks import run_tasks
 from nvembed.core.retry import retried
+from nvembed.core.vectors import table_matrix
 from nvembed.data.tables import document_text
 from nvembed.stream.join import Gather
-from nvembed.stream.sampling import document_key, sample, text_key
-from nvembed.text.config import TextConfig
+from nvembed.stream.sampling import sample
+from nvembed.text.identity import document_key, signed_hash
 from nvembed.types import UserError
 
 if TYPE_CHECKING:
@@ -119,12 +120,12 @@ Job = ContrastiveJob | DistillJob
 
 def plan_uri(work_uri: str, shard: int) -> str:
     """Where the plan of a shard lies until the stream is published."""
-    return storage.join(work_uri, ".tmp", "plan", f"part-{shard:05d}.parquet")
+    return part_uri(work_uri, ".tmp", "plan", shard)
 
 
 def shard_uri(work_uri: str, shard: int) -> str:
     """Where a shard lies."""
-    return storage.join(work_uri, "shards", f"part-{shard:05d}.parquet")
+    return part_uri(work_uri, "shards", shard)
 
 
 def lay_out_shards(job: Job, num_shards: int) -> None:
@@ -193,7 +194,7 @@ def _gather(job: ContrastiveJob, num_shards: int) -> None:
 
 
 def _asked_uri(work_uri: str, shard: int) -> str:
-    return storage.join(work_uri, ".tmp", "asked", f"part-{shard:05d}.parquet")
+    return part_uri(work_uri, ".tmp", "asked", shard)
 
 
 def _ask_documents(job: ContrastiveJob, shard: int) -> None:
@@ -237,7 +238,7 @@ def _contrastive_rows(plan: pa.Table, job: ContrastiveJob, shard: int) -> tuple[
             columns[field].append(value)
         for field in ("step", "slot", "example_id", "dataset"):
             columns[field].append(row[field])
-    tokeniser = load_tokeniser(job.model_uri)
+    tokeniser = open_tokeniser(job.model_uri)
     whole = _group_lengths(columns["texts"], columns["instruction"], columns["symmetric"], tokeniser)
     longest = tokeniser.config.max_length
     columns["token_lengths"] = [[min(length, longest) for length in group] for group in whole]
@@ -258,7 +259,7 @@ def _join_examples(rows: Sequence[Mapping[str, Any]], name: str, job: Contrastiv
         offered = dict.fromkeys(item["id"] for item in (*examples[key]["negatives"], *mined[key]["negatives"]))
         candidates = [item for item in offered if item not in known]
         chosen: list[str | None] = list(
-            sample(candidates, job.num_negatives, text_key(row["dataset"], key), job.seed, row["epoch"])
+            sample(candidates, job.num_negatives, signed_hash(row["dataset"], key), job.seed, row["epoch"])
         )
         chosen += [None] * (job.num_negatives - len(chosen))
         joined.append(_Joined(examples[key]["query"], (row["positive_id"], *chosen), known))
@@ -334,8 +335,8 @@ def _distill_rows(plan: pa.Table, job: DistillJob, shard: int) -> pa.Table:
     found = _taught(job).rows(shard)
     place = pc.index_in(plan.column("key").cast(pa.large_string()), value_set=found.column("key").combine_chunks())
     taught = found.take(place)
-    flat = taught.column("vector").combine_chunks().flatten().cast(pa.float32())
-    lengths = load_tokeniser(job.model_uri).lengths(
+    vector_ND = table_matrix(taught)
+    lengths = open_tokeniser(job.model_uri).lengths(
         taught.column("text").to_pylist(), taught.column("instruction").to_pylist()
     )
     columns = {
@@ -344,7 +345,7 @@ def _distill_rows(plan: pa.Table, job: DistillJob, shard: int) -> pa.Table:
         "example_id": taught.column("key"),
         "text": taught.column("text"),
         "instruction": taught.column("instruction"),
-        "vector": pa.FixedSizeListArray.from_arrays(flat, job.teacher_dim),
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(vector_ND.ravel()), job.teacher_dim),
         "token_lengths": [[int(length)] for length in lengths],
     }
     return pa.table(columns, schema=distill_schema(job.teacher_dim))
@@ -354,26 +355,21 @@ def _distill_rows(plan: pa.Table, job: DistillJob, shard: int) -> pa.Table:
 
 
 @functools.lru_cache(maxsize=2)
-def load_tokeniser(model_uri: str) -> Tokeniser:
-    """The tokenizer of a model folder, with the text handling its `nvembed.json` states; no weights are read.
+def open_tokeniser(model_uri: str) -> Tokeniser:
+    """The tokenizer of a model folder at any URI (`load_tokeniser`); no weights are read.
 
     Raises:
-        UserError: the folder lacks one of them.
+        UserError: not a model folder of nvembed.
     """
-    from transformers import AutoTokenizer
+    from nvembed.modeling.folder import load_tokeniser
 
-    from nvembed.text.tokenise import Tokeniser
-
-    described = storage.join(model_uri, "nvembed.json")
-    if not storage.exists(described):
-        raise UserError(f"{model_uri} is not a model folder of nvembed: it has no nvembed.json.")
-    config = TextConfig.model_validate(storage.read_json(described)["embedder"]["text"])
     if storage.is_local(model_uri):
-        local: Any = AutoTokenizer.from_pretrained(storage.local_path(model_uri))
-        return Tokeniser(local, config)
+        return load_tokeniser(storage.local_path(model_uri))
     with tempfile.TemporaryDirectory() as folder:
         for name in storage.list_directory(model_uri):
             if name.endswith((".json", ".txt", ".model", ".jinja")):
                 Path(folder, name).write_bytes(storage.read_bytes(storage.join(model_uri, name)))
-        copied: Any = AutoTokenizer.from_pretrained(folder)
-        return Tokeniser(copied, config)
+        try:
+            return load_tokeniser(folder)
+        except UserError as error:
+            raise UserError(str(error).replace(folder, model_uri)) from error

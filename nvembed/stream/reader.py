@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from nvembed.core import storage
 from nvembed.core.retry import retried
 from nvembed.core.steps import CorruptArtifactError, load_artifact
+from nvembed.core.vectors import table_matrix
 from nvembed.types import Artifact, Batch, UserError
 
 PREFETCHED_BATCHES = 4
@@ -173,7 +174,6 @@ def _contrastive_batch(table: pa.Table, step: int) -> Batch:
 
 def _distill_batch(table: pa.Table, step: int) -> Batch:
     rows = table.num_rows
-    flat = table.column("vector").combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return Batch(
         step=step,
         example_ids=table.column("example_id").to_pylist(),
@@ -183,5 +183,5 @@ def _distill_batch(table: pa.Table, step: int) -> Batch:
         present=np.ones((rows, 1), bool),
         document_ids=np.zeros((rows, 1), np.int64),
         positive_ids=[np.zeros(0, np.int64)] * rows,
-        teacher_vectors=flat.astype(np.float32).reshape(rows, -1),
+        teacher_vectors=np.array(table_matrix(table)),  # writable, as torch wants it
     )

@@ -12,24 +12,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import xxhash
 
+from nvembed.text.identity import signed_hash
 from nvembed.types import UserError
 
 LOOK_AHEAD = 4  # a batch looks this many times its wanted size ahead for an example with a new positive
 
 _MIX_1, _MIX_2, _STEP = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15)
-
-
-def text_key(*parts: object) -> int:
-    """Signed 64-bit xxh3 of the parts joined by NUL: ids of documents and examples in the stream."""
-    value = xxhash.xxh3_64_intdigest("\0".join(str(part) for part in parts).encode())
-    return value - 2**64 if value >= 2**63 else value
-
-
-def document_key(dataset: str, document_id: str) -> int:
-    """`Batch.document_ids` of a document: `text_key(dataset, id)`; 0 is kept for "no document"."""
-    return text_key(dataset, document_id) or 1
 
 
 def mix(keys: np.ndarray, seed: int) -> np.ndarray:
@@ -43,17 +32,17 @@ def mix(keys: np.ndarray, seed: int) -> np.ndarray:
 
 def permutation(keys: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Order of an epoch: argsort of the keys' hashes under (seed, epoch); int64 [N]."""
-    return np.argsort(mix(keys, text_key("epoch", seed, epoch)), kind="stable")
+    return np.argsort(mix(keys, signed_hash("epoch", seed, epoch)), kind="stable")
 
 
 def draw(count: int, key: int, *parts: object) -> int:
     """A number below `count`, by hash of an example's key and the parts."""
-    return text_key(key, *parts) % count
+    return signed_hash(key, *parts) % count
 
 
 def sample(candidates: Sequence[str], count: int, key: int, *parts: object) -> list[str]:
     """`count` of the candidates (all, when there are fewer), by hash; kept in their own order."""
-    chosen = sorted(range(len(candidates)), key=lambda place: text_key(key, place, *parts))[:count]
+    chosen = sorted(range(len(candidates)), key=lambda place: signed_hash(key, place, *parts))[:count]
     return [candidates[place] for place in sorted(chosen)]
 
 
@@ -169,7 +158,7 @@ def slots(
                 f"{needed}. Lower global_batch_size or its weight, or prepare more examples (max_train, "
                 "max_documents)."
             )
-    sequencers = [Sequencer(item.keys, item.positives, text_key("order", seed, item.name)) for item in populations]
+    sequencers = [Sequencer(item.keys, item.positives, signed_hash("order", seed, item.name)) for item in populations]
     order = interleave(shares)
     while True:
         held: set[int] = set()

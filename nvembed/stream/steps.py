@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.core import storage
-from nvembed.core.parquet import read_schema, read_table, write_table
+from nvembed.core.parquet import list_shards, read_schema, read_table, write_table
 from nvembed.core.steps import Step, StepResult
-from nvembed.data.tables import dataset_info
+from nvembed.data.tables import CORPUS, MINED, dataset_info, examples_file
 from nvembed.stream.config import DistillStreamConfig, StreamConfig
 from nvembed.stream.layout import (
     DISTILL_PLAN_SCHEMA,
@@ -34,7 +34,8 @@ from nvembed.stream.layout import (
     truncated_shares,
 )
 from nvembed.stream.reader import StreamReader
-from nvembed.stream.sampling import Population, document_key, mixture, permutation, slots, text_key
+from nvembed.stream.sampling import Population, mixture, permutation, slots
+from nvembed.text.identity import document_key, signed_hash
 from nvembed.types import Artifact, TaskType, UserError
 
 __all__ = ["DISTILL_STREAM", "STREAM", "StreamReader"]
@@ -123,15 +124,15 @@ def _checked_datasets(config: StreamConfig, prepare: Artifact) -> dict[str, dict
 
 
 def _files(name: str, info: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> DatasetFiles:
-    mined = inputs["mine"].path(name, "mined.parquet")
+    mined = inputs["mine"].path(name, MINED)
     if not storage.exists(mined):
         raise UserError(f"data set {name} was not mined: {mined} is missing. Run the mine step on it first.")
     return DatasetFiles(
         task=info["task"],
         symmetric=TaskType(info["task"]).symmetric and info.get("positives_from") != "labels",  # a label is no query
         instruction=info["instruction"],
-        corpus_uri=inputs["prepare"].path(name, "corpus.parquet"),
-        examples_uri=inputs["prepare"].path(name, "examples-train.parquet"),
+        corpus_uri=inputs["prepare"].path(name, CORPUS),
+        examples_uri=inputs["prepare"].path(name, examples_file("train")),
         mined_uri=mined,
     )
 
@@ -149,12 +150,12 @@ def _capped(name: str, candidates: list[tuple[str, list[str]]], config: StreamCo
     cap = config.caps.get(name)
     if cap is None or len(candidates) <= cap:
         return candidates
-    keys = np.array([text_key(name, example) for example, _ in candidates], np.int64)
-    return [candidates[place] for place in np.sort(permutation(keys, text_key("cap", config.seed, name), 0)[:cap])]
+    keys = np.array([signed_hash(name, example) for example, _ in candidates], np.int64)
+    return [candidates[place] for place in np.sort(permutation(keys, signed_hash("cap", config.seed, name), 0)[:cap])]
 
 
 def _population(name: str, candidates: Sequence[tuple[str, list[str]]]) -> Population:
-    keys = np.array([text_key(name, example) for example, _ in candidates], np.int64)
+    keys = np.array([signed_hash(name, example) for example, _ in candidates], np.int64)
     positives = [np.array([document_key(name, key) for key in row], np.int64) for _, row in candidates]
     return Population(name, keys, positives)
 
@@ -164,14 +165,14 @@ def _population(name: str, candidates: Sequence[tuple[str, list[str]]]) -> Popul
 
 def _build_distill_stream(config: DistillStreamConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     folder = inputs["teacher_embeddings"].path("vectors")
-    parts = [storage.join(folder, name) for name in storage.list_directory(folder) if name.endswith(".parquet")]
+    parts = [storage.join(folder, name) for name in list_shards(folder)]
     keys = [key for part in parts for key in read_table(part, ["key"]).column("key").to_pylist()]
     dim = None
     if parts:
         dim = int(read_schema(parts[0]).field("vector").type.list_size)
     if dim is None or not keys:
         raise UserError(f"{folder} holds no teacher vectors; raise teacher_embeddings.max_texts.")
-    array = np.array([text_key(key) for key in keys], np.int64)
+    array = np.array([signed_hash(key) for key in keys], np.int64)
     population = Population("teacher vectors", array, list(array[:, None]))
     batches = slots([population], [1.0], batch_size=config.global_batch_size, batching="homogeneous", seed=config.seed)
     plan = ([(keys[slot.example],) for slot in batch] for batch in itertools.islice(batches, config.steps))

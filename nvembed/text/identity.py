@@ -1,8 +1,18 @@
-"""Which texts can be embedded at all; standard library only."""
+"""What makes two texts the same: hashes, word shingles, Jaccard similarity; and which texts can be embedded at all.
+
+Every value is the same on every machine and Python: artifacts hold these hashes.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Set as AbstractSet
+
+import xxhash
+
 MAX_TEXT_BYTES = 1_000_000  # more is a file that was taken for a text, not a text
+
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def text_problem(text: object, max_bytes: int = MAX_TEXT_BYTES) -> str | None:
@@ -26,3 +36,72 @@ def text_problem(text: object, max_bytes: int = MAX_TEXT_BYTES) -> str | None:
     if size > max_bytes:
         return f"is longer than {max_bytes:,} bytes"
     return None
+
+
+# -- hashes -----------------------------------------------------------------------------------------------------------
+
+
+def stable_hash(*parts: object) -> int:
+    """Unsigned 64-bit xxh3 of the parts joined by NUL."""
+    return xxhash.xxh3_64_intdigest("\0".join(str(part) for part in parts).encode("utf-8", "surrogatepass"))
+
+
+def unit_hash(*parts: object) -> float:
+    """`stable_hash` as a number in [0, 1)."""
+    return (stable_hash(*parts) >> 11) / 2**53
+
+
+def signed_hash(*parts: object) -> int:
+    """`stable_hash` as a signed 64-bit number, for int64 arrays."""
+    value = stable_hash(*parts)
+    return value - 2**64 if value >= 2**63 else value
+
+
+def document_key(dataset: str, document_id: str) -> int:
+    """`Batch.document_ids` of a document: `signed_hash(dataset, id)`; 0 is kept for "no document"."""
+    return signed_hash(dataset, document_id) or 1
+
+
+def document_digest(title: str, text: str) -> bytes:
+    """128-bit xxh3, equal where both title and text are."""
+    return xxhash.xxh3_128_digest(f"{len(title)}\0{title}{text}".encode())
+
+
+def folded_hash(text: str) -> int:
+    """Unsigned 64-bit xxh3 of a text without regard to case and white space."""
+    return xxhash.xxh3_64_intdigest(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass"))
+
+
+def text_key(text: str, instruction: str) -> str:
+    """Key of an embedded text: 128-bit xxh3 of prompt and text, hex."""
+    return xxhash.xxh3_128_hexdigest(f"{instruction}\0{text}".encode("utf-8", "surrogatepass"))
+
+
+def text_digest(text: str, instruction: str) -> int:
+    """The first 64 bits of `text_key`, signed."""
+    return int.from_bytes(bytes.fromhex(text_key(text, instruction)[:16]), "big", signed=True)
+
+
+# -- near duplicates --------------------------------------------------------------------------------------------------
+
+
+def words_of(text: str) -> list[str]:
+    """Case-folded words; a symbol counts as a word, white space as nothing."""
+    return _WORD.findall(text.casefold())
+
+
+def shingles(text: str, words: int) -> frozenset[bytes]:
+    """Runs of `words` consecutive words, as UTF-8; a shorter text is one shingle."""
+    tokens = words_of(text)
+    if len(tokens) <= words:
+        return frozenset({" ".join(tokens).encode("utf-8", "surrogatepass")})
+    return frozenset(
+        " ".join(tokens[start : start + words]).encode("utf-8", "surrogatepass")
+        for start in range(len(tokens) - words + 1)
+    )
+
+
+def jaccard(a: AbstractSet[bytes], b: AbstractSet[bytes]) -> float:
+    """Jaccard similarity of two shingle sets that are not both empty: shared shingles over all shingles."""
+    shared = len(a & b)
+    return shared / (len(a) + len(b) - shared)

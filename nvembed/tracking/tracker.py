@@ -20,10 +20,10 @@ from typing import Any, cast
 
 from nvembed.core import storage
 from nvembed.core.runtime import git_revision
-from nvembed.core.steps import MANIFEST, load_artifact
+from nvembed.core.steps import MANIFEST, METRICS, load_artifact
 from nvembed.tracking.config import TrackingConfig
 from nvembed.tracking.store import Tail, flatten, log_metrics, numbers, prepare_environment, probe, resolve_store
-from nvembed.types import METRICS, Artifact, Config
+from nvembed.types import Artifact, Config
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from nvembed.core import storage
 from nvembed.core.model_cache import local_model, written_folder
 from nvembed.core.steps import Step, StepResult
+from nvembed.data.tables import CORPUS, examples_file
 from nvembed.modeling.assemble import build_embedder, continue_embedder, truncate_embedder
 from nvembed.modeling.backbones import load_backbone
 from nvembed.modeling.config import (
@@ -31,10 +32,10 @@ logger = logging.getLogger(__name__)
 def tokenizer_texts(prepare: Artifact) -> Iterator[str]:
     """Corpus texts and train queries of every data set, in file order; held-out items and queries are left out."""
     for name in sorted(prepare.manifest["metrics"]["datasets"]):
-        for title, text, split in _rows(prepare.path(name, "corpus.parquet"), ["title", "text", "split"]):
+        for title, text, split in _rows(prepare.path(name, CORPUS), ["title", "text", "split"]):
             if split in (None, "train"):
                 yield f"{title} {text}".strip()
-        for (query,) in _rows(prepare.path(name, "examples-train.parquet"), ["query"]):
+        for (query,) in _rows(prepare.path(name, examples_file("train")), ["query"]):
             yield query
 
 

@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvembed.core import lease, storage
-from nvembed.core.steps import Step, StepResult
+from nvembed.core.steps import METRICS, Step, StepResult
 from nvembed.training.config import TrainConfig
 from nvembed.training.errors import TrainingError
-from nvembed.types import METRICS, Artifact, UserError
+from nvembed.types import Artifact, UserError
 
 logger = logging.getLogger(__name__)
 

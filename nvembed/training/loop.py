@@ -23,6 +23,7 @@ import torch.distributed as dist
 from nvembed.core import storage
 from nvembed.core.distributed import WorkerContext, broadcast_object
 from nvembed.core.runtime import trim
+from nvembed.core.steps import METRICS, STARTS
 from nvembed.losses.objectives import Objective
 from nvembed.modeling.precision import resolve_precision
 from nvembed.training.arithmetic import learning_rate_factor, slice_budget
@@ -33,7 +34,7 @@ from nvembed.training.engine import Engine, build_engine
 from nvembed.training.errors import NonFiniteError
 from nvembed.training.metrics import MetricsLog, hash_ids, record_start
 from nvembed.training.sharding import Sharding, shard
-from nvembed.types import METRICS, STARTS, Batch, UserError
+from nvembed.types import Batch, UserError
 
 logger = logging.getLogger(__name__)
 

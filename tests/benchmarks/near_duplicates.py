@@ -21,12 +21,12 @@ import xxhash
 from datasketch import MinHash, MinHashLSH
 
 from nvembed.data.config import CweSource, HpoRetrievalSource, NearDuplicateConfig, StdlibCodeSource
-from nvembed.data.dedup.minhash import jaccard, shingles
 from nvembed.data.dedup.near import near_pairs, write_texts
 from nvembed.data.sources.cwe import read_cwe
 from nvembed.data.sources.hpo import read_hpo_retrieval
 from nvembed.data.sources.stdlib_code import read_stdlib_code
 from nvembed.data.tables import document_text
+from nvembed.text.identity import jaccard, shingles
 
 CONFIG = NearDuplicateConfig()
 

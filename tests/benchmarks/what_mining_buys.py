@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from nvembed.core import storage
-from nvembed.core.steps import Step, StepResult, load_artifact
+from nvembed.core.steps import METRICS, Step, StepResult, load_artifact
 from nvembed.evaluation.config import EvaluateConfig
 from nvembed.evaluation.run import load_sets, notes, settings_of, write_scores
 from nvembed.evaluation.significance import (
@@ -53,7 +53,7 @@ from nvembed.training.build import TrainingSpec
 from nvembed.training.config import TorchEngineConfig, TrainConfig
 from nvembed.training.loop import train
 from nvembed.training.worker import PlainContext
-from nvembed.types import METRICS, Artifact, UserError
+from nvembed.types import Artifact, UserError
 
 logger = logging.getLogger("what_mining_buys")
 

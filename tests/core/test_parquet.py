@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nvembed.core import storage
 from nvembed.core.parquet import (
@@ -14,9 +17,11 @@ from nvembed.core.parquet import (
     count_rows,
     group_rows,
     iter_parquet,
+    read_rows,
     read_schema,
     read_slice,
     read_table,
+    read_where,
     table_bytes,
     write_table,
     write_tables,
@@ -100,3 +105,23 @@ def test_some_rows_are_read_from_the_row_groups_that_hold_them(tmp_path, start, 
     uri = str(tmp_path / "rows.parquet")
     assert read_slice(uri, start, count).to_pylist() == table.slice(start, count).to_pylist()
     assert read_slice(uri, start, count, ["row"]).column_names == ["row"]
+
+
+KEYS = st.lists(st.text("abcé", min_size=1, max_size=2), unique=True, max_size=20)
+
+
+@given(KEYS, KEYS, st.integers(1, 6))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_rows_by_key_are_those_of_a_plain_selection(
+    tmp_path_factory: pytest.TempPathFactory, keys: list[str], wanted: list[str], group: int
+) -> None:
+    """The test that counts which row groups are read is in `tests/stream/test_join.py`."""
+    uri = str(tmp_path_factory.mktemp("rows") / "rows.parquet")
+    table = pa.table({"key": pa.array(keys, pa.string()), "number": pa.array(range(len(keys)), pa.int64())})
+    write_table(table, uri, row_group_rows=group)
+    plain = [row for row in table.to_pylist() if row["key"] in wanted]
+    assert read_rows(uri, "key", iter(wanted)).to_pylist() == plain
+    assert read_rows(uri, "key", pa.array(wanted, pa.large_string())).schema == table.schema
+    numbers = read_rows(uri, "key", pa.array(wanted, pa.large_string()), ["number"])
+    assert numbers.to_pylist() == [{"number": row["number"]} for row in plain]
+    assert read_where(uri, pc.field("number") >= 3, ["key"]).column("key").to_pylist() == keys[3:]

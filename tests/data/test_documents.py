@@ -18,8 +18,9 @@ from nvembed.core.parquet import write_tables
 from nvembed.data.documents import Documents
 from nvembed.data.fit import fit_corpus, merge_documents, unique_texts
 from nvembed.data.prepare import mark_held_out_documents
-from nvembed.data.sources.base import SourceRows, stable_hash
+from nvembed.data.sources.base import SourceRows
 from nvembed.data.tables import CORPUS_SCHEMA, SPLITS, Document, document_text
+from nvembed.text.identity import stable_hash
 from nvembed.types import ScoredId, TaskType, TrainingExample
 
 Rows = tuple[list[Document], dict[str, list[TrainingExample]]]

@@ -163,7 +163,7 @@ def test_labelled_and_graded_rows_round_trip(tmp_path: Path, ending: str) -> Non
         return read_hub(HubSource(name="mine", instruction="sentiment", path=str(tmp_path / name), **options))
 
     classes = read_files(source(write_lines(tmp_path / "a.jsonl", LABELLED), task="clustering"))
-    write_labelled(everything(classes), str(tmp_path / "classes") + ("." + ending if ending else ""))
+    write_labelled(classes.documents, everything(classes), str(tmp_path / "classes") + ("." + ending if ending else ""))
     assert back("classes", task="clustering").examples == classes.examples
     pairs = read_files(source(write_lines(tmp_path / "b.jsonl", GRADED), task="sts", score_range=(0, 5)))
     write_graded(pairs.documents, everything(pairs), str(tmp_path / "pairs") + ("." + ending if ending else ""))

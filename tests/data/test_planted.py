@@ -24,7 +24,6 @@ from nvembed.data.config import (
     StdlibCodeSource,
 )
 from nvembed.data.dedup.decontaminate import deduplicate, find_leaks, settle_leaks
-from nvembed.data.dedup.minhash import jaccard, shingles, words_of
 from nvembed.data.documents import Documents
 from nvembed.data.fit import cap_examples, unique_texts
 from nvembed.data.prepare import PREPARE
@@ -34,6 +33,7 @@ from nvembed.data.sources.hpo import read_hpo_retrieval
 from nvembed.data.sources.stdlib_code import read_stdlib_code
 from nvembed.data.tables import Document, dataset_info, document_text, read_examples
 from nvembed.data.writers import write_beir
+from nvembed.text.identity import jaccard, shingles, words_of
 from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
 PLANTED = 20

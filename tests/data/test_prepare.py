@@ -22,9 +22,9 @@ from nvembed.data.config import (
     PrepareConfig,
     StdlibCodeSource,
 )
-from nvembed.data.dedup.minhash import jaccard, shingles
 from nvembed.data.prepare import PREPARE
 from nvembed.data.tables import SPLITS, dataset_info, document_text, read_corpus, read_examples
+from nvembed.text.identity import jaccard, shingles
 from nvembed.types import Artifact, TaskType, UserError
 
 CAPS = {"max_documents": 400, "max_train": 200, "max_test": 60}

@@ -19,11 +19,11 @@ from nvembed.distill.teacher_embeddings import (
     choose_texts,
     held_out_texts,
     read_part,
-    text_key,
     training_texts,
 )
 from nvembed.modeling.folder import load_embedder
 from nvembed.retrieval.config import EncodeConfig
+from nvembed.text.identity import text_key
 from nvembed.types import Artifact, UserError
 
 CONFIG = TeacherEmbeddingsConfig(

@@ -8,24 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.stream.sampling import (
-    Population,
-    Sequencer,
-    document_key,
-    draw,
-    interleave,
-    mix,
-    permutation,
-    sample,
-    slots,
-    text_key,
-)
+from nvembed.stream.sampling import Population, Sequencer, draw, interleave, mix, permutation, sample, slots
+from nvembed.text.identity import document_key, signed_hash
 from nvembed.types import UserError
 
 
 def population(name: str, count: int, documents: int | None = None) -> Population:
     """Examples over `documents` distinct positives (all distinct by default)."""
-    keys = np.array([text_key(name, number) for number in range(count)], np.int64)
+    keys = np.array([signed_hash(name, number) for number in range(count)], np.int64)
     positives = [np.array([document_key(name, str(number % (documents or count)))]) for number in range(count)]
     return Population(name, keys, positives)
 

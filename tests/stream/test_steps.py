@@ -14,14 +14,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nvembed.core import storage
+from nvembed.core.formats import stamp
 from nvembed.core.parquet import write_table
 from nvembed.core.steps import CorruptArtifactError
 from nvembed.data.tables import SCORED_IDS, Document
 from nvembed.stream import steps
 from nvembed.stream.config import DistillStreamConfig, StreamConfig
-from nvembed.stream.layout import load_tokeniser
-from nvembed.stream.sampling import document_key
+from nvembed.stream.layout import open_tokeniser
 from nvembed.stream.steps import DISTILL_STREAM, STREAM, StreamReader
+from nvembed.text.identity import document_key
 from nvembed.types import Artifact, Batch, ScoredId, TaskType, TrainingExample, UserError
 
 MAX_LENGTH = 16
@@ -80,7 +81,7 @@ def build_model(uri: str) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="[UNK]").save_pretrained(folder)
     text = {"max_length": MAX_LENGTH, "add_bos": False, "add_eos": True, "mask_instruction": True}
-    storage.write_json(str(folder / "nvembed.json"), {"embedder": {"text": text}})
+    storage.write_json(str(folder / "nvembed.json"), {**stamp(1), "embedder": {"text": text}})
 
 
 def build_teacher_embeddings(uri: str) -> None:
@@ -320,10 +321,10 @@ def test_the_tokenizer_of_a_remote_model_folder(inputs: dict[str, Artifact]) -> 
         data = storage.read_bytes(storage.join(folder, name))
         storage.write_bytes(f"memory://models/tiny/{name}", data)
     texts, prefixes = ["question word", "text"], [PREFIX.format("facts"), ""]
-    local, remote = (load_tokeniser(uri) for uri in (folder, "memory://models/tiny"))
+    local, remote = (open_tokeniser(uri) for uri in (folder, "memory://models/tiny"))
     assert remote.lengths(texts, prefixes).tolist() == local.lengths(texts, prefixes).tolist() == [9, 2]
-    with pytest.raises(UserError, match=r"has no nvembed\.json"):
-        load_tokeniser("memory://models")
+    with pytest.raises(UserError, match=r"^memory://models is not an nvembed model folder \(no nvembed\.json\)"):
+        open_tokeniser("memory://models")
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------

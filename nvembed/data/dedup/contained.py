@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from nvembed.core import storage
-from nvembed.core.parquet import read_table, write_table
+from nvembed.core.parquet import part_uri, read_rows, read_table, write_table
 from nvembed.core.ray_tasks import run_tasks
 from nvembed.data.dedup.minhash import WordHashes, runs
-from nvembed.data.dedup.near import Sides, TextShards, part_uri
+from nvembed.data.dedup.near import Sides, TextShards
 
 _BATCH_TEXTS = 2048
 _QUERIES = pa.schema(
@@ -105,8 +104,7 @@ def _queries_of(parts: list[str], keys: set[int]) -> dict[int, list[tuple[int, i
     wanted = pa.array(sorted(keys), pa.uint64())
     found: dict[int, list[tuple[int, int, np.ndarray]]] = {}
     for part in parts:
-        table = read_table(part)
-        for row in table.filter(pc.is_in(table.column("key"), value_set=wanted)).to_pylist():
+        for row in read_rows(part, "key", wanted).to_pylist():
             words = np.array(row["words"], np.uint64)
             found.setdefault(row["key"], []).append((row["query"], row["side"], words))
     return found

@@ -7,38 +7,16 @@ as its `MinHashLSH` cuts them; tests hold both equal. Shapes: N texts, M shingle
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-_WORD = re.compile(r"\w+|[^\w\s]")
+from nvembed.text.identity import words_of
+
 _FOLD = np.uint64(0x9E3779B97F4A7C15)
 _CACHED_WORDS = 1 << 20  # about 100 MB of words and hashes
-
-
-def words_of(text: str) -> list[str]:
-    """Case-folded words; symbols count as words, white space as nothing."""
-    return _WORD.findall(text.casefold())
-
-
-def shingles(text: str, words: int) -> frozenset[bytes]:
-    """Runs of `words` consecutive words; a shorter text is one shingle. What `WordHashes.shingles` hashes."""
-    tokens = words_of(text)
-    if len(tokens) <= words:
-        return frozenset({" ".join(tokens).encode("utf-8", "surrogatepass")})
-    return frozenset(
-        " ".join(tokens[start : start + words]).encode("utf-8", "surrogatepass")
-        for start in range(len(tokens) - words + 1)
-    )
-
-
-def jaccard(a: frozenset[bytes], b: frozenset[bytes]) -> float:
-    """Shared share of two shingle sets."""
-    shared = len(a & b)
-    return shared / (len(a) + len(b) - shared)
 
 
 class Ragged(NamedTuple):

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from nvembed.core import storage
-from nvembed.core.parquet import read_table, write_table
+from nvembed.core.parquet import part_uri, read_table, write_table
 from nvembed.core.ray_tasks import run_tasks
 from nvembed.data.config import NearDuplicateConfig
 from nvembed.data.dedup.minhash import Ragged, WordHashes, band_keys, band_shape, runs, signatures
@@ -135,12 +135,6 @@ class _Job:
     config: NearDuplicateConfig
     sides: Sides
     seed: int
-
-
-def part_uri(uri: str, *place: str | int) -> str:
-    """A numbered file below a folder of the work."""
-    *folders, number = place
-    return storage.join(uri, *map(str, folders), f"part-{number:05d}.parquet")
 
 
 def _parts(uri: str, *folders: str | int) -> Iterator[str]:

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from nvembed.data.documents import Documents
 from nvembed.data.tables import SPLITS
-from nvembed.text.identity import MAX_TEXT_BYTES
+from nvembed.text.identity import MAX_TEXT_BYTES, unit_hash
 from nvembed.types import TaskType, TrainingExample, UserError
 
 MAX_LISTED = 100  # rejects written out per data set; all are counted
@@ -81,16 +79,6 @@ class SourceRows:
 def empty_splits() -> dict[str, list[TrainingExample]]:
     """`{train: [], dev: [], test: []}`."""
     return {split: [] for split in SPLITS}
-
-
-def stable_hash(*parts: object) -> int:
-    """64-bit xxh3 of the parts; equal on every machine and Python."""
-    return xxhash.xxh3_64_intdigest("\0".join(str(part) for part in parts).encode("utf-8", "surrogatepass"))
-
-
-def unit_hash(*parts: object) -> float:
-    """`stable_hash` as a number in [0, 1)."""
-    return (stable_hash(*parts) >> 11) / 2**53
 
 
 def split_by_hash(key: str, *, salt: str, test_share: float, dev_share: float) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 from nvembed.data.config import HpoClassesSource, HpoRetrievalSource, HpoSimilaritySource
 from nvembed.data.documents import Documents
-from nvembed.data.sources.base import SourceRows, empty_splits, stable_hash
+from nvembed.data.sources.base import SourceRows, empty_splits
 from nvembed.data.sources.ontology import BRANCH_RULE, LICENCE, Ontology, load_ontology
 from nvembed.data.tables import SPLITS, Document
+from nvembed.text.identity import stable_hash
 from nvembed.types import ScoredId, TaskType, TrainingExample
 
 MIN_CLASS_MEMBERS = 10

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from nvembed.data.config import RowSource
 from nvembed.data.documents import Documents
-from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, split_by_hash, stable_hash
+from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, split_by_hash
 from nvembed.data.sources.rows import MalformedRowError, RawRow, check_text, good_rows, linked_sides
 from nvembed.data.tables import Document
+from nvembed.text.identity import stable_hash
 from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
 LABELLED_RULE = "by hash of the text ({share:.0%} test, {share:.0%} dev); all classes stand on all sides"

@@ -16,17 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from nvembed.data.documents import Documents, DocumentWriter
-from nvembed.data.sources.base import (
-    RejectLog,
-    SourceRows,
-    empty_splits,
-    is_unicode,
-    split_by_hash,
-    stable_hash,
-    too_long,
-)
+from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, is_unicode, split_by_hash, too_long
 from nvembed.data.tables import SPLITS, Document
-from nvembed.text.identity import MAX_TEXT_BYTES
+from nvembed.text.identity import MAX_TEXT_BYTES, stable_hash
 from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
 QUERY_COLUMNS = ("anchor", "query")

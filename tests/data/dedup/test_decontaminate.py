@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from nvembed.data.config import NearDuplicateConfig
 from nvembed.data.dedup.decontaminate import count_left, drop_near_duplicates, shared_documents
-from nvembed.data.dedup.minhash import jaccard, shingles
 from nvembed.data.documents import Documents
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.tables import Document
+from nvembed.text.identity import jaccard, shingles
 from nvembed.types import ScoredId, TaskType, TrainingExample
 
 CONFIG = NearDuplicateConfig()

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from nvembed.data.config import NearDuplicateConfig
 from nvembed.data.dedup.contained import contained_pairs
-from nvembed.data.dedup.minhash import WordHashes, band_shape, jaccard, shingles, signatures, words_of
+from nvembed.data.dedup.minhash import WordHashes, band_shape, signatures
 from nvembed.data.dedup.near import Text, near_pairs, write_texts
+from nvembed.text.identity import jaccard, shingles, words_of
 
 CONFIG = NearDuplicateConfig()
 TEXT = st.text(st.sampled_from("ab .é日\U0001f916"), max_size=30)
