@@ -32,6 +32,7 @@ from nvembed.evaluation.significance import (
     mean_statistic,
     spearman_statistic,
 )
+from nvembed.losses.matryoshka import prefix_rows
 from nvembed.retrieval.bm25 import search_bm25
 from nvembed.retrieval.exact.search import search_exact
 from nvembed.types import Artifact, TaskType, TrainingExample, UserError
@@ -302,11 +303,7 @@ def prefix_vectors(
 ) -> Iterator[tuple[list[str], np.ndarray]]:
     """The first `dim` numbers of every vector, scaled to length 1 again; None passes the shards through."""
     for keys, matrix_ND in shards:
-        if dim is not None:
-            matrix_ND = matrix_ND[:, :dim]
-            norm_N1 = np.linalg.norm(matrix_ND, axis=1, keepdims=True)
-            matrix_ND = matrix_ND / np.maximum(norm_N1, np.finfo(np.float32).tiny)
-        yield keys, matrix_ND
+        yield keys, matrix_ND if dim is None else prefix_rows(matrix_ND, dim)
 
 
 def _rows_of(shards: Iterator[tuple[list[str], np.ndarray]], wanted: Sequence[str]) -> np.ndarray:

@@ -146,11 +146,9 @@ def _suffix(uri: str, known: Sequence[str], what: str) -> str:
 
 def cut(matrix_ND: np.ndarray, dim: int) -> np.ndarray:
     """The first `dim` columns, rows scaled to length 1 again: float32 [N, dim]."""
-    if dim == matrix_ND.shape[1]:
-        return matrix_ND
-    prefix_ND = matrix_ND[:, :dim]
-    norm_N1 = np.linalg.norm(prefix_ND, axis=1, keepdims=True)
-    return np.asarray(prefix_ND / np.maximum(norm_N1, 1e-12), dtype=np.float32)
+    from nvembed.losses.matryoshka import prefix_rows
+
+    return matrix_ND if dim == matrix_ND.shape[1] else prefix_rows(matrix_ND, dim)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
