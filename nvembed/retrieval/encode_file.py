@@ -358,19 +358,27 @@ def open_job_encoder(job: EmbedJob, prompt: str) -> Encoder:
     """The job's model, on a GPU where there is one."""
     import torch
 
-    from nvembed.retrieval.encoders import named_model, open_encoder
+    from nvembed.retrieval.encoders import as_model_config, open_encoder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return open_encoder(
-        named_model(job.model, bool(prompt)), job.threads, job.precision, token_budget=job.batch_tokens, device=device
+        as_model_config(job.model, bool(prompt)),
+        job.threads,
+        job.precision,
+        token_budget=job.batch_tokens,
+        device=device,
     )
 
 
 def _known(job: EmbedJob, encoder: Encoder, prompt: str) -> VectorCache | None:
     from nvembed.retrieval.encode import open_cache
-    from nvembed.retrieval.encoders import named_model
+    from nvembed.retrieval.encoders import as_model_config
 
-    return None if job.cache is None else open_cache(job.cache, named_model(job.model, bool(prompt)), encoder.precision)
+    return (
+        None
+        if job.cache is None
+        else open_cache(job.cache, as_model_config(job.model, bool(prompt)), encoder.precision)
+    )
 
 
 def _encoded(

@@ -79,6 +79,14 @@ def search_vectors(
 
     Source: TPU-KNN (arXiv 2206.14286) for exact search at the speed of the product; the bounds are our own use of
     Higham, Accuracy and Stability of Numerical Algorithms, 3.1.
+
+    Example:
+        >>> import numpy as np
+        >>> from nvembed.retrieval import search_vectors
+        >>> documents = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], dtype=np.float32)
+        >>> rows, scores = search_vectors(np.array([[0.0, 1.0]]), documents, k=2)
+        >>> rows.tolist(), scores.round(2).tolist()
+        ([[2, 1]], [[1.0, 0.8]])
     """
     query_QD = as_matrix(queries, "queries")
     ceiling_Q = None if ceiling is None else np.asarray(ceiling, dtype=np.float64)
