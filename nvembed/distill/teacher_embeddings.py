@@ -21,10 +21,18 @@ import xxhash
 
 from nvembed.core import storage
 from nvembed.core.steps import Step, StepResult
-from nvembed.core.vectors import iter_parquet, list_shards, read_table, table_matrix, vector_table, write_table
+from nvembed.core.vectors import (
+    iter_parquet,
+    list_shards,
+    read_table,
+    table_matrix,
+    vector_table,
+    write_table,
+    write_text_shards,
+)
 from nvembed.data.tables import HELD_OUT, SPLITS, dataset_info, document_text
 from nvembed.distill.config import TeacherEmbeddingsConfig
-from nvembed.retrieval.encode import encode_shards, write_text_shards
+from nvembed.retrieval.encode import encode_shards
 from nvembed.types import Artifact, TaskType, UserError
 
 logger = logging.getLogger(__name__)

@@ -18,12 +18,13 @@ import numpy as np
 
 from nvembed.core import storage
 from nvembed.core.steps import Step, StepResult
+from nvembed.core.vectors import read_vectors, write_text_shards
 from nvembed.evaluation.config import BaselineConfig
 from nvembed.evaluation.run import lay_out_texts, load_sets, notes, settings_of, stored_vectors, write_scores
 from nvembed.evaluation.tasks import Caps, HeldOut, Row, Vectors
 from nvembed.modeling.config import LastTokenConfig, MeanConfig
 from nvembed.retrieval.config import EncodeConfig, FolderModel
-from nvembed.retrieval.encode import EncodeReport, encode_shards, read_vectors, write_text_shards
+from nvembed.retrieval.encode import EncodeReport, encode_shards
 from nvembed.retrieval.encoders import check_model
 from nvembed.types import Artifact
 

@@ -24,14 +24,10 @@ import xxhash
 from nvembed.core import storage
 from nvembed.core.ray_pool import ProgressLog, run_pool
 from nvembed.core.vectors import (
-    iter_vectors,
     list_shards,
     read_schema,
-    read_vectors,
     vector_table,
-    write_shard_tables,
     write_table,
-    write_text_shards,
 )
 from nvembed.retrieval.cache import UNKNOWN, VectorCache, fingerprint, parts_at_start, remove_damaged
 from nvembed.retrieval.cache_merge import merge_small
@@ -46,25 +42,14 @@ from nvembed.retrieval.encoders import (
     model_identity,
     open_encoder,
 )
-from nvembed.retrieval.rows import NOT_FINITE, Encoded, encode_checked, encode_rows
+from nvembed.retrieval.rows import NOT_FINITE, Encoded, encode_checked
 from nvembed.text.instructions import choose_prompts
 from nvembed.types import Config, UserError, VectorType
 
 if TYPE_CHECKING:
     from nvembed.modeling.embedder import Embedder
 
-__all__ = [
-    "EncodeReport",
-    "encode_rows",
-    "encode_shards",
-    "encode_texts",
-    "iter_vectors",
-    "open_encoder",
-    "read_rejected",
-    "read_vectors",
-    "write_shard_tables",
-    "write_text_shards",
-]
+__all__ = ["EncodeReport", "encode_shards", "encode_texts", "open_cache", "read_rejected"]
 
 logger = logging.getLogger(__name__)
 

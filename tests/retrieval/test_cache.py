@@ -21,7 +21,8 @@ from nvembed.core.vectors import (
 )
 from nvembed.retrieval.cache import UNKNOWN, VectorCache, remove_damaged, row_key
 from nvembed.retrieval.config import EncodeConfig, PackageModel
-from nvembed.retrieval.encode import ShardEncoder, _looked_in, encode_texts, open_encoder
+from nvembed.retrieval.encode import ShardEncoder, _looked_in, encode_texts
+from nvembed.retrieval.encoders import open_encoder
 from nvembed.retrieval.rows import NOT_FINITE, encode_checked
 from nvembed.types import UserError
 
