@@ -36,28 +36,16 @@ def embed_command(
 
     def action() -> int:
         from nvembed.registry.resolve import resolve_model
-        from nvembed.retrieval.encode_file import EmbedJob, write_vectors
+        from nvembed.retrieval.encode_file import EmbedJob, ModelOptions, write_vectors
+        from nvembed.retrieval.text_file import TextFile
 
         if instruction is not None and prompt_name is not None:
             raise UserError("give --instruction or --prompt-name, not both")
         if precision not in ("fp32", "bf16", "auto"):
             raise UserError(f"--precision {precision}: choose fp32, bf16 or auto")
         folder = resolve_model(model, registry or (near_registry() if model.startswith("models:/") else None))
-        job = EmbedJob(
-            folder,
-            source,
-            out,
-            instruction=instruction,
-            prompt_name=prompt_name,
-            dim=dim,
-            batch_tokens=batch_tokens,
-            text_column=text_column,
-            title_column=title_column,
-            precision=precision,
-            threads=threads,
-            force=force,
-            cache=cache,
-        )
+        options = ModelOptions(folder, instruction, prompt_name, dim, batch_tokens, precision, threads)
+        job = EmbedJob(options, TextFile(source, text_column, title_column), out, force=force, cache=cache)
         console = Console()
         written = write_vectors(job, console.transient)
         console.clear()

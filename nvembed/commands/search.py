@@ -42,8 +42,9 @@ def search_command(
 
     def action() -> int:
         from nvembed.registry.resolve import resolve_model
-        from nvembed.retrieval.encode_file import EmbedJob, stored_prompts
+        from nvembed.retrieval.encode_file import ModelOptions, stored_prompts
         from nvembed.retrieval.search_corpus import SearchJob, as_text, corpus_source, search
+        from nvembed.retrieval.text_file import TextFile
 
         if instruction is not None and prompt_name is not None:
             raise UserError("give --instruction or --prompt-name, not both")
@@ -55,19 +56,9 @@ def search_command(
         if instruction is None and prompt_name is None and prompts:
             console.line(f"no instruction; this model was trained with --prompt-name {' | '.join(prompts)}")
         source, title = corpus_source(corpus)
-        job = EmbedJob(
-            folder,
-            source,
-            target="",
-            instruction=instruction,
-            prompt_name=prompt_name,
-            dim=dim,
-            text_column=text_column,
-            title_column=title_column or title,
-            precision=precision,
-            threads=threads,
-        )
-        hits = search(SearchJob(job, query, k, vectors), console.transient)
+        options = ModelOptions(folder, instruction, prompt_name, dim, precision=precision, threads=threads)
+        job = SearchJob(options, TextFile(source, text_column, title_column or title), query, k, vectors)
+        hits = search(job, console.transient)
         console.clear()
         width = shutil.get_terminal_size((120, 24)).columns
         show([asdict(hit) for hit in hits], as_text(hits, width), as_json)

@@ -25,7 +25,7 @@ from nvembed.core.steps import Step, StepResult
 from nvembed.core.vectors import table_matrix, vector_table, write_shard
 from nvembed.data.tables import CORPUS, HELD_OUT, SPLITS, dataset_info, document_text, examples_file
 from nvembed.distill.config import TeacherEmbeddingsConfig
-from nvembed.retrieval.encode import encode_shards, write_text_shards
+from nvembed.retrieval.encode import encode_shards
 from nvembed.text.identity import folded_hash, text_digest, text_key
 from nvembed.types import Artifact, TaskType, UserError
 

@@ -18,11 +18,13 @@ import numpy as np
 
 from nvembed.core import storage
 from nvembed.core.steps import Step, StepResult
+from nvembed.core.vectors import read_vectors, write_text_shards
 from nvembed.evaluation.config import BaselineConfig
 from nvembed.evaluation.run import lay_out_texts, load_sets, notes, settings_of, stored_vectors, write_scores
 from nvembed.evaluation.tasks import Caps, HeldOut, Row, Vectors
-from nvembed.evaluation.variants import REFERENCE, VARIANTS, EncodeTask, encode_systems
-from nvembed.retrieval.encode import read_vectors, write_text_shards
+from nvembed.modeling.config import LastTokenConfig, MeanConfig
+from nvembed.retrieval.config import EncodeConfig, FolderModel
+from nvembed.retrieval.encode import EncodeReport, encode_shards
 from nvembed.retrieval.encoders import check_model
 from nvembed.types import Artifact
 
@@ -31,30 +33,33 @@ logger = logging.getLogger(__name__)
 
 def _build(config: BaselineConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     prepare, folder = inputs["prepare"], inputs["model"].path("model")
-    encode, settings = config.evaluate.encode, settings_of(config.evaluate)
+    settings = settings_of(config.evaluate)
     check_model(config.reference)
     sets = load_sets(prepare, config.evaluate.split)
     paths = {
         name: storage.join(work_uri, "checkpoints", name)
-        for name in ("dev_texts", "dev_vectors", "texts", REFERENCE, "untrained")
+        for name in ("dev_texts", "dev_vectors", "texts", "reference", "untrained")
     }
+    models, encode, report = variants(folder), encode_config(config), EncodeReport()
     dev = _dev_sets(prepare, sets, config)
     write_text_shards(_labelled_rows(dev), paths["dev_texts"], encode.shard_rows)
-    lay_out_texts(sets, paths["texts"], encode.shard_rows)
-    out_uris = {name: storage.join(paths["dev_vectors"], name) for name in VARIANTS}
-    first = [EncodeTask(paths["dev_texts"], out_uris), EncodeTask(paths["texts"], {REFERENCE: paths[REFERENCE]})]
-    cpu_seconds = encode_systems(first, folder, config.reference, encode)
-    compared = {name: _dev_scores(dev, uri, config) for name, uri in out_uris.items()}
+    compared = {}
+    for name, model in models.items():
+        uri = storage.join(paths["dev_vectors"], name)
+        report.merge(encode_shards(paths["dev_texts"], model, uri, encode))
+        compared[name] = _dev_scores(dev, uri, config)
     chosen = {held_out.dataset: _best(compared, held_out.dataset) for held_out in sets}
-    second = [
-        EncodeTask(storage.join(paths["texts"], dataset), {variant: storage.join(paths["untrained"], dataset)})
-        for dataset, variant in chosen.items()
-    ]
-    cpu_seconds += encode_systems(second, folder, config.reference, encode)
+    # texts lie by the variant of their data set, so that each variant is loaded once
+    for name in sorted(set(chosen.values())):
+        texts = storage.join(paths["texts"], name)
+        lay_out_texts([held_out for held_out in sets if chosen[held_out.dataset] == name], texts, encode.shard_rows)
+        report.merge(encode_shards(texts, models[name], storage.join(paths["untrained"], name), encode))
+    report.merge(encode_shards(paths["texts"], config.reference, paths["reference"], encode))
     systems = {"bm25": {held_out.dataset: held_out.score_bm25(settings) for held_out in sets}}
-    for system, uri in (("minilm", paths[REFERENCE]), ("untrained", paths["untrained"])):
+    for system, uri in (("minilm", paths["reference"]), ("untrained", paths["untrained"])):
         systems[system] = {
-            held_out.dataset: held_out.score(stored_vectors(uri, held_out.dataset), settings) for held_out in sets
+            name: held_out.score(stored_vectors(storage.join(uri, chosen[name]), name), settings)
+            for name, held_out in ((held_out.dataset, held_out) for held_out in sets)
         }
     extra = {
         "split": config.evaluate.split,
@@ -68,11 +73,29 @@ def _build(config: BaselineConfig, inputs: Mapping[str, Artifact], work_uri: str
         "notes": {**notes(config.evaluate, sets), **_notes(config)},
     }
     result = write_scores(work_uri, systems, prepare, extra)
-    result.metrics["encode_cpu_seconds"] = cpu_seconds
+    result.metrics["encode_cpu_seconds"] = report.cpu_seconds
     return result
 
 
 BASELINES = Step("baselines", 1, _build, cleared=False)
+
+
+def variants(folder: str) -> dict[str, FolderModel]:
+    """The untrained backbone under each pooling and direction, by its key in `scores.json`."""
+    poolings: dict[str, MeanConfig | LastTokenConfig] = {"mean": MeanConfig(), "last_token": LastTokenConfig()}
+    return {
+        f"{name}_{'bidirectional' if bidirectional else 'causal'}": FolderModel(
+            folder=folder, pooling=pooling, bidirectional=bidirectional
+        )
+        for bidirectional in (True, False)
+        for name, pooling in poolings.items()
+    }
+
+
+def encode_config(config: BaselineConfig) -> EncodeConfig:
+    """`evaluate.encode` for models that are encoded once: whole texts, fp32 vectors, no cache."""
+    once = {"vector_type": "fp32", "cache": None, "max_query_length": None, "max_document_length": None}
+    return config.evaluate.encode.model_copy(update=once)
 
 
 def _dev_sets(prepare: Artifact, sets: Sequence[HeldOut], config: BaselineConfig) -> list[tuple[HeldOut, str]]:
@@ -132,7 +155,7 @@ def _in_memory(
 
 
 def _best(compared: Mapping[str, Mapping[str, Mapping[str, float]]], dataset: str) -> str:
-    """The variant with the highest primary metric; the first of `VARIANTS` among equals."""
+    """The variant with the highest primary metric; the first of `variants` among equals."""
     return max(compared, key=lambda name: next(iter(compared[name][dataset].values())))
 
 

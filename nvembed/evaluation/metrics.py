@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.stats import rankdata
 
+RECALL_DEPTH = 100  # ranks that recall counts, and so the least a query is searched for
 _BLOCK = 1024
 
 
@@ -52,6 +53,24 @@ def recall(ranked: Sequence[str], relevant: set[str], k: int = 100) -> float:
 def reciprocal_rank(ranked: Sequence[str], relevant: set[str], k: int = 10) -> float:
     """1 / rank of the first relevant document, 0 if none is among the first k."""
     return next((1.0 / rank for rank, key in enumerate(ranked[:k], start=1) if key in relevant), 0.0)
+
+
+def retrieval_values(
+    ranked: Sequence[Sequence[str]], gains: Sequence[Mapping[str, float]], k: int = 10
+) -> dict[str, list[float]]:
+    """Every retrieval metric of every query, primary metric first.
+
+    Args:
+        ranked: document ids of each query, best first; as many as `RECALL_DEPTH` and `k` where the corpus has them.
+        gains: judgement of each relevant document of each query, above 0.
+        k: ranks that nDCG and MRR count.
+    """
+    pairs = list(zip(ranked, gains, strict=True))
+    return {
+        f"ndcg_at_{k}": [ndcg(row, gain, k) for row, gain in pairs],
+        f"recall_at_{RECALL_DEPTH}": [recall(row, set(gain), RECALL_DEPTH) for row, gain in pairs],
+        f"mrr_at_{k}": [reciprocal_rank(row, set(gain), k) for row, gain in pairs],
+    }
 
 
 # -- classes ----------------------------------------------------------------------------------------------------------

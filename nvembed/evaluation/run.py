@@ -18,6 +18,7 @@ from nvembed.core import storage
 from nvembed.core.model_cache import local_model
 from nvembed.core.parquet import write_table
 from nvembed.core.steps import ITEMS, SCORES, Step, StepResult
+from nvembed.core.vectors import iter_vectors, write_text_shards
 from nvembed.data.tables import dataset_info
 from nvembed.evaluation.config import EvaluateConfig
 from nvembed.evaluation.tasks import (
@@ -31,7 +32,7 @@ from nvembed.evaluation.tasks import (
     prefix_vectors,
 )
 from nvembed.modeling.folder import describe_folder
-from nvembed.retrieval.encode import encode_shards, iter_vectors, write_text_shards
+from nvembed.retrieval.encode import encode_shards
 from nvembed.types import Artifact, UserError
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ import xxhash
 from nvembed.core.parquet import iter_parquet, read_table
 from nvembed.data.fit import cap_examples
 from nvembed.data.tables import CORPUS, document_text, read_examples
-from nvembed.evaluation.metrics import knn_labels, ndcg, recall, reciprocal_rank, vote
+from nvembed.evaluation.metrics import RECALL_DEPTH, knn_labels, retrieval_values, vote
 from nvembed.evaluation.significance import (
     Interval,
     bootstrap,
@@ -31,6 +31,7 @@ from nvembed.evaluation.significance import (
     mean_statistic,
     spearman_statistic,
 )
+from nvembed.losses.matryoshka import prefix_rows
 from nvembed.retrieval.bm25 import search_bm25
 from nvembed.retrieval.exact.search import search_exact
 from nvembed.text.identity import stable_hash
@@ -39,7 +40,6 @@ from nvembed.types import Artifact, TaskType, TrainingExample, UserError
 Row = tuple[str, str, str]  # key, text, instruction
 Vectors = Callable[[str], Iterator[tuple[list[str], np.ndarray]]]  # role -> shards of (keys, float32 [N, D])
 
-DEPTH = 100  # documents searched per query: recall_at_100 needs them
 _BM25_BLOCK = 1024
 
 
@@ -128,13 +128,13 @@ class RetrievalSet(HeldOut):
 
     def score(self, vectors: Vectors, settings: Settings) -> list[Scored]:
         query_QD = _rows_of(vectors("queries"), [row.id for row in self.examples])
-        ranked, _ = search_exact(query_QD, vectors("documents"), DEPTH)
+        ranked, _ = search_exact(query_QD, vectors("documents"), RECALL_DEPTH)
         return self._scored(ranked, settings)
 
     def score_bm25(self, settings: Settings) -> list[Scored]:
         documents = dict(self._documents())
         queries = [row.query for row in self.examples]
-        ranked, _ = search_bm25(list(documents), list(documents.values()), queries, DEPTH)
+        ranked, _ = search_bm25(list(documents), list(documents.values()), queries, RECALL_DEPTH)
         return self._scored(ranked, settings)
 
     def _documents(self) -> Iterator[tuple[str, str]]:
@@ -144,14 +144,9 @@ class RetrievalSet(HeldOut):
                     yield row["id"], document_text(row["title"], row["text"])
 
     def _scored(self, ranked: Sequence[Sequence[str]], settings: Settings) -> list[Scored]:
-        gains = [_gains(example) for example in self.examples]
-        values = {
-            "ndcg_at_10": [ndcg(row, gain, 10) for row, gain in zip(ranked, gains, strict=True)],
-            "recall_at_100": [recall(row, set(gain), 100) for row, gain in zip(ranked, gains, strict=True)],
-            "mrr_at_10": [reciprocal_rank(row, set(gain), 10) for row, gain in zip(ranked, gains, strict=True)],
-        }
+        values = retrieval_values(ranked, [_gains(example) for example in self.examples])
         ids = [example.id for example in self.examples]
-        return [self._per_item(metric, ids, found, settings) for metric, found in values.items()]
+        return [self._per_item(metric, ids, of_queries, settings) for metric, of_queries in values.items()]
 
 
 def _gains(example: TrainingExample) -> dict[str, float]:
@@ -302,11 +297,7 @@ def prefix_vectors(
 ) -> Iterator[tuple[list[str], np.ndarray]]:
     """The first `dim` numbers of every vector, scaled to length 1 again; None passes the shards through."""
     for keys, matrix_ND in shards:
-        if dim is not None:
-            matrix_ND = matrix_ND[:, :dim]
-            norm_N1 = np.linalg.norm(matrix_ND, axis=1, keepdims=True)
-            matrix_ND = matrix_ND / np.maximum(norm_N1, np.finfo(np.float32).tiny)
-        yield keys, matrix_ND
+        yield keys, matrix_ND if dim is None else prefix_rows(matrix_ND, dim)
 
 
 def _rows_of(shards: Iterator[tuple[list[str], np.ndarray]], wanted: Sequence[str]) -> np.ndarray:

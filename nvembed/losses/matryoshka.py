@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -37,3 +38,14 @@ def prefix(embeddings_ND: torch.Tensor, width: int) -> torch.Tensor:
         [N, width].
     """
     return embeddings_ND if width == embeddings_ND.shape[1] else F.normalize(embeddings_ND[:, :width], dim=-1)
+
+
+def prefix_rows(matrix_ND: np.ndarray, width: int) -> np.ndarray:
+    """`prefix` of stored vectors: float32 [N, width], contiguous, L2-normalised again at any width.
+
+    Args:
+        matrix_ND: float32 vectors; zero rows stay zero.
+    """
+    rows_NW = matrix_ND[:, :width]
+    norm_N1 = np.linalg.norm(rows_NW, axis=1, keepdims=True)
+    return np.ascontiguousarray(rows_NW / np.maximum(norm_N1, np.finfo(np.float32).tiny), dtype=np.float32)

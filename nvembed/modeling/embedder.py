@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from nvembed.losses.matryoshka import prefix_rows
 from nvembed.modeling.bidirectional import set_bidirectional
 from nvembed.modeling.config import HEADS, EmbedderConfig, FoldedLatentAttentionConfig, LastTokenConfig
 from nvembed.modeling.latent_attention import FoldedLatentAttention, LatentAttention
@@ -147,7 +148,7 @@ class Embedder(nn.Module):
                     cut_N[window] = [item.cut for item in tokens]
         finally:
             self.train(was_training)
-        return matrix_ND if dim is None else _matryoshka_prefix(matrix_ND, dim)
+        return matrix_ND if dim is None else prefix_rows(matrix_ND, dim)
 
     def _encode_window(self, tokens: Sequence[Tokens], token_budget: int, precision: str, out_ND: np.ndarray) -> None:
         device = next(self.parameters()).device
@@ -190,9 +191,3 @@ def _checked(texts: Sequence[str]) -> list[str]:
         if not isinstance(text, str):
             raise UserError(f"encode: texts[{index}] is {type(text).__name__}, not a string: {text!r:.80}")
     return texts
-
-
-def _matryoshka_prefix(matrix_ND: np.ndarray, dim: int) -> np.ndarray:
-    prefix = matrix_ND[:, :dim]
-    norm = np.linalg.norm(prefix, axis=1, keepdims=True)
-    return np.ascontiguousarray(prefix / np.maximum(norm, np.finfo(np.float32).tiny), dtype=np.float32)

@@ -25,14 +25,17 @@ def resolve_precision(precision: str, device: torch.device | str = "cpu") -> Pre
         return cast(Precision, precision)
     if precision != "auto":
         raise UserError(f"precision {precision!r} is not known; use auto, fp32 or bf16.")
-    return "bf16" if _has_bf16(torch.device(device)) else "fp32"
+    return "bf16" if has_bf16(device) else "fp32"
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device | str = "cpu") -> bool:
+    """Whether a device has instructions for bf16 products: a GPU as torch says, a CPU with avx512_bf16 or AMX."""
+    device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     if device.type == "cpu":  # private names: torch has no public ones (2.10-2.13)
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(probe() for name in names if (probe := getattr(torch.cpu, name, None)) is not None)
     return False
 
 

@@ -24,14 +24,7 @@ import xxhash
 from nvembed.core import storage
 from nvembed.core.parquet import list_shards, read_schema
 from nvembed.core.ray_tasks import ProgressLog, run_pool
-from nvembed.core.vectors import (
-    iter_vectors,
-    read_vectors,
-    vector_table,
-    write_shard,
-    write_shard_tables,
-    write_text_shards,
-)
+from nvembed.core.vectors import vector_table, write_shard
 from nvembed.retrieval.cache import UNKNOWN, VectorCache, fingerprint, parts_at_start, remove_damaged
 from nvembed.retrieval.cache_merge import merge_small
 from nvembed.retrieval.config import EncodeConfig
@@ -39,31 +32,20 @@ from nvembed.retrieval.encode_report import EncodeReport
 from nvembed.retrieval.encoders import (
     Encoder,
     Model,
+    as_model_config,
     check_model,
-    embedder_encoder,
+    encoder_of,
     model_identity,
-    named_model,
     open_encoder,
 )
-from nvembed.retrieval.rows import NOT_FINITE, Encoded, encode_checked, encode_rows
+from nvembed.retrieval.rows import NOT_FINITE, Encoded, encode_checked
 from nvembed.text.instructions import choose_prompts
-from nvembed.types import UserError, VectorType
+from nvembed.types import Config, UserError, VectorType
 
 if TYPE_CHECKING:
     from nvembed.modeling.embedder import Embedder
 
-__all__ = [
-    "EncodeReport",
-    "encode_rows",
-    "encode_shards",
-    "encode_texts",
-    "iter_vectors",
-    "open_encoder",
-    "read_rejected",
-    "read_vectors",
-    "write_shard_tables",
-    "write_text_shards",
-]
+__all__ = ["EncodeReport", "encode_shards", "encode_texts", "open_cache", "read_rejected"]
 
 logger = logging.getLogger(__name__)
 
@@ -130,35 +112,19 @@ def encode_texts(
     if isinstance(texts, str):
         raise UserError("encode_texts takes a list of texts, not one string: write encode_texts([text], ...).")
     texts = list(texts)
-    encoder, known = _opened(model, bool(instruction or prompt or prompt_name), precision, token_budget, device, cache)
+    with_prompt = bool(instruction or prompt or prompt_name)
+    encoder = encoder_of(model, with_prompt, precision, token_budget, device)
     prompts = choose_prompts(len(texts), instruction, prompt, prompt_name, encoder.prompts)
+    known = None
+    if cache is not None:
+        if not isinstance(model, str | Path | Config):
+            raise UserError("encode_texts: a cache needs the model's name or folder, not an open model.")
+        known = open_cache(cache, as_model_config(model, with_prompt), encoder.precision)
     encoded = encode_checked(encoder, texts, prompts, [max_length] * len(texts), cache=known)
     if known is not None and encoded.embedded:
         known.settle()
     _refuse(encoded, [f"texts[{index}]" for index in range(len(texts))], "encode_texts")
     return encoded.matrix_AD
-
-
-def _opened(
-    model: Model | Encoder | Embedder,
-    with_prompt: bool,
-    precision: str,
-    token_budget: int,
-    device: str,
-    cache: str | None,
-) -> tuple[Encoder, VectorCache | None]:
-    """The encoder of `encode_texts`, and its cache."""
-    from nvembed.modeling.embedder import Embedder
-
-    if isinstance(model, Embedder | Encoder):
-        if cache is not None:
-            raise UserError("encode_texts: a cache needs the model's name or folder, not an open model.")
-        opened = embedder_encoder(model, precision, token_budget) if isinstance(model, Embedder) else model
-        return opened, None
-    if isinstance(model, str | Path):
-        model = named_model(model, with_prompt)
-    encoder = open_encoder(model, None, precision, token_budget=token_budget, device=device)
-    return encoder, None if cache is None else open_cache(cache, model, encoder.precision)
 
 
 def open_cache(cache_uri: str, model: Model, precision: str, kind: VectorType = "fp32") -> VectorCache:

@@ -101,24 +101,17 @@ def is_nvembed_folder(folder: str | Path) -> bool:
     return (Path(folder) / "nvembed.json").is_file()
 
 
-def as_model_config(model: Model) -> PackageModel | PretrainedModel | FolderModel:
-    """Plain paths become the matching config; our own folders are recognised by their `nvembed.json`."""
+def as_model_config(model: Model, with_prompt: bool = False) -> PackageModel | PretrainedModel | FolderModel:
+    """The config of a model; nvembed folders are recognised by their `nvembed.json`.
+
+    Args:
+        with_prompt: whether texts get prompts: a stock model given by folder or hub name then takes them.
+    """
     if isinstance(model, str | Path):
-        return named_model(model, with_prompt=False)
+        model = PretrainedModel(name=str(model), instruction=with_prompt)
     if isinstance(model, PretrainedModel) and is_nvembed_folder(model.name):
         return FolderModel(folder=model.name)
     return model
-
-
-def named_model(model: str | Path, with_prompt: bool) -> FolderModel | PretrainedModel:
-    """The config of a folder or hub name.
-
-    Args:
-        with_prompt: whether the texts get prompts; a model that is not an nvembed folder then takes them as they are.
-    """
-    if is_nvembed_folder(model):
-        return FolderModel(folder=str(model))
-    return PretrainedModel(name=str(model), instruction=with_prompt)
 
 
 def check_model(model: Model) -> None:
@@ -193,12 +186,28 @@ def open_encoder(
     return SentenceEncoder(folder, resolved.instruction, precision, token_budget, device)
 
 
-def embedder_encoder(embedder: Embedder, precision: str, token_budget: int) -> FolderEncoder:
-    """The encoder of a loaded embedder, on its device; `precision` as in `open_encoder`."""
+def encoder_of(
+    model: Model | Encoder | Embedder,
+    with_prompt: bool,
+    precision: str,
+    token_budget: int = 4096,
+    device: str = "cpu",
+) -> Encoder:
+    """An encoder as it is, a loaded embedder's on its device, or that of a model that is loaded now.
+
+    Args:
+        with_prompt: see `as_model_config`.
+    """
+    from nvembed.modeling.embedder import Embedder
     from nvembed.modeling.precision import resolve_precision
 
-    device = next(embedder.parameters()).device
-    return FolderEncoder(embedder, resolve_precision(precision, device), token_budget)
+    if isinstance(model, Embedder):
+        where = next(model.parameters()).device
+        return FolderEncoder(model, resolve_precision(precision, where), token_budget)
+    if isinstance(model, Encoder):
+        return model
+    resolved = as_model_config(model, with_prompt)
+    return open_encoder(resolved, None, precision, token_budget=token_budget, device=device)
 
 
 class FolderEncoder:

@@ -87,12 +87,3 @@ def encode_checked(
     accepted = np.array([index for index in inverse if index not in rejected], dtype=np.int64)
     rows = [inverse[int(index)] for index in accepted]
     return Encoded(matrix_UD[rows], accepted, dict(sorted(rejected.items())), len(new), len(known), cut_U[rows])
-
-
-def encode_rows(encoder: Encoder, texts: Sequence[str], instructions: Sequence[str]) -> np.ndarray:
-    """float32 [N, D] of rows that are known to be good; equal (instruction, text) pairs are encoded once."""
-    place: dict[tuple[str, str], int] = {}
-    inverse = [place.setdefault(pair, len(place)) for pair in zip(instructions, texts, strict=True)]
-    unique = list(place)
-    matrix_UD = encoder.encode([text for _, text in unique], [instruction for instruction, _ in unique])
-    return matrix_UD[inverse]

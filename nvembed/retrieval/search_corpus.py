@@ -1,40 +1,34 @@
-"""`nvembed search`: try a model by hand. One query, a corpus of any size, the best documents with texts (layer 6).
+"""`nvembed search`: one query, a corpus of any size, the best documents with their texts.
 
-The corpus is what `nvembed embed` takes (txt, jsonl, parquet) or a BEIR folder (its `corpus.jsonl`). It is embedded as
-it streams by and nothing of it is kept; a file that `nvembed embed` wrote may hold its vectors instead. The search is
-the exact one of mining and evaluation.
+The corpus is a file that `nvembed embed` takes (txt, jsonl, parquet) or a BEIR folder (its `corpus.jsonl`). It is
+embedded block by block and nothing of it is stored; a file that `nvembed embed` wrote may hold its vectors instead. The
+search is the exact one of mining and evaluation.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
 from nvembed.core import storage
-from nvembed.retrieval.encode_file import (
-    BLOCK_ROWS,
-    EmbedJob,
-    check_rows,
-    cut,
-    input_kind,
-    iter_rows,
-    job_prompt,
-    open_job_encoder,
-)
+from nvembed.retrieval import text_file
+from nvembed.retrieval.encode_file import ModelOptions, cut
+from nvembed.retrieval.text_file import TextFile, check_rows, iter_rows
+from nvembed.retrieval.vector_file import iter_vector_file
 from nvembed.types import UserError
 
 SNIPPET = 160
+BLOCK_ROWS = 256  # embedded at once: a second or so, so that the progress moves
 Encode = Callable[[Sequence[str], str], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A document that was found."""
+    """A document of the result."""
 
     rank: int
     score: float
@@ -44,17 +38,17 @@ class Hit:
 
 @dataclass(frozen=True)
 class SearchJob:
-    """What `search` is asked for.
+    """The work of `search`.
 
     Attributes:
-        corpus: how the corpus is read and embedded; its instruction or prompt name is the query's, documents carry
-            none; `target` is not used.
+        model: its instruction or prompt name is the query's; documents carry none.
         query: the text that is searched for.
         k: documents wanted.
         vectors: parquet or npy file that `nvembed embed` wrote of the same corpus with the same model; None: embed now.
     """
 
-    corpus: EmbedJob
+    model: ModelOptions
+    corpus: TextFile
     query: str
     k: int = 10
     vectors: str | None = None
@@ -63,12 +57,12 @@ class SearchJob:
 def corpus_source(uri: str) -> tuple[str, str | None]:
     """File of a corpus and its title column: a BEIR folder's `corpus.jsonl` with `title`, any other file as it is."""
     beir = storage.join(uri, "corpus.jsonl")
-    if not uri.endswith((".txt", ".jsonl", ".ndjson", ".parquet")) and storage.exists(beir):
+    if not uri.endswith(text_file.SUFFIXES) and storage.exists(beir):
         return beir, "title"
     return uri, None
 
 
-def search(job: SearchJob, say: Callable[[str], None]) -> list[Hit]:
+def search(job: SearchJob, report_progress: Callable[[str], None]) -> list[Hit]:
     """The best documents, best first; ties by their place in the corpus.
 
     Raises:
@@ -78,29 +72,26 @@ def search(job: SearchJob, say: Callable[[str], None]) -> list[Hit]:
 
     if not job.query.strip():
         raise UserError("the query is empty")
-    prompt = job_prompt(job.corpus)
-    kind = input_kind(job.corpus.source)
-    total = check_rows(job.corpus, kind)
+    prompt = job.model.prompt()
+    total = check_rows(job.corpus)
     if not total:
-        raise UserError(f"{job.corpus.source} holds no text")
-    encoder = open_job_encoder(job.corpus, prompt)
-    dim = job.corpus.dim or encoder.dim
-    if not 1 <= dim <= encoder.dim:
-        raise UserError(f"--dim {dim}: this model's vectors have {encoder.dim} numbers; choose 1 to {encoder.dim}.")
+        raise UserError(f"{job.corpus.uri} holds no text")
+    encoder = job.model.open()
+    dim = job.model.width(encoder)
 
     def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
         return cut(encoder.encode(texts, [prompt] * len(texts)), dim)
 
     query_1D = encode([job.query], prompt)
     if job.vectors is None:
-        shards = _embedded(job.corpus, kind, encode, total, say)
+        shards = _embedded(job.corpus, encode, total, report_progress)
     else:
-        shards = _stored(job, kind, total, encoder.dim, dim)
-    found, scores = search_exact(query_1D, shards, job.k)
-    rows = _texts(job.corpus, kind, {int(key) for key in found[0]})
+        shards = _stored(job.corpus, job.vectors, total, encoder.dim, dim)
+    ids, scores = search_exact(query_1D, shards, job.k)
+    rows = _texts(job.corpus, {int(key) for key in ids[0]})
     return [
         Hit(rank, float(score), *rows[int(key)])
-        for rank, (key, score) in enumerate(zip(found[0], scores[0], strict=False), start=1)
+        for rank, (key, score) in enumerate(zip(ids[0], scores[0], strict=False), start=1)
     ]
 
 
@@ -110,69 +101,46 @@ def _key(number: int) -> str:
 
 
 def _embedded(
-    corpus: EmbedJob, kind: str, encode: Encode, total: int, say: Callable[[str], None]
+    corpus: TextFile, encode: Encode, total: int, report_progress: Callable[[str], None]
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    rows, done, started = iter_rows(corpus, kind), 0, time.monotonic()
-    block_rows = min(BLOCK_ROWS, 256)  # a block takes a second or so: the progress moves
-    while block := list(islice(rows, block_rows)):
+    rows, done, started = iter_rows(corpus), 0, time.monotonic()
+    while block := list(islice(rows, BLOCK_ROWS)):
         matrix_ND = encode([text for _, text in block], "")
         yield [_key(done + index) for index in range(len(block))], matrix_ND
         done += len(block)
         rate = done / (time.monotonic() - started)
-        if total > block_rows:
-            say(f"{done:,} of {total:,} documents, {rate:,.0f}/s, {(total - done) / rate:,.0f} s left")
+        if total > BLOCK_ROWS:
+            report_progress(f"{done:,} of {total:,} documents, {rate:,.0f}/s, {(total - done) / rate:,.0f} s left")
 
 
-def _stored(job: SearchJob, kind: str, total: int, whole: int, dim: int) -> Iterator[tuple[list[str], np.ndarray]]:
+def _stored(
+    corpus: TextFile, vectors: str, total: int, full_dim: int, dim: int
+) -> Iterator[tuple[list[str], np.ndarray]]:
     """Vectors of a file, block by block, checked against the corpus."""
-    assert job.vectors is not None
     done = 0
-    ids = (row_id for row_id, _ in iter_rows(job.corpus, kind))
-    for stored_ids, matrix_ND in _read(job.vectors):
+    ids = (row_id for row_id, _ in iter_rows(corpus))
+    for stored_ids, matrix_ND in iter_vector_file(vectors):
         expected = list(islice(ids, len(matrix_ND)))
         if len(expected) != len(matrix_ND) or (stored_ids is not None and stored_ids != expected):
             break
-        if matrix_ND.shape[1] not in (whole, dim):
+        if matrix_ND.shape[1] not in (full_dim, dim):
             raise UserError(
-                f"--vectors {job.vectors}: vectors of {matrix_ND.shape[1]} numbers, the model gives {whole}. "
+                f"--vectors {vectors}: vectors of {matrix_ND.shape[1]} numbers, the model gives {full_dim}. "
                 "Write them anew: nvembed embed"
             )
         yield [_key(done + index) for index in range(len(matrix_ND))], cut(matrix_ND, dim)
         done += len(matrix_ND)
     if done != total:
         raise UserError(
-            f"--vectors {job.vectors}: not the vectors of {job.corpus.source} (they agree for {done:,} of {total:,} "
+            f"--vectors {vectors}: not the vectors of {corpus.uri} (they agree for {done:,} of {total:,} "
             "rows). Write them anew: nvembed embed"
         )
 
 
-def _read(uri: str) -> Iterator[tuple[list[str] | None, np.ndarray]]:
-    if not storage.exists(uri):
-        raise UserError(f"--vectors {uri}: no such file.")
-    if uri.endswith(".npy"):
-        if not storage.is_local(uri):
-            raise UserError(f"--vectors {uri}: an npy file must be local; use parquet")
-        matrix_ND = np.load(Path(storage.local_path(uri)), mmap_mode="r", allow_pickle=False)
-        for start in range(0, len(matrix_ND), BLOCK_ROWS):
-            yield None, np.asarray(matrix_ND[start : start + BLOCK_ROWS], dtype=np.float32)
-        return
-    import pyarrow as pa
-
-    from nvembed.core.parquet import iter_parquet
-    from nvembed.core.steps import CorruptArtifactError
-    from nvembed.core.vectors import table_matrix
-
-    try:
-        for table in iter_parquet(uri, ["id", "vector"], BLOCK_ROWS):
-            yield table.column("id").to_pylist(), table_matrix(table)
-    except (CorruptArtifactError, pa.ArrowException, KeyError) as error:
-        raise UserError(f"--vectors {uri}: not a file that `nvembed embed` wrote ({error}).") from error
-
-
-def _texts(corpus: EmbedJob, kind: str, numbers: set[int]) -> dict[int, tuple[str, str]]:
+def _texts(corpus: TextFile, numbers: set[int]) -> dict[int, tuple[str, str]]:
     """Id and text of some rows, from a second reading."""
     last = max(numbers, default=-1)
-    rows = islice(iter_rows(replace(corpus), kind), last + 1)
+    rows = islice(iter_rows(corpus), last + 1)
     return {number: row for number, row in enumerate(rows) if number in numbers}
 
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from nvembed.commands.app import app
 from nvembed.preflight import doctor
 from nvembed.retrieval import encode_file
-from nvembed.retrieval.encode_file import EmbedJob, cut
+from nvembed.retrieval.encode_file import ModelOptions, cut
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "pipelines/recipes/tiny.yaml"
@@ -321,4 +321,4 @@ def test_doctor_compares_versions() -> None:
 
 
 def test_the_job_is_what_the_command_line_says() -> None:
-    assert EmbedJob("m", "a.txt", "b.npy").precision == "fp32", "vectors equal those of the library by default"
+    assert ModelOptions("m").precision == "fp32", "vectors equal those of the library by default"

@@ -11,12 +11,11 @@ from sklearn.metrics import ndcg_score, v_measure_score
 
 from nvembed.core.parquet import read_table
 from nvembed.data.tables import document_text, read_corpus, read_examples
-from nvembed.evaluation.baselines import BASELINES
+from nvembed.evaluation.baselines import BASELINES, variants
 from nvembed.evaluation.config import BaselineConfig, EvaluateConfig
 from nvembed.evaluation.run import EVALUATE, load_sets
 from nvembed.evaluation.significance import compare
 from nvembed.evaluation.tasks import LabelledSet
-from nvembed.evaluation.variants import VARIANTS, encode_variants
 from nvembed.modeling.config import LastTokenConfig, MeanConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.folder import load_embedder
@@ -154,14 +153,16 @@ def test_an_impossible_prefix_is_refused_before_any_work(prepare: Artifact, mode
 def test_variants_are_the_embedder_with_its_switches(model: Artifact) -> None:
     texts = [f"text number {index} about the heap " + "and the stack " * (index % 5) for index in range(12)]
     instructions = ["Instruct: find\nQuery: " if index % 2 else "" for index in range(12)]
-    embedder = load_embedder(model.path("model"), pooling=MeanConfig(), bidirectional=True)
-    found = encode_variants(embedder, texts, instructions, list(VARIANTS.values()), token_budget=64, precision="fp32")
-    for name, variant in VARIANTS.items():
-        pooling = MeanConfig() if variant.pooling == "mean" else LastTokenConfig()
-        one = load_embedder(model.path("model"), pooling=pooling, bidirectional=variant.bidirectional)
-        assert np.abs(one.encode(texts, prompt=instructions) - found[name]).max() < 1e-6
-    names = list(found)
-    assert all(np.abs(found[a] - found[b]).max() > 1e-3 for a in names for b in names if a < b)
+    vectors = {}
+    for name, variant in variants(model.path("model")).items():
+        encoder = open_encoder(variant, None, "fp32", token_budget=64)
+        vectors[name] = encoder.encode(texts, instructions)
+        pooling = MeanConfig() if name.startswith("mean") else LastTokenConfig()
+        one = load_embedder(model.path("model"), pooling=pooling, bidirectional=name.endswith("bidirectional"))
+        assert np.abs(one.encode(texts, prompt=instructions) - vectors[name]).max() < 1e-6
+    names = list(vectors)
+    assert names == ["mean_bidirectional", "last_token_bidirectional", "mean_causal", "last_token_causal"]
+    assert all(np.abs(vectors[a] - vectors[b]).max() > 1e-3 for a in names for b in names if a < b)
 
 
 @pytest.mark.ray
@@ -170,12 +171,12 @@ def test_baselines(prepare: Artifact, model: Artifact, baselines: Artifact, eval
     assert set(content["scores"]) == {"bm25", "minilm", "untrained"}
     untrained = content["untrained_variants"]
     for dataset, primary in (("links", "ndcg_at_10"), ("kinds", "accuracy"), ("pairs", "spearman")):
-        dev = {name: untrained["scores"][name][dataset][primary] for name in VARIANTS}
+        dev = {name: scores[dataset][primary] for name, scores in untrained["scores"].items()}
+        assert list(dev) == list(variants(model.path("model")))
         assert dev[untrained["chosen"][dataset]] == max(dev.values())
         assert untrained["chosen_on"][dataset] == "dev"
-        variant = VARIANTS[untrained["chosen"][dataset]]
-        pooling = MeanConfig() if variant.pooling == "mean" else LastTokenConfig()
-        embedder = load_embedder(model.path("model"), pooling=pooling, bidirectional=variant.bidirectional)
+        variant = variants(model.path("model"))[untrained["chosen"][dataset]]
+        embedder = load_embedder(model.path("model"), pooling=variant.pooling, bidirectional=variant.bidirectional)
         expected = {"links": direct_links, "kinds": direct_kinds, "pairs": direct_pairs}[dataset](prepare, embedder, 32)
         found = values(baselines, "untrained")[dataset]
         assert found == {name: pytest.approx(value, abs=1e-6) for name, value in expected.items()}

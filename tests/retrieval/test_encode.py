@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from nvembed.core.parquet import list_shards, read_table
-from nvembed.core.vectors import read_vectors, table_matrix, write_shard
+from nvembed.core.vectors import read_vectors, table_matrix, write_shard, write_text_shards
 from nvembed.retrieval.config import EncodeConfig, PackageModel
-from nvembed.retrieval.encode import encode_rows, encode_shards, write_text_shards
+from nvembed.retrieval.encode import encode_shards
 from nvembed.retrieval.encoders import open_encoder
+from nvembed.retrieval.rows import encode_checked
 
 pytestmark = pytest.mark.ray
 
@@ -44,7 +45,7 @@ def test_two_actors_order_bytes_restart_and_cache(tmp_path, ray_session):
         texts, found = read_table(f"{source}/{name}"), read_table(f"{out}/{name}")
         assert found.column("key").to_pylist() == texts.column("key").to_pylist()
         columns = [texts.column(column).to_pylist() for column in ("text", "instruction")]
-        assert table_matrix(found).tobytes() == encode_rows(encoder, *columns).tobytes()
+        assert table_matrix(found).tobytes() == encode_checked(encoder, *columns).matrix_AD.tobytes()
     keys, matrix = read_vectors(f"{out}/b")
     assert keys == [key for key, _, _ in text_rows(33)] and matrix.dtype == np.float32
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from nvembed.retrieval.config import FolderModel, PackageModel, PretrainedModel
-from nvembed.retrieval.encode import encode_rows, encode_texts
-from nvembed.retrieval.encode_file import EmbedJob
+from nvembed.retrieval.encode import encode_texts
+from nvembed.retrieval.encode_file import ModelOptions
 from nvembed.retrieval.encoders import (
     QUICKSTART_PACKAGES,
     as_model_config,
@@ -18,6 +18,7 @@ from nvembed.retrieval.encoders import (
     open_encoder,
     package_folder,
 )
+from nvembed.retrieval.rows import encode_checked
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
 from nvembed.types import UserError
 
@@ -53,7 +54,7 @@ def test_the_library_computes_in_fp32_unless_asked():
 
     for function in (encode_texts, Embedder.encode):
         assert inspect.signature(function).parameters["precision"].default == "fp32"
-    assert EmbedJob("model", "in.txt", "out.npy").precision == "fp32"
+    assert ModelOptions("model").precision == "fp32"
 
 
 def test_instruction_only_reaches_models_that_want_it(minilm):
@@ -65,10 +66,11 @@ def test_instruction_only_reaches_models_that_want_it(minilm):
 
 
 def test_equal_rows_have_equal_vectors_and_order_is_kept(minilm):
-    matrix = encode_rows(minilm, TEXTS, [""] * len(TEXTS))
-    assert matrix[1].tobytes() == matrix[4].tobytes()
-    np.testing.assert_allclose(matrix, minilm.encode(TEXTS, [""] * len(TEXTS)), atol=1e-6)
-    assert encode_rows(minilm, [], []).shape == (0, 384)
+    texts = [text for text in TEXTS if text]
+    encoded = encode_checked(minilm, texts, [""] * len(texts))
+    assert encoded.matrix_AD[1].tobytes() == encoded.matrix_AD[3].tobytes() and encoded.embedded == 3
+    np.testing.assert_allclose(encoded.matrix_AD, minilm.encode(texts, [""] * len(texts)), atol=1e-6)
+    assert encode_checked(minilm, [], []).matrix_AD.shape == (0, 384)
 
 
 def test_encode_texts_renders_the_prompt(tiny_folder):

@@ -9,7 +9,7 @@ import torch
 from nvembed.mining import mine_vectors
 from nvembed.retrieval import encode_texts, search_vectors
 from nvembed.retrieval.config import FolderModel
-from nvembed.retrieval.exact.bounds import _keeps_the_bound, has_bf16
+from nvembed.retrieval.exact.bounds import _keeps_the_bound, has_bounded_bf16
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +28,7 @@ def problem(documents: int = 60_000, queries: int = 500, dim: int = 384, ties: b
 
 
 def test_products_of_the_device_keep_to_the_bound() -> None:
-    assert _keeps_the_bound("cuda") and has_bf16("cuda")
+    assert _keeps_the_bound("cuda") and has_bounded_bf16("cuda")
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -21,6 +21,8 @@ from functools import cache
 import numpy as np
 import torch
 
+from nvembed.modeling.precision import has_bf16
+
 FP32_ROUNDOFF = 2.0**-24
 BF16_SUM_ROUNDOFF = 2.0**-22
 BF16_OUTPUT_ROUNDOFF = 2.0**-8
@@ -93,13 +95,9 @@ def fp32_error(norm_Q: np.ndarray, longest: float, dim: int) -> np.ndarray:
 
 
 @cache
-def has_bf16(device: str) -> bool:
-    """Whether the processor multiplies bf16 itself and its products keep to the bound; tried, never assumed."""
-    if device != "cpu":
-        return bool(torch.cuda.is_bf16_supported()) and _keeps_the_bound(device)
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    flags = [probe() for name in names if (probe := getattr(torch.cpu, name, None)) is not None]
-    return any(flags) and _keeps_the_bound()
+def has_bounded_bf16(device: str) -> bool:
+    """Whether a device has bf16 products and they keep to the bound: measured, not assumed."""
+    return has_bf16(device) and _keeps_the_bound(device)
 
 
 def _keeps_the_bound(device: str = "cpu") -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nvembed.retrieval.exact.bounds import has_bf16
+from nvembed.retrieval.exact.bounds import has_bounded_bf16
 from nvembed.retrieval.exact.scan import QUERY_BLOCK, TILE, QueryBlock, Segment
 from nvembed.retrieval.exact.topk import Best, order_by_score, pair_scores
 from nvembed.types import UserError
@@ -79,6 +79,14 @@ def search_vectors(
 
     Source: TPU-KNN (arXiv 2206.14286) for exact search at the speed of the product; the bounds are our own use of
     Higham, Accuracy and Stability of Numerical Algorithms, 3.1.
+
+    Example:
+        >>> import numpy as np
+        >>> from nvembed.retrieval import search_vectors
+        >>> documents = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], dtype=np.float32)
+        >>> rows, scores = search_vectors(np.array([[0.0, 1.0]]), documents, k=2)
+        >>> rows.tolist(), scores.round(2).tolist()
+        ([[2, 1]], [[1.0, 0.8]])
     """
     query_QD = as_matrix(queries, "queries")
     ceiling_Q = None if ceiling is None else np.asarray(ceiling, dtype=np.float64)
@@ -203,11 +211,11 @@ def choose_precision(precision: str, device: str) -> str:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     elif torch.get_float32_matmul_precision() != "highest":
         torch.set_float32_matmul_precision("highest")
-    if precision == "bf16" and not has_bf16(device):
+    if precision == "bf16" and not has_bounded_bf16(device):
         raise UserError("precision bf16: this processor has no bf16 products; use auto or fp32")
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"precision {precision!r}: choose auto, bf16 or fp32")
-    return ("bf16" if has_bf16(device) else "fp32") if precision == "auto" else precision
+    return ("bf16" if has_bounded_bf16(device) else "fp32") if precision == "auto" else precision
 
 
 def as_matrix(vectors: np.ndarray, name: str) -> np.ndarray:
