@@ -22,7 +22,7 @@ import xxhash
 from nvembed.core import storage
 from nvembed.core.parquet import iter_parquet, list_shards, read_table
 from nvembed.core.steps import Step, StepResult
-from nvembed.core.vectors import table_matrix, vector_table, write_shard
+from nvembed.core.vectors import table_matrix, vector_table, write_shard, write_text_shards
 from nvembed.data.tables import CORPUS, HELD_OUT, SPLITS, dataset_info, document_text, examples_file
 from nvembed.distill.config import TeacherEmbeddingsConfig
 from nvembed.retrieval.encode import encode_shards
