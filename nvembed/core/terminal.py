@@ -100,7 +100,8 @@ class Console:
         self.status(f"  {text}")
 
     def clear(self) -> None:
-        """Remove the status line."""
+        """Remove the status line, and forget its detail."""
+        self._detail = ""
         with self._lock, self._guarded():
             if self._live is not None:
                 self._live.stop()
