@@ -75,7 +75,7 @@ def _prompts(folder: str) -> list[str]:
     """Names of the query prompts a model folder stores, documents' left out."""
     path = Path(folder) / "config_sentence_transformers.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("prompts", {})
+        prompts = json.loads(path.read_text(encoding="utf-8")).get("prompts", {})
     except (OSError, ValueError):
         return []
-    return [name for name, prompt in found.items() if prompt and name != "document"]
+    return [name for name, prompt in prompts.items() if prompt and name != "document"]
