@@ -1,1 +1,1 @@
-"""The commands of `nvembed`, one file each (layer 6); `cli.py` puts them together."""
+"""The commands of `nvembed`, one file each; `app.py` puts them together."""

@@ -1,4 +1,4 @@
-"""What every command shares: its options, how it ends, how its result is printed."""
+"""Shared by all commands: options, the exit code, the printed result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
 
 def ended(action: Callable[[], int], promise: str = "stopping") -> typer.Exit:
-    """Run a command's body; users' mistakes are told without a traceback; Ctrl-C (see `promise`) ends with 130."""
+    """Run a command's body and return its exit; a user's mistake is written without a traceback.
+
+    Args:
+        action: the body; returns the exit code.
+        promise: what Ctrl-C, which ends with 130, answers.
+    """
     console = Console()
     try:
         with Interrupts(console.alert, lambda: None, promise=promise):
@@ -50,11 +55,11 @@ def near_registry() -> str | None:
     """The registry of the one output below runs/, where neither --registry nor MLFLOW_TRACKING_URI names one."""
     if os.environ.get("MLFLOW_TRACKING_URI"):
         return None
-    found = sorted(Path("runs").glob("*/mlflow.db"))
-    if len(found) > 1:
-        listed = ", ".join(f"sqlite:///{path.absolute()}" for path in found)
+    databases = sorted(Path("runs").glob("*/mlflow.db"))
+    if len(databases) > 1:
+        listed = ", ".join(f"sqlite:///{path.absolute()}" for path in databases)
         raise UserError(f"which registry? Give --registry with one of: {listed}")
-    if not found:
+    if not databases:
         return None
-    typer.echo(f"registry: {found[0]}", err=True)
-    return f"sqlite:///{found[0].absolute()}"
+    typer.echo(f"registry: {databases[0]}", err=True)
+    return f"sqlite:///{databases[0].absolute()}"

@@ -1,4 +1,4 @@
-"""What the shell offers when Tab is pressed. Quick: names of files and of this package's own lists, nothing heavy."""
+"""Shell completion: names of files and of this package's own lists; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ RECIPES = "pipelines/recipes"
 
 def recipe_files(incomplete: str) -> list[str]:
     """YAML files and folders that begin as typed, and the repository's recipes by their bare names."""
-    found = _paths(incomplete, (".yaml", ".yml"))
+    paths = _paths(incomplete, (".yaml", ".yml"))
     here = Path(RECIPES)
     if "/" not in incomplete and here.is_dir():
-        found += sorted(str(path) for path in here.glob(f"{incomplete}*.yaml"))
-    return found
+        paths += sorted(str(path) for path in here.glob(f"{incomplete}*.yaml"))
+    return paths
 
 
 def model_folders(incomplete: str) -> list[str]:
     """Folders that begin as typed, and the model folders of runs below `runs/`."""
-    found = _paths(incomplete, ())
+    folders = _paths(incomplete, ())
     models = (str(path.parent) for path in Path("runs").glob("*/*/model/nvembed.json"))
-    return sorted({*found, *(model for model in models if model.startswith(incomplete))})
+    return sorted({*folders, *(model for model in models if model.startswith(incomplete))})
 
 
 def hardware_names(incomplete: str) -> list[str]:

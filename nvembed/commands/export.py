@@ -1,4 +1,4 @@
-"""`nvembed export` and `nvembed import`: other forms of a model, and models made elsewhere."""
+"""`nvembed export` and `nvembed import`: other forms of a model; model folders from NV-Embed checkpoints."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def import_command(
 
 def _lines(path: str) -> tuple[str, ...]:
     try:
-        found = tuple(line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
+        lines = tuple(line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--texts {path}: cannot be read ({error})") from error
-    if not found:
+    if not lines:
         raise UserError(f"--texts {path}: no text in it")
-    return found
+    return lines
 
 
 def _told(record: Mapping[str, Any], target: str) -> str:

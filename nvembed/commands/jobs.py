@@ -1,4 +1,4 @@
-"""`nvembed jobs`: what became of submitted jobs: list, status, logs, stop."""
+"""`nvembed jobs`: list, status, logs and stop of submitted jobs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _backend(target: str) -> Backend:
 
 
 def follow(backend: Backend, target: str, job_id: str, say: Say, *, quiet: bool = False) -> int:
-    """Write a job's log until it ends; Ctrl-C leaves the job alone and says how to come back."""
+    """Write a job's log until it ends; Ctrl-C detaches, and the job continues."""
 
     def write(text: str) -> None:
         (sys.stderr if quiet else sys.stdout).write(text)
@@ -37,7 +37,7 @@ def follow(backend: Backend, target: str, job_id: str, say: Say, *, quiet: bool 
         return backend.follow(job_id, write, say)
     except KeyboardInterrupt:
         say(
-            f"detached; {job_id} goes on.\n  follow it: nvembed jobs logs {target} {job_id} --follow\n"
+            f"detached; {job_id} continues.\n  follow it: nvembed jobs logs {target} {job_id} --follow\n"
             f"  stop it:   nvembed jobs stop {target} {job_id}"
         )
         return ExitCode.INTERRUPTED
@@ -65,8 +65,8 @@ def status_command(target: TargetPath, job_id: JobId = None, as_json: AsJson = F
 
         state = choose(_backend(target).states(), job_id, alive=False)
         details = [f"  {name}: {value}" for name, value in sorted(state.metadata.items())]
-        said = [f"  {state.message.splitlines()[0]}"] if state.message else []
-        show(state.as_json(), "\n".join([_line(state), *said, *details]), as_json)
+        message = [f"  {state.message.splitlines()[0]}"] if state.message else []
+        show(state.as_json(), "\n".join([_line(state), *message, *details]), as_json)
         return ExitCode.DONE
 
     raise ended(action)
@@ -81,7 +81,7 @@ def logs_command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What a job wrote."""
+    """Print the log of a job."""
 
     def action() -> int:
         from nvembed.jobs.backend import choose
@@ -94,7 +94,7 @@ def logs_command(
         show({"id": chosen, "logs": text}, text.rstrip("\n"), as_json)
         return ExitCode.DONE
 
-    raise ended(action, "detaching from the job, which goes on" if follow_it else "stopping")
+    raise ended(action, "detaching from the job, which continues" if follow_it else "stopping")
 
 
 @app.command("stop")
@@ -103,7 +103,7 @@ def stop_command(
     job_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="By default the only one alive.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a job to end; what it saved stays, and submitting it again resumes it."""
+    """Stop a job; what it saved stays, and submitting it again resumes it."""
 
     def action() -> int:
         from nvembed.jobs.backend import choose
@@ -112,8 +112,8 @@ def stop_command(
         state = choose(backend.states(), job_id, alive=job_id is None)
         if state.alive:
             backend.stop(state.id)
-        said = "asked to stop" if state.alive else f"has ended already ({state.state})"
-        show({"id": state.id, "asked": state.alive, "state": state.state}, f"{state.id}: {said}", as_json)
+        answer = "asked to stop" if state.alive else f"has ended already ({state.state})"
+        show({"id": state.id, "asked": state.alive, "state": state.state}, f"{state.id}: {answer}", as_json)
         return ExitCode.DONE
 
     raise ended(action)

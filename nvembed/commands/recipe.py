@@ -19,7 +19,7 @@ app = typer.Typer(no_args_is_help=True, help="Read, check and compare recipes.")
 
 @app.command("validate")
 def validate_command(path: RecipePath, settings: Settings = None, as_json: AsJson = False) -> None:
-    """Check a recipe; everything wrong with it is told at once. Exit code 0 or 2."""
+    """Check a recipe and list every problem at once. Exit code 0 or 2."""
 
     def action() -> int:
         try:

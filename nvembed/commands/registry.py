@@ -1,4 +1,4 @@
-"""`nvembed registry`: what is registered, how good it is, and which version is champion."""
+"""`nvembed registry`: registered models, their scores, and which version is champion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Registered model.")]
 
 @contextmanager
 def opened(registry: str | None) -> Iterator[tuple[Any, str]]:
-    """The registry's client and URI; what its promotion refuses ends with exit code 5."""
+    """The registry's client and URI; a refused promotion ends with exit code 5."""
     from nvembed.registry.champion import PromotionRefusedError
     from nvembed.registry.client import answering, open_registry
     from nvembed.registry.resolve import registry_uri
@@ -34,7 +34,7 @@ def opened(registry: str | None) -> Iterator[tuple[Any, str]]:
         raise GatePreconditionError(str(error)) from error
 
 
-def found_version(client: Any, reference: str) -> Any:
+def referenced_version(client: Any, reference: str) -> Any:
     """The version of a reference; a bare name is its candidate."""
     from nvembed.registry.client import CANDIDATE, find_version
 
@@ -55,7 +55,7 @@ def list_command(
 
         with opened(registry) as (client, _):
             models = list_models(client, name)
-        show(models, "\n".join(_listed(models)) or "no model is registered", as_json)
+        show(models, "\n".join(_model_lines(models)) or "no model is registered", as_json)
         return ExitCode.DONE
 
     raise ended(action)
@@ -63,14 +63,14 @@ def list_command(
 
 @app.command("show")
 def show_command(model: Reference, registry: Registry = None, as_json: AsJson = False) -> None:
-    """One version: scores with intervals, aliases, where it comes from, licences, what the gate said."""
+    """One version: scores with intervals, aliases, provenance, licences, results of the gate."""
 
     def action() -> int:
         from nvembed.registry.describe import show_version
 
         with opened(registry) as (client, uri):
-            found = show_version(client, uri, found_version(client, model))
-        show(found, "\n".join(_shown(found)), as_json)
+            version = show_version(client, uri, referenced_version(client, model))
+        show(version, "\n".join(_version_lines(version)), as_json)
         return ExitCode.DONE
 
     raise ended(action)
@@ -84,7 +84,7 @@ def promote_command(
     registry: Registry = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a version champion, if it passes the gate. Exit code 5 when the gate refuses or somebody was faster."""
+    """Make a version champion, if it passes the gate. Exit code 5 when it does not, or another promotion was first."""
 
     def action() -> int:
         from nvembed.registry.champion import PromotionRefusedError, promote_candidate
@@ -92,7 +92,7 @@ def promote_command(
         from nvembed.registry.evidence import evaluate_gate, gate_config
 
         with opened(registry) as (client, uri):
-            version = found_version(client, model)
+            version = referenced_version(client, model)
             number = str(version.version)
             if aliases(client, version.name).get(CHAMPION) == number:
                 value = {
@@ -129,7 +129,7 @@ def promote_command(
 
 @app.command("rollback")
 def rollback_command(name: Name, registry: Registry = None, as_json: AsJson = False) -> None:
-    """Put the previous champion back. Exit code 5 when there is none or somebody was faster."""
+    """Put the previous champion back. Exit code 5 when there is none or another promotion was first."""
 
     def action() -> int:
         from nvembed.registry.champion import roll_back
@@ -158,9 +158,9 @@ def compare_command(
         from nvembed.registry.describe import compare_versions
 
         with opened(registry) as (client, uri):
-            versions = [found_version(client, reference) for reference in (a, b)]
-            found = compare_versions(client, uri, versions[0], versions[1], GateConfig(samples=samples))
-        show(found, "\n".join(_compared(found)), as_json)
+            versions = [referenced_version(client, reference) for reference in (a, b)]
+            comparison = compare_versions(client, uri, versions[0], versions[1], GateConfig(samples=samples))
+        show(comparison, "\n".join(_comparison_lines(comparison)), as_json)
         return ExitCode.DONE
 
     raise ended(action)
@@ -179,9 +179,9 @@ def export_command(
         from nvembed.registry.describe import export_version
 
         with opened(registry) as (client, uri):
-            found = export_version(client, uri, found_version(client, model), target)
-        text = f"{found['folder']}: {found['model']}, {found['files']} files, {found['bytes'] / 1e6:,.1f} MB"
-        show(found, text, as_json)
+            export = export_version(client, uri, referenced_version(client, model), target)
+        text = f"{export['folder']}: {export['model']}, {export['files']} files, {export['bytes'] / 1e6:,.1f} MB"
+        show(export, text, as_json)
         return ExitCode.DONE
 
     raise ended(action)
@@ -198,7 +198,7 @@ def _table(head: list[str], rows: list[list[str]], indent: str = "  ") -> list[s
     ]
 
 
-def _listed(models: list[dict[str, Any]]) -> Iterator[str]:
+def _model_lines(models: list[dict[str, Any]]) -> Iterator[str]:
     for model in models:
         yield model["name"]
         rows = [
@@ -223,12 +223,13 @@ def _interval(row: Mapping[str, float], write: Callable[[float], str]) -> str:
     return f"{write(row['value'])} [{write(row['low'])}, {write(row['high'])}]"
 
 
-def _shown(found: Mapping[str, Any]) -> Iterator[str]:
-    aliases = ", ".join(found["aliases"]) or "none"
-    yield f"{found['name']} version {found['version']}, aliases: {aliases}, registered {_day(found['registered'])}"
-    yield f"  files: {found['source']}"
-    yield f"  content: {found['content_hash']}"
-    for system, datasets in found["scores"].items():
+def _version_lines(version: Mapping[str, Any]) -> Iterator[str]:
+    aliases = ", ".join(version["aliases"]) or "none"
+    registered = _day(version["registered"])
+    yield f"{version['name']} version {version['version']}, aliases: {aliases}, registered {registered}"
+    yield f"  files: {version['source']}"
+    yield f"  content: {version['content_hash']}"
+    for system, datasets in version["scores"].items():
         yield f"scores of {system} (0-1, 95 % interval)"
         rows = [
             [dataset, metric, _interval(row, lambda value: f"{value:.4f}")]
@@ -237,22 +238,25 @@ def _shown(found: Mapping[str, Any]) -> Iterator[str]:
         ]
         yield from _table(["data set", "metric", "value"], rows)
     yield "made by"
-    yield from _table(["step", "manifest"], [[row["step"], row["manifest_hash"]] for row in found["chain"]])
-    yield from (f"  ! {problem}" for problem in found["chain_problems"])
+    yield from _table(["step", "manifest"], [[row["step"], row["manifest_hash"]] for row in version["chain"]])
+    yield from (f"  ! {problem}" for problem in version["chain_problems"])
     yield "licences of what it was made from"
     yield from _table(
-        ["", "name", "licence"], [[row["kind"], row["name"], row["licence"]] for row in found["licences"]]
+        ["", "name", "licence"], [[row["kind"], row["name"], row["licence"]] for row in version["licences"]]
     )
     yield "gate"
-    yield from (f"  {name}: {said}" for name, said in found["gate_results"].items())
-    yield f"champions so far: {' -> '.join(found['champions']) or 'none'}"
+    yield from (f"  {name}: {result}" for name, result in version["gate_results"].items())
+    yield f"champions so far: {' -> '.join(version['champions']) or 'none'}"
 
 
-def _compared(found: Mapping[str, Any]) -> Iterator[str]:
+def _comparison_lines(comparison: Mapping[str, Any]) -> Iterator[str]:
     from nvembed.registry.gate import points
 
-    yield f"{found['a']} minus {found['b']}, points of 100, paired, 95 % interval ({found['samples']} draws)"
-    rows = [[row["dataset"], row["metric"], _interval(row, points)] for row in found["datasets"]]
-    yield from _table(["data set", "metric", "difference"], [*rows, ["mean", "", _interval(found["mean"], points)]])
-    if found["only_one"]:
-        yield f"scored on one side only, left out: {', '.join(found['only_one'])}"
+    a, b, draws = comparison["a"], comparison["b"], comparison["samples"]
+    yield f"{a} minus {b}, points of 100, paired, 95 % interval ({draws} draws)"
+    rows = [[row["dataset"], row["metric"], _interval(row, points)] for row in comparison["datasets"]]
+    yield from _table(
+        ["data set", "metric", "difference"], [*rows, ["mean", "", _interval(comparison["mean"], points)]]
+    )
+    if comparison["only_one"]:
+        yield f"scored for one of them only, left out: {', '.join(comparison['only_one'])}"

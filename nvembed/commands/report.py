@@ -1,4 +1,4 @@
-"""`nvembed report`: a run's page again, or several runs beside each other on one page."""
+"""`nvembed report`: write a run's report again, or one page that compares several runs."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def _several(sources: Sequence[str], page: str) -> tuple[dict[str, Any], str]:
     lines = [f"{run.label}  {run.report.recipe}  {run.source}" for run in runs]
     for pair in comparison.pairs:
         lines += [
-            f"{found.a} - {found.b}, mean nDCG@10: {found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
-            for found in pair.differences
-            if found.over == MEAN
+            f"{row.a} - {row.b}, mean nDCG@10: {row.value:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
+            for row in pair.differences
+            if row.over == MEAN
         ]
         lines += [f"not compared between {pair.first} and {pair.later}: {line}" for line in pair.left_out]
     lines.append(f"page: {page}")
@@ -85,7 +85,7 @@ def _write_page(uri: str, html: str) -> None:
 
 
 def _check_page(uri: str) -> None:
-    """Refuse to replace what no report of ours is."""
+    """Refuse to replace a file that is no report page of nvembed."""
     from nvembed.report.pages import GENERATOR
 
     fs, path = storage.filesystem(uri)

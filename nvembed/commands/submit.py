@@ -1,4 +1,4 @@
-"""`nvembed submit`: a story runs where the accelerators are.
+"""`nvembed submit`: run a pipeline where the accelerators are.
 
 nvembed submit cluster/ray.yaml -- python pipelines/nv_embed.py pipelines/recipes/quickstart.yaml --out /shared/runs/a
 """
@@ -16,19 +16,19 @@ from nvembed.core.terminal import Console
 from nvembed.pipeline.exit_codes import ExitCode
 from nvembed.types import UserError
 
-SEEN_HERE = "# (outputs as this machine sees them; the job looks again where it runs)"
-DETACH = "detaching from the job, which goes on"
+SEEN_HERE = "# (outputs as this machine sees them; the job checks again where it runs)"
+DETACH = "detaching from the job, which continues"
 
 
 def submit_command(
     target: TargetPath,
     command: Annotated[
-        list[str], typer.Argument(metavar="-- python STORY.py RECIPE ...", help="The story, as it would run here.")
+        list[str], typer.Argument(metavar="-- python PIPELINE.py RECIPE ...", help="The command, as it would run here.")
     ],
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print the story's dry run and the job as it would be submitted; touches nothing."
+            "--dry-run", help="Print the pipeline's dry run and the job as it would be submitted; touches nothing."
         ),
     ] = False,
     wait: Annotated[
@@ -36,7 +36,7 @@ def submit_command(
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a story to a Ray cluster, KubeRay, Slurm or a cloud; the same command again resumes it."""
+    """Submit a pipeline to a Ray cluster, KubeRay, Slurm or a cloud; the same command again resumes it."""
 
     def action() -> int:
         from nvembed.core.secrets import mask
@@ -54,8 +54,8 @@ def submit_command(
         except UserError as error:  # may quote what the user wrote, and that may be a secret
             raise UserError(mask(str(error))) from None
         if dry_run:
-            story = json.loads(seen) if as_json else {}
-            value = {"id": f"{job.base}-1", **story, "out": job.out, "job": preview.value}
+            plan = json.loads(seen) if as_json else {}
+            value = {"id": f"{job.base}-1", **plan, "out": job.out, "job": preview.value}
             text = f"{seen.rstrip()}\n{SEEN_HERE}\n\n# {target}: {job.base}-1 -> {job.out}\n{preview.text}"
             show(value, mask(text).rstrip(), as_json)
             return ExitCode.DONE

@@ -1,4 +1,4 @@
-"""`<out>/steps.json`: what every run of an output did, so that a resumed run's report counts earlier ones (layer 6).
+"""`<out>/steps.json`: the records of every run of an output; a resumed run's report counts the earlier ones.
 
 attempts   one entry per run: started, seconds, status (done | failed | interrupted | killed), peak_pss_mb, and per
            pipeline step it reached: status, seconds, peak_pss_mb, artifact
@@ -15,7 +15,7 @@ from nvembed.report.attempts import whole_step
 
 
 class Records:
-    """The records of one output; the current run is the last attempt.
+    """Records of one output; the current run is the last attempt.
 
     Args:
         out: output root.
@@ -53,12 +53,12 @@ class Records:
         storage.write_json(self._file, {"attempts": self._attempts})
 
     def step(self, name: str, status: str, seconds: float, peak_mb: float | None, artifact: str | None) -> None:
-        """Note how a step stands now; call `write` to save it."""
+        """Set the state of a step; call `write` to save it."""
         entry = {"status": status, "seconds": seconds, "peak_pss_mb": peak_mb, "artifact": artifact}
         self._current["steps"][name] = entry
 
     def close(self, status: str, peak_mb: float) -> None:
-        """Note how the run ended: done, failed or interrupted."""
+        """Set how the run ended (done, failed or interrupted), and save it."""
         self._current["status"] = status
         self.write(peak_mb)
 
@@ -66,7 +66,7 @@ class Records:
         """This run's steps in order: name, status, seconds, peak_pss_mb, artifact, attempts.
 
         `seconds` is the time spent on the step, summed over all attempts; `peak_pss_mb` the highest of those attempts.
-        A step that this run skipped keeps what its making took.
+        A skipped step keeps the numbers of the attempts that built it.
         """
         return [whole_step(self._attempts, name, entry) for name, entry in self._current["steps"].items()]
 

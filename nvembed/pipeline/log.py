@@ -1,7 +1,7 @@
-"""What a run shows while it works: a heartbeat, log records; libraries' own lines go to a file (layer 6).
+"""Console lines and log file of a run: a heartbeat, log records; libraries' own lines go to the file only.
 
 A training step's own lines (step, loss, rate, time left) come from `training/progress.py`, encoding's from
-`retrieval/pool.py`; the heartbeat speaks only where they are silent. On a terminal it is one changing line.
+`retrieval/encode.py`; the heartbeat is written only where they are silent. On a terminal it is one changing line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOUD = "DeepSpeed"  # a logger that warns on standard output while its package i
 
 
 class _ConsoleHandler(logging.Handler):
-    """Our own messages as they are, errors of others with their name; their warnings go to the file only."""
+    """Writes our own messages as they are and libraries' errors with their name; their warnings go to the file only."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
@@ -41,14 +41,17 @@ class _ConsoleHandler(logging.Handler):
         if getattr(record, "transient", False):
             self._console.transient(record.getMessage())
         else:
-            say = self._console.alert if record.levelno >= logging.WARNING else self._console.line
-            say(f"  {level}{name}{record.getMessage()}")
+            write = self._console.alert if record.levelno >= logging.WARNING else self._console.line
+            write(f"  {level}{name}{record.getMessage()}")
 
 
 @contextmanager
 def logged(console: Console, out: str) -> Iterator[str]:
-    """Send log records to the console and to a file, which is given: below `<out>/logs/`, in the temporary directory
-    where the output is remote. What libraries write on standard output and error goes to the file only."""
+    """Send log records to the console and to a file, and what libraries write on standard output and error to the file.
+
+    Yields:
+        Path of the file: below `<out>/logs/`, or in the temporary directory where the output is remote.
+    """
     root, ours = logging.getLogger(), logging.getLogger("nvembed")
     before = root.handlers[:], root.level, ours.level
     folder = f"{out}/logs" if storage.is_local(out) else tempfile.mkdtemp(prefix="nvembed-logs-")
@@ -79,28 +82,29 @@ def logged(console: Console, out: str) -> Iterator[str]:
 
 
 def _through_root(record: logging.LogRecord) -> bool:
-    """Filter of a logger with a handler of its own from its import on: the root's handlers get its records."""
+    """Filter for a logger that gets a handler of its own when imported: passes its records to the root's handlers."""
     logging.getLogger().handle(record)
     return False
 
 
 def _log_dead_thread(died: Any) -> None:
-    """What would go to standard error, which the user does not see while a run is on."""
+    """Log the exception of a thread; standard error, where it would go, is redirected during a run."""
     if died.exc_type is not SystemExit:
         name = died.thread.name if died.thread is not None else "?"
-        told = (died.exc_type, died.exc_value, died.exc_traceback)
-        logging.getLogger(__name__).error("thread %s died: %s", name, died.exc_value, exc_info=told)
+        exception = (died.exc_type, died.exc_value, died.exc_traceback)
+        logging.getLogger(__name__).error("thread %s died: %s", name, died.exc_value, exc_info=exception)
 
 
 class Heartbeat:
-    """While a step runs: says so when nothing else did, and calls `every_tick` (records, MLflow); context manager.
+    """Writes a line while a step runs and nothing else is written, and calls `every_tick`; context manager.
 
     Args:
-        console: where to.
+        console: takes the line.
         name: the step.
-        uri: its directory; growth of its `metrics.jsonl` counts as being said.
+        uri: its directory; growth of its `metrics.jsonl` counts as a line.
         memory_mb: memory of the run right now.
-        every_tick: called about every `QUIET_SECONDS`; what it raises is logged once and the run goes on.
+        every_tick: called about every `QUIET_SECONDS`, for records and MLflow; an error is logged once, and the run
+            continues.
     """
 
     def __init__(
@@ -145,10 +149,10 @@ class Heartbeat:
                 self._tick()
 
     def _silent(self, now: float) -> bool:
-        """Nothing was said lately, and no optimiser step ended lately (whose lines others write)."""
+        """True when no line was written lately and no optimiser step ended lately (training writes those lines)."""
         quiet = TICK_SECONDS / 2 if self._console.is_terminal else QUIET_SECONDS
-        stands = self._grew == self._started or now - self._grew >= 3 * QUIET_SECONDS
-        return stands and now - self._console.spoke >= quiet
+        idle = self._grew == self._started or now - self._grew >= 3 * QUIET_SECONDS
+        return idle and now - self._console.spoke >= quiet
 
     def _tick(self) -> None:
         try:

@@ -1,8 +1,8 @@
-"""Memory of a run: the sum of PSS over its processes, sampled every second, object store included (layer 6).
+"""Memory of a run: the sum of PSS over its processes, sampled every second, object store included.
 
 PSS divides a shared page among the processes that map it, so the sum counts it once; pages of Ray's object store are
-in the PSS of whoever mapped them. Processes are this one and everything below it: with a cluster at RAY_ADDRESS only
-the driver is seen.
+in the PSS of the processes that map them. The processes are this one and its descendants: with a cluster at RAY_ADDRESS
+only the driver is measured.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PERIOD_SECONDS = 1.0
-REFRESH_SAMPLES = 15  # a process whose resident size stands still is measured anew after this many samples
+REFRESH_SAMPLES = 15  # a process whose resident size does not change is measured again after this many samples
 MOVED_PAGES = 256  # 1 MiB
 _SMAPS_KEY = b"Pss:"
 
@@ -25,12 +25,12 @@ def process_tree(root: int) -> list[int]:
     for entry in os.scandir("/proc"):
         if entry.name.isdigit() and (parent := _parent(entry.name)) is not None:
             children.setdefault(parent, []).append(int(entry.name))
-    found, waiting = [], [root]
-    while waiting:
-        process = waiting.pop()
-        found.append(process)
-        waiting += children.get(process, [])
-    return found
+    tree, queue = [], [root]
+    while queue:
+        process = queue.pop()
+        tree.append(process)
+        queue += children.get(process, [])
+    return tree
 
 
 def _parent(process: str) -> int | None:
@@ -57,8 +57,8 @@ def _read(path: str) -> bytes:
 class MemoryMeter:
     """Samples the process tree in a thread; context manager.
 
-    Walking a big process's page tables takes milliseconds, so a process is only measured anew when its resident size
-    has moved by 1 MiB, or after `REFRESH_SAMPLES`.
+    Reading a big process's page tables takes milliseconds, so a process is measured again only when its resident size
+    has changed by 1 MiB, or after `REFRESH_SAMPLES`.
 
     Attributes:
         peak_mb: highest sum seen so far, MiB.
@@ -91,7 +91,7 @@ class MemoryMeter:
 
     @contextmanager
     def span(self) -> Iterator[list[float]]:
-        """Peak of a stretch of the run: a list whose one item is the peak in MiB, kept up to date until the end."""
+        """Peak of a stretch of the run: a list whose one item is the peak in MiB, updated until the stretch ends."""
         self.sample()
         peak = [self.current_mb]
         with self._lock:

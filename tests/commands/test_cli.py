@@ -72,8 +72,8 @@ def test_vectors_are_those_of_the_model(
     model: Path, tmp_path: Path, kind: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode_file, "BLOCK_ROWS", 3)  # several blocks
-    code, said = run("embed", model, write_input(tmp_path, kind), "--out", tmp_path / target)
-    assert code == 0 and f"{tmp_path / target}: 4 vectors of 32 numbers" in said
+    code, output = run("embed", model, write_input(tmp_path, kind), "--out", tmp_path / target)
+    assert code == 0 and f"{tmp_path / target}: 4 vectors of 32 numbers" in output
     ids, vectors = read_output(tmp_path / target)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, expected(model), atol=1e-6)
@@ -92,8 +92,8 @@ def test_vectors_are_those_of_the_model(
     ],
 )
 def test_instructions_and_prompts(model: Path, tmp_path: Path, options: list[str], instruction: str) -> None:
-    code, said = run("embed", model, write_input(tmp_path, "txt"), "--out", tmp_path / "out.npy", *options)
-    assert code == 0, said
+    code, output = run("embed", model, write_input(tmp_path, "txt"), "--out", tmp_path / "out.npy", *options)
+    assert code == 0, output
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected(model, instruction), atol=1e-6)
 
 
@@ -126,16 +126,16 @@ def test_a_cache_knows_the_texts_of_the_last_run(model: Path, tmp_path: Path, mo
     assert seen[len(set(TEXTS)) :] == ["a new one"]
 
 
-def test_texts_that_were_cut_are_told_from_the_cache_too(model: Path, tmp_path: Path) -> None:
+def test_texts_that_were_cut_are_counted_from_the_cache_too(model: Path, tmp_path: Path) -> None:
     source = tmp_path / "in.txt"
     source.write_text("\n".join([*TEXTS, "the sea " * 3000, "text " * 4000]) + "\n")
     for name in ("first", "second"):
-        code, said = run("embed", model, source, "--out", tmp_path / f"{name}.npy", "--cache", tmp_path / "cache")
-        assert code == 0 and "; longer than 512 tokens and cut there: 2" in said
-    code, said = run("embed", model, source, "--out", tmp_path / "third.npy", "--json")
-    assert code == 0 and json.loads(said[said.index("{") :])["truncated"] == 2
-    code, said = run("embed", model, write_input(tmp_path, "txt"), "--out", tmp_path / "short.npy")
-    assert code == 0 and "cut there" not in said
+        code, output = run("embed", model, source, "--out", tmp_path / f"{name}.npy", "--cache", tmp_path / "cache")
+        assert code == 0 and "; longer than 512 tokens and cut there: 2" in output
+    code, output = run("embed", model, source, "--out", tmp_path / "third.npy", "--json")
+    assert code == 0 and json.loads(output[output.index("{") :])["truncated"] == 2
+    code, output = run("embed", model, write_input(tmp_path, "txt"), "--out", tmp_path / "short.npy")
+    assert code == 0 and "cut there" not in output
 
 
 @given(st.integers(1, 6), st.integers(1, 5))
@@ -155,8 +155,8 @@ def test_text_and_title_columns(model: Path, tmp_path: Path) -> None:
     rows = [{"_id": "a", "head": first, "body": rest}, {"_id": "b", "head": None, "body": TEXTS[1]}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = ["--text-column", "body", "--title-column", "head"]
-    code, said = run("embed", model, tmp_path / "in.jsonl", "--out", tmp_path / "out.parquet", *options)
-    assert code == 0, said
+    code, output = run("embed", model, tmp_path / "in.jsonl", "--out", tmp_path / "out.parquet", *options)
+    assert code == 0, output
     ids, vectors = read_output(tmp_path / "out.parquet")
     assert ids == ["a", "b"]
     np.testing.assert_allclose(vectors, expected(model)[:2], atol=1e-6)
@@ -173,8 +173,8 @@ def test_remote_files(model: Path, tmp_path: Path) -> None:
 
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/cli/in.txt", "\n".join(TEXTS).encode())
-    code, said = run("embed", model, "memory://cli/in.txt", "--out", "memory://cli/out.npy")
-    assert code == 0, said
+    code, output = run("embed", model, "memory://cli/in.txt", "--out", "memory://cli/out.npy")
+    assert code == 0, output
     with memory.open("/cli/out.npy", "rb") as file:
         np.testing.assert_allclose(np.load(file), expected(model), atol=1e-6)
 
@@ -192,26 +192,26 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "content", "said"), BAD, ids=range(len(BAD)))
-def test_bad_input_is_told_by_line_and_nothing_is_written(
-    model: Path, tmp_path: Path, name: str, content: str | bytes, said: list[str]
+@pytest.mark.parametrize(("name", "content", "messages"), BAD, ids=range(len(BAD)))
+def test_bad_input_is_listed_by_line_and_nothing_is_written(
+    model: Path, tmp_path: Path, name: str, content: str | bytes, messages: list[str]
 ) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     code, text = run("embed", model, tmp_path / name, "--out", tmp_path / "out.npy")
-    assert code == 2 and all(part in text for part in said), text
+    assert code == 2 and all(part in text for part in messages), text
     assert os.listdir(tmp_path) == [name] and "Traceback" not in text
 
 
 def test_null_texts_and_missing_columns_of_parquet(model: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a", "b"], "text": ["x", None]}), tmp_path / "in.parquet")
-    code, said = run("embed", model, tmp_path / "in.parquet", "--out", tmp_path / "out.npy")
-    assert code == 2 and "line 2: no text" in said
-    code, said = run("embed", model, tmp_path / "in.parquet", "--out", tmp_path / "out.npy", "--text-column", "body")
-    assert code == 2 and "no column body; it has id, text. See --text-column." in said
+    code, output = run("embed", model, tmp_path / "in.parquet", "--out", tmp_path / "out.npy")
+    assert code == 2 and "line 2: no text" in output
+    code, output = run("embed", model, tmp_path / "in.parquet", "--out", tmp_path / "out.npy", "--text-column", "body")
+    assert code == 2 and "no column body; it has id, text. See --text-column." in output
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--dim", "33"], "--dim 33: this model's vectors have 32 numbers; choose 1 to 32"),
         (["--prompt-name", "serch"], "the model has no prompt of this name; it has: document, find"),
@@ -221,17 +221,17 @@ def test_null_texts_and_missing_columns_of_parquet(model: Path, tmp_path: Path) 
         (["--bogus"], "No such option"),
     ],
 )
-def test_wrong_options(model: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_wrong_options(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     code, text = run("embed", model, write_input(tmp_path, "txt"), "--out", tmp_path / "out.npy", *arguments)
-    assert code == 2 and said in text, text
+    assert code == 2 and message in text, text
     assert not (tmp_path / "out.npy").exists()
 
 
 def test_an_existing_output_is_kept_unless_forced(model: Path, tmp_path: Path) -> None:
     source, out = write_input(tmp_path, "txt"), tmp_path / "out.npy"
     out.write_bytes(b"mine")
-    code, said = run("embed", model, source, "--out", out)
-    assert code == 2 and "exists. Choose another --out, or give --force" in said and out.read_bytes() == b"mine"
+    code, output = run("embed", model, source, "--out", out)
+    assert code == 2 and "exists. Choose another --out, or give --force" in output and out.read_bytes() == b"mine"
     assert run("embed", model, source, "--out", out, "--force")[0] == 0
     assert np.load(out).shape == (4, 32)
 
@@ -239,12 +239,15 @@ def test_an_existing_output_is_kept_unless_forced(model: Path, tmp_path: Path) -
 def test_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     source = write_input(tmp_path, "txt")
-    for model, said in [(tmp_path / "no", "no such model folder"), ("models:/m@champion", "Set MLFLOW_TRACKING_URI")]:
+    for model, message in [
+        (tmp_path / "no", "no such model folder"),
+        ("models:/m@champion", "Set MLFLOW_TRACKING_URI"),
+    ]:
         code, text = run("embed", model, source, "--out", tmp_path / "out.npy")
-        assert code == 2 and said in text
+        assert code == 2 and message in text
 
 
-def test_the_registry_of_the_only_run_is_used_and_said(
+def test_the_registry_of_the_only_run_is_used_and_named(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nvembed.registry.client import open_registry
@@ -256,13 +259,13 @@ def test_the_registry_of_the_only_run_is_used_and_said(
     client.create_registered_model("m")
     version = client.create_model_version("m", model.as_uri())
     client.set_registered_model_alias("m", "champion", version.version)
-    code, said = run("embed", "models:/m@champion", write_input(tmp_path, "txt"), "--out", tmp_path / "out.npy")
-    assert code == 0 and "registry: runs/a/mlflow.db" in said, said
+    code, output = run("embed", "models:/m@champion", write_input(tmp_path, "txt"), "--out", tmp_path / "out.npy")
+    assert code == 0 and "registry: runs/a/mlflow.db" in output, output
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected(model), atol=1e-6)
     (tmp_path / "runs/b").mkdir()
     (tmp_path / "runs/b/mlflow.db").touch()
-    code, said = run("embed", "models:/m@champion", tmp_path / "in.txt", "--out", tmp_path / "other.npy")
-    assert code == 2 and "which registry?" in said and "runs/b/mlflow.db" in said
+    code, output = run("embed", "models:/m@champion", tmp_path / "in.txt", "--out", tmp_path / "other.npy")
+    assert code == 2 and "which registry?" in output and "runs/b/mlflow.db" in output
 
 
 def test_stopped_in_the_middle_nothing_is_left(model: Path, tmp_path: Path) -> None:
@@ -274,24 +277,27 @@ def test_stopped_in_the_middle_nothing_is_left(model: Path, tmp_path: Path) -> N
     while not list(tmp_path.glob(".*.tmp")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=30)[0]
-    assert process.returncode == 130 and "Traceback" not in said, said
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 130 and "Traceback" not in output, output
     assert os.listdir(tmp_path) == ["in.txt"]
 
 
 def test_recipe_commands(tmp_path: Path) -> None:
-    code, said = run("recipe", "validate", TINY)
-    assert code == 0 and "a valid recipe (tiny)" in said
-    code, said = run("recipe", "validate", TINY, "--set", "stage_1.train.optimizer={}", "--set", "mine.depht=3")
+    code, output = run("recipe", "validate", TINY)
+    assert code == 0 and "a valid recipe (tiny)" in output
+    code, output = run("recipe", "validate", TINY, "--set", "stage_1.train.optimizer={}", "--set", "mine.depht=3")
     assert (
-        code == 2 and "2 problems" in said and "Did you mean 'optimiser'?" in said and "Did you mean 'depth'?" in said
+        code == 2
+        and "2 problems" in output
+        and "Did you mean 'optimiser'?" in output
+        and "Did you mean 'depth'?" in output
     )
-    code, said = run("recipe", "show", TINY, "--set", "mine.depth=31")
-    (tmp_path / "shown.yaml").write_text(said)
-    assert code == 0 and "depth: 31" in said and run("recipe", "validate", tmp_path / "shown.yaml")[0] == 0
+    code, output = run("recipe", "show", TINY, "--set", "mine.depth=31")
+    (tmp_path / "shown.yaml").write_text(output)
+    assert code == 0 and "depth: 31" in output and run("recipe", "validate", tmp_path / "shown.yaml")[0] == 0
 
 
-def test_doctor_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_lists_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock = tmp_path / "py311_cpu" / "op" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
@@ -306,10 +312,10 @@ def test_doctor_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert problems()["torch extensions"] == f"if no compiler is running: rm {lock}"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert "unset RAY_AUTH_MODE" in problems()["ray authentication"]
-    code, said = run("doctor")
-    assert code == 3 and "!! torch extensions" in said
-    code, said = run("doctor", "--json")
-    assert code == 3 and {"check", "state", "said", "fix"} == set(json.loads(said)[0])
+    code, output = run("doctor")
+    assert code == 3 and "!! torch extensions" in output
+    code, output = run("doctor", "--json")
+    assert code == 3 and {"check", "state", "said", "fix"} == set(json.loads(output)[0])
 
 
 def test_doctor_compares_versions() -> None:

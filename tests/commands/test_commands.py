@@ -43,31 +43,31 @@ def run(*arguments: Any) -> tuple[int, str, str]:
 
 
 def test_the_plan_command() -> None:
-    code, said, _ = run("plan", RECIPES / "nv_embed_v1_7b.yaml", "--hardware", "h100x8", "--price", "50")
-    assert code == 0 and "7,851,016,192 parameters" in said and "cost" in said and "memory of a rank" in said
-    code, said, _ = run("plan", QUICKSTART, "--json", "--set", "stage_1.stream.steps=100")
-    found = json.loads(said)
+    code, output, _ = run("plan", RECIPES / "nv_embed_v1_7b.yaml", "--hardware", "h100x8", "--price", "50")
+    assert code == 0 and "7,851,016,192 parameters" in output and "cost" in output and "memory of a rank" in output
+    code, output, _ = run("plan", QUICKSTART, "--json", "--set", "stage_1.stream.steps=100")
+    found = json.loads(output)
     assert code == 0 and found["stages"]["stage_1"]["steps"] == 100
     parts = found["stages"]["stage_1"]["memory_bytes_per_rank"]
     assert set(parts) == {"process", "weights", "gradients", "optimiser", "activations", "buffers", "total"}
     assert sum(value for name, value in parts.items() if name != "total") == pytest.approx(parts["total"])
-    code, said, _ = run("plan", TINY, "--list", "--json")
+    code, output, _ = run("plan", TINY, "--list", "--json")
     assert code == 0 and {"laptop", "h100x8", "h200x8", "a100-80gx8", "l4x1"} <= {
-        row["name"] for row in json.loads(said)
+        row["name"] for row in json.loads(output)
     }
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--hardware", "h100"], "not in the catalogue. Did you mean 'h100x8'?"),
         (["--fill", "1.5"], "--fill 1.5: must be above 0 and at most 1"),
         (["--set", "stage_1.train.sed=1"], "Did you mean 'seed'?"),
     ],
 )
-def test_wrong_plans(options: list[str], said: str) -> None:
+def test_wrong_plans(options: list[str], message: str) -> None:
     code, _, text = run("plan", TINY, *options)
-    assert code == 2 and said in text
+    assert code == 2 and message in text
 
 
 # -- recipe -----------------------------------------------------------------------------------------------------------
@@ -77,8 +77,8 @@ def test_the_schema_takes_every_recipe_and_refuses_a_mistyped_key() -> None:
     import yaml
     from jsonschema import Draft202012Validator
 
-    code, said, _ = run("recipe", "schema")
-    validator = Draft202012Validator(json.loads(said))
+    code, output, _ = run("recipe", "schema")
+    validator = Draft202012Validator(json.loads(output))
     assert code == 0
     for path in sorted(RECIPES.glob("*.yaml")):
         assert list(validator.iter_errors(yaml.safe_load(path.read_text()))) == [], path
@@ -87,15 +87,17 @@ def test_the_schema_takes_every_recipe_and_refuses_a_mistyped_key() -> None:
     assert any("depht" in error.message for error in validator.iter_errors(wrong))
 
 
-def test_validate_tells_problems_as_json() -> None:
-    code, said, _ = run("recipe", "validate", TINY, "--json", "--set", "mine.depht=3", "--set", "stage_1.train.seed=x")
-    found = json.loads(said)
+def test_validate_lists_problems_as_json() -> None:
+    code, output, _ = run(
+        "recipe", "validate", TINY, "--json", "--set", "mine.depht=3", "--set", "stage_1.train.seed=x"
+    )
+    found = json.loads(output)
     assert code == 2 and found["valid"] is False
     assert {problem["path"] for problem in found["problems"]} == {"mine.depht", "stage_1.train.seed"}
-    code, said, _ = run("recipe", "validate", TINY, "--json")
-    assert code == 0 and json.loads(said) == {"valid": True, "name": "tiny", "problems": []}
-    code, said, _ = run("recipe", "show", TINY, "--json")
-    assert code == 0 and json.loads(said)["name"] == "tiny"
+    code, output, _ = run("recipe", "validate", TINY, "--json")
+    assert code == 0 and json.loads(output) == {"valid": True, "name": "tiny", "problems": []}
+    code, output, _ = run("recipe", "show", TINY, "--json")
+    assert code == 0 and json.loads(output)["name"] == "tiny"
 
 
 def test_a_diff_is_of_meaning(tmp_path: Path) -> None:
@@ -107,12 +109,12 @@ def test_a_diff_is_of_meaning(tmp_path: Path) -> None:
     )
     lines = text.replace(caps, turned, 1)
     other.write_text("# a comment\n" + lines + "cluster: {object_store_mb: 200}\n")
-    code, said, _ = run("recipe", "diff", TINY, other)
-    assert code == 0 and said.splitlines() == [
+    code, output, _ = run("recipe", "diff", TINY, other)
+    assert code == 0 and output.splitlines() == [
         "prepare.sources.cwe.max_documents: 120 -> 121", "stage_1.stream.steps: 10 -> 11"
     ]  # fmt: skip
-    code, said, _ = run("recipe", "diff", TINY, TINY, "--json")
-    assert code == 0 and json.loads(said) == []
+    code, output, _ = run("recipe", "diff", TINY, TINY, "--json")
+    assert code == 0 and json.loads(output) == []
     assert run("recipe", "diff", TINY, TINY)[1] == "no difference\n"
 
 
@@ -143,9 +145,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hits(*arguments: Any) -> list[dict[str, Any]]:
-    code, said, everything = run("search", *arguments, "--json")
+    code, output, everything = run("search", *arguments, "--json")
     assert code == 0, everything
-    return list(json.loads(said))
+    return list(json.loads(output))
 
 
 def test_search_finds_what_the_vectors_say(model: Path, corpus: Path, tmp_path: Path) -> None:
@@ -170,15 +172,15 @@ def test_search_of_a_beir_folder_and_a_narrow_window(model: Path, tmp_path: Path
     (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = hits(model, tmp_path, "Sea")
     assert len(found) == 2 and any(hit["text"].startswith("Sea") for hit in found), "ids may repeat"
-    code, said, _ = run("search", model, tmp_path, "Sea")
-    assert code == 0 and all(len(line) <= 100 for line in said.splitlines()) and "…" in said
+    code, output, _ = run("search", model, tmp_path, "Sea")
+    assert code == 0 and all(len(line) <= 100 for line in output.splitlines()) and "…" in output
 
 
 def test_search_refuses_what_does_not_belong_together(model: Path, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("one\ntwo\n")
     assert run("embed", model, tmp_path / "other.txt", "--out", tmp_path / "v.parquet")[0] == 0
     np.save(tmp_path / "wide.npy", np.ones((5, 31), np.float32))
-    for arguments, said in [
+    for arguments, message in [
         (["--vectors", tmp_path / "v.parquet"], "not the vectors of"),
         (["--vectors", tmp_path / "wide.npy"], "vectors of 31 numbers, the model gives 32"),
         (["--vectors", tmp_path / "no.npy"], "no such file"),
@@ -186,7 +188,7 @@ def test_search_refuses_what_does_not_belong_together(model: Path, corpus: Path,
         (["--dim", "33"], "choose 1 to 32"),
     ]:
         code, _, text = run("search", model, corpus, "sea", *arguments)
-        assert code == 2 and said in text, text
+        assert code == 2 and message in text, text
     assert run("search", model, corpus, "  ")[0] == 2
     assert "--prompt-name find" in run("search", model, corpus, "sea")[2], "the model's prompts are named"
 
@@ -258,8 +260,8 @@ def test_the_shell_gets_its_completions() -> None:
     script = "import sys; sys.argv = ['nvembed']; from nvembed.commands.app import app; app(prog_name='nvembed')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.stdout.split() == ["pipelines/recipes/quickstart.yaml"], done.stderr
-    code, said, _ = run("--help")
-    assert code == 0 and "--install-completion" in said
+    code, output, _ = run("--help")
+    assert code == 0 and "--install-completion" in output
 
 
 SLOW_IMPORT = """
@@ -285,5 +287,5 @@ def test_ctrl_c_while_libraries_load_is_quiet(script: str, tmp_path: Path) -> No
     assert process.stdout is not None and process.stdout.readline() == "loading\n"
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=10)[0]
-    assert (process.returncode, said) == (130, "interrupted\n")
+    output = process.communicate(timeout=10)[0]
+    assert (process.returncode, output) == (130, "interrupted\n")

@@ -1,4 +1,4 @@
-"""A light story with a recipe, in a checkout of its own, and a real Ray head with token authentication."""
+"""A light pipeline with a recipe, in a checkout of its own, and a real Ray head with token authentication."""
 
 import json
 import os
@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STORY = '''
-"""A light story: what a job sees of its cluster, then as its recipe is named."""
+PIPELINE_FILE = '''
+"""A light pipeline: what a job sees of its cluster, then as its recipe is named."""
 
 import os
 import time
@@ -87,10 +87,10 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A git checkout with the light story and its recipe; the working directory."""
+    """A git checkout with the light pipeline and its recipe; the working directory."""
     folder = tmp_path / "checkout"
     (folder / "recipes").mkdir(parents=True)
-    (folder / "light.py").write_text(STORY.lstrip())
+    (folder / "light.py").write_text(PIPELINE_FILE.lstrip())
     tiny = (ROOT / "pipelines/recipes/tiny.yaml").read_text()
     (folder / "recipes/light.yaml").write_text(tiny.replace("name: tiny", "name: light\ntracking: {enabled: false}", 1))
     (folder / ".gitignore").write_text("ignored.txt\nruns/\n")

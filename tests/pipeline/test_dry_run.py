@@ -53,13 +53,13 @@ sys.stderr.write(json.dumps({"code": code, "seen": seen, "heavy": heavy}))
 
 def snapshot(*folders: Path) -> dict[str, tuple[int, int, int]]:
     """Every file and folder with its size, modification and change times; of the temporary directory its content."""
-    found: dict[str, tuple[int, int, int]] = {}
+    files: dict[str, tuple[int, int, int]] = {}
     for folder in folders:
         for path in (folder, *sorted(folder.rglob("*"))):
             stat = path.lstat()
             times = (0, 0) if path.name == "temporary" else (stat.st_mtime_ns, stat.st_ctime_ns)
-            found[str(path)] = (stat.st_size, *times)
-    return found
+            files[str(path)] = (stat.st_size, *times)
+    return files
 
 
 def sockets() -> set[tuple[Any, ...]]:
@@ -68,13 +68,13 @@ def sockets() -> set[tuple[Any, ...]]:
     return {(p.pid, c.laddr, c.raddr, c.status) for p in family for c in p.net_connections(kind="all")}
 
 
-def dry_run(folder: Path, story: str, *arguments: str) -> tuple[dict[str, Any], str]:
+def dry_run(folder: Path, pipeline: str, *arguments: str) -> tuple[dict[str, Any], str]:
     """What was seen by the hook, and standard output; home and temporary directory are inside `folder`."""
     for name in ("home", "temporary", "here"):
         (folder / name).mkdir(exist_ok=True)
     environment = os.environ | {"HOME": str(folder / "home"), "TMPDIR": str(folder / "temporary")}
     environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-c", WATCHED, str(ROOT / "pipelines" / story), *arguments, "--dry-run"]
+    command = [sys.executable, "-c", WATCHED, str(ROOT / "pipelines" / pipeline), *arguments, "--dry-run"]
     before, connected = snapshot(folder, ROOT / "pipelines" / "recipes"), sockets()
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder / "here", env=environment, timeout=120)
     assert snapshot(folder, ROOT / "pipelines" / "recipes") == before, "the file system is as it was"
@@ -87,38 +87,38 @@ def test_a_dry_run_touches_no_file_and_no_socket(tmp_path: Path) -> None:
     (out / "prepare").mkdir(parents=True)
     (out / "steps.json").write_text('{"attempts": []}')
     (out / ".lease.json").write_text("{}")
-    seen, said = dry_run(tmp_path, "quickstart.py", str(TINY), "--out", str(out))
+    seen, output = dry_run(tmp_path, "quickstart.py", str(TINY), "--out", str(out))
     assert seen == {"code": 0, "seen": [], "heavy": []}
-    assert re.search(rf"train_student +run +{out}/train_student\n", said)
+    assert re.search(rf"train_student +run +{out}/train_student\n", output)
 
 
 @pytest.mark.slow
 def test_a_7b_recipe_has_a_dry_run_without_a_trace(tmp_path: Path) -> None:
-    seen, said = dry_run(tmp_path, "nv_embed.py", str(ROOT / "pipelines/recipes/nv_embed_v1_7b.yaml"), "--json")
+    seen, output = dry_run(tmp_path, "nv_embed.py", str(ROOT / "pipelines/recipes/nv_embed_v1_7b.yaml"), "--json")
     assert seen == {"code": 0, "seen": [], "heavy": []}
-    found = json.loads(said)
-    assert found["stages"]["stage_1"]["parameters"] == 7_851_016_192 + 41_943_040
-    assert found["stages"]["stage_1"]["deepspeed"]["zero_optimization"]["stage"] == 3
+    plan = json.loads(output)
+    assert plan["stages"]["stage_1"]["parameters"] == 7_851_016_192 + 41_943_040
+    assert plan["stages"]["stage_1"]["deepspeed"]["zero_optimization"]["stage"] == 3
 
 
 def test_json(tmp_path: Path) -> None:
-    seen, said = dry_run(
+    seen, output = dry_run(
         tmp_path, "quickstart.py", str(TINY), "--json", "--set", "tracking.uri=https://mlflow.example/"
     )
     assert seen["seen"] == []
-    found = json.loads(said)
-    assert found["sources"]["tracking.uri"].startswith("--set tracking.uri=https://mlflow.example/")
+    plan = json.loads(output)
+    assert plan["sources"]["tracking.uri"].startswith("--set tracking.uri=https://mlflow.example/")
     assert (
-        found["sources"]["stage_1.train.seed"] == "tiny.yaml:42" and found["sources"]["cluster.local_cpus"] == "default"
+        plan["sources"]["stage_1.train.seed"] == "tiny.yaml:42" and plan["sources"]["cluster.local_cpus"] == "default"
     )
-    assert found["stages"]["stage_2"]["memory_bytes_per_rank"]["total"] > 0
-    assert found["steps"][0] == {"name": "prepare", "what": "run", "uri": f"{tmp_path}/here/runs/tiny/prepare"}
+    assert plan["stages"]["stage_2"]["memory_bytes_per_rank"]["total"] > 0
+    assert plan["steps"][0] == {"name": "prepare", "what": "run", "uri": f"{tmp_path}/here/runs/tiny/prepare"}
 
 
 def test_an_output_out_of_reach_leaves_the_steps_unknown(tmp_path: Path) -> None:
-    _, said = dry_run(tmp_path, "quickstart.py", str(TINY), "--out", "nosuch://bucket/run")
-    assert "# a run from here would end with exit code 3: nosuch://bucket/run cannot be reached" in said
-    steps = said.split("# steps, below nosuch://bucket/run\n")[1].splitlines()[1:]
+    _, output = dry_run(tmp_path, "quickstart.py", str(TINY), "--out", "nosuch://bucket/run")
+    assert "# a run from here would end with exit code 3: nosuch://bucket/run cannot be reached" in output
+    steps = output.split("# steps, below nosuch://bucket/run\n")[1].splitlines()[1:]
     assert {line.split()[1] for line in steps if not line.startswith("report ")} == {"unknown"} and len(steps) > 15
 
 
@@ -140,13 +140,13 @@ def test_a_secret_in_a_recipe_is_refused_without_being_shown(tmp_path: Path, mon
 def test_every_written_value_has_its_line(path: Path) -> None:
     recipe, document = read_recipe(str(path))
     text = path.read_text().splitlines()
-    found = sources(recipe, document)
-    for name, source in found.items():
+    origins = sources(recipe, document)
+    for name, source in origins.items():
         if source != "default":
             line = text[int(source.rsplit(":", 1)[1]) - 1]
             key = [part for part in name.split(".") if not part.isdigit()][-1]
             assert key in line or "-" in line, (name, source)
-    assert "default" in found.values()
+    assert "default" in origins.values()
 
 
 def test_the_shown_recipe_is_the_recipe(tmp_path: Path) -> None:

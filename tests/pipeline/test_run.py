@@ -1,4 +1,4 @@
-"""Stories as users run them: skip, resume, refuse, stop. A toy road of real steps, in processes of its own."""
+"""Pipelines as users run them: skip, resume, refuse, stop. A toy pipeline of real steps, in processes of its own."""
 
 import json
 import os
@@ -30,9 +30,9 @@ from nvembed.types import UserError
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "pipelines/recipes/tiny.yaml"
 
-# kinds "prepare" and "initialise" need no Ray; what a step does is said in <out>/../do-<name>
+# kinds "prepare" and "initialise" need no Ray; what a step does is in <out>/../do-<name>
 TOY = '''
-"""A toy story: two steps, the second resumable."""
+"""A toy pipeline: two steps, the second resumable."""
 import sys, time
 from pathlib import Path
 from nvembed.core import storage
@@ -46,11 +46,11 @@ def build(config, inputs, uri):
     order = Path(uri).parents[1] / f"do-{name}"
     text = order.read_text() if order.exists() else ""
     (Path(uri).parents[1] / f"at-{name}").write_text("x")
-    found = storage.list_directory(uri)
+    files = storage.list_directory(uri)
     storage.write_bytes(storage.join(uri, "checkpoints", "last"), b"half")
     exec(text)
     storage.write_json(storage.join(uri, "result.json"), sorted(config.model_dump()))
-    return StepResult(rows={"resumed": int("checkpoints" in found)})
+    return StepResult(rows={"resumed": int("checkpoints" in files)})
 
 FIRST = Step("prepare", 1, build)
 SECOND = Step("initialise", 1, build, cleared=False)
@@ -69,7 +69,7 @@ if __name__ == "__main__":
 
 
 class Toy:
-    """The toy story in a folder of its own."""
+    """The toy pipeline in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.out = folder, folder / "run"
@@ -90,10 +90,10 @@ class Toy:
         )
 
     def run(self, *arguments: str) -> tuple[int, str]:
-        """Exit code and everything that was said."""
+        """Exit code and everything that was written."""
         process = self.start(*arguments)
-        said, _ = process.communicate(timeout=200)
-        return process.returncode, said
+        output, _ = process.communicate(timeout=200)
+        return process.returncode, output
 
     def reached(self, step: str, process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + 60
@@ -115,15 +115,15 @@ def toy(tmp_path: Path) -> Toy:
     return Toy(tmp_path)
 
 
-def test_a_road_is_walked_once_and_then_skipped(toy: Toy) -> None:
-    code, said = toy.run()
-    assert code == 0, said
-    assert re.search(rf"toy -> {toy.out} \(log: logs/run-[\d-]+\.log\)\n", said)
-    assert re.search(r"first: starts\nfirst: done in \d+\.\d s, \d\.\d GiB\nsecond: starts\nsecond: done in", said)
+def test_steps_run_once_and_are_then_skipped(toy: Toy) -> None:
+    code, output = toy.run()
+    assert code == 0, output
+    assert re.search(rf"toy -> {toy.out} \(log: logs/run-[\d-]+\.log\)\n", output)
+    assert re.search(r"first: starts\nfirst: done in \d+\.\d s, \d\.\d GiB\nsecond: starts\nsecond: done in", output)
     before = {path: path.stat().st_mtime_ns for path in toy.out.glob("*/manifest.json")}
     assert len(before) == 2
-    code, said = toy.run()
-    assert code == 0 and "first: skipped, unchanged\nsecond: skipped, unchanged\n" in said
+    code, output = toy.run()
+    assert code == 0 and "first: skipped, unchanged\nsecond: skipped, unchanged\n" in output
     assert {path: path.stat().st_mtime_ns for path in toy.out.glob("*/manifest.json")} == before
     steps = toy.report["steps"]
     assert [(step["name"], step["status"]) for step in steps] == [("first", "skipped"), ("second", "skipped")]
@@ -131,21 +131,21 @@ def test_a_road_is_walked_once_and_then_skipped(toy: Toy) -> None:
     assert len(toy.records) == 2 and toy.report["wall_seconds"] > toy.records[-1]["seconds"]
 
 
-def test_a_dry_run_tells_the_plan_and_leaves_no_trace(toy: Toy) -> None:
-    code, said = toy.run("--dry-run", "--set", "stage_1.stream.steps=12")
-    assert code == 0, said
+def test_a_dry_run_prints_the_plan_and_leaves_no_trace(toy: Toy) -> None:
+    code, output = toy.run("--dry-run", "--set", "stage_1.stream.steps=12")
+    assert code == 0, output
     assert not toy.out.exists() and sorted(os.listdir(toy.folder)) == ["recipes", "toy.py"]
-    assert "stage_1: 12 steps, 2 worker(s)" in said and "about 0." in said
-    assert re.search(rf"first +run +{toy.out}/first\nsecond +run +{toy.out}/second\n", said)
-    assert "steps: 12" in said.split("# training")[0], "the resolved recipe is shown"
+    assert "stage_1: 12 steps, 2 worker(s)" in output and "about 0." in output
+    assert re.search(rf"first +run +{toy.out}/first\nsecond +run +{toy.out}/second\n", output)
+    assert "steps: 12" in output.split("# training")[0], "the resolved recipe is shown"
 
 
 def test_a_dry_run_says_what_would_be_skipped_and_what_resumed(toy: Toy) -> None:
     toy.do("second", "raise RuntimeError('broken')")
     assert toy.run()[0] == 4
     before = sorted(str(path) for path in toy.out.rglob("*"))
-    code, said = toy.run("--dry-run")
-    assert code == 0 and re.search(r"first +skipped .*\nsecond +resumed ", said), said
+    code, output = toy.run("--dry-run")
+    assert code == 0 and re.search(r"first +skipped .*\nsecond +resumed ", output), output
     assert sorted(str(path) for path in toy.out.rglob("*")) == before
 
 
@@ -158,37 +158,38 @@ def test_the_default_output_is_named_after_the_recipe(toy: Toy) -> None:
 def test_a_changed_recipe_is_refused_with_the_difference_before_anything_runs(toy: Toy) -> None:
     assert toy.run()[0] == 0
     stamps = {path: path.stat().st_mtime_ns for path in toy.out.rglob("*")}
-    code, said = toy.run("--set", "stage_1.train.seed=99", "--no-auto-promote")
+    code, output = toy.run("--set", "stage_1.train.seed=99", "--no-auto-promote")
     assert code == 2
     assert (
-        "  register.auto_promote: true -> false\n  stage_1.train.seed: 17 -> 99\n" in said and "Traceback" not in said
+        "  register.auto_promote: true -> false\n  stage_1.train.seed: 17 -> 99\n" in output
+        and "Traceback" not in output
     )
     assert {path: path.stat().st_mtime_ns for path in toy.out.rglob("*")} == stamps
 
 
 def test_where_a_run_computes_may_change(toy: Toy) -> None:
     assert toy.run()[0] == 0
-    code, said = toy.run("--set", "cluster.local_cpus=3")
-    assert code == 0 and "second: skipped, unchanged" in said
+    code, output = toy.run("--set", "cluster.local_cpus=3")
+    assert code == 0 and "second: skipped, unchanged" in output
 
 
-def test_an_output_of_somebody_else_is_refused(toy: Toy) -> None:
+def test_an_output_that_no_run_made_is_refused(toy: Toy) -> None:
     toy.out.mkdir()
     (toy.out / "report.html").write_text("my own report")
-    code, said = toy.run()
-    assert code == 2 and "holds report.html that no run made" in said
+    code, output = toy.run()
+    assert code == 2 and "holds report.html that no run made" in output
     assert os.listdir(toy.out) == ["report.html"] and (toy.out / "report.html").read_text() == "my own report"
 
 
 def test_a_corrupt_artifact_is_refused(toy: Toy) -> None:
     assert toy.run()[0] == 0
     (toy.out / "first" / "result.json").write_text("[]")
-    code, said = toy.run()
-    assert code == 2 and re.search(r"first is corrupt: result\.json: \d+ bytes, expected \d+", said)
+    code, output = toy.run()
+    assert code == 2 and re.search(r"first is corrupt: result\.json: \d+ bytes, expected \d+", output)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["--set", "stage_1.train.sed=1"], 2, r"--set stage_1\.train\.sed=1: .*unknown key\. Did you mean 'seed'\?"),
         (["--set", "stage_1=null", "--set", "stage_2=null"], 2, "stage_1: missing; this pipeline needs the section"),
@@ -202,25 +203,25 @@ def test_a_corrupt_artifact_is_refused(toy: Toy) -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_call_is_told_before_anything_happens(
-    toy: Toy, arguments: list[str], code: int, said: str
+def test_mistakes_in_a_call_are_reported_before_anything_happens(
+    toy: Toy, arguments: list[str], code: int, message: str
 ) -> None:
     ended, text = toy.run(*arguments)
-    assert ended == code and re.search(said, text), text
+    assert ended == code and re.search(message, text), text
     assert not toy.out.exists() and "Traceback" not in text
 
 
-def test_a_failed_step_is_told_in_a_line_and_in_full_in_a_file(toy: Toy) -> None:
+def test_a_failed_step_is_one_line_and_a_traceback_in_a_file(toy: Toy) -> None:
     toy.do("second", "raise RuntimeError('no room at the inn')")
-    code, said = toy.run()
-    assert code == 4 and "Traceback" not in said
-    assert "error: step second failed: RuntimeError: no room at the inn\n" in said
+    code, output = toy.run()
+    assert code == 4 and "Traceback" not in output
+    assert "error: step second failed: RuntimeError: no room at the inn\n" in output
     [log] = (toy.out / "logs").glob("error-*.log")
-    assert str(log) in said and "Traceback" in log.read_text() and "no room at the inn" in log.read_text()
+    assert str(log) in output and "Traceback" in log.read_text() and "no room at the inn" in log.read_text()
     assert toy.records[-1]["status"] == "failed" and toy.records[-1]["steps"]["second"]["status"] == "failed"
     toy.do("second", "")
-    code, said = toy.run()
-    assert code == 0 and "second: resumes" in said
+    code, output = toy.run()
+    assert code == 0 and "second: resumes" in output
     assert json.loads((toy.out / "second/manifest.json").read_text())["rows"] == {"resumed": 1}
     assert [step["status"] for step in toy.report["steps"]] == ["skipped", "resumed"]
 
@@ -241,37 +242,39 @@ logging.getLogger("nvembed.x").warning("a warning of ours")
 
 def test_a_quiet_run_shows_real_errors_and_the_last_line_and_the_log_has_the_rest(toy: Toy) -> None:
     toy.do("first", "import os\n" + STRAY)
-    code, said = toy.run("--quiet")
-    assert code == 0, said
-    first, second, last = said.splitlines()
+    code, output = toy.run("--quiet")
+    assert code == 0, output
+    first, second, last = output.splitlines()
     assert first == "  error: ray.x: a real error" and second == "  warning: a warning of ours"
     assert re.fullmatch(r"done in \d+:\d\d, 1 run\(s\), \d\.\d GiB", last)
     [log] = (toy.out / "logs").glob("run-*.log")
-    told = log.read_text()
+    text = log.read_text()
     for stray in ("Setting accelerator", "core_worker.cc", "from a child", "its error", "Loading extension"):
-        assert stray in told, stray
-    code, said = toy.run("-q", "--set", "stage_1.train.seed=99")
-    assert code == 2 and said.startswith("error: ")
+        assert stray in text, stray
+    code, output = toy.run("-q", "--set", "stage_1.train.seed=99")
+    assert code == 2 and output.startswith("error: ")
 
 
-def test_a_users_mistake_found_by_a_step_is_exit_code_2(toy: Toy) -> None:
+def test_a_users_mistake_in_a_step_is_exit_code_2(toy: Toy) -> None:
     toy.do("first", "raise UserError('rows.jsonl:3: no text')")
-    code, said = toy.run()
-    assert code == 2 and "error: rows.jsonl:3: no text" in said and "Traceback" not in said
+    code, output = toy.run()
+    assert code == 2 and "error: rows.jsonl:3: no text" in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_a_run_stops_cleanly_and_the_next_goes_on(toy: Toy, number: signal.Signals) -> None:
+def test_a_run_stops_cleanly_on_request_and_the_next_resumes(toy: Toy, number: signal.Signals) -> None:
     toy.do("second", "time.sleep(100)")
     process = toy.start()
     toy.reached("second", process)
-    code, said = toy.run()
-    assert code == 2 and re.search(rf"in use by .* pid {process.pid} ", said), "a second run is refused with its holder"
-    asked = time.monotonic()
+    code, output = toy.run()
+    assert code == 2 and re.search(rf"in use by .* pid {process.pid} ", output), (
+        "a second run is refused with its holder"
+    )
+    requested = time.monotonic()
     process.send_signal(number)
-    said = process.communicate(timeout=30)[0]
-    assert process.returncode == 130 and time.monotonic() - asked < 8
-    assert "Traceback" not in said and "run the same command again to resume" in said
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 130 and time.monotonic() - requested < 8
+    assert "Traceback" not in output and "run the same command again to resume" in output
     assert json.loads((toy.out / ".lease.json").read_text())["released"] is True
     assert toy.records[-1]["status"] == "interrupted"
     toy.do("second", "")
@@ -319,8 +322,8 @@ def test_kill_9_never_blocks_and_its_seconds_count(toy: Toy) -> None:
     process.kill()
     process.communicate()
     toy.do("second", "")
-    code, said = toy.run()
-    assert code == 0 and "second: resumes" in said, said
+    code, output = toy.run()
+    assert code == 0 and "second: resumes" in output, output
     assert [attempt["status"] for attempt in toy.records] == ["killed", "done"]
     second = toy.report["steps"][1]
     assert second["status"] == "resumed" and second["seconds"] > 4
@@ -340,21 +343,21 @@ if __name__ == "__main__":
 """
 
 
-def test_a_model_made_elsewhere_is_taken_over_once(toy: Toy) -> None:
+def test_a_model_made_elsewhere_is_imported_once(toy: Toy) -> None:
     (toy.folder / "toy.py").write_text(TOY.split("def toy")[0] + IMPORTING)
     model = toy.folder / "my-model"
     model.mkdir()
     (model / "weights").write_text("one")
-    code, said = toy.run("--set", f"teacher={model}")
-    assert code == 0, said
+    code, output = toy.run("--set", f"teacher={model}")
+    assert code == 0, output
     assert (toy.out / "teacher/model/weights").read_text() == "one"
-    code, said = toy.run("--set", f"teacher={model}")
-    assert code == 0 and "teacher: skipped, unchanged" in said
+    code, output = toy.run("--set", f"teacher={model}")
+    assert code == 0 and "teacher: skipped, unchanged" in output
     (model / "weights").write_text("two")
-    code, said = toy.run("--set", f"teacher={model}")
-    assert code == 2 and re.search("teacher was made with another recipe:\n  config.content", said)
-    code, said = toy.run("--set", "teacher=/no/such/model")
-    assert code == 2 and "recipe.yaml" in said
+    code, output = toy.run("--set", f"teacher={model}")
+    assert code == 2 and re.search("teacher was made with another recipe:\n  config.content", output)
+    code, output = toy.run("--set", "teacher=/no/such/model")
+    assert code == 2 and "recipe.yaml" in output
 
 
 # -- the parts --------------------------------------------------------------------------------------------------------
@@ -386,8 +389,8 @@ def test_a_step_made_before_records_began_has_its_manifests_seconds(tmp_path: Pa
 
 GROW = """
 import sys, time
-held = bytearray(int(sys.argv[1]) << 20)
-held[::4096] = b"1" * len(held[::4096])
+block = bytearray(int(sys.argv[1]) << 20)
+block[::4096] = b"1" * len(block[::4096])
 print("up", flush=True)
 time.sleep(60)
 """
@@ -428,9 +431,9 @@ HOARD = """
 import os
 from nvembed.core.runtime import give_back
 from nvembed.pipeline.memory_meter import pss_bytes
-held = [bytes(1000) for _ in range(200_000)]
-keep = held[::1000]
-del held
+blocks = [bytes(1000) for _ in range(200_000)]
+keep = blocks[::1000]
+del blocks
 before = pss_bytes(os.getpid())
 give_back()
 print(before - pss_bytes(os.getpid()))
@@ -486,9 +489,9 @@ def test_a_local_cluster_has_room_for_the_recipes_workers() -> None:
     ],
 )
 def test_errors_have_their_exit_codes(error: Exception, code: int, tmp_path: Path) -> None:
-    said: list[str] = []
-    assert report_error(error, said.append, str(tmp_path)) == code
-    assert str(error) in said[0]
+    output: list[str] = []
+    assert report_error(error, output.append, str(tmp_path)) == code
+    assert str(error) in output[0]
     assert bool(list(tmp_path.glob("logs/error-*"))) == (code == 4)
 
 
@@ -505,10 +508,10 @@ class Terminal:
         self.text += text
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
 
-def test_the_heartbeat_speaks_only_where_others_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heartbeat_is_written_only_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "TICK_SECONDS", 0.02)
     monkeypatch.setattr(log, "QUIET_SECONDS", 0.1)
     stream, ticks = Terminal(False), list[int]()
@@ -534,7 +537,7 @@ def test_the_heartbeat_speaks_only_where_others_are_silent(tmp_path: Path, monke
     assert stream.text == "", "the training's own lines are enough"
 
 
-def test_a_failing_tick_is_told_once_and_the_run_goes_on(
+def test_a_failing_tick_is_logged_once_and_the_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(log, "TICK_SECONDS", 0.01)
@@ -550,7 +553,7 @@ def test_a_failing_tick_is_told_once_and_the_run_goes_on(
     assert len(ticks) > 2 and [record.getMessage() for record in caplog.records] == ["mine: OSError: disk full"]
 
 
-def test_interrupts_put_back_what_they_found() -> None:
+def test_interrupts_restore_the_handlers() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with Interrupts(print, lambda: None) as interrupts:
         assert signal.getsignal(signal.SIGINT) == interrupts._handle and not interrupts.requested

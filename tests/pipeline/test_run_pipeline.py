@@ -111,8 +111,8 @@ def test_a_run_in_another_thread_has_no_handlers(small: Path) -> None:
 
 
 def test_without_a_grace_time_every_ctrl_c_raises() -> None:
-    said: list[str] = []
-    with Interrupts(said.append, lambda: None, grace=None) as interrupts:
+    output: list[str] = []
+    with Interrupts(output.append, lambda: None, grace=None) as interrupts:
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)

@@ -1,6 +1,6 @@
-"""Secrets planted in the environment of a whole run are in nothing it leaves behind, says, or starts.
+"""Secrets planted in the environment of a whole run are in nothing it leaves behind, writes, or starts.
 
-The tiny road, shortened, with a real MLflow server whose address carries a password. About 2 minutes on 2 idle cores.
+The tiny recipe, shortened, with a real MLflow server whose address carries a password. About 2 minutes on 2 idle cores.
 """
 
 from __future__ import annotations
@@ -77,27 +77,27 @@ def session() -> Iterator[Path]:
 
 
 def environment(session: Path, tracking: str) -> dict[str, str]:
-    found = {**os.environ, **CANARIES, "RAY_TMPDIR": str(session), "RAY_AUTH_MODE": "token"}
-    found["MLFLOW_TRACKING_URI"] = tracking
-    found.pop("RAY_ADDRESS", None)
-    return found
+    variables = {**os.environ, **CANARIES, "RAY_TMPDIR": str(session), "RAY_AUTH_MODE": "token"}
+    variables["MLFLOW_TRACKING_URI"] = tracking
+    variables.pop("RAY_ADDRESS", None)
+    return variables
 
 
 def leaks(folder: Path) -> list[str]:
     """Files below a folder that hold a canary, each with the one it holds."""
-    found = []
+    faults = []
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             data = path.read_bytes()
-            found += [f"{path}: {name}" for name, value in planted().items() if value.encode() in data]
-    return found
+            faults += [f"{path}: {name}" for name, value in planted().items() if value.encode() in data]
+    return faults
 
 
 def planted() -> Mapping[str, str]:
     return {**CANARIES, "a password in a URL": IN_URL}
 
 
-def told(text: str) -> list[str]:
+def canaries_in(text: str) -> list[str]:
     return [name for name, value in planted().items() if value in text]
 
 
@@ -108,7 +108,7 @@ def test_a_whole_run_leaks_no_canary(server: tuple[int, Path], session: Path, tm
     command = [sys.executable, str(ROOT / "pipelines/quickstart.py"), TINY, "--out", str(out)]
     command += [part for setting in SHORT for part in ("--set", setting)]
     variables = environment(session, f"http://somebody:{IN_URL}@127.0.0.1:{port}")
-    with open(tmp_path / "said.log", "w") as log:
+    with open(tmp_path / "output.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables, cwd=tmp_path)
     arguments: set[str] = set()
     while process.poll() is None:
@@ -118,14 +118,14 @@ def test_a_whole_run_leaks_no_canary(server: tuple[int, Path], session: Path, tm
             except psutil.NoSuchProcess:
                 continue
         time.sleep(1)
-    said = (tmp_path / "said.log").read_text()
-    assert process.returncode == 0, said[-4000:]
-    assert any("raylet" in line for line in arguments) and told("\n".join(arguments)) == []
-    assert told(said) == []
+    output = (tmp_path / "output.log").read_text()
+    assert process.returncode == 0, output[-4000:]
+    assert any("raylet" in line for line in arguments) and canaries_in("\n".join(arguments)) == []
+    assert canaries_in(output) == []
     assert (out / "report.html").exists() and (out / "tracking.json").exists() and list(out.glob("logs/*.log"))
     assert leaks(out) == []
     logs = list(session.rglob("*.log"))
-    assert logs, "Ray's session is where it was told to be"
+    assert logs, "Ray's session is in the folder that was set"
     assert leaks(session) == []
     assert (folder / "server.db").stat().st_size > 10_000 and b"nvembed.output" in (folder / "server.db").read_bytes()
     assert leaks(folder) == []
@@ -141,7 +141,7 @@ def test_a_registry_that_is_away_is_named_without_its_password(session: Path, tm
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path, timeout=250)
     assert done.returncode == 2 and "127.0.0.1" in done.stderr, done.stderr
-    assert told(done.stdout + done.stderr) == []
+    assert canaries_in(done.stdout + done.stderr) == []
 
 
 @pytest.mark.timeout(300)
@@ -161,5 +161,5 @@ def test_a_secret_given_where_things_are_stored_is_refused(
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment(session, ""), cwd=tmp_path, timeout=250
     )
-    assert done.returncode == 2 and told(done.stdout + done.stderr) == [], done.stderr
+    assert done.returncode == 2 and canaries_in(done.stdout + done.stderr) == [], done.stderr
     assert "environment" in done.stderr and list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The whole road on the tiny recipe, as a user runs it: a subprocess, real Ray, DeepSpeed and MLflow."""
+"""The quickstart on the tiny recipe, as a user runs it: a subprocess, real Ray, DeepSpeed and MLflow."""
 
 import json
 import os
@@ -21,9 +21,9 @@ STEPS = [
 ]  # fmt: skip
 
 
-def start(out: Path, *arguments: str, story: str = "quickstart.py") -> subprocess.Popen[str]:
-    """Start a story in its own process group, output to a file beside `out`."""
-    command = [sys.executable, str(ROOT / "pipelines" / story), str(TINY), "--out", str(out), *arguments]
+def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start the quickstart in its own process group, output to a file beside `out`."""
+    command = [sys.executable, str(ROOT / "pipelines/quickstart.py"), str(TINY), "--out", str(out), *arguments]
     with open(out.parent / f"log-{time.time_ns()}.txt", "w") as log:
         return subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=out.parent
@@ -42,8 +42,8 @@ def metrics(out: Path, step: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One uninterrupted run of the tiny road."""
-    out = tmp_path_factory.mktemp("road") / "tiny"
+    """One uninterrupted run of the tiny recipe."""
+    out = tmp_path_factory.mktemp("quickstart") / "tiny"
     process = start(out)
     assert process.wait(timeout=600) == 0, logs(out)[-6000:]
     return out
@@ -61,7 +61,7 @@ def test_report_holds_what_outside_checks_rely_on(finished: Path) -> None:
     assert {"teacher", "student", "student@32"} <= set(report["scores"])
     for system in report["scores"].values():
         for dataset, metric in PRIMARY.items():
-            assert next(iter(system[dataset])) == metric, "the primary metric stands first"
+            assert next(iter(system[dataset])) == metric, "the primary metric comes first"
         for values in system.values():
             assert all(0 <= v["low"] <= v["value"] <= v["high"] <= 1 for k, v in values.items() if k != "spearman")
     for model in ("teacher", "student"):
@@ -73,7 +73,7 @@ def test_report_holds_what_outside_checks_rely_on(finished: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(700)
-def test_every_optimiser_step_stands_in_the_metrics_once(finished: Path) -> None:
+def test_every_optimiser_step_is_in_the_metrics_once(finished: Path) -> None:
     for step, expected in (("train_stage_1", 10), ("train_stage_2", 6), ("train_student", 8)):
         lines = metrics(finished, step)
         assert [line["step"] for line in lines] == list(range(expected))
@@ -154,8 +154,8 @@ def test_ctrl_c_stops_within_seconds_with_130_and_a_second_run_is_refused_meanwh
     second = start(out)
     assert second.wait(timeout=60) == 2
     assert re.search(rf"in use by .* pid {process.pid}\b", logs(out))
-    asked = time.monotonic()
+    requested = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130, logs(out)[-3000:]
-    assert time.monotonic() - asked < 20
+    assert time.monotonic() - requested < 20
     assert "Traceback" not in logs(out)
