@@ -1,1 +1,1 @@
-"""Layer 6: report.json and report.html."""
+"""The report of a run (`report.json`, `report.html`) and the comparison of several runs."""

@@ -1,4 +1,7 @@
-"""`<out>/steps.json`: what every attempt of a run did, read back."""
+"""Reads `<out>/steps.json`, the records of every attempt of a run.
+
+A module of its own because the pipeline and the command line need it without the rest of the report.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,22 @@ from nvembed.core.steps import RECORDS
 
 
 @dataclass(frozen=True)
-class Past:
-    """What `steps.json` says of an output, for reading only; `steps` are of all runs, each as it stood last."""
+class RunHistory:
+    """The records of an output over all attempts; `steps` are as the last attempt left them."""
 
     steps: list[dict[str, Any]]
     wall_seconds: float
     peak_mb: float
 
 
-def read_records(out: str) -> Past | None:
-    """The records of an output, None where it has none."""
+def read_records(out: str) -> RunHistory | None:
+    """The records of an output; None where it has none."""
     file = storage.join(out, RECORDS)
     if not storage.exists(file):
         return None
     attempts = storage.read_json(file)["attempts"]
     latest = {name: entry for attempt in attempts for name, entry in attempt["steps"].items()}
-    return Past(
+    return RunHistory(
         steps=[whole_step(attempts, name, entry) for name, entry in latest.items()],
         wall_seconds=float(sum(attempt["seconds"] for attempt in attempts)),
         peak_mb=float(max((attempt["peak_pss_mb"] for attempt in attempts), default=0.0)),
@@ -34,7 +37,7 @@ def read_records(out: str) -> Past | None:
 
 
 def whole_step(attempts: Sequence[Mapping[str, Any]], name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A step over all attempts."""
+    """One record of a step for all attempts: the time of those that did work, and the highest peak."""
     parts = [attempt["steps"][name] for attempt in attempts if name in attempt["steps"]]
     worked = [part for part in parts if part["status"] != "skipped"] or parts
     peaks = [part["peak_pss_mb"] for part in worked if part["peak_pss_mb"] is not None]

@@ -1,4 +1,4 @@
-"""From the artifacts of a run to the `Report`: reads what the steps wrote, computes nothing but comparisons."""
+"""Collects the `Report` of a run from its artifacts; only comparisons are computed here."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def collect_report(
     peak_pss_mb: float | None,
     environment: Environment | None = None,
 ) -> Report:
-    """Everything `report.json` says; parts whose steps are missing are left empty.
+    """The content of `report.json`; parts whose steps are missing are empty.
 
     Args:
         recipe_name: the recipe's name.
@@ -69,7 +69,7 @@ def collect_report(
         artifacts: artifact by step name.
         wall_seconds: of this run.
         peak_pss_mb: of this run.
-        environment: what the run ran on; None: this process.
+        environment: machine and versions of the run; None: those of this process.
     """
     systems = scored_systems(artifacts)
     files = {system.artifact.uri: storage.read_json(system.artifact.path("scores.json")) for system in systems.values()}
@@ -104,7 +104,7 @@ def collect_report(
         training={name: _training(artifact) for name, artifact in _trainings(artifacts)},
         lineage={name: _lineage(artifact) for name, artifact in artifacts.items()},
         environment=environment or describe_environment(),
-        resolved_recipe=mask_all(recipe),  # reports are passed around
+        resolved_recipe=mask_all(recipe),  # reports are shared
         mixes=data_mixes(artifacts),
         negatives=negatives_quality(mining),
         means=retrieval_means(systems, settings),
@@ -128,7 +128,7 @@ def _untrained_variants(files: Iterable[Mapping[str, Any]]) -> dict[str, Any] | 
 def _champions(
     registrations: Mapping[str, Mapping[str, Any]], artifacts: Mapping[str, Artifact]
 ) -> Iterator[tuple[str, Champion]]:
-    """By role: who was champion before this run registered its model; nobody where there was none."""
+    """By role: the registry's champion before this run registered its model."""
     for step, registration in registrations.items():
         before, role = registration.get("champion_before"), step.removeprefix("register_")
         if before and f"evaluate_{role}" in artifacts:
@@ -152,14 +152,14 @@ def _reported(name: str) -> bool:
 def _in_order(metrics: Mapping[str, Any]) -> dict[str, Interval]:
     first = primary_metric(metrics)
     known = [name for name in METRIC_ORDER if name in metrics]
-    found = {}
+    intervals = {}
     for name in dict.fromkeys([first, *known, *metrics]):
         values = {key: metrics[name][key] for key in ("value", "low", "high")}
         if all(map(_finite, values.values())):
-            found[name] = Interval(**values)
+            intervals[name] = Interval(**values)
         else:
             logger.warning("report: %s is left out: %s", name, values)
-    return found
+    return intervals
 
 
 def _finite(value: float | None) -> bool:
@@ -182,19 +182,18 @@ def _read(artifacts: Mapping[str, Artifact], step: str, name: str) -> dict[str, 
 def _datasets(artifacts: Mapping[str, Artifact]) -> dict[str, Dataset]:
     if "prepare" not in artifacts:
         return {}
-    found = artifacts["prepare"].manifest["metrics"]["datasets"]
     known = Dataset.model_fields
     return {
-        # report.json says `near_copies_*`: its keys are a contract, so they keep their first name
+        # the keys of report.json are a contract: there near duplicates are still `near_copies_*`
         name: Dataset(
             **{k: v for key, v in info.items() if (k := key.replace("near_duplicates_", "near_copies_")) in known}
         )
-        for name, info in found.items()
+        for name, info in artifacts["prepare"].manifest["metrics"]["datasets"].items()
     }
 
 
 def _mining(artifacts: Mapping[str, Artifact]) -> dict[str, Any] | None:
-    """The newest audit without its samples: texts stay where the recipe put them."""
+    """The newest audit without its samples: texts are not copied into the report."""
     audit = _read(artifacts, "mine_again" if "mine_again" in artifacts else "mine", "audit.json")
     return None if audit is None else {key: value for key, value in audit.items() if key != "samples"}
 
@@ -248,11 +247,14 @@ def _lineage(artifact: Artifact) -> LineageEntry:
         manifest_hash=artifact.manifest_hash,
         fingerprint=artifact.fingerprint,
         git_revision=manifest.get("git_revision"),
-        inputs={name: Input(uri=uris.get(name, ""), manifest_hash=found) for name, found in manifest["inputs"].items()},
+        inputs={
+            name: Input(uri=uris.get(name, ""), manifest_hash=content_hash)
+            for name, content_hash in manifest["inputs"].items()
+        },
     )
 
 
-# -- sizes of the models --
+# -- sizes of the models ---------------------------------------------------------------------------------------------
 
 
 def model_sizes(
@@ -261,7 +263,7 @@ def model_sizes(
     comparison: Mapping[str, Any] | None,
     recipe: Mapping[str, Any],
 ) -> dict[str, Size]:
-    """Sizes by system: teacher, student, untrained, minilm; one that lies elsewhere or is gone is left out.
+    """Sizes by system: teacher, student, untrained, minilm; without those whose folder is not on this machine.
 
     Args:
         artifacts: by step.
@@ -269,30 +271,30 @@ def model_sizes(
         comparison: `comparison.json` of the student.
         recipe: resolved; names the reference model.
     """
-    found: dict[str, Size] = {}
-    for role, folder in folders.items():
-        cost = comparison["encode_cost"].get(role) if comparison else None
-        if comparison is not None:
-            dim = _width(_local(folder))
-            sizes = {what: comparison[what][role] for what in ("parameters", "bytes")}
-            found[role] = Size(**sizes, dim=dim, encode_seconds=cost)
-        else:
-            _add(found, role, _local(folder))
+    models: dict[str, tuple[Path | None, str]] = {role: (_local(folder), "") for role, folder in folders.items()}
     if "initialise" in artifacts:
-        _add(found, "untrained", _local(artifacts["initialise"].path("model")), without=POOLING)
-    _add(found, "minilm", _reference(recipe.get("baselines") or {}))
-    return found
+        models["untrained"] = (_local(artifacts["initialise"].path("model")), POOLING)
+    models["minilm"] = (_reference(recipe.get("baselines") or {}), "")
+    sizes = {}
+    for name, (folder, excluded) in models.items():
+        cost = None
+        if comparison is not None and name in folders:
+            weights = {what: comparison[what][name] for what in ("parameters", "bytes")}
+            cost = comparison["encode_cost"].get(name)
+        elif folder is not None and any(folder.rglob("*.safetensors")):
+            weights = _weights(folder, excluded)
+        else:
+            continue
+        sizes[name] = Size(**weights, dim=_width(folder), encode_seconds=cost)
+    return sizes
 
 
-def _add(found: dict[str, Size], name: str, folder: Path | None, without: str = "") -> None:
-    if folder is None or not any(folder.rglob("*.safetensors")):
-        return
+def _weights(folder: Path, excluded: str) -> dict[str, int]:
+    """Parameters and bytes of a model folder without those of a subfolder."""
     from nvembed.distill.student import folder_size
 
-    size = folder_size(folder)
-    less = folder_size(folder / without) if without else {"parameters": 0, "bytes": 0}
-    parts = {what: size[what] - less[what] for what in size}
-    found[name] = Size(**parts, dim=_width(folder), encode_seconds=None)
+    size, less = folder_size(folder), folder_size(folder / excluded) if excluded else {}
+    return {what: number - less.get(what, 0) for what, number in size.items()}
 
 
 def _local(uri: str) -> Path | None:
@@ -301,14 +303,14 @@ def _local(uri: str) -> Path | None:
 
 
 def _width(folder: Path | None) -> int | None:
-    """Numbers of an embedding; a backbone's states are its embeddings."""
+    """Numbers per embedding: a backbone's hidden size."""
     path = folder / "config.json" if folder is not None else None
     width = json.loads(path.read_bytes()).get("hidden_size") if path is not None and path.is_file() else None
     return width if isinstance(width, int) else None
 
 
 def _reference(baselines: Mapping[str, Any]) -> Path | None:
-    """Folder of the reference model, if it lies on this machine."""
+    """Folder of the reference model, if it is on this machine."""
     from nvembed.retrieval.encoders import package_folder
 
     reference = baselines.get("reference") or {}
@@ -320,7 +322,7 @@ def _reference(baselines: Mapping[str, Any]) -> Path | None:
         return None
 
 
-# -- environment --
+# -- environment -----------------------------------------------------------------------------------------------------
 
 
 def describe_environment() -> Environment:

@@ -1,4 +1,4 @@
-"""Several runs beside each other: what differed in their recipes, and paired differences of their scores."""
+"""Compares runs: differences of their recipes, and paired differences of their scores."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class RunPair(Part):
     Attributes:
         recipe: `path: the first's value -> the later's` for every setting in which they differ.
         differences: paired, the later run minus the first; `a` and `b` of a difference are "<label> <system>".
-        other_sets: data sets both have whose held-out examples differ (evaluation hashes): nothing is compared there.
-        left_out: what could not be compared, and why.
+        other_sets: data sets of both whose held-out examples differ (evaluation hashes); they are not compared.
+        left_out: systems and data sets that could not be compared, with the reason.
     """
 
     first: str
@@ -55,7 +55,7 @@ class RunComparison(Part):
 
 
 def compare_runs(runs: Sequence[Run]) -> RunComparison:
-    """Every later run against the first."""
+    """Compare every later run with the first."""
     entries = [
         RunEntry(
             label=run.label,
@@ -75,11 +75,11 @@ def compare_runs(runs: Sequence[Run]) -> RunComparison:
 
 
 def other_sets(one: Report, other: Report) -> list[str]:
-    """Data sets both runs have whose held-out examples are not the same."""
+    """Data sets of both runs whose held-out examples are not the same."""
     return [
         name
-        for name, found in one.datasets.items()
-        if name in other.datasets and found.evaluation_hash != other.datasets[name].evaluation_hash
+        for name, dataset in one.datasets.items()
+        if name in other.datasets and dataset.evaluation_hash != other.datasets[name].evaluation_hash
     ]
 
 
@@ -96,7 +96,7 @@ def _pair(first: Run, later: Run) -> RunPair:
 
 
 def _named(value: Any) -> Any:
-    """Lists of named things as mappings by name, so that a change in one of them is one line."""
+    """Lists of entries with names as mappings by name, so that a change in one entry is one line."""
     if isinstance(value, Mapping):
         return {key: _named(item) for key, item in value.items()}
     if isinstance(value, list) and value and all(isinstance(item, Mapping) and "name" in item for item in value):
@@ -107,9 +107,9 @@ def _named(value: Any) -> Any:
 
 
 def _differences(first: Run, later: Run) -> tuple[list[Difference], list[str]]:
-    """Paired differences of the trained systems both runs have, and what was left out."""
+    """Paired differences of the trained systems of both runs, and what could not be compared."""
     differing = other_sets(first.report, later.report)
-    found: list[Difference] = []
+    differences: list[Difference] = []
     left_out = [f"{name}: its held-out examples differ (evaluation hashes)" for name in differing]
     ours, theirs = scored_systems(first.artifacts), scored_systems(later.artifacts)
     for system in _trained(first.report):
@@ -117,13 +117,13 @@ def _differences(first: Run, later: Run) -> tuple[list[Difference], list[str]]:
             left_out.append(f"{system}: run {later.label} has no such model")
         elif system not in ours or system not in theirs:
             gone = first.label if system not in ours else later.label
-            left_out.append(f"{system}: the per-item scores of run {gone} are not there any more")
+            left_out.append(f"{system}: the per-item scores of run {gone} no longer exist")
         else:
             try:
-                found += _paired(first, later, system, (ours[system], theirs[system]), differing)
+                differences += _paired(first, later, system, (ours[system], theirs[system]), differing)
             except (UserError, OSError) as error:
                 left_out.append(f"{system}: {error}")
-    return found, left_out
+    return differences, left_out
 
 
 def _trained(report: Report) -> list[str]:

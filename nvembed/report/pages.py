@@ -42,7 +42,7 @@ def write_report(
         recipe_name: the recipe's name.
         recipe: the resolved recipe.
         records: one mapping per step in order, with name, status, seconds, peak_pss_mb and artifact (URI).
-        artifacts: artifact by step name; steps a story does not have are simply not there.
+        artifacts: artifact by step name; steps that the pipeline does not have are absent.
         wall_seconds: of this run.
         peak_pss_mb: peak of the run's memory, None where it was not measured.
     """

@@ -1,4 +1,4 @@
-"""Runs that are there already: opened for a comparison, or reported on again from their artifacts."""
+"""Opens finished runs for a comparison, and collects the report of an output again from its artifacts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nvembed.report.collect import collect_report, read_curve
 from nvembed.report.schema import Report
 from nvembed.types import Artifact, UserError
 
-LABELS = "ABCDE"  # as many as the charts have line styles
+LABELS = "ABCDE"  # one for each line style of the charts
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Run:
     """A finished run.
 
     Attributes:
-        label: A, B, ...: what it is called beside others.
+        label: A, B, ...: its name beside others.
         source: folder or URI of its output.
         report: its `report.json`.
-        artifacts: those of its steps that are still there as the report knows them.
+        artifacts: those of its steps that still exist unchanged.
     """
 
     label: str
@@ -42,10 +42,10 @@ class Run:
 
 
 def open_runs(sources: Sequence[str]) -> list[Run]:
-    """Outputs of runs, or their `report.json` files, labelled A, B, ... in order.
+    """Open outputs of runs, or their `report.json` files, labelled A, B, ... in order.
 
     Raises:
-        UserError: too many, the same twice, or one that has no report.
+        UserError: too many runs, the same run twice, or a run without a report.
     """
     if len(sources) > len(LABELS):
         raise UserError(f"{len(sources)} runs are too many for one page; compare at most {len(LABELS)}.")
@@ -54,8 +54,8 @@ def open_runs(sources: Sequence[str]) -> list[Run]:
         root, uri = locate(source)
         if not storage.exists(uri):
             raise UserError(
-                f"{source} has no {REPORT_JSON}. If it is the output of a run, write its report first: nvembed report "
-                f"{source}"
+                f"{source} has no {REPORT_JSON}. If it is the output of a run, write its report first: "
+                f"nvembed report {source}"
             )
         if root in (run.source for run in runs):
             raise UserError(f"{source} is given twice; name different runs.")
@@ -65,10 +65,10 @@ def open_runs(sources: Sequence[str]) -> list[Run]:
 
 
 def locate(source: str) -> tuple[str, str]:
-    """Output folder and `report.json` of what the user named: either of them.
+    """Output folder and `report.json`, from either of them.
 
     Raises:
-        UserError: there is nothing.
+        UserError: it does not exist.
     """
     uri = storage.absolute(source)
     if not storage.exists(uri):
@@ -80,8 +80,8 @@ def locate(source: str) -> tuple[str, str]:
 
 
 def _artifacts(root: str, report: Report) -> dict[str, Artifact]:
-    """A step's artifact in the output, else where it was when the report was written (an output can be moved)."""
-    found = {}
+    """Artifacts of the steps: in the output, which can have been moved, else at the URI in the report."""
+    artifacts = {}
     for step in report.steps:
         known = report.lineage.get(step.name)
         for uri in (storage.join(root, step.name), step.artifact):
@@ -89,40 +89,40 @@ def _artifacts(root: str, report: Report) -> dict[str, Artifact]:
                 continue
             artifact = load_artifact(uri, verify=False)
             if artifact.manifest_hash == known.manifest_hash:
-                found[step.name] = artifact
+                artifacts[step.name] = artifact
                 break
-    return found
+    return artifacts
 
 
 def collect_again(root: str) -> Report:
-    """The report of an output as it stands now, from its recipe, records and published steps.
+    """The report of an output in its present state, from its recipe, records and published steps.
 
-    What the run ran on is taken from its earlier report, if it has one; else this machine is described.
+    The environment is taken from its earlier report, if it has one; else this machine is described.
 
     Raises:
-        UserError: it is not the output of a run, or a file of it is missing.
+        UserError: it is not the output of a run, or one of its files is missing.
     """
-    recipe, past = _recipe(root), read_records(root)
-    if past is None:
-        raise UserError(f"{root} has a {RECIPE} but no {RECORDS}: no run has begun there.")
+    recipe, history = _recipe(root), read_records(root)
+    if history is None:
+        raise UserError(f"{root} has a {RECIPE} but no {RECORDS}: no run was started there.")
     artifacts = {}
-    for step in past.steps:
+    for step in history.steps:
         uri = storage.join(root, step["name"])
         if storage.exists(storage.join(uri, MANIFEST)):
             artifacts[step["name"]] = load_artifact(uri, verify=False)
             step["artifact"] = uri
     order = {name: artifact.manifest["timing"]["started"] for name, artifact in artifacts.items()}
-    steps = sorted(past.steps, key=lambda step: order.get(step["name"], float("inf")))  # the file sorts them by name
+    steps = sorted(history.steps, key=lambda step: order.get(step["name"], float("inf")))  # the file sorts them by name
     artifacts = {step["name"]: artifacts[step["name"]] for step in steps if step["name"] in artifacts}
     earlier = storage.join(root, REPORT_JSON)
     environment = read_report(earlier).environment if storage.exists(earlier) else None
     try:
         return collect_report(
-            str(recipe["name"]), recipe, steps, artifacts, past.wall_seconds, past.peak_mb, environment
+            str(recipe["name"]), recipe, steps, artifacts, history.wall_seconds, history.peak_mb, environment
         )
     except FileNotFoundError as error:
         missing = error.filename or error
-        raise UserError(f"{root}: a published step lacks a file: {missing}. Run its story again.") from error
+        raise UserError(f"{root}: a published step lacks a file: {missing}. Run its pipeline again.") from error
 
 
 def _recipe(root: str) -> dict[str, Any]:
@@ -131,12 +131,12 @@ def _recipe(root: str) -> dict[str, Any]:
     if not storage.exists(uri):
         raise UserError(f"{root} is not the output of a run: it has no {RECIPE}.")
     try:
-        found = yaml.safe_load(storage.read_bytes(uri))
+        recipe = yaml.safe_load(storage.read_bytes(uri))
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{uri} cannot be read ({error}).") from error
-    if not isinstance(found, dict) or "name" not in found:
+    if not isinstance(recipe, dict) or "name" not in recipe:
         raise UserError(f"{uri} is not a recipe: it has no name.")
-    return found
+    return recipe
 
 
 def read_curves(report: Report) -> dict[str, list[dict[str, Any]]]:
@@ -148,7 +148,7 @@ def read_report(uri: str) -> Report:
     """`report.json` of an output, validated.
 
     Raises:
-        UserError: it is no report, or one that this version does not read.
+        UserError: it is not a report that this version reads.
     """
     try:
         return Report.model_validate_json(storage.read_bytes(uri))
@@ -157,5 +157,5 @@ def read_report(uri: str) -> Report:
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(
             f"{uri} is not a report this nvembed reads ({where}: {first['msg']}). It may be of a newer version, or "
-            "no report.json at all."
+            "not a report.json."
         ) from error

@@ -1,6 +1,6 @@
-"""The shape of `report.json` (pydantic only). What outside checks rely on comes first, what this library adds after.
+"""The schema of `report.json`. Keys that external checks rely on come first, further ones after them.
 
-Scores are 0-1 (Spearman: -1 to 1); the primary metric of a data set stands first; intervals are 95 % bootstraps.
+Scores are 0-1 (Spearman: -1 to 1); the primary metric of a data set comes first; intervals are 95 % bootstraps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Table = dict[str, dict[str, Interval]]  # data set -> metric -> value
 
 
 class StepRecord(Part):
-    """One pipeline step of the run; `seconds` is what it took when it was built, also where it was skipped now."""
+    """One pipeline step of the run; `seconds` is the time of its build, also where it was skipped now."""
 
     name: str
     status: str
@@ -46,7 +46,7 @@ class StepRecord(Part):
 
 
 class Model(Part):
-    """Where a model is."""
+    """The location of a model."""
 
     folder: str
     registry_uri: str | None
@@ -55,7 +55,7 @@ class Model(Part):
 class Difference(Part):
     """A paired difference `a - b` over the same items, bootstrapped.
 
-    `over` is a data set, or "mean of retrieval sets". `clear` says that the interval leaves out zero.
+    `over` is a data set, or "mean of retrieval sets". `clear`: the interval does not contain zero.
     """
 
     a: str
@@ -69,7 +69,7 @@ class Difference(Part):
 
 
 class Share(Part):
-    """What a student keeps of the teacher's mean primary score over the retrieval sets.
+    """A student's mean primary score over the retrieval sets as a share of the teacher's.
 
     Attributes:
         system: "student" or "student@<dim>".
@@ -104,11 +104,11 @@ class Dataset(Part):
 
 
 class Mixed(Part):
-    """One data set in one training stream: what the recipe asked, what the optimiser was given.
+    """One data set in one training stream: its share in the recipe and in the stream.
 
     Attributes:
-        weight: as the recipe gives it; None where there are no weights (distillation takes texts, not data sets).
-        asked: the weight's share of all weights.
+        weight: the recipe's; None where there are no weights (distillation draws texts, not data sets).
+        asked: the share that the recipe asks for: weight over the sum of the weights.
         rows: examples drawn, repeats included; None where only the share is known.
         realised: share of the stream's examples.
         usable: examples it could draw from.
@@ -129,9 +129,9 @@ class Negatives(Part):
 
     Attributes:
         positive: mean score of the positives.
-        negative: mean score of the kept negatives.
-        above_median: share of kept negatives that score above the median positive.
-        overlap: common area of both histograms: 0 where they are apart, 1 where they are the same.
+        negative: mean score of the selected negatives.
+        above_median: share of selected negatives that score above the median positive.
+        overlap: common area of both histograms: 0 for separate, 1 for equal ones.
     """
 
     positive: float
@@ -141,7 +141,7 @@ class Negatives(Part):
 
 
 class Restart(Part):
-    """Where a training step went on after it had been stopped; `time` in seconds since 1970."""
+    """Where a stopped training step was resumed; `time` in seconds since 1970."""
 
     step: int
     time: float
@@ -152,8 +152,8 @@ class Champion(Part):
     """The registry's champion before this run registered its model.
 
     Attributes:
-        mean: nDCG@10 over its retrieval sets; None where its items were not to be had.
-        other_sets: data sets whose held-out examples were others than this run's (their hashes differ).
+        mean: nDCG@10 over its retrieval sets; None where its per-item scores were not available.
+        other_sets: data sets whose held-out examples were not this run's (their hashes differ).
     """
 
     version: str
@@ -163,7 +163,7 @@ class Champion(Part):
 
 
 class Size(Part):
-    """What a model costs: parameters, bytes of its weights, width, CPU seconds per 1,000 texts where measured."""
+    """The cost of a model: parameters, bytes of its weights, width, CPU seconds per 1,000 texts where measured."""
 
     parameters: int
     bytes: int
@@ -179,7 +179,7 @@ class Input(Part):
 
 
 class LineageEntry(Part):
-    """Where a step's result comes from."""
+    """The origin of a step's result."""
 
     manifest_hash: str
     fingerprint: str
@@ -188,12 +188,12 @@ class LineageEntry(Part):
 
 
 class Training(Part):
-    """A training step in short; `metrics.jsonl` has every optimiser step. A loss that is no number is null.
+    """Summary of a training step; `metrics.jsonl` has every optimiser step. A loss that is not finite is null.
 
     Attributes:
         first_gap: mean cosine of a query to its positive minus that to its hardest negative, at the first step; null
             for objectives without negatives.
-        restarts: where it went on after a stop; empty for a run in one go.
+        restarts: where it was resumed; empty for a run without interruption.
     """
 
     steps: int
@@ -209,7 +209,7 @@ class Training(Part):
 
 
 class Environment(Part):
-    """What the run ran on, as far as numbers depend on it."""
+    """Machine and versions of the run, as far as numbers depend on them."""
 
     date: str
     python: str
@@ -234,7 +234,7 @@ class Report(Part):
     wall_seconds: float
     peak_pss_mb: float | None
 
-    # `notes`: how the scores were taken; `untrained_variants`: the untrained backbone's forms, compared on dev;
+    # `notes`: how the scores were measured; `untrained_variants`: the untrained backbone's forms, compared on dev;
     # further scores: the teacher's prefixes ("teacher@<dim>"), the student before training ("student_before")
     other_scores: dict[str, Table]
     comparisons: list[Difference]

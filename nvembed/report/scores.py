@@ -17,7 +17,7 @@ class Cell:
     """A score in a table.
 
     Attributes:
-        interval: None where an older report or registration has the value only.
+        interval: None where an older report or registration has only the value.
         best: whether it is the highest comparable value of its column.
         comparable: whether it was measured on this run's held-out examples; only a champion's may not have been.
     """

@@ -1,4 +1,4 @@
-"""What training was given, from manifests and the mining audit: the mix asked and realised, the negatives' quality."""
+"""The training data of a run: data mixes from the manifests, quality of the negatives from the mining audit."""
 
 from __future__ import annotations
 
@@ -13,55 +13,54 @@ STREAMS = ("stream_stage_1", "stream_stage_2", "stream_student")
 
 
 def data_mixes(artifacts: Mapping[str, Artifact]) -> dict[str, dict[str, Mixed]]:
-    """By stream step: every data set in it, asked and realised."""
+    """By stream step: every data set in it, with its configured and its realised share."""
     prepare = artifacts.get("prepare")
     info = prepare.manifest["metrics"].get("datasets", {}) if prepare is not None else {}
-    tasks = {name: found.get("task") for name, found in info.items()}
+    tasks = {name: dataset.get("task") for name, dataset in info.items()}
     mixes = {}
     for step in STREAMS:
-        found = artifacts[step].manifest["metrics"].get("datasets") if step in artifacts else None
-        if not found:
+        datasets = artifacts[step].manifest["metrics"].get("datasets") if step in artifacts else None
+        if not datasets:
             continue
         config = artifacts[step].manifest["config"]
         if "weights" in config:
-            mixes[step] = _weighted(found, config["weights"], tasks)
-        elif taught := _taught(artifacts.get("teacher_embeddings")):
-            mixes[step] = _unweighted(next(iter(found.values())), taught, tasks)
+            mixes[step] = _weighted(datasets, config["weights"], tasks)
+        elif counts := _teacher_counts(artifacts.get("teacher_embeddings")):
+            mixes[step] = _unweighted(next(iter(datasets.values())), counts, tasks)
     return mixes
 
 
 def _weighted(
-    found: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], tasks: Mapping[str, str | None]
+    datasets: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], tasks: Mapping[str, str | None]
 ) -> dict[str, Mixed]:
-    total, rows = sum(weights.values()), sum(row["rows"] for row in found.values())
+    total, rows = sum(weights.values()), sum(row["rows"] for row in datasets.values())
     return {
         name: Mixed(
             task=tasks.get(name),
             weight=weight,
-            asked=found[name].get("asked", weight / total),  # manifests of earlier versions knew weights only
-            rows=found[name]["rows"],
-            realised=found[name]["rows"] / rows if rows else 0.0,
-            usable=found[name]["usable"],
-            epochs=found[name]["epochs"],
+            asked=datasets[name].get("asked", weight / total),  # manifests of earlier versions knew weights only
+            rows=datasets[name]["rows"],
+            realised=datasets[name]["rows"] / rows if rows else 0.0,
+            usable=datasets[name]["usable"],
+            epochs=datasets[name]["epochs"],
         )
         for name, weight in weights.items()
-        if name in found
+        if name in datasets
     }
 
 
-def _taught(teacher_embeddings: Artifact | None) -> Mapping[str, int] | None:
-    """Teacher vectors by data set; manifests of earlier versions do not tell."""
-    counted: Mapping[str, int] | None = None
-    if teacher_embeddings is not None:
-        counted = teacher_embeddings.manifest["metrics"].get("datasets", {}).get("vectors")
-    return counted
+def _teacher_counts(teacher_embeddings: Artifact | None) -> Mapping[str, int] | None:
+    """Numbers of teacher embeddings by data set; None in manifests of earlier versions."""
+    metrics = teacher_embeddings.manifest["metrics"] if teacher_embeddings is not None else {}
+    counts: Mapping[str, int] | None = metrics.get("datasets", {}).get("vectors")
+    return counts
 
 
 def _unweighted(
-    whole: Mapping[str, Any], taught: Mapping[str, int], tasks: Mapping[str, str | None]
+    stream: Mapping[str, Any], counts: Mapping[str, int], tasks: Mapping[str, str | None]
 ) -> dict[str, Mixed]:
-    """A student's stream draws teacher vectors, all equally often; their data sets are those of their texts."""
-    total = sum(taught.values())
+    """A student's stream draws all teacher embeddings equally often; their data sets are those of their texts."""
+    total = sum(counts.values())
     return {
         name: Mixed(
             task=tasks.get(name),
@@ -70,27 +69,27 @@ def _unweighted(
             rows=None,
             realised=count / total,
             usable=count,
-            epochs=whole["epochs"],
+            epochs=stream["epochs"],
         )
-        for name, count in taught.items()
+        for name, count in counts.items()
     }
 
 
 def negatives_quality(audit: Mapping[str, Any] | None) -> dict[str, Negatives]:
-    """Of every data set whose negatives have scores."""
-    found = {}
+    """The quality of the negatives of every data set whose negatives have scores."""
+    quality = {}
     for name, summary in (audit or {}).get("datasets", {}).items():
         histograms = summary["score_histograms"]
         edges, positives, negatives = (histograms[key] for key in ("edges", "positives", "negatives"))
         if any(positives) and any(negatives):
             shares = zip(_shares(positives), _shares(negatives), strict=True)
-            found[name] = Negatives(
+            quality[name] = Negatives(
                 positive=_mean(edges, positives),
                 negative=_mean(edges, negatives),
                 above_median=share_above(edges, negatives, quantile(edges, positives, 0.5)),
                 overlap=sum(min(pair) for pair in shares),
             )
-    return found
+    return quality
 
 
 def _shares(counts: Sequence[int]) -> list[float]:

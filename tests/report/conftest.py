@@ -1,4 +1,4 @@
-"""Artifacts of a whole road, made by hand in the formats the steps write."""
+"""The artifacts of a complete run, written by hand in the formats of the steps."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ BASELINE_NOTES = {
 
 
 class StepConfig(Config):
-    """Stands for any step's config."""
+    """The config of any step."""
 
     num_workers: int = 2
     threads_per_worker: int = 1
@@ -54,7 +54,7 @@ class StreamStep(Config):
 
 
 @dataclass
-class Road:
+class HandMadeRun:
     """A hand-made output."""
 
     out: str
@@ -87,7 +87,7 @@ class Road:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What the story would hand over."""
+        """The records that the pipeline passes to the report."""
         return [
             {"name": name, "status": "done", "seconds": 3.5 * i, "peak_pss_mb": 700.0 + 90 * i, "artifact": a.uri}
             for i, (name, a) in enumerate(self.artifacts.items())
@@ -188,13 +188,13 @@ def curve(steps: int, start: float, *, gap: bool = True) -> bytes:
 
 
 def starts(*steps: int) -> bytes:
-    """`starts.jsonl` of a run that went on at these steps."""
+    """`starts.jsonl` of a run that was resumed at these steps."""
     rows = ({"step": step, "time": 1.7e9 + step, "world_size": 2, "precision": "fp32"} for step in steps)
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def mixed(rows: dict[str, int]) -> dict[str, Any]:
-    """What a stream's manifest tells of its data sets."""
+    """The data sets in the manifest of a stream."""
     return {"datasets": {name: {"usable": 400, "rows": n, "epochs": n / 400} for name, n in rows.items()}}
 
 
@@ -285,12 +285,12 @@ def mining_audit(datasets: list[str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def make_road() -> Callable[..., Road]:
-    """`make_road(out, student=True, rename={})`: publishes every step of a road; `rename` maps data set names."""
-    return build_road
+def make_run() -> Callable[..., HandMadeRun]:
+    """`make_run(out, student=True, rename={})`: publishes every step of a run; `rename` maps data set names."""
+    return build_run
 
 
-def build_road(
+def build_run(
     out: str,
     *,
     student: bool = True,
@@ -298,32 +298,32 @@ def build_road(
     champion: dict[str, Any] | None = None,
     skill: dict[str, float] | None = None,
     other: str | None = None,
-) -> Road:
-    """A whole road.
+) -> HandMadeRun:
+    """A complete run.
 
     Args:
         rename: data set names.
         champion: `champion_before` of the teacher's registration.
         skill: changes `SKILL`.
-        other: data set whose held-out examples are others than usual.
+        other: data set with other held-out examples than usual.
     """
     names = {name: (rename or {}).get(name, name) for name in PRIMARY}
     sets = {names[name]: metric for name, metric in PRIMARY.items()}
     rules = {
-        "cwe": ("retrieval", "by CVE id: all descriptions of a CVE are on one side", False),
+        "cwe": ("retrieval", "by CVE id: all descriptions of a CVE are in one split", False),
         "hpo": ("retrieval", "by top-level branch of the ontology", False),
         "code": ("retrieval", "by module of the standard library", False),
         "hpo_classes": ("classification", "by top-level branch: held-out classes are never trained on", False),
-        "hpo_similarity": ("sts", "by top-level branch; a pair's texts are on the same side", True),
+        "hpo_similarity": ("sts", "by top-level branch; a pair's texts are in the same split", True),
     }
     info = {names[name]: dataset_info(names[name], *rule, other) for name, rule in rules.items()}
     score = functools.partial(scored, skills=SKILL | (skill or {}), other=other)
-    road = Road(out)
-    road.step("prepare", {}, {"datasets": info})
-    road.step("initialise", {**model(40)}, prepare="prepare")
-    road.step("mine", {"audit.json": mining_audit([names[name] for name in ("cwe", "hpo", "code")])}, prepare="prepare")
+    run = HandMadeRun(out)
+    run.step("prepare", {}, {"datasets": info})
+    run.step("initialise", {**model(40)}, prepare="prepare")
+    run.step("mine", {"audit.json": mining_audit([names[name] for name in ("cwe", "hpo", "code")])}, prepare="prepare")
     retrieval = [names[name] for name in RETRIEVAL_SETS]
-    road.step(
+    run.step(
         "stream_stage_1",
         {},
         mixed({retrieval[0]: 320, retrieval[1]: 240, retrieval[2]: 240}),
@@ -332,13 +332,13 @@ def build_road(
         mine="mine",
         model="initialise",
     )
-    road.step(
+    run.step(
         "train_stage_1",
         {**model(41), "metrics.jsonl": curve(100, 3.0)},
         stream="stream_stage_1",
         model="initialise",
     )
-    road.step(
+    run.step(
         "stream_stage_2",
         {},
         mixed({retrieval[0]: 60, names["hpo_classes"]: 20}),
@@ -347,50 +347,50 @@ def build_road(
         mine="mine",
         model="train_stage_1",
     )
-    road.step(
+    run.step(
         "train_stage_2",
         {**model(42), "metrics.jsonl": curve(30, 1.2), "starts.jsonl": starts(0, 12, 12)},
         stream="stream_stage_2",
         model="train_stage_1",
     )
-    road.step(
+    run.step(
         "baselines",
         score({n: n for n in ("bm25", "minilm", "untrained")}, sets, BASELINE_NOTES),
         prepare="prepare",
         model="initialise",
     )
-    road.step(
+    run.step(
         "evaluate_teacher",
         score({"model": "teacher", "model@288": "teacher@288"}, sets),
         prepare="prepare",
         model="train_stage_2",
     )
-    road.step(
+    run.step(
         "register_teacher",
         {"registration.json": registration("teacher") | {"champion_before": champion}},
         model="train_stage_2",
         scores="evaluate_teacher",
     )
     if not student:
-        return road
-    taught = {"datasets": {"vectors": {names["cwe"]: 300, names["hpo_classes"]: 100}, "holdout": {}}}
-    road.step("teacher_embeddings", {}, taught, prepare="prepare", model="train_stage_2")
-    road.step("student_init", {**model(30)}, model="train_stage_2")
-    road.step(
+        return run
+    embedded = {"datasets": {"vectors": {names["cwe"]: 300, names["hpo_classes"]: 100}, "holdout": {}}}
+    run.step("teacher_embeddings", {}, embedded, prepare="prepare", model="train_stage_2")
+    run.step("student_init", {**model(30)}, model="train_stage_2")
+    run.step(
         "evaluate_student_init",
         score({"model": "student_before", "model@288": "student_before@288"}, sets),
         prepare="prepare",
         model="student_init",
     )
     whole = {"datasets": {"teacher vectors": {"usable": 400, "rows": 1000, "epochs": 2.5}}}
-    road.step("stream_student", {}, whole, teacher_embeddings="teacher_embeddings", model="student_init")
-    road.step(
+    run.step("stream_student", {}, whole, teacher_embeddings="teacher_embeddings", model="student_init")
+    run.step(
         "train_student",
         {**model(31), "metrics.jsonl": curve(120, 0.9, gap=False)},
         stream="stream_student",
         model="student_init",
     )
-    road.step(
+    run.step(
         "evaluate_student",
         score({"model": "student", "model@288": "student@288"}, sets),
         prepare="prepare",
@@ -418,7 +418,7 @@ def build_road(
             "ratio": 0.51,
         },
     }
-    road.step(
+    run.step(
         "compare_student",
         {"comparison.json": comparison},
         teacher_embeddings="teacher_embeddings",
@@ -426,13 +426,13 @@ def build_road(
         before="student_init",
         student="train_student",
     )
-    road.step(
+    run.step(
         "register_student",
         {"registration.json": registration("student")},
         model="train_student",
         scores="evaluate_student",
     )
-    return road
+    return run
 
 
 def registration(role: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the report tests share: reading a page and a report."""
+"""Helpers of the report tests: reads pages, charts and reports."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ VOID = {"meta", "line", "circle", "rect", "polyline", "polygon"}
 
 
 class Page(HTMLParser):
-    """Checks nesting and collects what a test asks about."""
+    """Checks the nesting of a page and collects its tags and texts."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -65,9 +65,9 @@ def raw(out: Path) -> dict[str, Any]:
     return json.loads((out / "report.json").read_text())
 
 
-def write_road(out: Path, make_road: Callable[..., Any], recipe: dict[str, Any] = RECIPE, **options: Any) -> Path:
+def write_run(out: Path, make_run: Callable[..., Any], recipe: dict[str, Any] = RECIPE, **options: Any) -> Path:
     """The report of a hand-made output."""
-    road = make_road(str(out), **options)
-    uri = write_report(str(out), recipe["name"], recipe, road.records, road.artifacts, 1043.2, 5230.0)
+    run = make_run(str(out), **options)
+    uri = write_report(str(out), recipe["name"], recipe, run.records, run.artifacts, 1043.2, 5230.0)
     assert uri == str(out / "report.html")
     return out

@@ -1,4 +1,4 @@
-"""The pages in headless Chromium, where there is one: nothing sticks out on a phone, nothing is fetched, light or dark.
+"""The pages in headless Chromium, if installed: nothing overflows on a phone, nothing is fetched, light or dark.
 
 pytest -m slow tests/report/test_browser.py
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from report_kit import write_road
+from report_kit import write_run
 from typer.testing import CliRunner
 
 from nvembed.commands.app import app
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to look at the page with"),
 ]
-# Measures the page in a frame of a phone's width and says what reaches out of it, unless its own box scrolls.
+# Measures the page in a frame of a phone's width and counts elements that overflow it, unless their box scrolls.
 FRAME = """<!DOCTYPE html><body style="margin:0"><iframe id="f" src="/PAGE" style="width:390px;height:800px;border:0">
 </iframe><script>
 document.getElementById("f").onload = () => {
@@ -38,27 +38,27 @@ document.getElementById("f").onload = () => {
 def site(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[tuple[str, list[str], Path]]:
-    """Address of a server with the pages of one and of two runs, what it was asked for, and its folder."""
+    """Address of a server with the pages of one and of two runs, the requests it got, and its folder."""
     folder = tmp_path_factory.mktemp("site")
-    make_road = request.getfixturevalue("make_road")
-    runs = [write_road(folder / name, make_road) for name in ("one", "two")]
+    make_run = request.getfixturevalue("make_run")
+    runs = [write_run(folder / name, make_run) for name in ("one", "two")]
     arguments = ["report", *map(str, runs), "--out", str(folder / "two.html")]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     shutil.copy(runs[0] / "report.html", folder / "one.html")
     for page in ("one.html", "two.html"):
         (folder / f"frame-{page}").write_text(FRAME.replace("PAGE", page))
-    asked: list[str] = []
+    requests: list[str] = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments, directory=str(folder))  # type: ignore[arg-type]
 
         def log_message(self, *_: object) -> None:
-            asked.append(self.path)
+            requests.append(self.path)
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked, folder
+        yield f"http://127.0.0.1:{server.server_port}", requests, folder
         server.shutdown()
 
 
@@ -80,9 +80,9 @@ def browse(address: str, profile: Path, *options: str) -> str:
 def test_a_page_on_a_phone(
     site: tuple[str, list[str], Path], tmp_path: Path, page: str, scheme: str, back: str
 ) -> None:
-    address, asked, _ = site
-    asked.clear()
-    found = browse(f"{address}/frame-{page}", tmp_path, f"--blink-settings=preferredColorScheme={scheme}")
-    title = re.search(r"<title>(.*?)</title>", found)
+    address, requests, _ = site
+    requests.clear()
+    document = browse(f"{address}/frame-{page}", tmp_path, f"--blink-settings=preferredColorScheme={scheme}")
+    title = re.search(r"<title>(.*?)</title>", document)
     assert title is not None and title[1] == f"0 wider, 0 out, on {back}"
-    assert set(asked) - {"/favicon.ico"} == {f"/frame-{page}", f"/{page}"}, "the page fetches nothing"
+    assert set(requests) - {"/favicon.ico"} == {f"/frame-{page}", f"/{page}"}, "the page fetches nothing"

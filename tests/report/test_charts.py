@@ -174,7 +174,7 @@ def test_the_package_carries_the_templates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(48.06, "48.1 s"), (60, "1 min 0 s"), (725, "12 min 5 s"), (12_000, "3 h 20 min")]
+    ("seconds", "text"), [(48.06, "48.1 s"), (60, "1 min 0 s"), (725, "12 min 5 s"), (12_000, "3 h 20 min")]
 )
-def test_duration(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,4 +1,4 @@
-"""The report of a hand-made road: the shape others rely on, honest comparisons, a page that is well-formed and safe."""
+"""The report of a hand-made run: the contract of its keys, paired comparisons, a well-formed and escaped page."""
 
 import html
 import json
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from report_kit import RECIPE, Page, raw, write_road
+from report_kit import RECIPE, Page, raw, write_run
 
 from nvembed.core import storage
 from nvembed.evaluation.significance import MEAN
@@ -29,9 +29,9 @@ CONTRACT = ["schema_version", "recipe", "steps", "baselines", "scores", "models"
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """A whole road's report."""
+    """The report of a complete run."""
     out = tmp_path_factory.mktemp("report")
-    return write_road(out, request.getfixturevalue("make_road"))
+    return write_run(out, request.getfixturevalue("make_run"))
 
 
 # -- report.json ----------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def test_contract_keys(written: Path) -> None:
     assert (report["wall_seconds"], report["peak_pss_mb"]) == (1043.2, 5230.0)
 
 
-def test_primary_metric_stands_first_however_the_files_sort(written: Path) -> None:
+def test_primary_metric_comes_first_in_any_order_of_the_files(written: Path) -> None:
     stored = storage.read_json(str(written / "evaluate_teacher" / "scores.json"))["scores"]["model"]
     assert next(iter(stored["cwe"])) != "ndcg_at_10"
     teacher = raw(written)["scores"]["teacher"]
@@ -79,21 +79,23 @@ def test_schema_reads_back_and_refuses_what_it_does_not_know(written: Path) -> N
         Report.model_validate({**raw(written), "another": 1})
 
 
-def test_texts_stay_out(written: Path) -> None:
+def test_texts_are_not_in_the_report(written: Path) -> None:
     assert "private" in (written / "mine" / "audit.json").read_text()
     for name in ("report.json", "report.html"):
         assert "private" not in (written / name).read_text()
 
 
-def test_credentials_stay_out(tmp_path: Path, make_road: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_are_not_in_the_report(
+    tmp_path: Path, make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "c4nary-of-the-environment")
-    road, uri = make_road(str(tmp_path), student=False), "postgresql://me:c4nary@host:5432/db"
+    run, uri = make_run(str(tmp_path), student=False), "postgresql://me:c4nary@host:5432/db"
     recipe = {
         **RECIPE,
         "tracking": {"uri": uri},
         "prepare": {"sources": [{"name": "c4nary-of-the-environment", "path": uri}]},
     }
-    write_report(str(tmp_path), "tiny", recipe, [], {"prepare": road.artifacts["prepare"]}, 3.0, None)
+    write_report(str(tmp_path), "tiny", recipe, [], {"prepare": run.artifacts["prepare"]}, 3.0, None)
     assert raw(tmp_path)["resolved_recipe"]["tracking"]["uri"] == "postgresql://me:****@host:5432/db"
     assert raw(tmp_path)["resolved_recipe"]["evaluate"] == RECIPE["evaluate"]
     for name in ("report.json", "report.html"):
@@ -102,12 +104,12 @@ def test_credentials_stay_out(tmp_path: Path, make_road: Callable[..., Any], mon
 
 def test_comparisons_are_paired(written: Path) -> None:
     """The interval of a difference is far narrower than the two intervals would allow: the items are the same."""
-    found = {(d["a"], d["b"], d["over"]): d for d in raw(written)["comparisons"]}
+    differences = {(d["a"], d["b"], d["over"]): d for d in raw(written)["comparisons"]}
     for b in ("untrained", "bm25", "minilm"):
-        assert ("teacher", b, MEAN) in found
-    assert ("teacher", "bm25", "hpo_classes") not in found
-    assert {("student", "student_before", MEAN), ("student@288", "student_before@288", MEAN)} <= set(found)
-    against = found["teacher", "untrained", "cwe"]
+        assert ("teacher", b, MEAN) in differences
+    assert ("teacher", "bm25", "hpo_classes") not in differences
+    assert {("student", "student_before", MEAN), ("student@288", "student_before@288", MEAN)} <= set(differences)
+    against = differences["teacher", "untrained", "cwe"]
     table = raw(written)
     teacher, untrained = (
         table[part][name]["cwe"]["ndcg_at_10"]["value"]
@@ -115,9 +117,9 @@ def test_comparisons_are_paired(written: Path) -> None:
     )
     assert against["value"] == pytest.approx(teacher - untrained)
     assert against["low"] < against["value"] < against["high"] and against["high"] - against["low"] < 0.06
-    assert against["clear"] and not found["teacher", "minilm", "hpo_similarity"]["clear"]
-    mean = np.mean([found["teacher", "untrained", name]["value"] for name in ("cwe", "hpo", "code")])
-    assert found["teacher", "untrained", MEAN]["value"] == pytest.approx(mean)
+    assert against["clear"] and not differences["teacher", "minilm", "hpo_similarity"]["clear"]
+    mean = np.mean([differences["teacher", "untrained", name]["value"] for name in ("cwe", "hpo", "code")])
+    assert differences["teacher", "untrained", MEAN]["value"] == pytest.approx(mean)
 
 
 def test_shares_of_the_teacher(written: Path) -> None:
@@ -134,50 +136,50 @@ def test_shares_of_the_teacher(written: Path) -> None:
     assert shares["student@288"]["of_student"] == pytest.approx(mean("student@288") / mean("student"))
 
 
-def test_a_road_without_student(tmp_path: Path, make_road: Callable[..., Any]) -> None:
-    report = raw(write_road(tmp_path, make_road, student=False))
+def test_a_run_without_student(tmp_path: Path, make_run: Callable[..., Any]) -> None:
+    report = raw(write_run(tmp_path, make_run, student=False))
     assert set(report["scores"]) == {"teacher"} and set(report["models"]) == {"teacher"}
     assert report["student"] is None and report["shares"] == []
     page = Page((tmp_path / "report.html").read_text())
     assert "Student against teacher" not in page.text and "train_student" not in page.text
 
 
-def test_a_road_that_only_prepared(tmp_path: Path, make_road: Callable[..., Any]) -> None:
-    road = make_road(str(tmp_path), student=False)
-    prepared = {"prepare": road.artifacts["prepare"]}
-    write_report(str(tmp_path), "tiny", {}, road.records[:1], prepared, 3.0, None)
+def test_a_run_that_only_prepared(tmp_path: Path, make_run: Callable[..., Any]) -> None:
+    run = make_run(str(tmp_path), student=False)
+    prepared = {"prepare": run.artifacts["prepare"]}
+    write_report(str(tmp_path), "tiny", {}, run.records[:1], prepared, 3.0, None)
     report = raw(tmp_path)
     assert report["baselines"] == report["scores"] == report["models"] == {} and report["peak_pss_mb"] is None
     assert "Data sets" in Page((tmp_path / "report.html").read_text()).text
 
 
-def test_a_score_that_is_no_number_is_left_out_and_said(
-    tmp_path: Path, make_road: Callable[..., Any], caplog: pytest.LogCaptureFixture
+def test_a_score_that_is_no_number_is_left_out_with_a_warning(
+    tmp_path: Path, make_run: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    road = make_road(str(tmp_path), student=False)
-    uri = road.artifacts["evaluate_teacher"].path("scores.json")
+    run = make_run(str(tmp_path), student=False)
+    uri = run.artifacts["evaluate_teacher"].path("scores.json")
     scores = storage.read_json(uri)
     scores["scores"]["model"]["hpo_classes"]["v_measure"] = {"value": float("nan"), "low": 0.0, "high": 1.0}
     storage.write_json(uri, scores)
     with caplog.at_level(logging.WARNING):
-        write_report(str(tmp_path), "tiny", RECIPE, road.records, road.artifacts, 3.0, None)
+        write_report(str(tmp_path), "tiny", RECIPE, run.records, run.artifacts, 3.0, None)
     assert list(raw(tmp_path)["scores"]["teacher"]["hpo_classes"]) == ["accuracy"]
     assert "v_measure is left out" in caplog.text
 
 
-# -- what training was given ------------------------------------------------------------------------------------------
+# -- training data ------------------------------------------------------------------------------------------
 
 
-def test_mix_asked_and_realised(written: Path) -> None:
+def test_mix_configured_and_realised(written: Path) -> None:
     mixes = raw(written)["mixes"]
     first = mixes["stream_stage_1"]
-    assert {name: found["asked"] for name, found in first.items()} == pytest.approx(dict.fromkeys(first, 1 / 3))
-    assert {name: found["realised"] for name, found in first.items()} == {"cwe": 0.4, "hpo": 0.3, "code": 0.3}
+    assert {name: mixed["asked"] for name, mixed in first.items()} == pytest.approx(dict.fromkeys(first, 1 / 3))
+    assert {name: mixed["realised"] for name, mixed in first.items()} == {"cwe": 0.4, "hpo": 0.3, "code": 0.3}
     assert first["cwe"] | {"asked": 0} == {
         "task": "retrieval", "weight": 2.0, "asked": 0, "rows": 320, "realised": 0.4, "usable": 400, "epochs": 0.8,
     }  # fmt: skip
     student = mixes["stream_student"]
-    assert {name: (found["realised"], found["asked"], found["epochs"]) for name, found in student.items()} == {
+    assert {name: (mixed["realised"], mixed["asked"], mixed["epochs"]) for name, mixed in student.items()} == {
         "cwe": (0.75, None, 2.5), "hpo_classes": (0.25, None, 2.5),
     }  # fmt: skip
     text = Page((written / "report.html").read_text()).text
@@ -191,18 +193,20 @@ binned = st.lists(st.integers(0, 50), min_size=8, max_size=8).filter(any)
 @given(binned, binned)
 def test_negatives_quality(positives: list[int], negatives: list[int]) -> None:
     histograms = {"edges": edges, "positives": positives, "negatives": negatives}
-    found = negatives_quality({"datasets": {"x": {"score_histograms": histograms}}})["x"]
+    quality = negatives_quality({"datasets": {"x": {"score_histograms": histograms}}})["x"]
     middles = np.array(edges[:-1]) + 0.125
-    assert found.positive == pytest.approx(np.average(middles, weights=positives))
-    assert found.negative == pytest.approx(np.average(middles, weights=negatives))
+    assert quality.positive == pytest.approx(np.average(middles, weights=positives))
+    assert quality.negative == pytest.approx(np.average(middles, weights=negatives))
     shares = np.array(positives) / sum(positives), np.array(negatives) / sum(negatives)
-    assert found.overlap == pytest.approx(np.minimum(*shares).sum())
+    assert quality.overlap == pytest.approx(np.minimum(*shares).sum())
     median = quantile(edges, positives, 0.5)
     assert share_above(edges, positives, median) == pytest.approx(0.5)
-    assert found.above_median == pytest.approx(share_above(edges, negatives, median)) and 0 <= found.above_median <= 1
+    assert (
+        quality.above_median == pytest.approx(share_above(edges, negatives, median)) and 0 <= quality.above_median <= 1
+    )
 
 
-def test_the_audit_stands_on_the_page(written: Path) -> None:
+def test_the_audit_is_on_the_page(written: Path) -> None:
     page = (written / "report.html").read_text()
     for caption, numbers in {
         "Ranks of the positives for the retriever": ["60.0 %", "20.0 %"],
@@ -217,8 +221,8 @@ def test_the_audit_stands_on_the_page(written: Path) -> None:
             "1.1 %",
         ],
     }.items():
-        found = re.search(rf"<caption><div>{caption}.*?</table>", page, re.DOTALL)
-        assert found and all(number in html.unescape(found[0]) for number in numbers), caption
+        table = re.search(rf"<caption><div>{caption}.*?</table>", page, re.DOTALL)
+        assert table and all(number in html.unescape(table[0]) for number in numbers), caption
 
 
 def test_sets_without_scores_have_no_quality() -> None:
@@ -230,18 +234,20 @@ def test_sets_without_scores_have_no_quality() -> None:
 def test_restarts_and_gaps(written: Path) -> None:
     training = raw(written)["training"]
     assert training["train_stage_1"]["restarts"] == []
-    found = training["train_stage_2"]["restarts"]
-    assert [row["step"] for row in found] == [12, 12]
+    restarts = training["train_stage_2"]["restarts"]
+    assert [row["step"] for row in restarts] == [12, 12]
     rows = [json.loads(line) for line in (written / "train_stage_2" / "metrics.jsonl").read_text().splitlines()]
     for key, row in (("first_gap", rows[0]), ("last_gap", rows[-1])):
         assert training["train_stage_2"][key] == row["positive_similarity"] - row["hardest_similarity"]
     assert training["train_student"]["first_gap"] is None
     page = Page((written / "report.html").read_text())
     assert "train_stage_2: gap" in page.text and "train_student: gap" not in page.text
-    labels = [found["aria-label"] for name, found in page.tags if name == "svg"]
+    labels = [attributes["aria-label"] for name, attributes in page.tags if name == "svg"]
     marked = [label for label in labels if label and "restarted at optimiser step 12, 12" in label]
     assert len(marked) == 2
-    heads = [found for name, found in page.tags if name == "polygon" and found.get("class") == "mark-head"]
+    heads = [
+        attributes for name, attributes in page.tags if name == "polygon" and attributes.get("class") == "mark-head"
+    ]
     assert len(heads) == 2  # one place, in the loss and in the gap
 
 
@@ -279,34 +285,32 @@ def champion(datasets: dict[str, str]) -> dict[str, Any]:
     return {"version": "7", "scores": {"model": scores, "model@288": {}}, "mean": mean, "evaluation_hash": datasets}
 
 
-def test_champion_stands_in_the_table(tmp_path: Path, make_road: Callable[..., Any]) -> None:
+def test_champion_is_in_the_table(tmp_path: Path, make_run: Callable[..., Any]) -> None:
     hashes = {name: storage.hash_json(name) for name in ("cwe", "hpo", "code")}
-    out = write_road(tmp_path, make_road, student=False, champion=champion(hashes))
+    out = write_run(tmp_path, make_run, student=False, champion=champion(hashes))
     assert raw(out)["champions"]["teacher"]["other_sets"] == []
     text = Page((out / "report.html").read_text()).text
     assert "teacher champion before: version 7" in text and "evaluation hashes differ" not in text
     assert "teacher champion before ★ best: 0.900 0.870–0.925 ★" in text  # its mean's interval, then the first set
 
 
-def test_a_champions_mean_has_an_interval_only_over_the_same_sets(
-    tmp_path: Path, make_road: Callable[..., Any]
-) -> None:
-    """One registered before its mean was kept, and one with another retrieval set."""
+def test_a_champions_mean_has_an_interval_only_over_the_same_sets(tmp_path: Path, make_run: Callable[..., Any]) -> None:
+    """A champion registered without its mean, and one with another retrieval set."""
     hashes = {name: storage.hash_json(name) for name in ("cwe", "hpo", "code")}
     older, wider = champion(hashes), champion(hashes)
     del older["mean"]
     wider["scores"]["model"]["another"] = {"ndcg_at_10": {"value": 0.5, "low": 0.4, "high": 0.6}}
     for number, before in enumerate((older, wider)):
-        out = write_road(tmp_path / str(number), make_road, student=False, champion=before)
+        out = write_run(tmp_path / str(number), make_run, student=False, champion=before)
         assert "0.870–0.925" not in Page((out / "report.html").read_text()).text
 
 
-def test_a_champion_of_other_examples_is_never_best(tmp_path: Path, make_road: Callable[..., Any]) -> None:
+def test_a_champion_of_other_examples_is_never_best(tmp_path: Path, make_run: Callable[..., Any]) -> None:
     hashes = {"cwe": "another", "hpo": storage.hash_json("hpo"), "code": storage.hash_json("code")}
-    out = write_road(tmp_path, make_road, student=False, champion=champion(hashes))
+    out = write_run(tmp_path, make_run, student=False, champion=champion(hashes))
     assert raw(out)["champions"]["teacher"]["other_sets"] == ["cwe"]
     text = Page((out / "report.html").read_text()).text
-    assert "others than this run's in cwe (the evaluation hashes differ)" in text
+    assert "were not this run's in cwe (the evaluation hashes differ)" in text
     starred, marked = "★ best: 0.900 0.800–0.950", "≠ other examples: 0.900 0.800–0.950"
     assert f"teacher champion before – {starred} {marked} {starred}" in text  # no mean; code, cwe, hpo
 
@@ -356,15 +360,15 @@ def test_page_is_accessible(written: Path) -> None:
     assert page.count("caption") == page.count("table")
 
 
-def test_page_says_what_matters(written: Path) -> None:
+def test_page_shows_the_main_facts(written: Path) -> None:
     text = Page((written / "report.html").read_text()).text
     report = raw(written)
     assert f"{report['scores']['teacher']['cwe']['ndcg_at_10']['value']:.3f}" in text
-    for said in (
+    for text_part in (
         "best: 0.",
         "untrained backbone",
         "The labels of this set are synthetic.",
-        "by CVE id: all descriptions of a CVE are on one side",
+        "by CVE id: all descriptions of a CVE are in one split",
         "optimiser step",
         "train_stage_2: loss",
         "models:/nvembed-student/1: candidate, champion",
@@ -376,12 +380,12 @@ def test_page_says_what_matters(written: Path) -> None:
         "after training: the projection learned in training",
         "49,545,216",
     ):
-        assert said in text, said
+        assert text_part in text, text_part
 
 
-def test_everything_is_escaped(tmp_path: Path, make_road: Callable[..., Any]) -> None:
+def test_everything_is_escaped(tmp_path: Path, make_run: Callable[..., Any]) -> None:
     bad = "<script>alert(1)</script>\"&'"
-    out = write_road(tmp_path, make_road, rename={"cwe": bad})
+    out = write_run(tmp_path, make_run, rename={"cwe": bad})
     html = (out / "report.html").read_text()
     page = Page(html)
     assert page.count("script") == 0 and "<script" not in html

@@ -1,4 +1,4 @@
-"""Several runs on one page, and a run reported on again: through the command, on hand-made outputs."""
+"""The comparison of runs, and the report of a run written again: by the command, on hand-made outputs."""
 
 import json
 import shutil
@@ -25,24 +25,24 @@ BASE = {**RECIPE, "prepare": {"sources": SOURCES}}
 CHANGED = {**BASE, "prepare": {"sources": [SOURCES[0], {"name": "hpo", "max_train": 9}]}, "name": "better"}
 
 
-def output(out: Path, make_road: Callable[..., Any], recipe: dict[str, Any], **options: Any) -> Path:
+def output(out: Path, make_run: Callable[..., Any], recipe: dict[str, Any], **options: Any) -> Path:
     """A finished output as a run leaves it: steps, recipe, records, report."""
-    road = make_road(str(out), **options)
+    run = make_run(str(out), **options)
     storage.write_bytes(str(out / "recipe.yaml"), yaml.safe_dump(recipe).encode())
     records = Records(str(out), 1)
-    for entry in road.records:
+    for entry in run.records:
         records.step(entry["name"], entry["status"], entry["seconds"], entry["peak_pss_mb"], entry["artifact"])
     records.close("done", 2000.0)
-    write_report(str(out), recipe["name"], recipe, road.records, road.artifacts, 1043.2, 5230.0)
+    write_report(str(out), recipe["name"], recipe, run.records, run.artifacts, 1043.2, 5230.0)
     return out
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, Path]:
-    """A run and a better one, which has no items in common in `code`."""
-    folder, make_road = tmp_path_factory.mktemp("runs"), request.getfixturevalue("make_road")
-    first = output(folder / "first", make_road, BASE)
-    return first, output(folder / "better", make_road, CHANGED, skill={"teacher": 0.6, "student": 0.41}, other="code")
+    """A run and a better one with other held-out examples in `code`."""
+    folder, make_run = tmp_path_factory.mktemp("runs"), request.getfixturevalue("make_run")
+    first = output(folder / "first", make_run, BASE)
+    return first, output(folder / "better", make_run, CHANGED, skill={"teacher": 0.6, "student": 0.41}, other="code")
 
 
 @pytest.fixture
@@ -51,34 +51,39 @@ def copy(runs: tuple[Path, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(runs[0], tmp_path / "copy"))
 
 
-def run(*arguments: object) -> Any:
+def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(app, ["report", *map(str, arguments)])
 
 
 def test_paired_differences_where_the_examples_are_the_same(runs: tuple[Path, Path]) -> None:
-    versus = compare_runs(open_runs([str(path) for path in runs]))
-    pair = versus.pairs[0]
+    comparison = compare_runs(open_runs([str(path) for path in runs]))
+    pair = comparison.pairs[0]
     assert (pair.first, pair.later, pair.other_sets) == ("A", "B", ["code"])
     assert pair.recipe == ['name: "quickstart" -> "better"', "prepare.sources.hpo.max_train: 5 -> 9"]
-    found = {(row.a, row.over): row for row in pair.differences}
-    assert {over for name, over in found if name == "B teacher"} == {"cwe", "hpo", "hpo_classes", "hpo_similarity"}
+    differences = {(row.a, row.over): row for row in pair.differences}
+    assert {over for name, over in differences if name == "B teacher"} == {
+        "cwe",
+        "hpo",
+        "hpo_classes",
+        "hpo_similarity",
+    }
     tables = [raw(path)["scores"]["teacher"]["cwe"]["ndcg_at_10"]["value"] for path in runs]
-    row = found["B teacher", "cwe"]
+    row = differences["B teacher", "cwe"]
     assert row.b == "A teacher" and row.value == pytest.approx(tables[1] - tables[0]) and row.clear
     assert row.high - row.low < 0.06  # paired: far narrower than two separate intervals
-    assert not found["B student@288", "cwe"].clear and found["B student@288", "cwe"].value == 0
-    assert not [name for name in found if "bm25" in name[0] or "before" in name[0]]
+    assert not differences["B student@288", "cwe"].clear and differences["B student@288", "cwe"].value == 0
+    assert not [name for name in differences if "bm25" in name[0] or "before" in name[0]]
     assert pair.left_out == ["code: its held-out examples differ (evaluation hashes)"]
 
 
 def test_the_mean_is_compared_when_all_sets_are_the_same(runs: tuple[Path, Path], copy: Path) -> None:
-    versus = compare_runs(open_runs([str(runs[0]), str(copy / "report.json")]))  # its artifacts are found beside it
-    means = [row for row in versus.pairs[0].differences if row.over == MEAN]
+    comparison = compare_runs(open_runs([str(runs[0]), str(copy / "report.json")]))  # its artifacts are beside it
+    means = [row for row in comparison.pairs[0].differences if row.over == MEAN]
     assert {row.a for row in means} == {"B teacher", "B student", "B teacher@288", "B student@288"}
     assert all(row.value == row.low == row.high == 0 for row in means)
 
 
-def test_what_cannot_be_compared_is_said(runs: tuple[Path, Path], copy: Path) -> None:
+def test_what_cannot_be_compared_is_listed(runs: tuple[Path, Path], copy: Path) -> None:
     (copy / "evaluate_teacher" / "items.parquet").unlink()
     alone = copy.parent / "report.json"
     shutil.copy(runs[1] / "report.json", alone)
@@ -87,15 +92,15 @@ def test_what_cannot_be_compared_is_said(runs: tuple[Path, Path], copy: Path) ->
         step["artifact"] = None
     text["scores"].pop("student@288")
     alone.write_text(json.dumps(text))
-    versus = compare_runs(open_runs([str(runs[0]), str(copy), str(alone)]))
-    assert any(line.startswith("teacher: ") and "items.parquet" in line for line in versus.pairs[0].left_out)
-    assert "teacher: the per-item scores of run C are not there any more" in versus.pairs[1].left_out
-    assert "student@288: run C has no such model" in versus.pairs[1].left_out
+    comparison = compare_runs(open_runs([str(runs[0]), str(copy), str(alone)]))
+    assert any(line.startswith("teacher: ") and "items.parquet" in line for line in comparison.pairs[0].left_out)
+    assert "teacher: the per-item scores of run C no longer exist" in comparison.pairs[1].left_out
+    assert "student@288: run C has no such model" in comparison.pairs[1].left_out
 
 
 def test_the_page_of_two_runs(runs: tuple[Path, Path], tmp_path: Path) -> None:
     target = tmp_path / "both.html"
-    done = run(*runs, "--out", target)
+    done = invoke(*runs, "--out", target)
     assert done.exit_code == 0, done.output
     assert "not compared between A and B: code" in done.stdout and f"page: {target}" in done.stdout
     page = Page(target.read_text())
@@ -103,36 +108,38 @@ def test_the_page_of_two_runs(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert links and all(link and link.startswith("#") for link in links)
     assert page.count("script") == page.count("img") == page.count("link") == 0
     first, second = (raw(path)["scores"]["teacher"]["hpo"]["ndcg_at_10"]["value"] for path in runs)
-    for said in (
+    for text in (
         "A: quickstart",
         "prepare.sources.hpo.max_train: 5 -> 9",
         f"teacher {first:.3f}",
         f"{second:.3f}",
         "B teacher − A teacher",
-        "≠ The runs were scored on other held-out examples here",
+        "≠ The held-out examples of the runs differ here",
         "train_stage_1: loss",
         "train_stage_2: gap",
         "whole run 17 min 23 s",
         "models:/nvembed-teacher/1",
     ):
-        assert said in page.text, said
-    curves = [name for name, found in page.tags if name == "polyline" and found.get("class") == "thick series1"]
+        assert text in page.text, text
+    curves = [
+        name for name, attributes in page.tags if name == "polyline" and attributes.get("class") == "thick series1"
+    ]
     assert len(curves) == 3 + 2  # the second run's losses and gaps
-    assert run(*runs, "--out", target).exit_code == 0, "a page of ours is written again"
+    assert invoke(*runs, "--out", target).exit_code == 0, "a page of ours is written again"
 
 
 def test_json_of_two_runs(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    done = run(*runs, "--out", tmp_path / "both.html", "--json")
-    found = json.loads(done.stdout)
-    assert found["page"] == str(tmp_path / "both.html")
-    assert [entry["recipe"] for entry in found["comparison"]["runs"]] == ["quickstart", "better"]
-    assert found["comparison"]["runs"][1]["scores"]["teacher"] == raw(runs[1])["scores"]["teacher"]
+    done = invoke(*runs, "--out", tmp_path / "both.html", "--json")
+    output = json.loads(done.stdout)
+    assert output["page"] == str(tmp_path / "both.html")
+    assert [entry["recipe"] for entry in output["comparison"]["runs"]] == ["quickstart", "better"]
+    assert output["comparison"]["runs"][1]["scores"]["teacher"] == raw(runs[1])["scores"]["teacher"]
 
 
 def test_a_run_is_reported_on_again_from_its_steps(copy: Path) -> None:
     before = raw(copy)
-    shutil.rmtree(copy / "train_student")  # as if the run had not come so far
-    done = run(copy, "--json")
+    shutil.rmtree(copy / "train_student")  # as if the run had not reached it
+    done = invoke(copy, "--json")
     assert done.exit_code == 0, done.output
     after = raw(copy)
     assert json.loads(done.stdout) == {"page": str(copy / "report.html"), "report": after}
@@ -146,13 +153,13 @@ def test_a_run_is_reported_on_again_from_its_steps(copy: Path) -> None:
 
 def test_a_report_json_alone_becomes_a_page(runs: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copy(runs[0] / "report.json", tmp_path)
-    assert run(tmp_path / "report.json").exit_code == 0
+    assert invoke(tmp_path / "report.json").exit_code == 0
     page = Page((tmp_path / "report.html").read_text())
     assert "train_stage_1: loss" in page.text and not (tmp_path / "recipe.yaml").exists()
 
 
 @pytest.mark.parametrize(
-    ("prepare", "arguments", "said"),
+    ("prepare", "arguments", "message"),
     [
         (None, ["gone"], "there is no such run"),
         (None, ["."], "has no recipe.yaml"),
@@ -164,20 +171,20 @@ def test_a_report_json_alone_becomes_a_page(runs: tuple[Path, Path], tmp_path: P
         (None, ["RUN", "BETTER", "--out", "."], "is a directory"),
     ],
 )
-def test_wrong_input_is_told(
+def test_wrong_input_is_reported(
     runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any,
-    prepare: str | None, arguments: list[str], said: str,
+    prepare: str | None, arguments: list[str], message: str,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     if prepare:
         (tmp_path / prepare).write_text('{"mine": true}')
     named = {"RUN": str(runs[0]), "BETTER": str(runs[1])}
-    done = run(*(named.get(part, part) for part in arguments))
+    done = invoke(*(named.get(part, part) for part in arguments))
     assert done.exit_code == 2
-    assert said in done.output + capfd.readouterr().err
+    assert message in done.output + capfd.readouterr().err
 
 
-def test_a_step_that_lost_a_file_is_told(copy: Path) -> None:
+def test_a_step_that_lost_a_file_is_reported(copy: Path) -> None:
     (copy / "evaluate_teacher" / "scores.json").unlink()
     with pytest.raises(UserError, match=r"lacks a file: .*scores\.json"):
         collect_again(str(copy))
