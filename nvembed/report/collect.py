@@ -10,7 +10,6 @@ from typing import Any
 
 from nvembed.core import storage
 from nvembed.core.secrets import mask_all
-from nvembed.modeling.precision import resolve_precision
 from nvembed.registry.step import REGISTRATION
 from nvembed.registry.versions import primary_metric
 from nvembed.report.comparisons import RETRIEVAL_METRIC, Scored, compare_systems, retrieval_means
@@ -270,6 +269,8 @@ def _precision(config: Mapping[str, Any]) -> str | None:
     configured = config.get("precision")
     if configured is None or config.get("gpus_per_worker"):
         return configured
+    from nvembed.modeling.precision import resolve_precision  # torch, which a run of other steps has not loaded
+
     return resolve_precision(configured, "cpu")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core import storage
+from nvembed.modeling.shapes import folder_size
 from nvembed.report.schema import Size
 from nvembed.types import Artifact, UserError
 
@@ -46,8 +47,6 @@ def model_sizes(
 def _add(found: dict[str, Size], name: str, folder: Path | None, without: str = "") -> None:
     if folder is None or not any(folder.rglob("*.safetensors")):
         return
-    from nvembed.distill.student import folder_size
-
     size = folder_size(folder)
     less = folder_size(folder / without) if without else {"parameters": 0, "bytes": 0}
     parts = {what: size[what] - less[what] for what in size}

@@ -16,9 +16,10 @@ from safetensors.numpy import save_file
 
 from nvembed.core.vectors import vector_table, write_table
 from nvembed.distill.config import CompareConfig
-from nvembed.distill.student import COMPARE_STUDENT, cosine_to_teacher, encode_cost, folder_size
+from nvembed.distill.student import COMPARE_STUDENT, cosine_to_teacher, encode_cost
 from nvembed.distill.teacher_embeddings import text_key
 from nvembed.modeling.folder import load_embedder
+from nvembed.modeling.shapes import folder_size
 from nvembed.types import Artifact
 
 CONFIG = CompareConfig(holdout_texts=20, texts=8, repeats=2, precision="fp32", bootstrap_samples=100)
