@@ -24,6 +24,13 @@ settings.register_profile("nvembed", deadline=None)
 settings.load_profile("nvembed")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`pytest -n 2 -m "not ray and not slow"` (pytest-xdist) keeps a file's tests together: they share fixtures."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadfile"
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One local Ray cluster for all tests that need one (a start costs about 5 s)."""

@@ -1,6 +1,7 @@
 """The house rules that a machine can check: layers, fences, names, bans. Standard library only."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -283,7 +285,7 @@ assert not heavy, heavy
         ["recipe", "validate", "RECIPE"],
         ["recipe", "show", "RECIPE"],
         *(
-            ["submit", f"cluster/{target}.yaml", "--dry-run", "--", "python", "pipelines/quickstart.py", "RECIPE"]
+            ["submit", f"cluster/{target}.yaml", "--dry-run", "--", "python", "pipelines/quickstart.py", "TINY"]
             for target in ("ray", "kuberay", "slurm", "aws")
         ),
         ["preflight", "--help"],
@@ -297,8 +299,8 @@ assert not heavy, heavy
     ids=lambda arguments: " ".join(arguments[:2]),
 )
 def test_light_commands_load_nothing_heavy(arguments: list[str]) -> None:
-    recipe = str(ROOT / "pipelines/recipes/quickstart.yaml")
-    script = LIGHT.format(arguments=[recipe if part == "RECIPE" else part for part in arguments], heavy=HEAVY)
+    recipes = {"RECIPE": "pipelines/recipes/quickstart.yaml", "TINY": "pipelines/recipes/tiny.yaml"}
+    script = LIGHT.format(arguments=[recipes.get(part, part) for part in arguments], heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

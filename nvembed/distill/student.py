@@ -14,12 +14,10 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.numpy import load as load_safetensors
 
 from nvembed.core import storage
@@ -29,6 +27,7 @@ from nvembed.distill.config import CompareConfig
 from nvembed.distill.teacher_embeddings import read_part
 from nvembed.evaluation.significance import bootstrap, mean_statistic
 from nvembed.modeling.precision import resolve_precision
+from nvembed.modeling.shapes import folder_size
 from nvembed.retrieval.encoders import Encoder, open_encoder
 from nvembed.types import Artifact
 
@@ -36,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 OBJECTIVE = "objective.safetensors"
 PROJECTION = "projections."
-PROBES = "probes.safetensors"
 
 
 def _build(config: CompareConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
@@ -137,16 +135,6 @@ def _mean_cosine(a_ND: np.ndarray, b_ND: np.ndarray, config: CompareConfig) -> d
 
 
 # -- size and cost ----------------------------------------------------------------------------------------------------
-
-
-def folder_size(folder: Path) -> dict[str, int]:
-    """Parameters in, and bytes of, a model folder's weights (`*.safetensors` at any depth, probe vectors left out)."""
-    files = [path for path in sorted(folder.rglob("*.safetensors")) if path.name != PROBES]
-    parameters = 0
-    for path in files:
-        with safe_open(path, framework="numpy") as weights:
-            parameters += sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118
-    return {"parameters": parameters, "bytes": sum(path.stat().st_size for path in files)}
 
 
 def encode_cost(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.stats import rankdata
 
 RECALL_DEPTH = 100  # ranks that recall counts, and so the least a query is searched for
 _BLOCK = 1024
@@ -144,6 +143,8 @@ def spearman(a_SN: np.ndarray, b_SN: np.ndarray) -> np.ndarray:
     Returns:
         float64 [S], -1 to 1; 0 where a side is constant and the correlation is not defined.
     """
+    from scipy.stats import rankdata  # takes a second to import, and the report needs only the names of metrics
+
     ranks_a_SN, ranks_b_SN = (rankdata(side_SN, axis=1) for side_SN in (a_SN, b_SN))
     centred_a_SN = ranks_a_SN - ranks_a_SN.mean(axis=1, keepdims=True)
     centred_b_SN = ranks_b_SN - ranks_b_SN.mean(axis=1, keepdims=True)

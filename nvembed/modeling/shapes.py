@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from safetensors import safe_open
 
 from nvembed.modeling.config import (
     BackboneConfig,
@@ -23,6 +26,8 @@ from nvembed.modeling.config import (
     RandomBackbone,
 )
 from nvembed.modeling.hub_shapes import hub_shape
+
+PROBES = "probes.safetensors"  # vectors, not weights, as in probes.py
 
 
 @dataclass(frozen=True)
@@ -204,3 +209,13 @@ def _value(file: BinaryIO, kind: int) -> Any:
     if kind not in _SCALARS:
         raise ValueError(f"unknown GGUF value type {kind}")
     return struct.unpack(_SCALARS[kind], file.read(struct.calcsize(_SCALARS[kind])))[0]
+
+
+def folder_size(folder: Path) -> dict[str, int]:
+    """Parameters in, and bytes of, a model folder's weights (`*.safetensors` at any depth, probe vectors left out)."""
+    files = [path for path in sorted(folder.rglob("*.safetensors")) if path.name != PROBES]
+    parameters = 0
+    for path in files:
+        with safe_open(path, framework="numpy") as weights:
+            parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return {"parameters": parameters, "bytes": sum(path.stat().st_size for path in files)}

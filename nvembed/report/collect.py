@@ -237,6 +237,7 @@ def _precision(config: Mapping[str, Any]) -> str | None:
     configured = config.get("precision")
     if configured is None or config.get("gpus_per_worker"):
         return configured
+
     return resolve_precision(configured, "cpu")
 
 

@@ -7,6 +7,7 @@ Exactness as DESIGN.md defines it: fp32, dropout 0, per-tensor relative norm at 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,39 @@ def jobs() -> dict[str, dict[str, Any]]:
     return made
 
 
+# One of each kind runs by default; the others, which differ in engine, stage or cut only, are slow.
+DEFAULT = {
+    "torch0-full-chunked-adamw", "torch0-lora-whole-adamw", "deepspeed0-full-chunked-sgd",
+    *(f"deepspeed{stage}-{kind}-chunked-adamw" for stage in (1, 2, 3) for kind in ("full", "lora")),
+    "deepspeed3-full-whole-adamw", "deepspeed3-distill", "deepspeed2-offload", "deepspeed3-checkpointing",
+    "deepspeed3-uneven", "deepspeed3-sliced-chunked", "infinite-torch0", "infinite-deepspeed3", "naive1",
+}  # fmt: skip
+assert set(jobs()) > DEFAULT
+
+
+def with_slow(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test over jobs."""
+    return [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in names]
+
+
+class Results:
+    """Results of two gloo ranks; one start of the processes runs all default jobs, another all slow ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getitem__(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        folder = self.folder / ("default" if name in DEFAULT else "slow")
+        if not folder.exists():
+            run_ranks(
+                "equality", {key: job for key, job in jobs().items() if (key in DEFAULT) == (name in DEFAULT)}, folder
+            )
+        return read_result(folder, name)
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All jobs on two gloo ranks, in one start of the processes."""
-    folder: Path = tmp_path_factory.mktemp("equality")
-    run_ranks("equality", jobs(), folder)
-    return folder
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return Results(tmp_path_factory.mktemp("equality"))
 
 
 @functools.cache
@@ -116,9 +144,9 @@ def assert_equal(facts: dict[str, Any], tensors: dict[str, Any], config: dict[st
     assert all(relative(tensors[name], tensors[name.replace("parameters", "initial")]) > 1e-6 for name in moved)
 
 
-@pytest.mark.parametrize("name", [name for name in jobs() if not name.startswith(("naive", "infinite"))])
-def test_two_ranks_equal_one_process(results: Path, name: str) -> None:
-    facts, tensors = read_result(results, name)
+@pytest.mark.parametrize("name", with_slow(name for name in jobs() if not name.startswith(("naive", "infinite"))))
+def test_two_ranks_equal_one_process(results: Results, name: str) -> None:
+    facts, tensors = results[name]
     config = jobs()[name]["config"]
     assert_equal(facts, tensors, config)
     assert len(set(facts["chunks"])) == 1, "ZeRO-3 needs the same number of chunks on every rank"
@@ -132,8 +160,8 @@ def test_two_ranks_equal_one_process(results: Path, name: str) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_state_is_really_partitioned(results: Path, stage: int, kind: str) -> None:
-    facts, _ = read_result(results, f"deepspeed{stage}-{kind}-chunked-adamw")
+def test_state_is_really_partitioned(results: Results, stage: int, kind: str) -> None:
+    facts, _ = results[f"deepspeed{stage}-{kind}-chunked-adamw"]
     held = facts["partition"]
     assert held["stage"] == stage
     assert held["trained"] / 2 <= held["held"] <= held["trained"] / 2 + 64, "masters and moments are not halved"
@@ -144,10 +172,10 @@ def test_state_is_really_partitioned(results: Path, stage: int, kind: str) -> No
         assert held["gradients_partitioned"] == (stage == 2)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_several_backwards_without_coalescing_are_wrong(results: Path, stage: int) -> None:
+@pytest.mark.parametrize("name", with_slow(["naive1", "naive2"]))
+def test_several_backwards_without_coalescing_are_wrong(results: Results, name: str) -> None:
     """Negative control: DeepSpeed says nothing, only the numbers do (PLATFORM.md 0.1)."""
-    facts, tensors = read_result(results, f"naive{stage}")
+    facts, tensors = results[name]
     expected_facts, expected = reference("full", "sgd", "contrastive")
     assert facts["losses"][0] == pytest.approx(expected_facts["losses"][0], rel=TOLERANCE)  # same first forward
     assert facts["norms"][0] != pytest.approx(expected_facts["norms"][0], rel=0.01)
@@ -155,9 +183,9 @@ def test_several_backwards_without_coalescing_are_wrong(results: Path, stage: in
     assert max(relative(tensors[name], expected[name]) for name in weights) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize(("engine", "stage"), engines())
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_every_rank(results: Path, engine: str, stage: int) -> None:
-    facts, _ = read_result(results, f"infinite-{engine}{stage}")
+@pytest.mark.parametrize("name", with_slow(f"infinite-{engine}{stage}" for engine, stage in engines()))
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_every_rank(results: Results, name: str) -> None:
+    facts, _ = results[name]
     assert len(facts["messages"]) == 2
     for message in facts["messages"]:
         assert message.startswith("the gradient norm is ") and "at step 0; examples step0-example0, " in message
