@@ -292,7 +292,7 @@ def model_sizes(
 
 def _weights(folder: Path, excluded: str) -> dict[str, int]:
     """Parameters and bytes of a model folder without those of a subfolder."""
-    from nvembed.distill.student import folder_size
+    from nvembed.modeling.shapes import folder_size
 
     size, less = folder_size(folder), folder_size(folder / excluded) if excluded else {}
     return {what: number - less.get(what, 0) for what, number in size.items()}

@@ -16,8 +16,7 @@ from safetensors.numpy import save_file
 
 from nvembed.core.vectors import vector_table, write_shard
 from nvembed.distill.config import CompareConfig
-from nvembed.distill.student import COMPARE_STUDENT, cosine_to_teacher, encode_cost, folder_size
-from nvembed.distill.teacher_embeddings import text_key
+from nvembed.distill.student import COMPARE_STUDENT, cosine_to_teacher, encode_cost
 from nvembed.modeling.folder import load_embedder
 from nvembed.modeling.shapes import folder_size
 from nvembed.text.identity import text_key
