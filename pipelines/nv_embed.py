@@ -10,7 +10,7 @@ import nvembed.pipeline.early  # isort: skip  # noqa: F401  (first: Ctrl-C while
 from nvembed.data.prepare import PREPARE
 from nvembed.evaluation.baselines import BASELINES
 from nvembed.evaluation.run import EVALUATE
-from nvembed.mining.run import MINE
+from nvembed.mining.step import MINE
 from nvembed.pipeline.command_line import tell
 from nvembed.pipeline.run import Road
 from nvembed.stream.steps import STREAM

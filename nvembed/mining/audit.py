@@ -14,7 +14,8 @@ from nvembed.data.tables import document_text, read_rows
 from nvembed.mining.blocks import CODE, KEPT
 from nvembed.mining.config import CeilingRule, TopKAbs, TopKMarginPos, TopKPercPos
 from nvembed.mining.rules import ceilings
-from nvembed.mining.selection import Reason, jaccard, word_triples
+from nvembed.mining.selection import Reason
+from nvembed.text.identity import jaccard, word_triples
 from nvembed.types import Artifact
 
 SCORE_EDGES = tuple(round(-1.0 + 0.05 * index, 2) for index in range(41))

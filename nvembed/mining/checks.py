@@ -15,9 +15,10 @@ from nvembed.mining.config import MineConfig
 from nvembed.mining.lists import flat
 from nvembed.mining.picked import Picked
 from nvembed.mining.rules import ceilings
+from nvembed.mining.search import Searcher, scores_by_id
 from nvembed.mining.searched import Ranking
-from nvembed.mining.searching import Searcher, scores_by_id
-from nvembed.mining.selection import Reason, jaccard, word_triples
+from nvembed.mining.selection import Reason
+from nvembed.text.identity import jaccard, word_triples
 
 
 class Candidates:

@@ -21,8 +21,8 @@ from nvembed.mining.checks import Candidates, Checks
 from nvembed.mining.config import MineConfig, RandomNegatives, SampledTopK
 from nvembed.mining.lists import flat, interleaved, owners, starts
 from nvembed.mining.rules import Limits, drawn, rule_limits
+from nvembed.mining.search import Searcher
 from nvembed.mining.searched import NeedsSearchError, Ranking, ranking
-from nvembed.mining.searching import Searcher
 from nvembed.mining.selection import Selection, select_negatives
 from nvembed.retrieval.config import ExactIndex
 
@@ -58,7 +58,7 @@ def choices(
     """Choices for a group, over whole arrays where nothing but ids, scores and text hashes has a say.
 
     Args:
-        queries: its rows (`searching.QUERY_COLUMNS`).
+        queries: its rows (`search.QUERY_COLUMNS`).
         lanes: each retriever's rows (`SEARCHED_SCHEMA` with the hashes of `PART_SCHEMA`), the first retriever's first.
         problem: the first retriever's as arrays.
 

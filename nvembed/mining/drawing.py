@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from nvembed.mining.searching import Searcher
+from nvembed.mining.search import Searcher
 from nvembed.mining.selection import draw_rounds, example_generator, select_negatives
 
 Rounds = Generator[list[int], list[str], list[str]]
@@ -21,7 +21,7 @@ def random_choices(searcher: Searcher, task: dict[str, Any], rows: list[dict[str
     their draws up together: memory depends on the draws, not on the corpus.
 
     Args:
-        rows: the examples (`searching.QUERY_COLUMNS`).
+        rows: the examples (`search.QUERY_COLUMNS`).
     """
     config, dataset = searcher.config, task["dataset"]
     never = _never_hashes(searcher, dataset, rows)

@@ -18,8 +18,8 @@ from nvembed.mining.audit import Audit
 from nvembed.mining.config import MineConfig
 from nvembed.mining.lists import one_array
 from nvembed.mining.mined import MINED_SCHEMA
+from nvembed.mining.search import MinePaths, Searcher
 from nvembed.mining.searched import SEARCHED_SCHEMA
-from nvembed.mining.searching import MinePaths, Searcher
 from nvembed.retrieval.exact.search import search_shards
 from nvembed.types import Artifact, UserError
 

@@ -18,7 +18,7 @@ from nvembed.core import storage
 from nvembed.core.vectors import iter_parquet, write_shard_tables
 from nvembed.data.tables import document_text
 from nvembed.mining.config import MineConfig
-from nvembed.mining.selection import text_hash
+from nvembed.text.identity import text_hash
 from nvembed.types import Artifact, TaskType
 
 STS_NEVER = (

@@ -41,12 +41,6 @@ class Selection:
     rejected: dict[int, Reason] = field(default_factory=dict)
 
 
-def text_hash(text: str) -> int:
-    """Signed 64-bit hash of a text, case and white space aside: what counts as "the same text under another id"."""
-    value = xxhash.xxh3_64_intdigest(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass"))
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
 def select_negatives(
     candidate_ids: Sequence[str],
     scores: Sequence[float],
@@ -151,22 +145,6 @@ def draw_accepted(
         except StopIteration as done:
             kept: list[int] = done.value
             return kept
-
-
-def word_triples(text: str) -> frozenset[int]:
-    """What near duplicates are judged by: hashes of all runs of three words; single characters where words are not
-    parted by spaces (a text of fewer than three words), so that Chinese and Japanese compare too."""
-    words = text.casefold().split()
-    if len(words) < 3:
-        words = list("".join(words))
-    runs = (" ".join(words[place : place + 3]) for place in range(max(len(words) - 2, 1)))
-    return frozenset(xxhash.xxh3_64_intdigest(run.encode("utf-8", "surrogatepass")) for run in runs)
-
-
-def jaccard(left: Set[int], right: Set[int]) -> float:
-    """Shared share of two sets; 0 when both are empty."""
-    union = len(left | right)
-    return len(left & right) / union if union else 0.0
 
 
 @dataclass(frozen=True)

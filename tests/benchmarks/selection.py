@@ -123,8 +123,8 @@ def main() -> None:
     pa.set_io_thread_count(1)
     from nvembed.core.vectors import write_table
     from nvembed.mining.config import MineConfig, TopKPercPos
-    from nvembed.mining.miner import selected
-    from nvembed.mining.searching import MinePaths, Searcher
+    from nvembed.mining.search import MinePaths, Searcher
+    from nvembed.mining.worker import selected
 
     bench, plain = sibling("search.py"), sibling("../mining/query_by_query.py")
     queries, searched, corpus = group(arguments.queries, arguments.documents, arguments.depth)

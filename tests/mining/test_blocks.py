@@ -27,10 +27,10 @@ from nvembed.mining.config import (
     TopKShifted,
 )
 from nvembed.mining.layout import QUERY_SCHEMA
-from nvembed.mining.miner import selected
 from nvembed.mining.rules import ceilings
+from nvembed.mining.search import MinePaths, Searcher
 from nvembed.mining.searched import PART_SCHEMA, SEARCHED_SCHEMA, NeedsSearchError
-from nvembed.mining.searching import MinePaths, Searcher
+from nvembed.mining.worker import selected
 from nvembed.retrieval.config import ExactIndex, FaissFlat, SearchConfig
 
 spec = importlib.util.spec_from_file_location("query_by_query", Path(__file__).with_name("query_by_query.py"))
@@ -112,7 +112,7 @@ def groups(draw):
     hashes = {f"d{number:02d}": random.randint(0, texts) for number in range(count)}
     pairs = [one_query(random, number, searched, depth, hashes) for number in range(draw(st.integers(1, 12)))]
     queries = pa.Table.from_pylist([query for query, _ in pairs], schema=QUERY_SCHEMA)
-    # Deepening reads vectors: `test_miner.py`. An approximate index takes what there is.
+    # Deepening reads vectors: `test_worker.py`. An approximate index takes what there is.
     way = "search" if isinstance(config.search.index, FaissFlat) else "reuse"
     return config, way, queries, [pa.Table.from_pylist([row for _, row in pairs], schema=SCHEMA)]
 

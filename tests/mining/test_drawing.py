@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvembed.core.vectors import write_table
-from nvembed.mining import searching
+from nvembed.mining import search
 from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.drawing import random_choices
-from nvembed.mining.searching import MinePaths, Searcher
+from nvembed.mining.search import MinePaths, Searcher
 from nvembed.mining.selection import draw_accepted, example_generator, select_negatives
 
 
@@ -66,6 +66,6 @@ def test_a_group_draws_what_each_example_draws_alone(folder, hashes, never, want
         {"key": f"q{number}", "hash": number, "never": [f"d{place:03}" for place in places]}
         for number, places in enumerate(never)
     ]
-    with mock.patch.object(searching, "_HASHES_AT_ONCE", at_once):
+    with mock.patch.object(search, "_HASHES_AT_ONCE", at_once):
         found = random_choices(searcher, {"dataset": "set", "corpus": len(ids)}, rows)
     assert found == [alone(config, row, documents) for row in rows]

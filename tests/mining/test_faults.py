@@ -9,7 +9,7 @@ from nvembed.core import retry, storage
 from nvembed.core.steps import MANIFEST, CorruptArtifactError, load_artifact
 from nvembed.core.vectors import read_table
 from nvembed.mining.config import MineConfig
-from nvembed.mining.run import MINE
+from nvembed.mining.step import MINE
 from nvembed.retrieval.config import EncodeConfig, PretrainedModel
 
 spec = importlib.util.spec_from_file_location("weaknesses", Path(__file__).with_name("weaknesses.py"))
@@ -113,9 +113,9 @@ def ways(monkeypatch):
     spec = importlib.util.spec_from_file_location("ways", Path(__file__).with_name("test_ways.py"))
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
-    monkeypatch.setattr(found.run, "run_pool", found.pool)
-    monkeypatch.setattr(found.run, "encode_shards", found.encode)
-    monkeypatch.setattr(found.run, "check_model", lambda model: None)
+    monkeypatch.setattr(found.step, "run_pool", found.pool)
+    monkeypatch.setattr(found.step, "encode_shards", found.encode)
+    monkeypatch.setattr(found.step, "check_model", lambda model: None)
     return found
 
 

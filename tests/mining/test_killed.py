@@ -1,7 +1,7 @@
 """kill -9 in every write phase of mining: the rerun goes on from what is there and ends with a clean run's bytes.
 
 The runs are processes of their own with `test_ways.py`'s in-process pool; each kills itself at a chosen write: before
-it, with half of the file written, or right after. Killing an actor, and the driver under Ray: `test_run.py`.
+it, with half of the file written, or right after. Killing an actor, and the driver under Ray: `test_step.py`.
 """
 
 import importlib.util
@@ -22,8 +22,8 @@ ways = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ways)
 from nvembed.core import storage
 prepared, out, phase, moment, left = *sys.argv[2:6], int(sys.argv[6])
-ways.run.run_pool, ways.run.check_model = ways.pool, lambda model: None
-ways.run.encode_shards = ways.encode
+ways.step.run_pool, ways.step.check_model = ways.pool, lambda model: None
+ways.step.encode_shards = ways.encode
 write, write_table = storage.write_bytes, pq.ParquetWriter.write_table
 
 def dying(uri, data):
@@ -85,9 +85,9 @@ def world(tmp_path_factory):
         return ways.pool(factory, arguments, tasks, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ways.run, "run_pool", counted)
-        patch.setattr(ways.run, "encode_shards", ways.encode)
-        patch.setattr(ways.run, "check_model", lambda model: None)
+        patch.setattr(ways.step, "run_pool", counted)
+        patch.setattr(ways.step, "encode_shards", ways.encode)
+        patch.setattr(ways.step, "check_model", lambda model: None)
         settings = {"more_retrievers": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows": 15}}
         config = ways.MineConfig.model_validate({**ways.CONFIG.model_dump(), **settings})
         ways.MINE.run(config, {"prepare": prepared}, str(root / "clean"))

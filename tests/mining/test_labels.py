@@ -10,7 +10,7 @@ from nvembed.data.config import FilesSource, PrepareConfig
 from nvembed.data.prepare import PREPARE
 from nvembed.data.tables import dataset_info, read_corpus
 from nvembed.mining.config import MineConfig
-from nvembed.mining.miner import MinePaths, MineWorker
+from nvembed.mining.worker import MinePaths, MineWorker
 from nvembed.stream.steps import _files
 from nvembed.types import Artifact
 

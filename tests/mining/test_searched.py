@@ -19,7 +19,7 @@ RULES = st.one_of(
     st.builds(TopKShifted, shift=st.integers(0, 10)),
     st.builds(TopKAbs, max_score=st.floats(-1, 1)),
     st.builds(TopKMarginPos, margin=st.floats(0, 0.5)),
-    st.builds(TopKPercPos, share=st.floats(0.3, 1)),
+    st.builds(TopKPercPos, max_negative_to_positive_ratio=st.floats(0.3, 1)),
     st.integers(1, 10).flatmap(lambda first: st.builds(RankWindow, first=st.just(first), last=st.integers(first, 15))),
 )
 

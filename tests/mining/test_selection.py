@@ -15,8 +15,8 @@ from nvembed.mining.selection import (
     example_based,
     example_generator,
     select_negatives,
-    text_hash,
 )
+from nvembed.text.identity import text_hash
 
 SCORES = st.floats(-1, 1, allow_nan=False)
 

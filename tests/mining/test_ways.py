@@ -18,13 +18,13 @@ from nvembed.core.vectors import write_table as write_vectors
 from nvembed.data.config import CweSource, PrepareConfig
 from nvembed.data.documents import Documents
 from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
-from nvembed.mining import choosing, picked, run
+from nvembed.mining import choosing, picked, step
 from nvembed.mining.config import CandidateFilter, MineConfig, TopKAbs
-from nvembed.mining.run import MINE
-from nvembed.mining.selection import jaccard, word_triples
+from nvembed.mining.step import MINE
 from nvembed.retrieval import ann
 from nvembed.retrieval.config import EncodeConfig, FaissFlat, FaissHnsw, PackageModel, SearchConfig
 from nvembed.retrieval.encode import EncodeReport
+from nvembed.text.identity import jaccard, word_triples
 from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
 PLACES = ["heap", "stack", "kernel", "browser", "server", "parser", "driver", "socket"]
@@ -65,9 +65,9 @@ def encode(source, model, out, config, may_reject=()):
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch):
-    monkeypatch.setattr(run, "run_pool", pool)
-    monkeypatch.setattr(run, "encode_shards", encode)
-    monkeypatch.setattr(run, "check_model", lambda model: None)
+    monkeypatch.setattr(step, "run_pool", pool)
+    monkeypatch.setattr(step, "encode_shards", encode)
+    monkeypatch.setattr(step, "check_model", lambda model: None)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)  # hundreds of small files; nothing crashes here
 
 
@@ -259,7 +259,7 @@ def test_an_index_that_memory_cannot_hold_is_refused_before_anything_is_laid_out
     class Small:
         total = 20_000
 
-    monkeypatch.setattr(run.psutil, "virtual_memory", Small)
+    monkeypatch.setattr(step.psutil, "virtual_memory", Small)
     with pytest.raises(UserError, match=r"BM25 over 'set': an index of 42 documents takes about 0\.0 GiB"):
         mine(prepared, tmp_path / "refused", more_retrievers=[{"type": "bm25"}])
     assert not (tmp_path / "refused" / "checkpoints").exists()

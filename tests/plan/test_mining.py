@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from nvembed.cli import app
 from nvembed.mining.config import MineConfig
-from nvembed.mining.searching import MinePaths
+from nvembed.mining.search import MinePaths
 from nvembed.plan.corpora import division, parse_rows, searched_sets, shard_count
 from nvembed.plan.encoding import EncoderSizes, encode_seconds
 from nvembed.plan.hardware import find_hardware
@@ -132,7 +132,7 @@ def test_mining_cuts_its_work_as_planned(
     document_rows: int,
 ) -> None:
     from nvembed.core.vectors import list_shards, write_text_shards
-    from nvembed.mining.run import _document_segments, _query_groups
+    from nvembed.mining.step import _document_segments, _query_groups
 
     config = MineConfig.model_validate(
         {

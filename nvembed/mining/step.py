@@ -1,7 +1,7 @@
 """The `mine` step: negatives for every training example of every data set of a `prepare` artifact.
 
 Retrieval and sts sets: all texts of all sets are encoded in one actor pool; then groups of queries are searched against
-parts of their corpus, each part a task (`searching.py`), and the rule selects from what all parts hold (`choosing.py`).
+parts of their corpus, each part a task (`search.py`), and the rule selects from what all parts hold (`choosing.py`).
 Classes and clusters get example-based pairs. With an input `model`, a trained one, it mines in the first retriever's
 place. Only train examples are read. Writes `<dataset>/mined.parquet`, `<dataset>/searched.parquet` (what another rule
 can be applied to, see `reuse`) and `audit.json`. A killed run goes on: text, vector, search and selection files under
@@ -31,9 +31,9 @@ from nvembed.mining.audit import Audit, near_duplicates, samples, short_summary
 from nvembed.mining.config import Bm25Retriever, MineConfig, RandomNegatives
 from nvembed.mining.finish import check_reuse, index_recall, merge_parts
 from nvembed.mining.layout import Laid, lay_out
-from nvembed.mining.miner import MineWorker
 from nvembed.mining.rejected import NEEDED, SIDES, Rejected, write_rejected
-from nvembed.mining.searching import MinePaths, Searcher
+from nvembed.mining.search import MinePaths, Searcher
+from nvembed.mining.worker import MineWorker
 from nvembed.retrieval.ann import check_faiss
 from nvembed.retrieval.bm25 import check_memory
 from nvembed.retrieval.config import ExactIndex, PretrainedModel

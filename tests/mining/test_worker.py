@@ -11,7 +11,7 @@ from nvembed.core.storage import join, read_json
 from nvembed.core.vectors import list_shards, read_table, vector_table, write_table
 from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.layout import DOCUMENT_SCHEMA, QUERY_SCHEMA
-from nvembed.mining.miner import MinePaths, MineWorker, selected
+from nvembed.mining.worker import MinePaths, MineWorker, selected
 from nvembed.retrieval.config import SearchConfig
 from nvembed.types import UserError
 

@@ -19,7 +19,7 @@ from nvembed.data.config import CweSource, HpoClassesSource, HpoSimilaritySource
 from nvembed.data.documents import Documents
 from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table, write_table, write_tables
 from nvembed.mining.config import MineConfig, RandomNegatives
-from nvembed.mining.run import MINE
+from nvembed.mining.step import MINE
 from nvembed.retrieval.config import EncodeConfig, PackageModel, PretrainedModel, SearchConfig
 from nvembed.retrieval.encoders import open_encoder, package_folder
 from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
@@ -228,7 +228,7 @@ def test_a_missing_miner_is_reported_before_anything_starts(tmp_path):
 DRIVER = """
 import sys
 from nvembed.mining.config import MineConfig
-from nvembed.mining.run import MINE
+from nvembed.mining.step import MINE
 from nvembed.core.steps import load_artifact
 MINE.run(MineConfig.model_validate_json(sys.argv[1]), {"prepare": load_artifact(sys.argv[2])}, sys.argv[3])
 """

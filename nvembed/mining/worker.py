@@ -24,9 +24,10 @@ from nvembed.mining.drawing import random_choices
 from nvembed.mining.lists import flat, one_array
 from nvembed.mining.mined import MINED_SCHEMA, best_rank, mined_table, own_positives, placed
 from nvembed.mining.rules import consistent
+from nvembed.mining.search import MinePaths, Searcher
 from nvembed.mining.searched import SEARCHED_SCHEMA
-from nvembed.mining.searching import MinePaths, Searcher
-from nvembed.mining.selection import ClassExamples, example_based, example_generator, text_hash
+from nvembed.mining.selection import ClassExamples, example_based, example_generator
+from nvembed.text.identity import text_hash
 from nvembed.types import UserError
 
 __all__ = ["MinePaths", "MineWorker", "selected"]
@@ -38,7 +39,7 @@ def selected(
     """Rows of `MINED_SCHEMA` for a group of queries by what the retrievers found, and the numbers of the selection.
 
     Args:
-        queries: the group (`searching.QUERY_COLUMNS`).
+        queries: the group (`search.QUERY_COLUMNS`).
         lanes: each retriever's rows; see `choosing.choices`.
 
     Raises:
