@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 COUNT = 10
-RULE = {"type": "topk_percpos", "max_negative_to_positive_ratio": 0.95}
+RULE = {"type": "topk_perc_pos", "max_negative_to_positive_ratio": 0.95}
 
 
 def helpers() -> Any:

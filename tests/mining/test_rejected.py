@@ -16,8 +16,7 @@ from nvembed.core.steps import MANIFEST
 from nvembed.core.vectors import read_table
 from nvembed.mining import step
 from nvembed.mining.config import MineConfig
-from nvembed.mining.layout import QUERY_SCHEMA
-from nvembed.mining.rejected import Rejected
+from nvembed.mining.layout import QUERY_SCHEMA, Rejected
 from nvembed.mining.step import MINE
 from nvembed.retrieval import encode
 from nvembed.retrieval.encoders import package_folder
