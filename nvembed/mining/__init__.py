@@ -13,6 +13,6 @@ __all__ = ["mine_vectors"]
 def __getattr__(name: str) -> Any:
     if name != "mine_vectors":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nvembed.mining.vectors import mine_vectors
+    from nvembed.mining.api import mine_vectors
 
     return mine_vectors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.core.parquet import read_rows
-from nvembed.data.tables import CORPUS, document_text
-from nvembed.mining.blocks import CODE, KEPT
+from nvembed.data.tables import document_text
 from nvembed.mining.config import CeilingRule, TopKAbs, TopKMarginPos, TopKPercPos
 from nvembed.mining.rules import ceilings
-from nvembed.mining.selection import Reason, jaccard, word_triples
+from nvembed.mining.selection import CODE, KEPT, Reason
+from nvembed.text.identity import jaccard, word_triples
 from nvembed.types import Artifact
 
 SCORE_EDGES = tuple(round(-1.0 + 0.05 * index, 2) for index in range(41))
@@ -30,13 +30,17 @@ COMPARED_RULES: tuple[CeilingRule, ...] = (
 NEAR = 0.8  # shared word triples (Jaccard) from which two texts count as near duplicates in the audit
 HUBS = 20
 _NO_HUBS = pa.table({"id": pa.array([], pa.string()), "count": pa.array([], pa.int64())})
-_HUB_ROWS = 1 << 20  # counted documents that may wait before they are summed up
 
 
 class Audit:
-    """Counters and histograms of one part of a data set."""
+    """Counters and histograms of one part of a data set.
 
-    def __init__(self) -> None:
+    Args:
+        hub_rows: counted documents that may wait before they are summed up.
+    """
+
+    def __init__(self, hub_rows: int = 1 << 20) -> None:
+        self._hub_limit = hub_rows
         self.counts: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         self.per_example: Counter[str] = Counter()
@@ -65,7 +69,7 @@ class Audit:
                 self.positive_ranks[name] += count
 
     def add_decisions(self, code_P: np.ndarray, score_P: np.ndarray) -> None:
-        """Count what was decided about queries' candidates: `blocks.CODE` and score of each."""
+        """Count what was decided about queries' candidates: `selection.CODE` and score of each."""
         count_R = np.bincount(code_P, minlength=max(CODE.values()) + 1)
         self.rejected.update({reason.value: int(count_R[code]) for reason, code in CODE.items() if count_R[code]})
         self.counts["candidates_decided"] += int(count_R[KEPT:].sum())
@@ -106,21 +110,13 @@ class Audit:
         for chunk in negatives.chunks:
             served = chunk.flatten().field("id").value_counts()
             self._hubs.append(pa.table({"id": served.field("values"), "count": served.field("counts")}))
-        if sum(map(len, self._hubs)) > 2 * self._hub_rows + _HUB_ROWS:
+        if sum(map(len, self._hubs)) > 2 * self._hub_rows + self._hub_limit:
             self._hubs = [self._hub_table()]
             self._hub_rows = len(self._hubs[0])
 
     def _hub_table(self) -> pa.Table:
         whole = pa.concat_tables([_NO_HUBS, *self._hubs])
         return whole.group_by("id").aggregate([("count", "sum")]).rename_columns({"count_sum": "count"})
-
-    def add_example(self, negatives: Sequence[Mapping[str, Any]], asked: int) -> None:
-        """Count a mined example and its negatives (id, score or None)."""
-        self.counts["mined"] += 1
-        self.counts["negatives"] += len(negatives)
-        self.counts["with_fewer"] += len(negatives) < asked
-        self.per_example[str(len(negatives))] += 1
-        self.add_scores("negatives", (item["score"] for item in negatives if item["score"] is not None))
 
     def dump(self) -> dict[str, Any]:
         """JSON form; see `merge`. Without the hubs, which are counted from the mined table (`add_hubs`)."""
@@ -143,11 +139,11 @@ class Audit:
         for name, counts in dumped["histograms"].items():
             self.histograms[name] += np.array(counts, dtype=np.int64)
 
-    def summary(self, *, task: str, way: str, examples: int, dropped: Mapping[str, int]) -> dict[str, Any]:
+    def summary(self, *, task: str, kind: str, examples: int, dropped: Mapping[str, int]) -> dict[str, Any]:
         """One data set's part of `audit.json`.
 
         Args:
-            way: how the negatives were found, in words.
+            kind: how the negatives were chosen, in words.
             examples: training examples of the data set.
             dropped: examples that could not be mined, by reason.
         """
@@ -158,7 +154,7 @@ class Audit:
         )
         return {
             "task": task,
-            "way": way,
+            "way": kind,
             "examples": examples,
             "mined": mined,
             "dropped": dict(dropped),
@@ -212,7 +208,7 @@ def rule_name(rule: CeilingRule) -> str:
 def near_duplicates(prepare: Artifact, dataset: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How many negatives nearly repeat a positive, or another negative, of their query, among some mined rows."""
     wanted = [item["id"] for row in rows for item in row["positives"] + row["negatives"]]
-    table = read_rows(prepare.path(dataset, CORPUS), "id", wanted, ["id", "title", "text"])
+    table = read_rows(prepare.path(dataset, "corpus.parquet"), "id", wanted, ["id", "title", "text"])
     triples = {row["id"]: word_triples(document_text(row["title"], row["text"])) for row in table.to_pylist()}
     of_positive = of_negative = negatives = 0
     for row in rows:
@@ -252,7 +248,7 @@ def samples(prepare: Artifact, dataset: str, rows: list[dict[str, Any]]) -> list
     wanted = [item["id"] for row in rows for item in row["positives"] + row["negatives"]]
     texts = {
         row["id"]: document_text(row["title"], row["text"])
-        for row in read_rows(prepare.path(dataset, CORPUS), "id", wanted, ["id", "title", "text"]).to_pylist()
+        for row in read_rows(prepare.path(dataset, "corpus.parquet"), "id", wanted, ["id", "title", "text"]).to_pylist()
     }
     return [
         {

@@ -1,156 +1,191 @@
-"""The costly checks of mining: near duplicates of a positive, and the judge, an embedder or a cross-encoder."""
+"""The costly checks of candidates: near duplicates of a positive (Jaccard), and the candidate filter, a second model.
+
+Both are masks over candidates that nothing else refuses. What they read of a corpus (texts, second vectors) is some
+rows of nearly every shard: one pass picks these rows for a whole group of queries into a temporary file. Memory is
+16 bytes per picked key and the rows that are checked at a time.
+
+Shapes: Q queries of a group, K candidates that are checked, N positives.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import mmap
+import tempfile
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.core import storage
+from nvembed.core.parquet import list_shards, read_table
+from nvembed.core.retry import placed
 from nvembed.core.vectors import table_matrix
 from nvembed.mining.config import MineConfig
+from nvembed.mining.layout import QueryTask
 from nvembed.mining.lists import flat
-from nvembed.mining.picked import Picked
 from nvembed.mining.rules import ceilings
-from nvembed.mining.searched import Ranking
-from nvembed.mining.searching import Searcher, scores_by_id
-from nvembed.mining.selection import Reason, jaccard, word_triples
+from nvembed.mining.search import Searcher
+from nvembed.mining.selection import CODE, Check, Rankings, Reason
+from nvembed.retrieval.exact.topk import gathered_scores
+from nvembed.text.identity import jaccard, word_triples
+
+_KEY = "key"
 
 
-class Candidates:
-    """What the checks read of the documents that some queries may take, and of their positives; read once.
+class CandidateChecks:
+    """The recipe's checks of the candidates of some queries.
 
     Args:
-        task: the group of queries.
-        ids: the documents.
+        queries: some of the group's, or all.
+        rows_Q: their places in the group.
+        ids: the documents that may be checked.
     """
 
-    def __init__(self, searcher: Searcher, task: dict[str, Any], ids: pa.Array) -> None:
-        self._searcher, self._config = searcher, searcher.config
-        roots = searcher.paths.texts, searcher.paths.lane_vectors("candidate_filter")
-        texts, vectors = (storage.join(root, task["dataset"], "documents") for root in roots)
-        needs_texts = self._config.near_duplicate is not None or self._config.cross_encoder is not None
-        self._texts = Picked(texts, ids, ["text"]) if needs_texts else None
-        self._vectors = self._query_QD = None
-        if self._config.candidate_filter is not None and self._config.cross_encoder is None:
-            self._vectors, self._query_QD = (
-                Picked(vectors, ids, ["vector"]),
-                searcher.query_vectors(task, "candidate_filter"),
-            )
+    def __init__(
+        self, searcher: Searcher, task: QueryTask, queries: pa.Table, rows_Q: np.ndarray, ids: pa.Array
+    ) -> None:
+        self._searcher, self._config, self._rows_Q = searcher, searcher.config, rows_Q
+        self._start_Q, self._positives = flat(queries.column("positives"))
+        self._ceiling_Q = np.full(len(rows_Q), np.nan)  # of the filter, where it was needed
+        wanted = pc.unique(pa.concat_arrays([ids, self._positives]))
+        roots = searcher.paths.texts, searcher.paths.vectors_of("candidate_filter")
+        texts, vectors = (storage.join(root, task.dataset, "documents") for root in roots)
+        reranks = self._config.cross_encoder is not None
+        if self._config.near_duplicate is not None or reranks:
+            self._texts = PickedRows(texts, wanted, ["text"])
+        if reranks:
+            table = searcher.queries(task, ("key", "positives", "own", "text", "instruction")).take(pa.array(rows_Q))
+            self._queries = table.column("text").to_pylist()
+            if self._config.cross_encoder is not None and self._config.cross_encoder.instruction:
+                before = table.column("instruction").to_pylist()
+                self._queries = [left + right for left, right in zip(before, self._queries, strict=True)]
+        elif self._config.candidate_filter is not None:
+            self._vectors = PickedRows(vectors, wanted, ["vector"])
+            self._query_QD = searcher.query_vectors(task.dataset, task.shards, "candidate_filter")
 
-    @classmethod
-    def of_group(
-        cls, searcher: Searcher, task: dict[str, Any], queries: pa.Table, lanes: Sequence[pa.Table]
-    ) -> Candidates | None:
-        """Of all candidates of a group; None where the recipe has no check that reads them."""
-        if searcher.config.near_duplicate is None and searcher.config.candidate_filter is None:
-            return None
-        lists = [table.column(name) for table in lanes for name in ("plain", "under")]
-        ids = [flat(column)[1].field("id") for column in lists]
-        return cls(searcher, task, pc.unique(pa.concat_arrays([*ids, flat(queries.column("positives"))[1]])))
+    @staticmethod
+    def needed(config: MineConfig) -> bool:
+        """Whether the recipe has a check that reads texts or asks another model."""
+        return config.near_duplicate is not None or config.candidate_filter is not None
 
-    def texts(self, wanted: set[str]) -> dict[str, str]:
-        """Texts of some of them."""
-        table = self._texts.take(sorted(wanted)) if self._texts is not None else None
-        if table is None:
-            return {}
-        return dict(zip(table.column("key").to_pylist(), table.column("text").to_pylist(), strict=True))
+    def of(self, rankings: Rankings) -> Check:
+        """The check of rankings of these queries."""
+        return lambda owner_K, at_K: self._codes(owner_K, rankings.ids(at_K))
 
-    def judged(
-        self, queries: Sequence[dict[str, Any]], rows: np.ndarray, ids: Sequence[Sequence[str]]
-    ) -> list[dict[str, float]]:
-        """The judge's score of chosen documents of each query, by id; `rows`: the queries' places in the group."""
-        wanted = {key for keys in ids for key in keys}
-        if self._vectors is None:
-            return self._read_together(queries, ids, self.texts(wanted))
-        assert self._query_QD is not None
-        table = self._vectors.take(sorted(wanted))
-        place = {} if table is None else {key: row for row, key in enumerate(table.column("key").to_pylist())}
-        vectors = np.empty((0, 1), dtype=np.float32) if table is None else table_matrix(table)
-        return scores_by_id(queries, self._query_QD[rows], ids, place, vectors)
+    def _codes(self, owner_K: np.ndarray, ids: pa.Array) -> np.ndarray:
+        """int8 [K]: 0, or the code of the reason that refuses the candidate of its query."""
+        code_K = np.zeros(len(owner_K), dtype=np.int8)
+        if self._config.near_duplicate is not None:
+            code_K[self._near_duplicates(owner_K, ids)] = CODE[Reason.NEAR_DUPLICATE]
+        if self._config.candidate_filter is not None:
+            left_k = np.flatnonzero(code_K == 0)
+            if not len(left_k):
+                return code_K
+            self._set_ceilings(np.unique(owner_K[left_k]))
+            score_k = self._scores(owner_K[left_k], ids.take(pa.array(left_k)))
+            code_K[left_k[~(score_k < self._ceiling_Q[owner_K[left_k]])]] = CODE[Reason.FILTERED]
+        return code_K
 
-    def _read_together(
-        self, queries: Sequence[dict[str, Any]], ids: Sequence[Sequence[str]], texts: dict[str, str]
-    ) -> list[dict[str, float]]:
-        """By a cross-encoder."""
-        judge, model = self._searcher.cross_encoder(), self._config.cross_encoder
-        assert judge is not None and model is not None
-        found: list[dict[str, float]] = []
-        for query, keys in zip(queries, ids, strict=True):
-            before = query["instruction"] if model.instruction else ""
-            scores = judge.scores(before + query["text"], [texts[key] for key in keys])
-            found.append({key: float(score) for key, score in zip(keys, scores, strict=True)})
-        return found
+    def _near_duplicates(self, owner_K: np.ndarray, ids: pa.Array) -> np.ndarray:
+        """bool [K]: candidates that share too many word triples with a positive of their query."""
+        assert self._config.near_duplicate is not None
+        positives = {owner: self._positives_of(owner).to_pylist() for owner in np.unique(owner_K).tolist()}
+        names = ids.to_pylist()
+        texts = self._texts.take_column("text", {*names, *(key for keys in positives.values() for key in keys)})
+        triples = {key: word_triples(text) for key, text in texts.items()}
+        return np.array(
+            [
+                any(jaccard(triples[name], triples[key]) >= self._config.near_duplicate for key in positives[owner])
+                for owner, name in zip(owner_K.tolist(), names, strict=True)
+            ],
+            dtype=bool,
+        )
+
+    def _positives_of(self, owner: int) -> pa.Array:
+        return self._positives.slice(self._start_Q[owner], self._start_Q[owner + 1] - self._start_Q[owner])
+
+    def _set_ceilings(self, owners_U: np.ndarray) -> None:
+        """The filter's ceilings of some queries, by the scores it gives their positives."""
+        assert self._config.candidate_filter is not None
+        new_U = owners_U[np.isnan(self._ceiling_Q[owners_U])]
+        if len(new_U):
+            ids = [self._positives_of(owner) for owner in new_U]
+            length_U = np.array([len(each) for each in ids])
+            score_N = self._scores(np.repeat(new_U, length_U), pa.concat_arrays(ids))
+            lowest_U = np.minimum.reduceat(score_N, np.cumsum(length_U) - length_U)
+            self._ceiling_Q[new_U] = ceilings(self._config.candidate_filter.ceiling, lowest_U)
+
+    def _scores(self, owner_K: np.ndarray, ids: pa.Array) -> np.ndarray:
+        """float64 [K]: the filter's scores of documents for their queries, which rise."""
+        if self._config.cross_encoder is None:
+            table = self._vectors.take(pc.unique(ids))
+            place_K = pc.index_in(ids, value_set=table.column(_KEY)).to_numpy()
+            return gathered_scores(self._query_QD, self._rows_Q[owner_K], table_matrix(table), place_K)
+        names, out_K = ids.to_pylist(), np.empty(len(owner_K))
+        texts = self._texts.take_column("text", set(names))
+        for owner in np.unique(owner_K).tolist():  # only one query's documents share a batch
+            at = np.flatnonzero(owner_K == owner)
+            documents = [texts[names[place]] for place in at]
+            out_K[at] = self._searcher.reranker().scores(self._queries[owner], documents)
+        return out_K
 
 
-class Checks:
-    """The costly checks of some queries' candidates: near duplicates of a positive, and the judge."""
+class PickedRows:
+    """Some rows of a data set's shards by key, read in one pass and kept in a temporary file.
 
-    def __init__(self, config: MineConfig) -> None:
-        self._config = config
-        self._triples: dict[str, frozenset[int]] = {}
-        self._texts: dict[str, str] = {}
-        self._positives: dict[int, list[str]] = {}
-        self._judged: dict[int, dict[str, float]] = {}
-        self._judge_ceiling: dict[int, float] = {}
+    Args:
+        uri: directory of shards; a key is in them once.
+        wanted: keys (strings); one that no shard has is not picked.
+        columns: the columns that are read beside the key.
+    """
 
-    @classmethod
-    def build(
-        cls,
-        config: MineConfig,
-        candidates: Candidates | None,
-        queries: list[dict[str, Any]],
-        rows: np.ndarray,
-        rankings: Sequence[Mapping[int, Ranking]],
-    ) -> Checks | None:
-        """What the recipe's checks need of some queries; None when it has none.
+    def __init__(self, uri: str, wanted: pa.Array, columns: Sequence[str]) -> None:
+        with placed(f"{tempfile.gettempdir()} (candidates lie there while they are checked; or set TMPDIR)"):
+            parts = _spilled(_rows_of_shard(storage.join(uri, name), wanted, columns) for name in list_shards(uri))
+        empty = pa.table({name: pa.array([], pa.string()) for name in (_KEY, *columns)})
+        self._table = pa.Table.from_batches(parts) if parts else empty
+        # copied: index_in walks all of them, which should not read the file again
+        self._keys = pa.array(self._table.column(_KEY).to_pylist(), pa.string())
 
-        Args:
-            candidates: holds at least the documents of the rankings.
-            rows: the queries' places in their group.
-        """
-        if candidates is None:
-            return None
-        checks = cls(config)
-        indices = sorted(rankings[0])
-        ranked = {index: {key for lane in rankings for key in lane[index].ids} for index in indices}
-        checks._positives = {index: queries[index]["positives"] for index in indices}
-        if config.near_duplicate is not None:
-            checks._texts = candidates.texts(
-                {key for index in indices for key in (*ranked[index], *checks._positives[index])}
-            )
-        if config.candidate_filter is not None:
-            ids: list[list[str]] = [[] for _ in queries]
-            for index in indices:
-                ids[index] = [*checks._positives[index], *sorted(ranked[index] - set(checks._positives[index]))]
-            scores = candidates.judged(queries, rows, ids)
-            for index in indices:
-                found = scores[index]
-                lowest = np.array([min(found[key] for key in checks._positives[index])])
-                checks._judged[index] = found
-                checks._judge_ceiling[index] = float(ceilings(config.candidate_filter.ceiling, lowest)[0])
-        return checks
+    def __len__(self) -> int:
+        return len(self._keys)
 
-    def of(self, index: int, ids: Sequence[str]) -> Callable[[int], Reason | None]:
-        """What refuses the candidates of one query, by their place in `ids`."""
+    def take(self, keys: pa.Array) -> pa.Table:
+        """Rows of the keys that were picked, in the order of `keys`."""
+        return self._table.take(pc.index_in(keys, value_set=self._keys).drop_null())
 
-        def refuse(place: int) -> Reason | None:
-            key = ids[place]
-            if self._config.near_duplicate is not None and any(
-                jaccard(self._of_text(key), self._of_text(positive)) >= self._config.near_duplicate
-                for positive in self._positives[index]
-            ):
-                return Reason.NEAR_DUPLICATE
-            if self._config.candidate_filter is not None and not self._judged[index][key] < self._judge_ceiling[index]:
-                return Reason.JUDGED
-            return None
+    def take_column(self, column: str, keys: Iterable[str]) -> dict[str, str]:
+        """Values of a column by key."""
+        table = self.take(pa.array(sorted(keys), pa.string()))
+        return dict(zip(table.column(_KEY).to_pylist(), table.column(column).to_pylist(), strict=True))
 
-        return refuse
 
-    def _of_text(self, key: str) -> frozenset[int]:
-        if key not in self._triples:
-            self._triples[key] = word_triples(self._texts[key])
-        return self._triples[key]
+def _spilled(tables: Iterable[pa.Table]) -> list[pa.RecordBatch]:
+    """The tables through a file that has no name."""
+    with tempfile.TemporaryFile() as file:
+        writer = None
+        for table in tables:
+            if not table.num_rows:
+                continue
+            if writer is None:
+                writer = pa.ipc.new_file(file, table.schema)
+            writer.write_table(table)
+        if writer is None:
+            return []
+        writer.close()
+        file.flush()
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(data)))
+    return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+
+
+def _rows_of_shard(uri: str, wanted: pa.Array, columns: Sequence[str]) -> pa.Table:
+    """Rows of one shard; only its keys are read where it has none of them. Text as `large_string`."""
+    hit = pc.is_in(read_table(uri, [_KEY]).column(_KEY), value_set=wanted)
+    if not pc.any(hit).as_py():
+        return pa.table({_KEY: pa.array([], pa.string())})
+    table = read_table(uri, [_KEY, *columns]).filter(hit)
+    large = [name for name in columns if table.schema.field(name).type == pa.string()]
+    fields = [field.with_type(pa.large_string()) if field.name in large else field for field in table.schema]
+    return table.cast(pa.schema(fields)).combine_chunks()

@@ -1,30 +1,33 @@
-"""Lays the texts of the mined data sets out as shards, streaming: queries with what is known about them, documents.
+"""What mining works on: texts written as shards, texts without a vector, and the tasks of the actors.
 
-Under `<work>/checkpoints/texts/<dataset>/`: `queries/part-*.parquet` (one row per training example that has a positive)
-and `documents/part-*.parquet`. The same inputs give the same bytes, so a restarted run finds its vectors still valid.
+Under `<work>/checkpoints/texts/<dataset>/`: `queries/part-*.parquet` (one row per training example that has a positive,
+with what is known about it) and `documents/part-*.parquet`. The same inputs give the same bytes, so a restarted run
+finds its vectors still valid.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nvembed.core import storage
 from nvembed.core.parquet import iter_parquet
 from nvembed.core.vectors import write_shard_tables
-from nvembed.data.tables import CORPUS, document_text
+from nvembed.data.tables import document_text
 from nvembed.mining.config import MineConfig
-from nvembed.mining.selection import text_hash
+from nvembed.mining.lists import filtered, flat, list_array, owners, places
+from nvembed.text.identity import text_hash
 from nvembed.types import Artifact, TaskType
 
-STS_NEVER = (
-    0.5  # pairs graded above this are never negatives, though not positives either (NV-Embed v1: gold <= 2.5 of 5)
-)
+TEXT_KINDS = ("queries", "documents")  # folders of a data set's shards
+NEEDED = ("key", "positives", "own")  # columns of queries that decide which examples are left
+STS_NEVER = 0.5  # pairs graded above this are never negatives, though not positives either (NV-Embed v1: <= 2.5 of 5)
 
 QUERY_SCHEMA = pa.schema(
     [
@@ -44,8 +47,39 @@ DOCUMENT_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Laid:
-    """What was laid out of one data set."""
+class MinePaths:
+    """Working directories of one `mine` step.
+
+    Attributes:
+        texts, search, select: shards of texts, what was searched, what was selected.
+        vectors: of the first retriever; see `vectors_of`.
+        searched: output of the step that searched: this one, or the one that is selected from again.
+    """
+
+    texts: str
+    vectors: str
+    search: str
+    select: str
+    searched: str
+
+    @classmethod
+    def under(cls, work_uri: str, reuse: str | None = None) -> MinePaths:
+        """The directories below a step's `checkpoints/`."""
+        root = storage.join(work_uri, "checkpoints")
+        texts, vectors, search, select = (storage.join(root, name) for name in ("texts", "vectors", "search", "select"))
+        return cls(texts, vectors, search, select, reuse or work_uri)
+
+    def vectors_of(self, model: int | str) -> str:
+        """Vectors of a retriever, by number, or of the "candidate_filter"."""
+        return self.vectors if model == 0 else f"{self.vectors}_{model}"
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DatasetLayout:
+    """Counts of one data set: training examples, queries and documents written, examples left out by reason."""
 
     examples: int
     queries: int
@@ -53,7 +87,7 @@ class Laid:
     dropped: Mapping[str, int]
 
 
-def lay_out(prepare: Artifact, dataset: str, info: Mapping[str, Any], config: MineConfig, uri: str) -> Laid:
+def lay_out(prepare: Artifact, dataset: str, info: Mapping[str, Any], config: MineConfig, uri: str) -> DatasetLayout:
     """Write the query and document shards of one retrieval or sts data set under `uri`."""
     task = TaskType(info["task"])
     examples_uri = prepare.path(dataset, "examples-train.parquet")
@@ -68,12 +102,12 @@ def lay_out(prepare: Artifact, dataset: str, info: Mapping[str, Any], config: Mi
     if queries:
         instruction = info["instruction"] if task.symmetric else ""
         documents = write_shard_tables(
-            _documents(prepare.path(dataset, CORPUS), instruction),
+            _documents(prepare.path(dataset, "corpus.parquet"), instruction),
             storage.join(uri, "documents"),
             config.encode.shard_rows,
         )
     dropped = {reason: count for reason, count in sorted(counts.items()) if reason != "examples"}
-    return Laid(counts["examples"], queries, documents, dropped)
+    return DatasetLayout(counts["examples"], queries, documents, dropped)
 
 
 def positives_and_never(items: list[dict[str, Any]], task: TaskType, config: MineConfig) -> tuple[list[str], list[str]]:
@@ -91,7 +125,7 @@ def _positives_of_repeated_queries(
 ) -> dict[int, tuple[set[str], set[str]]]:
     """(positives, never) by query hash, for query texts that several examples share.
 
-    Memory is eight bytes per example plus the repeated ones: the rows are read twice instead of held.
+    The rows are read twice: memory is eight bytes per example plus the repeated ones.
     """
     hashes = [
         np.array([text_hash(text) for text in table.column("query").to_pylist()], dtype=np.int64)
@@ -150,8 +184,165 @@ def _documents(uri: str, instruction: str) -> Iterator[pa.Table]:
     for table in iter_parquet(uri, ["id", "title", "text", "split"]):
         rows = []
         for row in table.to_pylist():
-            if row["split"] not in (None, "train"):  # a held-out text is never anyone's negative
+            if row["split"] not in (None, "train"):  # a held-out text is no negative
                 continue
             text = document_text(row["title"], row["text"])
             rows.append({"key": row["id"], "text": text, "instruction": instruction, "hash": text_hash(text)})
         yield pa.Table.from_pylist(rows, schema=DOCUMENT_SCHEMA)
+
+
+# -- texts without a vector -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Keys of a data set's texts that a model of the step could not embed.
+
+    A document without a vector is no negative and no positive; an example whose query has none, or none of whose own
+    positives has one, is left out. `<dataset>/rejected.json` in the step's output names them (only where there are
+    some), so selecting again sees the same examples.
+    """
+
+    queries: pa.Array
+    documents: pa.Array
+
+    @classmethod
+    def of(cls, reasons: dict[str, dict[str, str]]) -> Rejected:
+        """From key -> reason by kind of text."""
+        return cls(*(pa.array(sorted(reasons.get(kind, {})), pa.string()) for kind in TEXT_KINDS))
+
+    @classmethod
+    def read(cls, root_uri: str, dataset: str) -> Rejected:
+        """From a step's output."""
+        uri = storage.join(root_uri, dataset, "rejected.json")
+        return cls.of(storage.read_json(uri) if storage.exists(uri) else {})
+
+    def __len__(self) -> int:
+        return len(self.queries) + len(self.documents)
+
+    def kept(self, queries: pa.Table) -> np.ndarray:
+        """bool [Q]: examples that have a query and a positive of their own (columns `NEEDED`)."""
+        has_query_Q, _, own_Q = self._left(queries)
+        return has_query_Q & (own_Q > 0)
+
+    def dropped(self, queries: pa.Table) -> dict[str, int]:
+        """How many examples are left out, by reason."""
+        has_query_Q, _, own_Q = self._left(queries)
+        counts = {"query_rejected": ~has_query_Q, "positives_rejected": has_query_Q & (own_Q == 0)}
+        return {reason: int(count_Q.sum()) for reason, count_Q in counts.items() if count_Q.any()}
+
+    def without(self, queries: pa.Table) -> pa.Table:
+        """The examples that are left, without the documents that were rejected (`never` stays as it is)."""
+        has_query_Q, present_P, own_Q = self._left(queries)
+        columns = {name: queries.column(name) for name in queries.column_names}
+        columns["positives"] = _filtered(queries.column("positives"), present_P)
+        columns["own"] = pa.array(own_Q, pa.int32())
+        if "given" in columns:
+            given = flat(columns["given"])[1]
+            columns["given"] = _filtered(columns["given"], ~_among(given, self.documents))
+        return pa.table(columns).filter(pa.array(has_query_Q & (own_Q > 0)))
+
+    def _left(self, queries: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """bool [Q]: queries with a vector; bool [P]: positives with one; int64 [Q]: how many of its own each has."""
+        start_Q, ids = flat(queries.column("positives"))
+        present_P, owner_P = ~_among(ids, self.documents), owners(start_Q)
+        own_P = places(start_Q) < queries.column("own").to_numpy().astype(np.int64)[owner_P]
+        own_Q = np.bincount(owner_P[own_P & present_P], minlength=queries.num_rows)
+        return ~_among(queries.column("key"), self.queries), present_P, own_Q
+
+
+def write_rejected(root_uri: str, dataset: str, reasons: dict[str, dict[str, str]]) -> None:
+    """Name what was rejected (key -> reason by kind of text) in a step's output; nothing where nothing was."""
+    uri = storage.join(root_uri, dataset, "rejected.json")
+    named = {kind: dict(sorted(by_key.items())) for kind, by_key in reasons.items() if by_key}
+    if named:
+        storage.write_json(uri, named)
+    elif storage.exists(uri):
+        storage.remove(uri)
+
+
+def _among(values: pa.Array | pa.ChunkedArray, keys: pa.Array) -> np.ndarray:
+    return np.asarray(pc.is_in(values, value_set=keys)).astype(bool)
+
+
+def _filtered(column: pa.ChunkedArray, keep_P: np.ndarray) -> pa.ListArray:
+    start_Q, values = flat(column)
+    return list_array(filtered(start_Q, keep_P), values.filter(pa.array(keep_P)))
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """Search one part of a corpus for a group of queries; the task that completes the group selects as well.
+
+    Attributes:
+        dataset, group: names of the data set and of the group's files.
+        rows: queries of the group.
+        shards: the group's shards of queries.
+        segment: the part of the corpus; None: all are searched, only the selection is missing.
+        segments: parts of the corpus.
+        documents: shards of the part.
+        corpus: documents of the whole corpus.
+    """
+
+    dataset: str
+    group: str
+    rows: int
+    shards: tuple[str, ...]
+    segment: int | None
+    segments: int
+    documents: tuple[str, ...]
+    corpus: int
+
+
+@dataclass(frozen=True)
+class ReuseTask:
+    """Select again for a group of queries from what the step `earlier` searched, from its row `start` on."""
+
+    dataset: str
+    group: str
+    rows: int
+    shards: tuple[str, ...]
+    start: int
+    earlier: str
+
+
+@dataclass(frozen=True)
+class RandomTask:
+    """Draw negatives for a group of queries from `corpus` documents."""
+
+    dataset: str
+    group: str
+    rows: int
+    shards: tuple[str, ...]
+    corpus: int
+
+
+@dataclass(frozen=True)
+class ClassesTask:
+    """Draw example-based pairs for `rows` rows of the file `examples` from row `start` on."""
+
+    dataset: str
+    group: str
+    rows: int
+    examples: str
+    start: int
+
+
+QueryTask = SearchTask | ReuseTask | RandomTask
+Task = QueryTask | ClassesTask
+_TASKS: dict[str, type[Task]] = {kind.__name__: kind for kind in (SearchTask, ReuseTask, RandomTask, ClassesTask)}
+
+
+def task_to_json(task: Task) -> dict[str, Any]:
+    """A task as it travels to an actor."""
+    return {"type": type(task).__name__, **asdict(task)}
+
+
+def task_from_json(row: Mapping[str, Any]) -> Task:
+    """The inverse of `task_to_json`."""
+    names = (name for name in row if name != "type")
+    fields: dict[str, Any] = {name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in names}
+    return _TASKS[row["type"]](**fields)

@@ -1,11 +1,11 @@
-"""Lists of scored documents as flat arrays: what stands in Arrow columns, without a Python object per candidate.
+"""Lists of scored documents as flat arrays, in Arrow columns and out of them, without a Python object per candidate.
 
 Shapes: Q queries, P candidates of all queries together, C candidates of a query (padded), K kept of a query.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,34 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.data.tables import SCORED_IDS
+from nvembed.retrieval.exact.search import Found
+from nvembed.retrieval.exact.topk import Best, tree_merge
 
+# What a search of one part of a corpus gives for each query: how many documents reach the ceiling, the best documents,
+# the best below the ceiling, and the text hashes of these and of the query's `never` documents. Selection needs nothing
+# else of the corpus.
+PART_SCHEMA = pa.schema(
+    [
+        ("above", pa.int64()),
+        ("plain", SCORED_IDS),
+        ("under", SCORED_IDS),
+        *((name, pa.list_(pa.int64())) for name in ("plain_hashes", "under_hashes", "never_hashes")),
+    ]
+)
+SEARCHED_SCHEMA = pa.schema(
+    [
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("positives", SCORED_IDS, nullable=False),
+        pa.field("ceiling", pa.float64(), nullable=False),
+        pa.field("above", pa.int64(), nullable=False),
+        pa.field("plain", SCORED_IDS, nullable=False),
+        pa.field("under", SCORED_IDS, nullable=False),
+    ]
+)
 _FIELDS = [SCORED_IDS.value_type.field(0), SCORED_IDS.value_type.field(1)]
+
+
+# -- columns of lists -------------------------------------------------------------------------------------------------
 
 
 def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
@@ -41,6 +67,11 @@ def owners(start_Q: np.ndarray) -> np.ndarray:
     return np.repeat(np.arange(len(start_Q) - 1), np.diff(start_Q))
 
 
+def places(start_Q: np.ndarray) -> np.ndarray:
+    """int64 [P]: the place (from 0) of each element in its list."""
+    return np.arange(start_Q[-1]) - np.repeat(start_Q[:-1], np.diff(start_Q))
+
+
 def flat(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, pa.Array]:
     """(starts, values) of a column of lists."""
     lists = one_array(column)
@@ -57,6 +88,18 @@ def scored_array(start_Q: np.ndarray, ids: pa.Array, scores: pa.Array) -> pa.Lis
     return list_array(start_Q, pa.StructArray.from_arrays([ids, scores], fields=_FIELDS), SCORED_IDS)
 
 
+def filtered(start_Q: np.ndarray, keep_P: np.ndarray) -> np.ndarray:
+    """int64 [Q + 1]: where the lists start when only some elements stay."""
+    return starts(np.bincount(owners(start_Q)[keep_P], minlength=len(start_Q) - 1))
+
+
+def first_of_each(keep_P: np.ndarray, start_Q: np.ndarray, count: int) -> np.ndarray:
+    """bool [P]: of the elements that may stay, the first `count` of each list."""
+    total_P = np.cumsum(keep_P)
+    before_Q = np.concatenate([[0], total_P])[start_Q[:-1]]
+    return keep_P & (total_P - before_Q[owners(start_Q)] <= count)
+
+
 def codes(*arrays: pa.Array) -> tuple[list[np.ndarray], int]:
     """The same int64 for the same string in all arrays, and a number above all of them."""
     encoded = pa.concat_arrays(arrays).dictionary_encode()
@@ -64,8 +107,24 @@ def codes(*arrays: pa.Array) -> tuple[list[np.ndarray], int]:
     return np.split(np.asarray(encoded.indices).astype(np.int64), edges), max(len(encoded.dictionary), 1)
 
 
+def members(owner_H: np.ndarray, ids: pa.Array, start_Q: np.ndarray, values: pa.Array) -> np.ndarray:
+    """bool [H]: whether each id is in its query's list."""
+    (id_H, id_N), above = codes(ids, values)
+    return np.isin(owner_H * above + id_H, owners(start_Q) * above + id_N)
+
+
+def joined(left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Two columns of lists, (starts, values) each, query by query one behind the other."""
+    row_P = np.concatenate([owners(left[0]), owners(right[0])])
+    order_P = np.argsort(row_P, kind="stable")
+    return starts(np.diff(left[0]) + np.diff(right[0])), np.concatenate([left[1], right[1]])[order_P]
+
+
+# -- scored documents -------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Lists:
+class ScoredLists:
     """Scored documents of Q queries, best first.
 
     Attributes:
@@ -81,7 +140,7 @@ class Lists:
     hash_P: np.ndarray
 
     @classmethod
-    def read(cls, scored: pa.ChunkedArray, hashes: pa.ChunkedArray) -> Lists:
+    def read(cls, scored: pa.ChunkedArray, hashes: pa.ChunkedArray) -> ScoredLists:
         """From a column of `SCORED_IDS` and the column of hashes beside it."""
         start_Q, values = flat(scored)
         score_P = np.asarray(values.field("score").to_numpy(zero_copy_only=False))
@@ -97,15 +156,32 @@ class Lists:
         scored = scored_array(self.start_Q, self.ids, pa.array(self.score_P))
         return scored, list_array(self.start_Q, pa.array(self.hash_P))
 
-    def merge(self, other: Lists, k: int) -> Lists:
+    def take(self, owner_K: np.ndarray, at_K: np.ndarray, queries: int) -> ScoredLists:
+        """The documents at some places of the flat arrays, as lists of their (rising) owners."""
+        start_Q = starts(np.bincount(owner_K, minlength=queries))
+        return ScoredLists(start_Q, self.ids.take(pa.array(at_K)), self.score_P[at_K], self.hash_P[at_K])
+
+    @staticmethod
+    def gather(parts: Sequence[tuple[np.ndarray, ScoredLists]], queries: int) -> ScoredLists:
+        """Lists of some queries each, by (rows, lists), as lists of all; a query's first part comes first."""
+        owner_P = np.concatenate([rows[owners(lists.start_Q)] for rows, lists in parts])
+        whole = ScoredLists(
+            np.zeros(1, dtype=np.int64),
+            pa.concat_arrays([lists.ids for _, lists in parts]),
+            np.concatenate([lists.score_P for _, lists in parts]),
+            np.concatenate([lists.hash_P for _, lists in parts]),
+        )
+        order_P = np.argsort(owner_P, kind="stable")
+        return whole.take(owner_P[order_P], order_P, queries)
+
+    def merge(self, other: ScoredLists, k: int) -> ScoredLists:
         """The best k of both, ties by id; each query's documents are in one of the two only."""
         length_Q, more_Q = self.length_Q, other.length_Q
         width = int(length_Q.max(initial=0))
         scores_QC = np.full((len(length_Q), width + int(more_Q.max(initial=0))), -np.inf)
         at_QC = np.zeros(scores_QC.shape, dtype=np.int64)
         for lists, shift, offset in ((self, 0, 0), (other, width, len(self.score_P))):
-            row_P = owners(lists.start_Q)
-            column_P = np.arange(len(row_P)) - lists.start_Q[row_P] + shift
+            row_P, column_P = owners(lists.start_Q), places(lists.start_Q) + shift
             scores_QC[row_P, column_P] = lists.score_P
             at_QC[row_P, column_P] = np.arange(len(row_P)) + offset
         order_QC = np.argsort(-scores_QC, axis=1, kind="stable")
@@ -116,11 +192,11 @@ class Lists:
         at_qC = at_QC[both_Q]
         _settle_ties(scores_QC[both_Q], at_qC, ids, k)
         at_QC[both_Q] = at_qC
-        kept_Q = np.minimum(length_Q + more_Q, k)
-        at_P = at_QC[np.arange(at_QC.shape[1]) < kept_Q[:, None]]
+        length_Q = np.minimum(length_Q + more_Q, k)
+        at_P = at_QC[np.arange(at_QC.shape[1]) < length_Q[:, None]]
         score_P = np.concatenate([self.score_P, other.score_P])[at_P]
         hash_P = np.concatenate([self.hash_P, other.hash_P])[at_P]
-        return Lists(starts(kept_Q), ids.take(pa.array(at_P)), score_P, hash_P)
+        return ScoredLists(starts(length_Q), ids.take(pa.array(at_P)), score_P, hash_P)
 
 
 def _settle_ties(scores_QC: np.ndarray, at_QC: np.ndarray, ids: pa.Array, k: int) -> None:
@@ -140,16 +216,54 @@ def _settle_ties(scores_QC: np.ndarray, at_QC: np.ndarray, ids: pa.Array, k: int
     at_QC[in_run_QC] = at_P[np.asarray(pc.sort_indices(runs, [("run", "ascending"), ("id", "ascending")]))]
 
 
-def joined(left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Two columns of lists, (starts, values) each, query by query one behind the other."""
-    row_P = np.concatenate([owners(left[0]), owners(right[0])])
-    order_P = np.argsort(row_P, kind="stable")
-    return starts(np.diff(left[0]) + np.diff(right[0])), np.concatenate([left[1], right[1]])[order_P]
+def take_turns(lists: Sequence[ScoredLists], count: int) -> ScoredLists:
+    """Up to `count` of each query: the best of every list in turn, then the second best, ...; every text once."""
+    queries = len(lists[0].start_Q) - 1
+    whole = ScoredLists.gather([(np.arange(queries), each) for each in lists], queries)
+    owner_P, place_P = owners(whole.start_Q), np.concatenate([places(each.start_Q) for each in lists])
+    turn_P = np.repeat(np.arange(len(lists)), [len(each.score_P) for each in lists])
+    gathered_P = np.argsort(np.concatenate([owners(each.start_Q) for each in lists]), kind="stable")
+    order_P = np.lexsort((turn_P[gathered_P], place_P[gathered_P], owner_P))
+    pair_P = np.stack([owner_P[order_P], whole.hash_P[order_P]], axis=1)
+    new_P = np.zeros(len(order_P), dtype=bool)
+    new_P[np.unique(pair_P, axis=0, return_index=True)[1]] = True
+    new_P = first_of_each(new_P, whole.start_Q, count)
+    return whole.take(owner_P[new_P], order_P[new_P], queries)
 
 
-def interleaved(sides: Sequence[tuple[np.ndarray, pa.Array, pa.Array]], queries: int) -> pa.ListArray:
-    """Lists of `SCORED_IDS` from (owner, ids, scores) of several sides, a query's first side first."""
-    row_P = np.concatenate([row for row, _, _ in sides])
-    order_P = pa.array(np.argsort(row_P, kind="stable"))
-    ids, scores = (pa.concat_arrays([side[place] for side in sides]).take(order_P) for place in (1, 2))
-    return scored_array(starts(np.bincount(row_P, minlength=queries)), ids, scores)
+# -- what a search gives ----------------------------------------------------------------------------------------------
+
+
+def search_table(result: Found) -> pa.Table:
+    """The result of one search, a row per query: the columns of `PART_SCHEMA` without the hashes."""
+    queries = len(result.above_Q)
+    lists = {"plain": _best_lists(result.plain, queries), "under": _best_lists(result.under, queries)}
+    return pa.table({"above": pa.array(result.above_Q, pa.int64()), **lists})
+
+
+def _best_lists(best: Best | None, queries: int) -> pa.ListArray:
+    if best is None:
+        return pa.array([[]] * queries, SCORED_IDS)
+    real_QK = np.isfinite(best.scores_QK)
+    ids, scores = pa.array(best.ids_QK[real_QK], pa.string()), pa.array(best.scores_QK[real_QK], pa.float64())
+    return scored_array(starts(real_QK.sum(axis=1)), ids, scores)
+
+
+def merge_parts(parts: Iterable[pa.Table], depth: int) -> pa.Table:
+    """The parts of one query group, pairwise into the whole (`PART_SCHEMA`); few of them are in memory at a time."""
+    whole = tree_merge(parts, lambda left, right: _merge_two(left, right, depth))
+    assert whole is not None
+    return whole
+
+
+def _merge_two(left: pa.Table, right: pa.Table, depth: int) -> pa.Table:
+    columns: dict[str, pa.Array] = {
+        "above": pa.array(left.column("above").to_numpy() + right.column("above").to_numpy())
+    }
+    for name in ("plain", "under"):
+        first, second = (ScoredLists.read(part.column(name), part.column(f"{name}_hashes")) for part in (left, right))
+        columns[name], columns[f"{name}_hashes"] = first.merge(second, depth).columns()
+    never = [flat(part.column("never_hashes")) for part in (left, right)]
+    start_Q, hash_P = joined(*((start_Q, np.asarray(values)) for start_Q, values in never))
+    columns["never_hashes"] = list_array(start_Q, pa.array(hash_P))
+    return pa.table(columns, schema=PART_SCHEMA)

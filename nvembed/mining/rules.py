@@ -1,18 +1,23 @@
-"""Selection rules over whole arrays: which of a query's candidates become negatives (pure functions).
+"""Selection rules as numbers: ceilings on the score, windows of ranks, seeded draws, the cap on documents.
 
 Every rule comes down to a ceiling on the score, a window of ranks and perhaps a draw. The ceilings are those of
 NV-Retriever (arXiv 2407.15831, section 3): a candidate close to the positive is probably a positive nobody labelled.
 The paper's `s < ratio * p` only means that for p > 0; here `s < p - (1 - ratio) * |p|`, the same there and still
 stricter than p itself elsewhere.
 
+Uniform draws are seeded by a hash of (seed, data set, example id), so they depend neither on the order of the examples
+nor on how the work is divided.
+
 Shapes: Q queries, C candidates of a query, best first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import xxhash
 
 from nvembed.mining.config import (
     CeilingRule,
@@ -25,7 +30,7 @@ from nvembed.mining.config import (
     TopKShifted,
 )
 
-FREE = -1  # where fewer candidates qualify than were asked for
+ABSENT = -1  # a column behind the last candidate that qualifies
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ class Limits:
     ceiling_Q: np.ndarray
     first: int = 1
     last: int | None = None
+
+    def of(self, rows_B: np.ndarray) -> Limits:
+        """Those of some queries."""
+        return replace(self, ceiling_Q=self.ceiling_Q[rows_B])
 
 
 def ceilings(rule: CeilingRule | SearchedRule, lowest_Q: np.ndarray) -> np.ndarray:
@@ -74,25 +83,16 @@ def rule_limits(rule: SearchedRule, lowest_Q: np.ndarray) -> Limits:
             return Limits(ceiling_Q)
 
 
-def eligible(scores_QC: np.ndarray, ranks_QC: np.ndarray, limits: Limits, excluded_QC: np.ndarray) -> np.ndarray:
-    """bool [Q, C]: candidates that the limits allow and nothing excludes; absent ones have score -inf."""
-    allowed_QC = np.isfinite(scores_QC) & ~excluded_QC
-    allowed_QC &= (scores_QC < limits.ceiling_Q[:, None]) & (ranks_QC >= limits.first)
-    if limits.last is not None:
-        allowed_QC &= ranks_QC <= limits.last
-    return allowed_QC
-
-
 def first_allowed(allowed_QC: np.ndarray, count: int) -> np.ndarray:
     """int64 [Q, count]: columns of the first `count` allowed candidates of each query, then -1."""
     place_QC = np.cumsum(allowed_QC, axis=1)
     rows, columns = np.nonzero(allowed_QC & (place_QC <= count))
-    out_QK = np.full((len(allowed_QC), count), FREE, dtype=np.int64)
+    out_QK = np.full((len(allowed_QC), count), ABSENT, dtype=np.int64)
     out_QK[rows, place_QC[rows, columns] - 1] = columns
     return out_QK
 
 
-def drawn(
+def draw_sampled(
     allowed_QC: np.ndarray,
     scores_QC: np.ndarray,
     count: int,
@@ -110,7 +110,7 @@ def drawn(
         document_keys_QC: uint64 [Q, C], the candidates' identities.
     """
     pool_QK = first_allowed(allowed_QC, rule.top)
-    absent_QK = pool_QK == FREE
+    absent_QK = pool_QK == ABSENT
     at = np.where(absent_QK, 0, pool_QK)
     noise_QK = gumbel(query_keys_Q[:, None], np.take_along_axis(document_keys_QC, at, axis=1))
     if rule.temperature is not None:
@@ -118,10 +118,10 @@ def drawn(
     noise_QK = np.where(absent_QK, -np.inf, noise_QK)
     chosen_QK = np.argsort(-noise_QK, axis=1, kind="stable")[:, :count]
     columns_QK = np.take_along_axis(pool_QK, chosen_QK, axis=1)
-    columns_QK = np.sort(np.where(columns_QK == FREE, np.iinfo(np.int64).max, columns_QK), axis=1)
-    columns_QK[columns_QK == np.iinfo(np.int64).max] = FREE
+    columns_QK = np.sort(np.where(columns_QK == ABSENT, np.iinfo(np.int64).max, columns_QK), axis=1)
+    columns_QK[columns_QK == np.iinfo(np.int64).max] = ABSENT
     if columns_QK.shape[1] < count:
-        columns_QK = np.pad(columns_QK, ((0, 0), (0, count - columns_QK.shape[1])), constant_values=FREE)
+        columns_QK = np.pad(columns_QK, ((0, 0), (0, count - columns_QK.shape[1])), constant_values=ABSENT)
     return columns_QK
 
 
@@ -162,7 +162,7 @@ def cap_documents(
     order_Q = np.arange(queries) if order_Q is None else np.asarray(order_Q)
     held_QC = np.zeros((queries, width), dtype=bool)
     asked_Q = np.zeros(queries, dtype=np.int64)
-    length_Q = (documents_QC != FREE).sum(axis=1)
+    length_Q = (documents_QC != ABSENT).sum(axis=1)
     column_C = np.arange(width)
     while True:
         want_Q = np.minimum(count - held_QC.sum(axis=1), length_Q - asked_Q)
@@ -186,3 +186,102 @@ def consistent(rank_Q: np.ndarray, max_rank: int) -> np.ndarray:
         rank_Q: int64 [Q], 1-based rank among all documents; 0 where it lies below the searched depth.
     """
     return (rank_Q >= 1) & (rank_Q <= max_rank)
+
+
+# -- uniform draws -----------------------------------------------------------------------------------------------------
+
+
+def example_generator(seed: int, dataset: str, example_id: str) -> np.random.Generator:
+    """Random generator of one example."""
+    return np.random.Generator(np.random.PCG64(xxhash.xxh3_128_intdigest(f"{seed}\0{dataset}\0{example_id}".encode())))
+
+
+def draw_order(generator: np.random.Generator, population: int, count: int) -> list[int]:
+    """`count` distinct positions of `range(population)` in random order; fewer when there are no more.
+
+    Each is a uniform draw without replacement; cost and memory depend on `count`, not on the population.
+    """
+    if count >= population:
+        return [int(index) for index in generator.permutation(population)]
+    if count * 4 >= population:
+        return [int(index) for index in generator.permutation(population)[:count]]
+    seen: dict[int, None] = {}
+    while len(seen) < count:
+        for index in generator.integers(population, size=count - len(seen)):
+            seen.setdefault(int(index))
+    return list(seen)
+
+
+def draw_accepted(
+    generator: np.random.Generator, population: int, count: int, accept: Callable[[list[int]], list[int]]
+) -> list[int]:
+    """Up to `count` positions of `range(population)` that `accept` keeps of a random order; more are drawn as long as
+    too few were kept."""
+    drawn = first_draw(count)
+    while True:
+        order = draw_order(generator, population, drawn)
+        accepted = accept(order)[:count]
+        if len(accepted) == count or len(order) == population:
+            return accepted
+        drawn *= 4
+
+
+def first_draw(count: int) -> int:
+    """How many positions are drawn at first for `count` that qualify."""
+    return 2 * count + 8
+
+
+@dataclass(frozen=True)
+class ClassExamples:
+    """The training texts of a labelled data set, in id order, with their labels and text hashes."""
+
+    ids: Sequence[str]
+    labels: Sequence[str]
+    hashes: Sequence[int]
+    by_label: Mapping[str, list[int]]
+
+    @classmethod
+    def build(cls, ids: Sequence[str], labels: Sequence[str], hashes: Sequence[int]) -> ClassExamples:
+        """Sort by id and index by label, so that draws do not depend on the order of the rows."""
+        order = sorted(range(len(ids)), key=lambda index: ids[index])
+        by_label: dict[str, list[int]] = {}
+        for position, index in enumerate(order):
+            by_label.setdefault(labels[index], []).append(position)
+        return cls(
+            [ids[index] for index in order],
+            [labels[index] for index in order],
+            [hashes[index] for index in order],
+            by_label,
+        )
+
+
+def example_based(
+    generator: np.random.Generator, texts: ClassExamples, example_id: str, label: str, digest: int, count: int
+) -> tuple[str, list[str]] | None:
+    """NV-Embed v2's example-based pair (4.2): positive from the same class, negatives from other classes.
+
+    Texts equal to the example's own or to its positive, whatever their id or label, are not negatives.
+
+    Returns:
+        The positive's id and up to `count` negatives' ids; None when the class has no other text.
+    """
+    same = texts.by_label[label]
+
+    def other_text(order: list[int]) -> list[int]:
+        indices = [same[place] for place in order]
+        return [index for index in indices if texts.ids[index] != example_id and texts.hashes[index] != digest]
+
+    positive = draw_accepted(generator, len(same), 1, other_text)
+    if not positive:
+        return None
+
+    def other_class(order: list[int]) -> list[int]:
+        used, kept = {digest, texts.hashes[positive[0]]}, []
+        for index in order:
+            if texts.labels[index] != label and texts.hashes[index] not in used:
+                used.add(texts.hashes[index])
+                kept.append(index)
+        return kept
+
+    negatives = draw_accepted(generator, len(texts.ids), count, other_class)
+    return texts.ids[positive[0]], [texts.ids[index] for index in negatives]

@@ -1,24 +1,30 @@
-"""Which candidates become negatives: pure functions over ids, scores and text hashes, one query at a time.
+"""The selection of negatives over whole arrays: which candidates of each query a rule keeps, and why not the others.
 
-What a rule asks (ceiling, ranks) comes from `rules.py`; here texts have a say as well: known positives and their copies
-are refused, and so is a text that was kept under another id.
+`decide` is the one selection; `select` applies it to what a search stored, `mine_vectors` to what it searches itself.
+A search stores the best documents, the number of documents at or above the ceiling that was searched, and the best
+documents below it. Together they are the ranking with at most one gap, between the end of the plain list and the
+ceiling. Another rule can be applied without searching again as long as it depends neither on the gap nor on what lies
+behind the end.
 
-Random draws are seeded by a hash of (seed, data set, example id), so they do not depend on the order of the examples
-or on how the work is divided.
+Shapes: Q queries of a group, B of a block, C candidates of a query (padded), P of all queries, K kept of all, H equal
+to a text that is never a negative.
 """
 
 from __future__ import annotations
 
 import enum
-import math
-from collections.abc import Callable, Generator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import xxhash
+import pyarrow as pa
 
-Drawn = TypeVar("Drawn")
+from nvembed.mining.lists import ScoredLists, flat, joined, members, starts
+from nvembed.mining.rules import ABSENT, Limits, first_allowed
+from nvembed.types import UserError
+
+BLOCK = 1024  # queries whose padded candidates are in a core's cache together
 
 
 class Reason(enum.StrEnum):
@@ -30,196 +36,344 @@ class Reason(enum.StrEnum):
     REPEATED_TEXT = "repeats_a_kept_negative"
     OUTSIDE_RANKS = "outside_the_ranks"
     NEAR_DUPLICATE = "nearly_repeats_a_positive"
-    JUDGED = "candidate_filter_finds_too_close"
+    FILTERED = "candidate_filter_finds_too_close"
+
+
+UNDECIDED, KEPT = 0, 1
+CODE = {reason: 2 + place for place, reason in enumerate(Reason)}
+# A costly check of candidates, two arrays of equal length that name them: int8, 0 or the code of the reason.
+Check = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+class NeedsSearchError(UserError):
+    """A rule depends on documents that were not searched for."""
+
+
+# -- the selection ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """Candidates of some queries, best first.
+
+    Attributes:
+        score_BC: float64.
+        present_BC: bool, False where a query has no more candidates.
+        never_BC: bool, known positives and what has the text of one, or of the query.
+        hash_BC: int64 text hashes; None where all texts differ.
+        rank_BC: int64 ranks (1-based) among all documents; None where ranks are places.
+    """
+
+    score_BC: np.ndarray
+    present_BC: np.ndarray
+    never_BC: np.ndarray
+    hash_BC: np.ndarray | None = None
+    rank_BC: np.ndarray | None = None
+
+
+def decide(block: Block, limits: Limits, count: int, check: Check | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` candidates of each query that may be negatives.
+
+    Args:
+        limits: the rule's, of these queries.
+        check: by row and column; called only for candidates that would be kept.
+
+    Returns:
+        int8 [B, C]: `UNDECIDED` behind the last one kept, `KEPT`, or the `CODE` of a reason; and bool [B, C]: kept.
+    """
+    free_BC = (block.score_BC < limits.ceiling_Q[:, None]) & block.present_BC
+    free_BC &= ~block.never_BC
+    rank = np.arange(1, free_BC.shape[1] + 1) if block.rank_BC is None else block.rank_BC
+    ranked_BC = rank >= limits.first
+    if limits.last is not None:
+        ranked_BC = ranked_BC & (rank <= limits.last)
+    allowed_BC = free_BC & ranked_BC
+    refused_BC = None if check is None else np.zeros(free_BC.shape, dtype=np.int8)
+    checked_BC = np.zeros(free_BC.shape if check is not None else 0, dtype=bool)
+    while True:
+        repeated_BC = _repeated(free_BC, allowed_BC, block.hash_BC, count)
+        first_BC = allowed_BC if repeated_BC is None else allowed_BC & ~repeated_BC
+        place_BC = np.cumsum(first_BC, axis=1, dtype=np.int32)
+        kept_BC = first_BC & (place_BC <= count)
+        if check is None or refused_BC is None:
+            break
+        row, column = np.nonzero(kept_BC & ~checked_BC)
+        code = check(row, column) if len(row) else np.zeros(0, dtype=np.int8)
+        if not code.any():
+            break
+        refused_BC[row, column] = code
+        checked_BC[row, column] = True
+        allowed_BC = allowed_BC & (refused_BC == 0)
+    code_BC = np.where(free_BC, np.int8(CODE[Reason.OUTSIDE_RANKS]), np.int8(CODE[Reason.TOO_CLOSE]))
+    if repeated_BC is not None:
+        code_BC[repeated_BC] = CODE[Reason.REPEATED_TEXT]
+    if refused_BC is not None:
+        code_BC = np.where(refused_BC > 0, refused_BC, code_BC)
+    code_BC[block.never_BC] = CODE[Reason.DUPLICATE_TEXT]
+    code_BC[kept_BC] = KEPT
+    code_BC[~(block.present_BC & ((place_BC < count) | kept_BC))] = UNDECIDED
+    return code_BC, kept_BC
+
+
+def _repeated(free_BC: np.ndarray, allowed_BC: np.ndarray, hash_BC: np.ndarray | None, count: int) -> np.ndarray | None:
+    """bool [B, C]: candidates with the text of an allowed one before them; None where no decision depends on it.
+
+    A query with enough allowed candidates of different texts needs no look behind the last of them.
+    """
+    if hash_BC is None or not hash_BC.shape[1]:
+        return None
+    first_BK = first_allowed(allowed_BC, min(count, hash_BC.shape[1]))
+    texts_BK = np.sort(np.take_along_axis(hash_BC, np.maximum(first_BK, 0), axis=1), axis=1)
+    open_B = (first_BK[:, -1] == ABSENT) & (free_BC.sum(axis=1) > 1)
+    open_B |= (texts_BK[:, 1:] == texts_BK[:, :-1]).any(axis=1) & (first_BK[:, -1] != ABSENT)
+    rows_b = np.flatnonzero(open_B)
+    if len(rows_b):
+        texts_bC = np.sort(hash_BC[rows_b], axis=1)
+        rows_b = rows_b[(texts_bC[:, 1:] == texts_bC[:, :-1]).any(axis=1)]
+    if not len(rows_b):
+        return None
+    out_BC = np.zeros(hash_BC.shape, dtype=bool)
+    row_F, column_F = np.nonzero(free_BC[rows_b])
+    hash_F, allowed_F = hash_BC[rows_b[row_F], column_F], allowed_BC[rows_b[row_F], column_F]
+    order_F = np.lexsort((column_F, hash_F, row_F))
+    row_F, column_F, hash_F, allowed_F = row_F[order_F], column_F[order_F], hash_F[order_F], allowed_F[order_F]
+    new_F = np.ones(len(order_F), dtype=bool)
+    new_F[1:] = (row_F[1:] != row_F[:-1]) | (hash_F[1:] != hash_F[:-1])
+    before_F = np.cumsum(allowed_F) - allowed_F  # allowed ones before it, of its text and all earlier ones
+    first_F = np.maximum.accumulate(np.where(new_F, np.arange(len(order_F)), 0))
+    again_F = before_F > before_F[first_F]
+    out_BC[rows_b[row_F[again_F]], column_F[again_F]] = True
+    return out_BC
+
+
+def in_lists(lists: tuple[np.ndarray, np.ndarray], rows_B: np.ndarray, values_BC: np.ndarray) -> np.ndarray:
+    """bool [B, C]: whether each query's list, of (starts, values), has the value."""
+    start_B, end_B = lists[0][rows_B], lists[0][rows_B + 1]
+    out_BC = np.zeros(values_BC.shape, dtype=bool)
+    for column in range(int((end_B - start_B).max(initial=0))):
+        has_b = np.flatnonzero(start_B + column < end_B)
+        if len(has_b) == len(rows_B):
+            out_BC |= values_BC == lists[1][start_B + column][:, None]
+        else:
+            out_BC[has_b] |= values_BC[has_b] == lists[1][start_B[has_b] + column][:, None]
+    return out_BC
+
+
+# -- on stored rankings -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rankings:
+    """What a search stored for a group of queries, and what can never be their negatives.
+
+    Attributes:
+        plain: the best documents.
+        under: the best below the ceiling that was searched.
+        above_Q: int64, documents at or above that ceiling.
+        searched_Q: float64, that ceiling.
+        never: starts [Q + 1] and ids that must not be negatives; the positives are among them.
+        never_hashes: starts [Q + 1] and int64 text hashes of those in the corpus, and of the query itself.
+        depth: how long both lists may be.
+    """
+
+    plain: ScoredLists
+    under: ScoredLists
+    above_Q: np.ndarray
+    searched_Q: np.ndarray
+    never: tuple[np.ndarray, pa.StringArray]
+    never_hashes: tuple[np.ndarray, np.ndarray]
+    depth: int
+
+    @classmethod
+    def read(cls, queries: pa.Table, searched: pa.Table, depth: int) -> Rankings:
+        """From the columns `hash` and `never` of queries, and what was searched for them (`PART_SCHEMA`, `ceiling`)."""
+        own = np.arange(queries.num_rows + 1), queries.column("hash").to_numpy()
+        start_Q, hashes = flat(searched.column("never_hashes"))
+        return cls(
+            ScoredLists.read(searched.column("plain"), searched.column("plain_hashes")),
+            ScoredLists.read(searched.column("under"), searched.column("under_hashes")),
+            searched.column("above").to_numpy(),
+            searched.column("ceiling").to_numpy(),
+            flat(queries.column("never")),
+            joined(own, (start_Q, np.asarray(hashes))),
+            depth,
+        )
+
+    @property
+    def extended_Q(self) -> np.ndarray:
+        """bool [Q]: whether the ranking continues below the ceiling, behind the plain list."""
+        return (self.plain.length_Q == self.depth) & np.isfinite(self.searched_Q)
+
+    def ids(self, at_K: np.ndarray) -> pa.StringArray:
+        """Ids of candidates by their place among all plain and then all under candidates."""
+        behind_K = at_K >= len(self.plain.score_P)
+        order_K = np.argsort(behind_K, kind="stable")
+        at_K = at_K[order_K] - len(self.plain.score_P) * behind_K[order_K]
+        cut = len(at_K) - np.count_nonzero(behind_K)
+        ids = [self.plain.ids.take(pa.array(at_K[:cut])), self.under.ids.take(pa.array(at_K[cut:]))]
+        return pa.concat_arrays(ids).take(pa.array(np.argsort(order_K)))
+
+    def values(self, name: str, at: np.ndarray) -> np.ndarray:
+        """Scores (`score_P`) or text hashes (`hash_P`) of candidates by their place, as for `ids`."""
+        plain, under = getattr(self.plain, name), getattr(self.under, name)
+        if not len(plain):
+            return np.zeros(at.shape, dtype=plain.dtype)
+        behind = at >= len(plain)
+        out: np.ndarray = plain[np.where(behind, 0, at)]
+        out[behind] = under[at[behind] - len(plain)]
+        return out
+
+    def take(self, owner_K: np.ndarray, at_K: np.ndarray) -> ScoredLists:
+        """Candidates by their place, as for `ids`, as lists of their (rising) queries."""
+        start_Q = starts(np.bincount(owner_K, minlength=len(self.above_Q)))
+        return ScoredLists(start_Q, self.ids(at_K), self.values("score_P", at_K), self.values("hash_P", at_K))
+
+    @cached_property
+    def same_texts(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [H] each: place among all plain candidates, rising, and query of those with the text of the query or of
+        one that must not be its negative. Every known positive is among them."""
+        at_H = [np.empty(0, dtype=np.int64)]
+        for start in range(0, len(self.plain.start_Q) - 1, BLOCK):
+            rows_B = np.arange(start, min(start + BLOCK, len(self.plain.start_Q) - 1))
+            row, column = np.nonzero(self.plain_block(rows_B)[0].never_BC)
+            at_H.append(self.plain.start_Q[rows_B[row]] + column)
+        whole_H = np.concatenate(at_H)
+        return whole_H, np.searchsorted(self.plain.start_Q, whole_H, side="right") - 1
+
+    @cached_property
+    def known_H(self) -> np.ndarray:
+        """bool [H]: which of `same_texts` are known positives, not others with their text."""
+        at_H, owner_H = self.same_texts
+        return members(owner_H, self.plain.ids.take(pa.array(at_H)), *self.never)
+
+    def plain_block(self, rows_B: np.ndarray) -> tuple[Block, slice]:
+        """The plain lists of successive queries, and where their elements lie."""
+        plain, length_B = self.plain, self.plain.length_Q[rows_B]
+        present_BC = np.arange(int(length_B.max(initial=0))) < length_B[:, None]
+        part = slice(plain.start_Q[rows_B[0]], plain.start_Q[rows_B[-1] + 1])
+        score_BC, hash_BC = (_padded(values[part], present_BC) for values in (plain.score_P, plain.hash_P))
+        never_BC = in_lists(self.never_hashes, rows_B, hash_BC) & present_BC
+        return Block(score_BC, present_BC, never_BC, hash_BC), part
+
+    def whole_block(self, rows_b: np.ndarray) -> tuple[Block, np.ndarray]:
+        """The whole rankings of some queries, and int64 [b, C]: each candidate's place (see `ids`)."""
+        first_b, above_b = self.plain.length_Q[rows_b], self.above_Q[rows_b]
+        known_b = np.maximum(first_b - above_b, 0)  # so many of the list under the ceiling are in the plain list
+        more_b = np.maximum(self.under.length_Q[rows_b] - known_b, 0) * self.extended_Q[rows_b]
+        column_C = np.arange(int((first_b + more_b).max(initial=0)))
+        behind_bC = column_C >= first_b[:, None]
+        shift_b = len(self.plain.score_P) + self.under.start_Q[rows_b] + known_b - first_b
+        at_bC = np.where(behind_bC, shift_b[:, None], self.plain.start_Q[rows_b][:, None]) + column_C
+        present_bC = column_C < (first_b + more_b)[:, None]
+        at_bC[~present_bC] = 0
+        rank_bC = np.where(behind_bC, (above_b + known_b - first_b)[:, None], 0) + column_C + 1
+        score_bC, hash_bC = self.values("score_P", at_bC), self.values("hash_P", at_bC)
+        never_bC = in_lists(self.never_hashes, rows_b, hash_bC) & present_bC
+        return Block(score_bC, present_bC, never_bC, hash_bC, rank_bC), at_bC
+
+
+def _padded(values_P: np.ndarray, present_BC: np.ndarray) -> np.ndarray:
+    """[B, C] of lists that follow each other; a view where all are of one length."""
+    if len(values_P) == present_BC.size:
+        return values_P.reshape(present_BC.shape)
+    out_BC = np.zeros(present_BC.shape, dtype=values_P.dtype)
+    out_BC[present_BC] = values_P
+    return out_BC
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Positions of the kept candidates, best first, and for every refused candidate examined, why."""
+    """Candidates of a group by `select`.
 
-    kept: list[int]
-    rejected: dict[int, Reason] = field(default_factory=dict)
+    Attributes:
+        code_P: int8, of every plain candidate: `UNDECIDED`, `KEPT` or the `CODE` of a reason, without the check.
+        plain_Q: int64, how many of each plain list were kept without the check.
+        kept: the kept candidates. Sampled rules: the pool to draw from.
+        missing_Q: a message for each query whose selection depends on what was not searched, else "".
+    """
+
+    code_P: np.ndarray
+    plain_Q: np.ndarray
+    kept: ScoredLists
+    missing_Q: np.ndarray
 
 
-def text_hash(text: str) -> int:
-    """Signed 64-bit hash of a text, case and white space aside: what counts as "the same text under another id"."""
-    value = xxhash.xxh3_64_intdigest(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass"))
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def select_negatives(
-    candidate_ids: Sequence[str],
-    scores: Sequence[float],
-    hashes: Sequence[int],
-    *,
-    below: float,
-    never_ids: Set[str],
-    never_hashes: Set[int],
-    count: int,
-    ranks: tuple[int, int | None] = (1, None),
-    rank_of: Sequence[int] | None = None,
-    refuse: Callable[[int], Reason | None] | None = None,
+def select(
+    rankings: Rankings, limits: Limits, count: int, enough: int, *, capped: bool = False, check: Check | None = None
 ) -> Selection:
-    """The first `count` candidates that may be negatives.
+    """The first `count` candidates of every query that may be negatives.
 
     Args:
-        candidate_ids: C ids, best score first.
-        scores: C scores.
-        hashes: C text hashes.
-        below: the rule's ceiling for the query's positives; +inf keeps every score (random rule).
-        never_ids: known positives of the query's text.
-        never_hashes: hashes of the positives' texts and of the query itself.
-        ranks: first and last rank allowed.
-        rank_of: C ranks (1-based); by default the candidates' places.
-        refuse: asked last, and only about candidates that nothing else refuses: costly checks go here.
-
-    Returns:
-        Candidates behind the last one kept are in neither list: nothing was decided about them.
+        limits: the rule's.
+        enough: how many a query has to have.
+        capped: whether more than enough are wanted only as a choice; then nothing behind them is missing.
+        check: by query and place, as for `Rankings.ids`.
     """
-    kept: list[int] = []
-    rejected: dict[int, Reason] = {}
-    kept_hashes: set[int] = set()
-    first_rank, last_rank = ranks[0], math.inf if ranks[1] is None else ranks[1]
-    for index, (key, score, digest) in enumerate(zip(candidate_ids, scores, hashes, strict=True)):
-        if len(kept) == count:
-            break
-        if key in never_ids:
-            rejected[index] = Reason.KNOWN_POSITIVE
-        elif digest in never_hashes:
-            rejected[index] = Reason.DUPLICATE_TEXT
-        elif not score < below:
-            rejected[index] = Reason.TOO_CLOSE
-        elif digest in kept_hashes:
-            rejected[index] = Reason.REPEATED_TEXT
-        elif not first_rank <= (index + 1 if rank_of is None else rank_of[index]) <= last_rank:
-            rejected[index] = Reason.OUTSIDE_RANKS
-        elif refuse is not None and (reason := refuse(index)) is not None:
-            rejected[index] = reason
-        else:
-            kept.append(index)
-            kept_hashes.add(digest)
-    return Selection(kept, rejected)
+    plain = rankings.plain
+    queries = len(plain.start_Q) - 1
+    code_P, plain_Q = np.zeros(len(plain.score_P), dtype=np.int8), np.zeros(queries, dtype=np.int64)
+    missing_Q = np.full(queries, "", dtype=object)
+    owner_K, at_K = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    for start in range(0, queries, BLOCK):
+        rows_B = np.arange(start, min(start + BLOCK, queries))
+        block, part = rankings.plain_block(rows_B)
+        code_BC, kept_BC = decide(block, limits.of(rows_B), count)
+        code_P[part] = code_BC[block.present_BC]
+        plain_Q[rows_B] = kept_BC.sum(axis=1)
+        short_B = plain_Q[rows_B] < max(count, enough) if check is None else np.ones(len(rows_B), dtype=bool)
+        row, column = np.nonzero(kept_BC & ~short_B[:, None])
+        owner_K.append(rows_B[row])
+        at_K.append(plain.start_Q[rows_B[row]] + column)
+        if short_B.any():
+            rows_b = rows_B[short_B]
+            block, at_bC = rankings.whole_block(rows_b)
+            refuse = None if check is None else _by_place(check, rows_b, at_bC)
+            code_bC, kept_bC = decide(block, limits.of(rows_b), count, refuse)
+            row, column = np.nonzero(kept_bC)
+            owner_K.append(rows_b[row])
+            at_K.append(at_bC[row, column])
+            enough_b = kept_bC.sum(axis=1) >= enough
+            missing_b = _missing(rankings, limits.of(rows_b), rows_b, block, code_bC != UNDECIDED, enough_b)
+            if capped:
+                missing_b[enough_b] = ""
+            missing_Q[rows_b] = missing_b
+    order_K = np.argsort(np.concatenate(owner_K), kind="stable")
+    kept = rankings.take(np.concatenate(owner_K)[order_K], np.concatenate(at_K)[order_K])
+    at_H = rankings.same_texts[0]
+    code_P[at_H[(code_P[at_H] != UNDECIDED) & rankings.known_H]] = CODE[Reason.KNOWN_POSITIVE]
+    return Selection(code_P, plain_Q, kept, missing_Q)
 
 
-def example_generator(seed: int, dataset: str, example_id: str) -> np.random.Generator:
-    """Random generator of one example."""
-    return np.random.Generator(np.random.PCG64(xxhash.xxh3_128_intdigest(f"{seed}\0{dataset}\0{example_id}".encode())))
+def _by_place(check: Check, rows_b: np.ndarray, at_bC: np.ndarray) -> Check:
+    return lambda row, column: check(rows_b[row], at_bC[row, column])
 
 
-def draw_order(generator: np.random.Generator, population: int, count: int) -> list[int]:
-    """`count` distinct positions of `range(population)` in random order; fewer when there are no more.
+def _missing(
+    rankings: Rankings, limits: Limits, rows_b: np.ndarray, block: Block, decided_bC: np.ndarray, enough_b: np.ndarray
+) -> np.ndarray:
+    """str [b]: what would have to be searched; "" where the selection does not depend on it.
 
-    Each is a uniform draw without replacement; cost and memory depend on `count`, not on the population.
+    Args:
+        decided_bC: the candidates that the selection examined.
+        enough_b: whether as many were kept as are wanted.
     """
-    if count >= population:
-        return [int(index) for index in generator.permutation(population)]
-    if count * 4 >= population:
-        return [int(index) for index in generator.permutation(population)[:count]]
-    seen: dict[int, None] = {}
-    while len(seen) < count:
-        for index in generator.integers(population, size=count - len(seen)):
-            seen.setdefault(int(index))
-    return list(seen)
-
-
-def draw_rounds(
-    generator: np.random.Generator, population: int, count: int
-) -> Generator[list[int], list[Drawn], list[Drawn]]:
-    """Up to `count` good ones of a random order, as a coroutine, so that many examples can look up theirs together.
-
-    It yields positions of `range(population)`, is sent those that were good (as positions or as what stands there), and
-    draws more as long as too few were.
-    """
-    asked = 2 * count + 8
-    while True:
-        order = draw_order(generator, population, asked)
-        kept = (yield order)[:count]
-        if len(kept) == count or len(order) == population:
-            return kept
-        asked *= 4
-
-
-def draw_accepted(
-    generator: np.random.Generator, population: int, count: int, accept: Callable[[list[int]], list[int]]
-) -> list[int]:
-    """Up to `count` positions that `accept` keeps of a random order; see `draw_rounds`."""
-    rounds: Generator[list[int], list[int], list[int]] = draw_rounds(generator, population, count)
-    order = next(rounds)
-    while True:
-        try:
-            order = rounds.send(accept(order))
-        except StopIteration as done:
-            kept: list[int] = done.value
-            return kept
-
-
-def word_triples(text: str) -> frozenset[int]:
-    """What near duplicates are judged by: hashes of all runs of three words; single characters where words are not
-    parted by spaces (a text of fewer than three words), so that Chinese and Japanese compare too."""
-    words = text.casefold().split()
-    if len(words) < 3:
-        words = list("".join(words))
-    runs = (" ".join(words[place : place + 3]) for place in range(max(len(words) - 2, 1)))
-    return frozenset(xxhash.xxh3_64_intdigest(run.encode("utf-8", "surrogatepass")) for run in runs)
-
-
-def jaccard(left: Set[int], right: Set[int]) -> float:
-    """Shared share of two sets; 0 when both are empty."""
-    union = len(left | right)
-    return len(left & right) / union if union else 0.0
-
-
-@dataclass(frozen=True)
-class ClassExamples:
-    """The training texts of a labelled data set, in id order, with their labels and text hashes."""
-
-    ids: Sequence[str]
-    labels: Sequence[str]
-    hashes: Sequence[int]
-    by_label: Mapping[str, list[int]]
-
-    @classmethod
-    def build(cls, ids: Sequence[str], labels: Sequence[str], hashes: Sequence[int]) -> ClassExamples:
-        """Sort by id and index by label, so that draws do not depend on the order of the rows."""
-        order = sorted(range(len(ids)), key=lambda index: ids[index])
-        by_label: dict[str, list[int]] = {}
-        for position, index in enumerate(order):
-            by_label.setdefault(labels[index], []).append(position)
-        return cls(
-            [ids[index] for index in order],
-            [labels[index] for index in order],
-            [hashes[index] for index in order],
-            by_label,
+    out_b = np.full(len(rows_b), "", dtype=object)
+    first_b, above_b = rankings.plain.length_Q[rows_b], rankings.above_Q[rows_b]
+    extended_b, floor_b = rankings.extended_Q[rows_b], rankings.searched_Q[rows_b]
+    last = np.inf if limits.last is None else limits.last
+    assert block.rank_BC is not None
+    rank_bC = np.where(block.present_BC, block.rank_BC, 0)
+    end_b = rank_bC.max(axis=1, initial=0)
+    passed_b = ~enough_b | (np.where(decided_bC, rank_bC, 0).max(axis=1, initial=0) > first_b + 1)
+    gap_b = extended_b & (above_b > first_b) & passed_b
+    gap_b &= (limits.ceiling_Q > floor_b) & (limits.first <= above_b) & (first_b + 1 <= last)
+    whole_b = (first_b < rankings.depth) | (extended_b & (rankings.under.length_Q[rows_b] < rankings.depth))
+    for row in np.flatnonzero(gap_b):
+        out_b[row] = (
+            f"the rule asks about ranks {first_b[row] + 1} to {above_b[row]} (scores from {floor_b[row]:.4f} up), "
+            f"which were not searched. Search to depth {above_b[row]}, or with a rule whose ceiling is "
+            f"{limits.ceiling_Q[row]:.4f} or more."
         )
-
-
-def example_based(
-    generator: np.random.Generator, texts: ClassExamples, example_id: str, label: str, digest: int, count: int
-) -> tuple[str, list[str]] | None:
-    """NV-Embed v2's example-based pair (4.2): positive from the same class, negatives from other classes.
-
-    Texts equal to the example's own or to its positive, whatever their id or label, are not negatives.
-
-    Returns:
-        The positive's id and up to `count` negatives' ids; None when the class has no other text.
-    """
-    same = texts.by_label[label]
-
-    def other_text(order: list[int]) -> list[int]:
-        found = [same[place] for place in order]
-        return [index for index in found if texts.ids[index] != example_id and texts.hashes[index] != digest]
-
-    positive = draw_accepted(generator, len(same), 1, other_text)
-    if not positive:
-        return None
-
-    def other_class(order: list[int]) -> list[int]:
-        used, kept = {digest, texts.hashes[positive[0]]}, []
-        for index in order:
-            if texts.labels[index] != label and texts.hashes[index] not in used:
-                used.add(texts.hashes[index])
-                kept.append(index)
-        return kept
-
-    negatives = draw_accepted(generator, len(texts.ids), count, other_class)
-    return texts.ids[positive[0]], [texts.ids[index] for index in negatives]
+    for row in np.flatnonzero(~gap_b & ~enough_b & ~whole_b & (end_b < last)):
+        out_b[row] = f"the rule asks about ranks behind {end_b[row]}, which were not searched."
+    return out_b

@@ -28,7 +28,7 @@ class StepReference:
 
 
 PREPARE = StepReference("nvembed.data.prepare", "PREPARE")
-MINE = StepReference("nvembed.mining.run", "MINE")
+MINE = StepReference("nvembed.mining.step", "MINE")
 STREAM = StepReference("nvembed.stream.steps", "STREAM")
 INITIALISE = StepReference("nvembed.training.initialise", "INITIALISE")
 TRAIN = StepReference("nvembed.training.launch", "TRAIN")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Set as AbstractSet
+from typing import Any
 
 import xxhash
 
@@ -101,7 +102,23 @@ def shingles(text: str, words: int) -> frozenset[bytes]:
     )
 
 
-def jaccard(a: AbstractSet[bytes], b: AbstractSet[bytes]) -> float:
-    """Jaccard similarity of two shingle sets that are not both empty: shared shingles over all shingles."""
-    shared = len(a & b)
-    return shared / (len(a) + len(b) - shared)
+def text_hash(text: str) -> int:
+    """`folded_hash` as a signed number, for int64 columns: what counts as the same text under another id."""
+    value = folded_hash(text)
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def word_triples(text: str) -> frozenset[int]:
+    """What near duplicates are judged by: hashes of all runs of three words; single characters where words are not
+    parted by spaces (a text of fewer than three words), so that Chinese and Japanese compare too."""
+    words = text.casefold().split()
+    if len(words) < 3:
+        words = list("".join(words))
+    runs = (" ".join(words[place : place + 3]) for place in range(max(len(words) - 2, 1)))
+    return frozenset(xxhash.xxh3_64_intdigest(run.encode("utf-8", "surrogatepass")) for run in runs)
+
+
+def jaccard(left: AbstractSet[Any], right: AbstractSet[Any]) -> float:
+    """Jaccard similarity of two sets of shingles: shared ones over all; 0 when both are empty."""
+    shared = len(left & right)
+    return shared / (len(left) + len(right) - shared) if shared else 0.0

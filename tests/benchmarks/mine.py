@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 COUNT = 10
-RULE = {"type": "topk_percpos", "max_negative_to_positive_ratio": 0.95}
+RULE = {"type": "topk_perc_pos", "max_negative_to_positive_ratio": 0.95}
 
 
 def helpers() -> Any:
@@ -103,9 +103,9 @@ def after_search(query: np.ndarray, matrix: np.ndarray, positives: list[list[int
     """Microseconds per query of what `mine_vectors` does beside searching."""
     from unittest import mock
 
-    from nvembed.mining import mine_vectors, vectors
+    from nvembed.mining import api, mine_vectors
 
-    search, spent = vectors.search_shards, 0.0
+    search, spent = api.search_shards, 0.0
 
     def timed(*arguments: Any, **options: Any) -> Any:
         nonlocal spent
@@ -114,7 +114,7 @@ def after_search(query: np.ndarray, matrix: np.ndarray, positives: list[list[int
         spent += time.thread_time() - started
         return found
 
-    with mock.patch.object(vectors, "search_shards", timed):
+    with mock.patch.object(api, "search_shards", timed):
         started = time.thread_time()
         mine_vectors(query, matrix, positives, COUNT, RULE)
     return (time.thread_time() - started - spent) / len(query) * 1e6

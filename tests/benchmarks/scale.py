@@ -67,7 +67,7 @@ def measure(folder: Path, documents: int, queries: int, steps: int) -> list[tupl
     from nvembed.data.config import BeirSource, PrepareConfig
     from nvembed.data.prepare import PREPARE
     from nvembed.mining.config import MineConfig
-    from nvembed.mining.run import MINE
+    from nvembed.mining.step import MINE
     from nvembed.pipeline.memory_meter import MemoryMeter
     from nvembed.recipe.schema import load_recipe
     from nvembed.retrieval.config import EncodeConfig, PretrainedModel

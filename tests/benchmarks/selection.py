@@ -1,9 +1,9 @@
-"""The pipeline's selection after the search: over whole arrays against query by query, and its files.
+"""The pipeline's selection after the search: over whole arrays against the tests' plain oracle, and its files.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/selection.py [--queries 8192] [--documents 200000] [--depth 100]
 
 One group of queries as a search leaves it, generated: one positive each, between 1 and some hundreds of documents above
-the ceiling of TopK-PercPos 0.95, one document in fifty a copy of another; seven negatives per query. Both ways make the
+the ceiling of TopK-PercPos 0.95, one document in fifty a copy of another; seven negatives per query. Both make the
 same mined rows and the same numbers for the audit (checked). Prints CPU microseconds of one thread per query, ratios
 within a round, and apart from them what hashing the candidates' texts costs (once per part of the corpus) and what
 reading and writing the group's files costs.
@@ -58,7 +58,7 @@ def rankings(queries: int, documents: int, generator: np.random.Generator) -> tu
 def group(queries: int, documents: int, depth: int) -> tuple[pa.Table, pa.Table, pa.Table]:
     """(queries, what was searched with hashes, documents with hashes)."""
     from nvembed.mining.layout import QUERY_SCHEMA
-    from nvembed.mining.lists import Lists, list_array, scored_array, starts
+    from nvembed.mining.lists import ScoredLists, list_array, scored_array, starts
 
     generator = np.random.default_rng(0)
     keys = pa.array([f"document-{number:08d}" for number in range(documents)])
@@ -68,9 +68,10 @@ def group(queries: int, documents: int, depth: int) -> tuple[pa.Table, pa.Table,
 
     def lists(first_Q: np.ndarray) -> tuple[pa.Array, pa.Array]:
         at_QK = first_Q[:, None] + np.arange(depth)
-        found = np.take_along_axis(document_QC, at_QK, axis=1).reshape(-1)
+        at_P = np.take_along_axis(document_QC, at_QK, axis=1).reshape(-1)
         scores = np.take_along_axis(score_QC, at_QK, axis=1).reshape(-1)
-        return Lists(starts(np.full(queries, depth)), keys.take(pa.array(found)), scores, hash_N[found]).columns()
+        lists = ScoredLists(starts(np.full(queries, depth)), keys.take(pa.array(at_P)), scores, hash_N[at_P])
+        return lists.columns()
 
     one_Q, names = np.arange(queries + 1), pa.array([f"query-{number:08d}" for number in range(queries)])
     positives = keys.take(pa.array(positive_Q))
@@ -105,7 +106,7 @@ def files(root: str, searched: pa.Table, mined: pa.Table) -> None:
     """Write and read again what a group's selection writes and reads."""
     from nvembed.core.parquet import read_table
     from nvembed.core.vectors import write_shard
-    from nvembed.mining.searched import PART_SCHEMA, SEARCHED_SCHEMA
+    from nvembed.mining.lists import PART_SCHEMA, SEARCHED_SCHEMA
 
     write_shard(searched.select(SEARCHED_SCHEMA.names), f"{root}/part.searched")
     write_shard(mined, f"{root}/part.parquet")
@@ -124,10 +125,11 @@ def main() -> None:
     pa.set_io_thread_count(1)
     from nvembed.core.vectors import write_shard
     from nvembed.mining.config import MineConfig, TopKPercPos
-    from nvembed.mining.miner import selected
-    from nvembed.mining.searching import MinePaths, Searcher
+    from nvembed.mining.layout import MinePaths
+    from nvembed.mining.search import Searcher
+    from nvembed.mining.worker import ReuseTask, select_negatives
 
-    bench, plain = sibling("search.py"), sibling("../mining/query_by_query.py")
+    bench, oracle = sibling("search.py"), sibling("../mining/oracle.py")
     queries, searched, corpus = group(arguments.queries, arguments.documents, arguments.depth)
     config = MineConfig(
         num_negatives=NEGATIVES, depth=arguments.depth, rule=TopKPercPos(max_negative_to_positive_ratio=SHARE)
@@ -135,17 +137,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         searcher = Searcher(config, MinePaths.under(root))
         write_shard(corpus, f"{searcher.paths.texts}/set/documents/part-00000.parquet")
-        task = {"way": "reuse", "dataset": "set"}  # nothing is searched deeper
-        found = searched.select(["above", "plain", "under"])
-        mined = selected(searcher, task, queries, [searched])[0]
+        task = ReuseTask("set", "part-00000", arguments.queries, (), 0, "nowhere")  # nothing is searched deeper
+        result = searched.select(["above", "plain", "under"])
+        mined = select_negatives(searcher, task, queries, [searched])[0]
+        query_rows, searched_rows, section = queries.to_pylist(), searched.to_pylist(), config.model_dump()
         variants = {
-            "arrays": lambda: selected(searcher, task, queries, [searched]),
-            "query_by_query": lambda: plain.selected(searcher, task, queries, [searched]),
-            "text_hashes": lambda: searcher.hashed(task, found, queries),
+            "arrays": lambda: select_negatives(searcher, task, queries, [searched]),
+            "oracle": lambda: oracle.mine(section, query_rows, [searched_rows], strict=True),
+            "text_hashes": lambda: searcher.hashed("set", result, queries),
             "files": lambda: files(root, searched, mined),
         }
         seconds, results = bench.interleaved(variants, arguments.rounds, time.process_time)
-    rows, numbers = results["query_by_query"]
+    rows, numbers = results["oracle"]
     assert results["arrays"][0].to_pylist() == rows
     assert results["arrays"][1].dump()["histograms"] == numbers["histograms"]
     each = {name: statistics.median(values) / arguments.queries * 1e6 for name, values in seconds.items()}
@@ -154,7 +157,7 @@ def main() -> None:
         "documents": arguments.documents,
         "depth": arguments.depth,
         "cpu_us_per_query": each,
-        "query_by_query / arrays": bench.ratios(seconds, "query_by_query", "arrays"),
+        "oracle / arrays": bench.ratios(seconds, "oracle", "arrays"),
     }
     print(json.dumps(report), flush=True)
 

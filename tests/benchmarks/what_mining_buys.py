@@ -69,7 +69,7 @@ CPU = torch.device("cpu")
 def make_arms(recipe_uri: str, out: str, seeds: Sequence[int]) -> None:
     """Prepare and mine (with Ray), and draw the untrained models."""
     from nvembed.data.prepare import PREPARE
-    from nvembed.mining.run import MINE
+    from nvembed.mining.step import MINE
     from nvembed.training.initialise import INITIALISE
 
     recipe = load_recipe(recipe_uri, needs=("initialise", "stage_1", "stage_2"))

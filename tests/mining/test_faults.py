@@ -9,12 +9,15 @@ from nvembed.core import retry, storage
 from nvembed.core.parquet import read_table
 from nvembed.core.steps import MANIFEST, CorruptArtifactError, load_artifact
 from nvembed.mining.config import MineConfig
-from nvembed.mining.run import MINE
+from nvembed.mining.step import MINE
 from nvembed.retrieval.config import EncodeConfig, PretrainedModel
 
 spec = importlib.util.spec_from_file_location("weaknesses", Path(__file__).with_name("weaknesses.py"))
 weaknesses = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(weaknesses)
+spec = importlib.util.spec_from_file_location("local", Path(__file__).with_name("local.py"))
+local = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(local)
 
 CONFIG = MineConfig(
     num_negatives=3, depth=8, encode=EncodeConfig(actors=1, shard_rows=16, precision="fp32", max_rejected_share=0.2)
@@ -107,23 +110,11 @@ def test_a_full_disk_stops_mining_and_room_lets_it_finish(tmp_path, ray_session,
 # -- a store that answers 5xx -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def ways(monkeypatch):
-    """Mining in this process, whose retries wait less: `test_ways.py`'s pool."""
-    spec = importlib.util.spec_from_file_location("ways", Path(__file__).with_name("test_ways.py"))
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    monkeypatch.setattr(found.run, "run_pool", found.pool)
-    monkeypatch.setattr(found.run, "encode_shards", found.encode)
-    monkeypatch.setattr(found.run, "check_model", lambda model: None)
-    return found
-
-
 @pytest.mark.slow
-def test_a_store_that_answers_5xx_changes_nothing(ways, store, caplog):
+def test_a_store_that_answers_5xx_changes_nothing(store, caplog):
     """Every seventh request of each kind is refused."""
-    prepared = ways.prepare("s3://bucket")
-    ways.MINE.run(ways.CONFIG, {"prepare": prepared}, "s3://bucket/clean")
+    prepared = local.prepare("s3://bucket")
+    local.MINE.run(local.CONFIG, {"prepare": prepared}, "s3://bucket/clean")
     asked = {}
 
     def refuse(method, path):
@@ -132,7 +123,7 @@ def test_a_store_that_answers_5xx_changes_nothing(ways, store, caplog):
 
     store.refuse = refuse
     with caplog.at_level("WARNING", "nvembed.core.retry"):
-        ways.MINE.run(ways.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
+        local.MINE.run(local.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
     store.refuse = lambda method, path: False
     assert store.refused["PUT"] > 3 and store.refused["GET"] > 3 and "trying again" in caplog.text
     assert files("s3://bucket/mine") == files("s3://bucket/clean")
@@ -140,9 +131,9 @@ def test_a_store_that_answers_5xx_changes_nothing(ways, store, caplog):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("allowed", [2, 9, 14, 20])
-def test_a_store_that_stays_away_stops_mining_with_nothing_published(ways, store, allowed):
+def test_a_store_that_stays_away_stops_mining_with_nothing_published(store, allowed):
     """Writing ends after some objects: at the texts, the vectors, the search, the selection."""
-    prepared = ways.prepare("s3://bucket")
+    prepared = local.prepare("s3://bucket")
     written = []
 
     def refuse(method, path):
@@ -153,12 +144,12 @@ def test_a_store_that_stays_away_stops_mining_with_nothing_published(ways, store
 
     store.refuse = refuse
     with pytest.raises(OSError, match="try later"):
-        ways.MINE.run(ways.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
+        local.MINE.run(local.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
     assert store.refused.total() >= retry.ATTEMPTS
     store.refuse = lambda method, path: False
     assert not storage.exists("s3://bucket/mine/manifest.json")
     with pytest.raises(CorruptArtifactError, match="not a published artifact"):
         load_artifact("s3://bucket/mine")
-    ways.MINE.run(ways.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
-    ways.MINE.run(ways.CONFIG, {"prepare": prepared}, "s3://bucket/clean")
+    local.MINE.run(local.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
+    local.MINE.run(local.CONFIG, {"prepare": prepared}, "s3://bucket/clean")
     assert files("s3://bucket/mine") == files("s3://bucket/clean")

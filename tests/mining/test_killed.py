@@ -1,7 +1,7 @@
 """kill -9 in every write phase of mining: the rerun goes on from what is there and ends with a clean run's bytes.
 
-The runs are processes of their own with `test_ways.py`'s in-process pool; each kills itself at a chosen write: before
-it, with half of the file written, or right after. Killing an actor, and the driver under Ray: `test_run.py`.
+The runs are processes of their own with `local.py`'s in-process pool; each kills itself at a chosen write: before
+it, with half of the file written, or right after. Killing an actor, and the driver under Ray: `test_step.py`.
 """
 
 import importlib.util
@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from nvembed.mining.step import mine_step
+
 DRIVER = """
 import importlib.util, os, re, signal, sys
 import pyarrow.parquet as pq
-spec = importlib.util.spec_from_file_location("ways", sys.argv[1])
-ways = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ways)
+spec = importlib.util.spec_from_file_location("local", sys.argv[1])
+local = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(local)
 from nvembed.core import storage
 prepared, out, phase, moment, left = *sys.argv[2:6], int(sys.argv[6])
-ways.run.run_pool, ways.run.check_model = ways.pool, lambda model: None
-ways.run.encode_shards = ways.encode
 write, write_table = storage.write_bytes, pq.ParquetWriter.write_table
 
 def dying(uri, data):
@@ -48,21 +48,21 @@ def dying_table(self, *arguments, **options):
 
 from nvembed.core.steps import load_artifact
 storage.write_bytes, pq.ParquetWriter.write_table = dying, dying_table
-config = ways.MineConfig.model_validate(
-    {**ways.CONFIG.model_dump(), "more_retrievers": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows":
+config = local.MineConfig.model_validate(
+    {**local.CONFIG.model_dump(), "more_retrievers": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows":
     15}}
 )
-ways.MINE.run(config, {"prepare": load_artifact(prepared)}, out)
+local.MINE.run(config, {"prepare": load_artifact(prepared)}, out)
 """
-WAYS = Path(__file__).with_name("test_ways.py")
+LOCAL = Path(__file__).with_name("local.py")
 PHASES = (
     "step.json",
     "texts/set/queries",
     "texts/set/documents",
     "checkpoints/vectors",
-    "lane-0-positives",
-    "lane-1-part",
-    "lane-0-part",
+    "retriever-0-positives",
+    "retriever-1-segment",
+    "retriever-0-segment",
     r"select/set/part-\d+.json",
     r"select/set/part-\d+.searched",
     r"select/set/part-\d+.parquet",
@@ -76,33 +76,29 @@ PHASES = (
 def world(tmp_path_factory):
     """Where the data lies, the files of a clean run (in this process), and its parts of the search."""
     root = tmp_path_factory.mktemp("killed")
-    ways = load_ways()
-    prepared = ways.prepare(str(root))
+    local = load_local()
+    prepared = local.prepare(str(root))
     searched = []
 
     def counted(factory, arguments, tasks, **options):
         searched.extend(tasks)
-        return ways.pool(factory, arguments, tasks, **options)
+        return local.pool(factory, arguments, tasks, **options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ways.run, "run_pool", counted)
-        patch.setattr(ways.run, "encode_shards", ways.encode)
-        patch.setattr(ways.run, "check_model", lambda model: None)
-        settings = {"more_retrievers": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows": 15}}
-        config = ways.MineConfig.model_validate({**ways.CONFIG.model_dump(), **settings})
-        ways.MINE.run(config, {"prepare": prepared}, str(root / "clean"))
+    settings = {"more_retrievers": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows": 15}}
+    config = local.MineConfig.model_validate({**local.CONFIG.model_dump(), **settings})
+    mine_step(local.encode, counted).run(config, {"prepare": prepared}, str(root / "clean"))
     return root, files(root / "clean"), len(searched)
 
 
-def load_ways():
-    spec = importlib.util.spec_from_file_location("ways", WAYS)
+def load_local():
+    spec = importlib.util.spec_from_file_location("local", LOCAL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def start(root, out, phase="", moment="", left=1):
-    arguments = [sys.executable, "-c", DRIVER, str(WAYS), str(root / "prepare"), str(root / out)]
+    arguments = [sys.executable, "-c", DRIVER, str(LOCAL), str(root / "prepare"), str(root / out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*arguments, phase, moment, str(left)], env=environment, timeout=250).returncode
 
@@ -115,10 +111,10 @@ def files(out):
 
 def test_killed_while_writing_what_was_searched(world):
     root, clean, parts = world
-    assert start(root, "once", "lane-0-part", "half", 3) == -signal.SIGKILL
+    assert start(root, "once", "retriever-0-segment", "half", 3) == -signal.SIGKILL
     assert not (root / "once" / "manifest.json").exists()
-    assert len(list((root / "once").rglob("lane-0-part-*.parquet"))) == 2  # the third was never whole
-    assert start(root, "once", "lane-0-part", "", parts - 1) == 0  # the two that stand are not searched again
+    assert len(list((root / "once").rglob("retriever-0-segment-*.parquet"))) == 2  # the third was never whole
+    assert start(root, "once", "retriever-0-segment", "", parts - 1) == 0  # two are not searched again
     assert files(root / "once") == clean
 
 
@@ -134,7 +130,9 @@ def test_killed_26_times_over_every_write_phase(world):
         number += 1
         out = f"out{number}"
         for phase, moment in list(plan):
-            code = start(root, out, phase, moment, generator.choice((1, 1, 2)) if "part" in phase else 1)
+            code = start(
+                root, out, phase, moment, generator.choice((1, 1, 2)) if "segment" in phase or "part" in phase else 1
+            )
             assert code in (0, -signal.SIGKILL)
             if code == 0:
                 break  # complete before it came to that write

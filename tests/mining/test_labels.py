@@ -10,7 +10,8 @@ from nvembed.data.config import FilesSource, PrepareConfig
 from nvembed.data.prepare import PREPARE
 from nvembed.data.tables import dataset_info, read_corpus
 from nvembed.mining.config import MineConfig
-from nvembed.mining.miner import MinePaths, MineWorker
+from nvembed.mining.layout import ClassesTask, MinePaths, task_to_json
+from nvembed.mining.worker import MineWorker
 from nvembed.stream.steps import _files
 from nvembed.types import Artifact
 
@@ -30,11 +31,10 @@ def prepared(tmp_path: Path, positives_from: Any) -> Artifact:
 def mined(prepare: Artifact, tmp_path: Path) -> list[dict[str, Any]]:
     paths = MinePaths.under(str(tmp_path / "mine"))
     uri = prepare.path("mine", "examples-train.parquet")
-    task = {"way": "classes", "dataset": "mine", "part": "part-0", "examples": uri, "start": 0}
-    task["rows"] = dataset_info(prepare)["mine"]["train"]
-    MineWorker(MineConfig(num_negatives=3), paths).work(task)
-    found: list[dict[str, Any]] = read_table(storage.join(paths.select, "mine", "part-0.parquet")).to_pylist()
-    return found
+    task = ClassesTask("mine", "part-0", dataset_info(prepare)["mine"]["train"], uri, 0)
+    MineWorker(MineConfig(num_negatives=3), paths).work(task_to_json(task))
+    rows: list[dict[str, Any]] = read_table(storage.join(paths.select, "mine", "part-0.parquet")).to_pylist()
+    return rows
 
 
 def test_labels_are_positives_and_negatives(tmp_path: Path) -> None:
@@ -55,10 +55,10 @@ def test_labels_are_positives_and_negatives(tmp_path: Path) -> None:
 
 
 def test_a_label_carries_no_instruction_and_an_example_does(tmp_path: Path) -> None:
-    for way, symmetric in (("labels", False), ("examples", True)):
-        (tmp_path / way).mkdir()
-        prepare = prepared(tmp_path / way, way)
-        mine = Artifact(str(tmp_path / way / "mine"), {})
+    for kind, symmetric in (("labels", False), ("examples", True)):
+        (tmp_path / kind).mkdir()
+        prepare = prepared(tmp_path / kind, kind)
+        mine = Artifact(str(tmp_path / kind / "mine"), {})
         storage.write_bytes(mine.path("mine", "mined.parquet"), b"")
         files = _files("mine", dataset_info(prepare)["mine"], {"prepare": prepare, "mine": mine})
         assert files.symmetric == symmetric

@@ -1,4 +1,4 @@
-"""What is laid out for mining: who is a positive, who may never be a negative, which documents take part."""
+"""The texts of mining: which documents are positives, which are never negatives, which take part."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def artifact(tmp_path, source, task, documents, examples):
     return Step("prepare", 1, build).run(PrepareConfig(sources=(source,)), {}, str(tmp_path / "prepare"))
 
 
-def laid(tmp_path, prepare, dataset, task):
+def shards(tmp_path, prepare, dataset, task):
     info = {"task": task, "instruction": "Instruct: t\nQuery: "}
     result = lay_out(prepare, dataset, info, CONFIG, str(tmp_path / "texts"))
     tables = []
@@ -46,7 +46,7 @@ def test_positives_of_the_same_query_text_are_shared(tmp_path):
     ]
     documents = [Document(key, "Title" if key == "a" else "", f"text {key}") for key in "abcd"]
     prepare = artifact(tmp_path, CweSource(name="set", instruction="cwe"), "retrieval", documents, examples)
-    result, queries, found = laid(tmp_path, prepare, "set", "retrieval")
+    result, queries, found = shards(tmp_path, prepare, "set", "retrieval")
     by_key = {row["key"]: row for row in queries}
     assert by_key["e1"]["positives"] == ["a", "b"] and by_key["e1"]["own"] == 1
     assert by_key["e2"]["positives"] == ["b", "a"] and by_key["e2"]["own"] == 2
@@ -69,7 +69,7 @@ def test_sts_takes_graded_pairs_and_only_train_texts(tmp_path):
     documents = [Document(key, "", f"text {key}", split="test" if key == "z" else "train") for key in "abcdz"]
     source = HpoSimilaritySource(name="set", instruction="hpo_similarity")
     prepare = artifact(tmp_path, source, "sts", documents, examples)
-    result, queries, found = laid(tmp_path, prepare, "set", "sts")
+    result, queries, found = shards(tmp_path, prepare, "set", "sts")
     assert [row["key"] for row in queries] == ["e1", "e4"]
     assert queries[0]["positives"] == ["b"] and queries[0]["never"] == ["b", "c"]  # 0.6 is no positive, nor a negative
     assert result.dropped == {"graded_below_sts_positive": 2}

@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from nvembed.core import storage
 from nvembed.core.parquet import read_table
 from nvembed.core.steps import MANIFEST
-from nvembed.mining import run
+from nvembed.mining import step
 from nvembed.mining.config import MineConfig
-from nvembed.mining.layout import QUERY_SCHEMA
-from nvembed.mining.rejected import Rejected
-from nvembed.mining.run import MINE
+from nvembed.mining.layout import QUERY_SCHEMA, Rejected
+from nvembed.mining.step import MINE
 from nvembed.retrieval import encode
 from nvembed.retrieval.encoders import package_folder
 from nvembed.retrieval.rows import NOT_FINITE
@@ -96,7 +95,7 @@ def in_process(monkeypatch):
             result = worker.work(task)
             yield {**result, "worker": "0", "cpu_seconds": time.process_time() - started}
 
-    monkeypatch.setattr(run, "run_pool", pool)
+    monkeypatch.setattr(step, "run_pool", pool)
     monkeypatch.setattr(encode, "run_pool", pool)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 

@@ -7,17 +7,22 @@ from hypothesis import strategies as st
 
 from nvembed.mining.config import RankWindow, SampledTopK, TopK, TopKAbs, TopKMarginPos, TopKPercPos, TopKShifted
 from nvembed.mining.rules import (
-    FREE,
+    ABSENT,
+    ClassExamples,
     cap_documents,
     ceilings,
     consistent,
-    drawn,
-    eligible,
+    draw_accepted,
+    draw_order,
+    draw_sampled,
+    example_based,
+    example_generator,
     first_allowed,
     gumbel,
     mix,
     rule_limits,
 )
+from nvembed.mining.selection import Block, decide
 
 SCORES = st.floats(-1, 1, allow_nan=False, width=32)
 RULES = st.one_of(
@@ -63,8 +68,8 @@ def candidates(draw):
 @settings(max_examples=150)
 def test_a_rule_keeps_the_first_candidates_it_allows(problem, rule, count):
     scores, excluded, lowest = problem
-    ranks = np.broadcast_to(np.arange(1, scores.shape[1] + 1), scores.shape)
-    kept = first_allowed(eligible(scores, ranks, rule_limits(rule, lowest), excluded), count)
+    block = Block(scores, np.isfinite(scores), excluded)
+    kept = first_allowed(decide(block, rule_limits(rule, lowest), count)[1], count)
     assert kept.shape == (len(scores), count)
     for row in range(len(scores)):
         expected = [
@@ -72,7 +77,7 @@ def test_a_rule_keeps_the_first_candidates_it_allows(problem, rule, count):
             for column, score in enumerate(scores[row])
             if np.isfinite(score) and not excluded[row, column] and allows(rule, score, column + 1, lowest[row])
         ][:count]
-        assert kept[row].tolist() == expected + [FREE] * (count - len(expected))
+        assert kept[row].tolist() == expected + [ABSENT] * (count - len(expected))
 
 
 def test_ceilings_in_numbers():
@@ -90,11 +95,11 @@ def test_ceilings_in_numbers():
 def test_a_draw_takes_the_largest_noisy_weights_of_the_pool(problem, count, top, temperature, seed):
     scores, excluded, lowest = problem
     rule = SampledTopK(top=top, temperature=temperature)
-    ranks = np.broadcast_to(np.arange(1, scores.shape[1] + 1), scores.shape)
-    allowed = eligible(scores, ranks, rule_limits(rule, lowest), excluded)
+    block = Block(scores, np.isfinite(scores), excluded)
+    allowed = decide(block, rule_limits(rule, lowest), scores.shape[1])[1]
     queries = mix(np.arange(len(scores), dtype=np.uint64) + np.uint64(seed))
     documents = np.broadcast_to(np.arange(scores.shape[1], dtype=np.uint64), scores.shape)
-    found = drawn(allowed, scores, count, rule, queries, documents)
+    found = draw_sampled(allowed, scores, count, rule, queries, documents)
     assert found.shape == (len(scores), count)
     for row in range(len(scores)):
         pool = np.flatnonzero(allowed[row])[:top]
@@ -103,7 +108,7 @@ def test_a_draw_takes_the_largest_noisy_weights_of_the_pool(problem, count, top,
             for column in pool
         }
         expected = sorted(sorted(pool, key=lambda column: -weight[column])[:count])
-        assert found[row].tolist() == expected + [FREE] * (count - len(expected))
+        assert found[row].tolist() == expected + [ABSENT] * (count - len(expected))
 
 
 def test_draws_follow_their_weights():
@@ -114,14 +119,14 @@ def test_draws_follow_their_weights():
     allowed = np.ones(scores.shape, dtype=bool)
     for temperature, share in ((None, 0.5), (0.1, np.e / (1 + np.e))):
         rule = SampledTopK(top=2, temperature=temperature)
-        first = drawn(allowed, scores, 1, rule, queries, documents)[:, 0]
+        first = draw_sampled(allowed, scores, 1, rule, queries, documents)[:, 0]
         assert (first == 0).mean() == pytest.approx(share, abs=0.02)
 
 
 @st.composite
 def preferences(draw):
     queries, documents = draw(st.integers(1, 8)), draw(st.integers(1, 6))
-    lists, scores = np.full((queries, documents), FREE), np.full((queries, documents), -np.inf)
+    lists, scores = np.full((queries, documents), ABSENT), np.full((queries, documents), -np.inf)
     for row in range(queries):
         chosen = draw(st.permutations(range(documents)))[: draw(st.integers(0, documents))]
         values = sorted(draw(st.lists(st.integers(0, 4), min_size=len(chosen), max_size=len(chosen))), reverse=True)
@@ -137,7 +142,7 @@ def one_at_a_time(lists, scores, count, cap, order, random):
         free = [
             q
             for q in range(len(lists))
-            if len(held[q]) < count and asked[q] < len(lists[q]) and lists[q][asked[q]] != FREE
+            if len(held[q]) < count and asked[q] < len(lists[q]) and lists[q][asked[q]] != ABSENT
         ]
         if not free:
             return [sorted(places) for places in held]
@@ -161,7 +166,7 @@ def test_the_cap_is_deferred_acceptance_in_any_order(problem):
     random.shuffle(order)
     kept = cap_documents(lists, scores, count, cap, order)
     expected = one_at_a_time(lists, scores, count, cap, order, random)
-    assert [[column for column in row if column != FREE] for row in kept.tolist()] == expected
+    assert [[column for column in row if column != ABSENT] for row in kept.tolist()] == expected
     served = [lists[row, column] for row, places in enumerate(expected) for column in places]
     assert all(served.count(document) <= cap for document in set(served))
     shuffled = random.sample(range(len(lists)), len(lists))
@@ -175,7 +180,7 @@ def test_the_cap_is_deferred_acceptance_in_any_order(problem):
 def test_a_cap_that_does_not_bind_changes_nothing(problem):
     lists, scores, count, _, _ = problem
     assume(lists.size)
-    assert cap_documents(lists, scores, count, len(lists)).tolist() == first_allowed(lists != FREE, count).tolist()
+    assert cap_documents(lists, scores, count, len(lists)).tolist() == first_allowed(lists != ABSENT, count).tolist()
 
 
 def test_consistency_keeps_examples_whose_positive_ranks_high_enough():
@@ -185,3 +190,56 @@ def test_consistency_keeps_examples_whose_positive_ranks_high_enough():
 def test_a_window_that_ends_before_it_starts_is_refused():
     with pytest.raises(ValueError, match="comes before"):
         RankWindow(first=5, last=4)
+
+
+# -- uniform draws -----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32), st.integers(1, 200), st.integers(0, 250))
+def test_draw_order_is_distinct_and_complete(seed, population, count):
+    order = draw_order(np.random.default_rng(seed), population, count)
+    assert len(order) == len(set(order)) == min(count, population)
+    assert all(0 <= index < population for index in order)
+
+
+def test_draws_depend_on_the_example_and_are_uniform():
+    counts = np.zeros(20)
+    for example in range(2000):
+        generator = example_generator(3, "set", f"e{example}")
+        kept = draw_accepted(generator, 20, 3, lambda order: [place for place in order if place > 1])
+        assert len(set(kept)) == 3
+        counts[kept] += 1
+    assert counts[0] == counts[1] == 0
+    expected = 2000 * 3 / 18
+    assert np.abs(counts[2:] - expected).max() < 5 * np.sqrt(expected)
+    twice = [draw_accepted(example_generator(3, "set", "e7"), 20, 3, list) for _ in range(2)]
+    assert twice[0] == twice[1] != draw_accepted(example_generator(4, "set", "e7"), 20, 3, list)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("XYZ"), st.integers(0, 9)), min_size=2, max_size=30),
+    st.integers(0, 100),
+    st.integers(1, 6),
+)
+def test_example_based_pairs(rows, seed, count):
+    ids = [f"e{index:02d}" for index in range(len(rows))]
+    labels, hashes = [label for label, _ in rows], [digest for _, digest in rows]
+    texts = ClassExamples.build(ids, labels, hashes)
+    shuffled = np.random.default_rng(seed).permutation(len(ids))
+    again = ClassExamples.build(*([values[index] for index in shuffled] for values in (ids, labels, hashes)))
+    by_id = dict(zip(ids, rows, strict=True))
+    for example, (label, digest) in by_id.items():
+        drawn = example_based(example_generator(seed, "set", example), texts, example, label, digest, count)
+        same = example_based(example_generator(seed, "set", example), again, example, label, digest, count)
+        assert drawn == same  # the order of the rows does not matter
+        possible = [key for key, row in by_id.items() if row[0] == label and row[1] != digest and key != example]
+        if drawn is None:
+            assert not possible
+            continue
+        positive, negatives = drawn
+        assert positive in possible
+        used = [by_id[key][1] for key in negatives]
+        assert all(by_id[key][0] != label for key in negatives)
+        assert len(set(used)) == len(used) and not {digest, by_id[positive][1]} & set(used)
+        others = {row[1] for row in rows if row[0] != label} - {digest, by_id[positive][1]}
+        assert len(negatives) == min(count, len(others))

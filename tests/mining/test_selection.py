@@ -1,22 +1,268 @@
-"""Selection rules as properties: what may never happen, for any scores of any sign."""
+"""The selection over arrays decides what a plain walk decides, counts alike, refuses alike; what may never happen."""
+
+import importlib.util
+import math
+from pathlib import Path
+from random import Random
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.mining.config import TopKPercPos
-from nvembed.mining.rules import ceilings
-from nvembed.mining.selection import (
-    ClassExamples,
-    Reason,
-    draw_accepted,
-    draw_order,
-    example_based,
-    example_generator,
-    select_negatives,
-    text_hash,
+from nvembed.mining.config import (
+    MineConfig,
+    RankWindow,
+    SampledTopK,
+    TopK,
+    TopKAbs,
+    TopKMarginPos,
+    TopKPercPos,
+    TopKShifted,
 )
+from nvembed.mining.layout import QUERY_SCHEMA, MinePaths, ReuseTask, SearchTask
+from nvembed.mining.lists import PART_SCHEMA, SEARCHED_SCHEMA
+from nvembed.mining.rules import ceilings, rule_limits
+from nvembed.mining.search import Searcher
+from nvembed.mining.selection import CODE, KEPT, UNDECIDED, Block, NeedsSearchError, Rankings, Reason, decide, select
+from nvembed.mining.worker import select_negatives
+from nvembed.retrieval.config import ExactIndex, FaissFlat, SearchConfig
+
+spec = importlib.util.spec_from_file_location("oracle", Path(__file__).with_name("oracle.py"))
+oracle = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(oracle)
+
+CEILINGS = st.one_of(
+    st.builds(TopKAbs, max_score=st.sampled_from([-0.5, 0.0, 0.25, 0.5])),
+    st.builds(TopKMarginPos, margin=st.sampled_from([0.0, 0.1, 0.3])),
+    st.builds(TopKPercPos, max_negative_to_positive_ratio=st.sampled_from([0.5, 0.8, 1.0])),
+)
+RULES = st.one_of(
+    st.just(TopK()),
+    st.builds(TopKShifted, shift=st.integers(0, 4)),
+    CEILINGS,
+    st.integers(1, 6).flatmap(lambda at: st.builds(RankWindow, first=st.just(at), last=st.integers(at, at + 3))),
+    st.builds(SampledTopK, top=st.integers(1, 5), temperature=st.sampled_from([None, 0.05]), ceiling=CEILINGS),
+)
+SCHEMA = pa.schema([*SEARCHED_SCHEMA, *(field for field in PART_SCHEMA if field.name.endswith("_hashes"))])
+SEARCH = SearchTask("set", "part-00000", 1, (), None, 1, (), 1)
+REUSE = ReuseTask("set", "part-00000", 1, (), 0, "nowhere")
+
+
+def by_score(item):
+    return -item["score"], item["id"]
+
+
+def search_result(random, query, searched, depth, hashes):
+    """A query's row as a search to `depth` leaves it: any ranking of a small corpus, with ties."""
+    items = sorted(({"id": key, "score": random.randint(-10, 10) / 10} for key in hashes), key=by_score)
+    scores = {item["id"]: item["score"] for item in items if item["id"] in query["positives"]}
+    ceiling = oracle.ceiling(searched.model_dump(), min(scores.values()))
+    below = [item for item in items if item["score"] < ceiling] if math.isfinite(ceiling) else []
+    lists = {"plain": items[:depth], "under": below[:depth]}
+    return {
+        "example_id": query["key"],
+        "positives": [{"id": key, "score": scores[key]} for key in dict.fromkeys(query["positives"])],
+        "ceiling": ceiling,
+        "above": len(items) - len(below) if math.isfinite(ceiling) else 0,
+        **lists,
+        **{f"{name}_hashes": [hashes[item["id"]] for item in kept] for name, kept in lists.items()},
+        "never_hashes": [hashes[key] for key in query["never"] if key in hashes],
+    }
+
+
+def one_query(random, number, hashes):
+    """A query as it is laid out."""
+    ids = sorted(hashes)
+    positives = [random.choice(ids[-4:]) for _ in range(random.choice([1, 1, 2, 3]))]
+    never = sorted({*positives, *random.choices([*ids, "held out", "gone"], k=random.choice([0, 0, 1, 3]))})
+    if random.random() < 0.1:  # layout writes them sorted; nothing depends on it
+        random.shuffle(never)
+    return {
+        "key": f"q{number}",
+        "text": "",
+        "instruction": "",
+        "hash": random.randint(0, 40),
+        "positives": positives,
+        "own": random.randint(1, len(positives)),
+        "never": never,
+        "given": random.choices([*ids, "gone"], k=random.choice([0, 0, 1, 4])),
+    }
+
+
+def group(random, config, searched, queries, documents, texts, retrievers=1):
+    """(config, queries, search results of each retriever), rows of a group over a small corpus."""
+    hashes = {f"d{number:02d}": random.randint(0, texts) for number in range(documents)}
+    rows = [one_query(random, number, hashes) for number in range(queries)]
+    results = [[search_result(random, row, searched, config.depth, hashes) for row in rows] for _ in range(retrievers)]
+    return config, rows, results
+
+
+@st.composite
+def groups(draw):
+    rule, wanted = draw(RULES), draw(st.integers(1, 4))
+    needed = {"topk_shifted": "shift", "rank_window": "last", "sampled_topk": "top"}.get(rule.type)
+    needed = getattr(rule, needed) + wanted * (rule.type == "topk_shifted") if needed else 1
+    config = MineConfig(
+        rule=rule,
+        depth=needed + draw(st.integers(0, 4)),  # short lists: much lies behind them, or in the gap
+        num_negatives=wanted,
+        max_per_document=None if isinstance(rule, SampledTopK) else draw(st.sampled_from([None, None, 2])),
+        max_positive_rank=draw(st.sampled_from([None, None, 1])),
+        seed=draw(st.integers(0, 3)),
+        search=SearchConfig(index=draw(st.sampled_from([ExactIndex(), ExactIndex(), FaissFlat()]))),
+    )
+    searched = rule if draw(st.booleans()) else draw(CEILINGS)
+    retrievers = 1 if isinstance(config.search.index, ExactIndex) else draw(st.integers(1, 3))
+    random = Random(draw(st.integers(0, 2**32)))
+    texts = draw(st.sampled_from([5, 40, 1000]))
+    return group(random, config, searched, draw(st.integers(1, 12)), draw(st.integers(1, 30)), texts, retrievers)
+
+
+def tables(rows, results):
+    queries = pa.Table.from_pylist(rows, schema=QUERY_SCHEMA)
+    return queries, [pa.Table.from_pylist(each, schema=SCHEMA) for each in results]
+
+
+def check(config, rows, results):
+    """Searching deeper reads vectors (`test_worker.py`); an earlier search is refused, an approximate index has all."""
+    exact = isinstance(config.search.index, ExactIndex)
+    searcher = Searcher(config, MinePaths.under("nowhere"))
+    arguments = searcher, REUSE if exact else SEARCH, *tables(rows, results)
+    try:
+        expected, numbers = oracle.mine(config.model_dump(), rows, results, strict=exact)
+    except oracle.NeedsSearch as error:
+        with pytest.raises(NeedsSearchError) as raised:
+            select_negatives(*arguments)
+        assert str(raised.value) == str(error)
+        return
+    mined, audit = select_negatives(*arguments)
+    assert mined.to_pylist() == expected
+    dumped = audit.dump()
+    for name in dumped.keys() - {"histograms"}:
+        dumped[name] = {key: value for key, value in dumped[name].items() if value}
+    assert dumped == numbers
+
+
+@given(groups())
+@settings(max_examples=120, deadline=None)
+def test_arrays_decide_what_a_plain_walk_decides(drawn):
+    check(*drawn)
+
+
+@pytest.mark.slow
+@given(groups())
+@settings(max_examples=3000, deadline=None)
+def test_arrays_decide_what_a_plain_walk_decides_in_many_cases(drawn):
+    check(*drawn)
+
+
+@pytest.mark.parametrize("rule", [TopKPercPos(max_negative_to_positive_ratio=0.5), SampledTopK(top=5)])
+def test_more_queries_than_are_decided_together(rule):
+    config = MineConfig(rule=rule, depth=6, num_negatives=3, search=SearchConfig(index=FaissFlat()))
+    check(*group(Random(0), config, rule, queries=2500, documents=20, texts=9, retrievers=2))
+
+
+@given(groups(), st.integers(0, 9))
+@settings(max_examples=80, deadline=None)
+def test_a_check_is_asked_once_about_each_candidate_that_nothing_else_refuses(drawn, salt):
+    config, rows, results = drawn
+    queries, (searched, *_) = tables(rows, results)
+    rankings = Rankings.read(queries, searched, config.depth)
+    lowest = np.array([min(item["score"] for item in row["positives"]) for row in results[0]])
+    limits, asked, expected_asked, expected = rule_limits(config.rule, lowest), [], [], []
+
+    def refused(number, key):
+        return Random(f"{salt} {number} {key}").random() < 0.5
+
+    def codes(owner_K, at_K):
+        pairs = list(zip(owner_K.tolist(), rankings.ids(at_K).to_pylist(), strict=True))
+        asked.extend(pairs)
+        return np.array([CODE[Reason.FILTERED] * refused(*pair) for pair in pairs], dtype=np.int8)
+
+    for number, (query, row) in enumerate(zip(rows, results[0], strict=True)):
+
+        def refuse(query, key, number=number):
+            expected_asked.append((number, key))
+            return refused(number, key) and "refused"
+
+        rule, top = config.rule.model_dump(), float(limits.ceiling_Q[number])
+        candidates = oracle.ranked(row, config.depth)[0]
+        kept, _ = oracle.walk(candidates, query, row["never_hashes"], rule, top, config.num_negatives, refuse)
+        expected.append(kept)
+    selection = select(rankings, limits, config.num_negatives, config.num_negatives, check=codes)
+    assert sorted(asked) == sorted(expected_asked)
+    scored, hashes = (column.to_pylist() for column in selection.kept.columns())
+    assert [
+        [(item["id"], item["score"], digest) for item, digest in zip(*lists, strict=True)]
+        for lists in zip(scored, hashes, strict=True)
+    ] == expected
+
+
+# -- another rule on a stored search ----------------------------------------------------------------------------------
+
+
+def stored(scores, searched, positive, depth):
+    """(query, row) after a search of `scores` (descending); "d03" is the positive."""
+    query = {"key": "x", "hash": -1, "never": ["d03"], "positives": ["d03"], "own": 1, "given": []}
+    items = [{"id": f"d{place:02d}", "score": score} for place, score in enumerate(scores)]
+    ceiling = oracle.ceiling(searched.model_dump(), positive)
+    below = [item for item in items if item["score"] < ceiling] if math.isfinite(ceiling) else []
+    lists = {"plain": items[:depth], "under": below[:depth]}
+    row = {
+        "example_id": "x",
+        "positives": [{"id": "d03", "score": positive}],
+        "ceiling": ceiling,
+        "above": len(items) - len(below) if math.isfinite(ceiling) else 0,
+        **lists,
+        **{f"{name}_hashes": [int(item["id"][1:]) for item in kept] for name, kept in lists.items()},
+        "never_hashes": [3],
+    }
+    return {**query, "text": "", "instruction": ""}, row
+
+
+def chosen(stored_row, rule, positive, count, depth):
+    """Ids kept, or the message that names what is missing."""
+    query, row = stored_row
+    queries, (searched,) = tables([query], [[row]])
+    limits = rule_limits(rule, np.array([positive]))
+    selection = select(Rankings.read(queries, searched, depth), limits, count, count)
+    return selection.missing_Q[0] or selection.kept.ids.to_pylist()
+
+
+@given(
+    st.lists(st.floats(-1, 1), max_size=30),
+    RULES,
+    RULES,
+    st.floats(-1, 1),
+    st.integers(1, 12),
+    st.integers(1, 8),
+)
+@settings(max_examples=250)
+def test_another_rule_gets_the_truth_or_a_refusal(values, searched, rule, positive, depth, count):
+    scores = sorted(values, reverse=True)
+    truth = chosen(stored(scores, TopK(), positive, 99), rule, positive, count, 99)
+    row = stored(scores, searched, positive, depth)
+    candidates, gap, whole = oracle.ranked(row[1], depth)
+    assert [scores[rank - 1] for rank, *_ in candidates] == [score for _, _, score, _ in candidates]
+    found = chosen(row, rule, positive, count, depth)
+    if isinstance(found, str):
+        assert gap is not None or not whole  # something was not searched
+    else:
+        assert found == truth
+
+
+def test_the_refusal_names_what_to_search():
+    row = stored([0.9 - 0.01 * place for place in range(60)], TopKAbs(max_score=0.5), 0.95, 10)
+    assert oracle.ranked(row[1], 10)[1:] == ((11, 41), False)
+    assert chosen(row, TopKAbs(max_score=0.45), 0.95, 3, 10) == ["d46", "d47", "d48"]
+    message = chosen(row, TopKAbs(max_score=0.7), 0.95, 3, 10)
+    assert message.startswith("the rule asks about ranks 11 to 41 ") and "depth 41" in message
+    assert "behind 51" in chosen(row, TopKAbs(max_score=0.4), 0.95, 3, 10)
+
+
+# -- what may never happen, for any scores of any sign ----------------------------------------------------------------
 
 SCORES = st.floats(-1, 1, allow_nan=False)
 
@@ -28,42 +274,49 @@ def ceiling(positives, share):
 @st.composite
 def candidates(draw):
     count = draw(st.integers(0, 30))
-    ids = [f"d{index}" for index in range(count)]
     scores = sorted(draw(st.lists(SCORES, min_size=count, max_size=count)), reverse=True)
     hashes = draw(st.lists(st.integers(0, 12), min_size=count, max_size=count))
-    never_ids = set(draw(st.lists(st.sampled_from(ids), max_size=5))) if ids else set()
-    never_hashes = set(draw(st.lists(st.integers(0, 12), max_size=3)))
+    never = draw(st.lists(st.booleans(), min_size=count, max_size=count))
     positives = draw(st.lists(SCORES, min_size=1, max_size=4))
-    return ids, scores, hashes, never_ids, never_hashes, positives, draw(st.integers(1, 8))
+    return scores, hashes, never, positives, draw(st.integers(1, 8))
+
+
+def decided(scores, hashes, never, below, count):
+    """The decision about one query's candidates: places kept, and code by place."""
+    shape = 1, len(scores)
+    block = Block(
+        np.array(scores, dtype=np.float64).reshape(shape),
+        np.ones(shape, dtype=bool),
+        np.array(never, dtype=bool).reshape(shape),
+        np.array(hashes, dtype=np.int64).reshape(shape),
+    )
+    limits = rule_limits(TopKAbs(max_score=below), np.zeros(1))
+    code_BC, kept_BC = decide(block, limits, count)
+    assert ((code_BC == KEPT) == kept_BC).all()
+    codes = {place: code for place, code in enumerate(code_BC[0].tolist()) if code != UNDECIDED}
+    return np.flatnonzero(kept_BC[0]).tolist(), codes
 
 
 @given(candidates(), st.floats(0.5, 1))
 def test_kept_are_the_first_that_every_rule_allows(problem, share):
-    ids, scores, hashes, never_ids, never_hashes, positives, count = problem
-    below = ceiling(positives, share)
-    picked = select_negatives(
-        ids, scores, hashes, below=below, never_ids=never_ids, never_hashes=never_hashes, count=count
-    )
-    lowest = min(positives)
-    for index in picked.kept:
-        assert ids[index] not in never_ids
-        assert hashes[index] not in never_hashes
-        assert scores[index] < lowest - (1 - share) * abs(lowest)
-    kept_hashes = [hashes[index] for index in picked.kept]
-    assert len(set(kept_hashes)) == len(kept_hashes)
-    assert picked.kept == sorted(picked.kept) and len(picked.kept) <= count
-    decided = sorted([*picked.kept, *picked.rejected])
-    assert decided == list(range(len(decided)))  # a prefix: nothing better was passed over silently
-    if len(picked.kept) < count:
-        assert len(decided) == len(ids)
-    for index, reason in picked.rejected.items():
-        allowed = {
-            Reason.KNOWN_POSITIVE: ids[index] in never_ids,
-            Reason.DUPLICATE_TEXT: hashes[index] in never_hashes,
-            Reason.TOO_CLOSE: scores[index] >= below,
-            Reason.REPEATED_TEXT: hashes[index] in [hashes[kept] for kept in picked.kept if kept < index],
+    scores, hashes, never, positives, count = problem
+    below, lowest = ceiling(positives, share), min(positives)
+    kept, codes = decided(scores, hashes, never, below, count)
+    for place in kept:
+        assert not never[place]
+        assert scores[place] < lowest - (1 - share) * abs(lowest)
+    kept_hashes = [hashes[place] for place in kept]
+    assert len(set(kept_hashes)) == len(kept_hashes) <= count
+    assert sorted(codes) == list(range(len(codes)))  # a prefix: nothing better was passed over silently
+    if len(kept) < count:
+        assert len(codes) == len(scores)
+    for place in codes.keys() - set(kept):
+        reasons = {
+            CODE[Reason.DUPLICATE_TEXT]: never[place],
+            CODE[Reason.TOO_CLOSE]: scores[place] >= below,
+            CODE[Reason.REPEATED_TEXT]: hashes[place] in [hashes[other] for other in kept if other < place],
         }
-        assert allowed[reason]
+        assert reasons[codes[place]]
 
 
 @given(st.lists(SCORES, min_size=1), st.floats(0.01, 1))
@@ -82,61 +335,4 @@ def test_ceiling_of_a_negative_score_is_stricter_not_looser():
 
 
 def test_boundary_itself_is_too_close():
-    picked = select_negatives(["a"], [0.5], [1], below=0.5, never_ids=set(), never_hashes=set(), count=1)
-    assert picked.kept == [] and picked.rejected == {0: Reason.TOO_CLOSE}
-
-
-def test_text_hash_ignores_case_and_white_space_only():
-    assert text_hash("Heap  overflow\n") == text_hash("heap overflow")
-    assert text_hash("heap overflow") != text_hash("heap overflows")
-    assert -(2**63) <= text_hash("x") < 2**63
-
-
-@given(st.integers(0, 2**32), st.integers(1, 200), st.integers(0, 250))
-def test_draw_order_is_distinct_and_complete(seed, population, count):
-    order = draw_order(np.random.default_rng(seed), population, count)
-    assert len(order) == len(set(order)) == min(count, population)
-    assert all(0 <= index < population for index in order)
-
-
-def test_draws_depend_on_the_example_and_are_uniform():
-    counts = np.zeros(20)
-    for example in range(2000):
-        generator = example_generator(3, "set", f"e{example}")
-        kept = draw_accepted(generator, 20, 3, lambda order: [place for place in order if place > 1])
-        assert len(set(kept)) == 3
-        counts[kept] += 1
-    assert counts[0] == counts[1] == 0
-    expected = 2000 * 3 / 18
-    assert np.abs(counts[2:] - expected).max() < 5 * np.sqrt(expected)
-    twice = [draw_accepted(example_generator(3, "set", "e7"), 20, 3, list) for _ in range(2)]
-    assert twice[0] == twice[1] != draw_accepted(example_generator(4, "set", "e7"), 20, 3, list)
-
-
-@given(
-    st.lists(st.tuples(st.sampled_from("XYZ"), st.integers(0, 9)), min_size=2, max_size=30),
-    st.integers(0, 100),
-    st.integers(1, 6),
-)
-def test_example_based_pairs(rows, seed, count):
-    ids = [f"e{index:02d}" for index in range(len(rows))]
-    labels, hashes = [label for label, _ in rows], [digest for _, digest in rows]
-    texts = ClassExamples.build(ids, labels, hashes)
-    shuffled = np.random.default_rng(seed).permutation(len(ids))
-    again = ClassExamples.build(*([values[index] for index in shuffled] for values in (ids, labels, hashes)))
-    by_id = dict(zip(ids, rows, strict=True))
-    for example, (label, digest) in by_id.items():
-        drawn = example_based(example_generator(seed, "set", example), texts, example, label, digest, count)
-        same = example_based(example_generator(seed, "set", example), again, example, label, digest, count)
-        assert drawn == same  # the order of the rows does not matter
-        possible = [key for key, row in by_id.items() if row[0] == label and row[1] != digest and key != example]
-        if drawn is None:
-            assert not possible
-            continue
-        positive, negatives = drawn
-        assert positive in possible
-        used = [by_id[key][1] for key in negatives]
-        assert all(by_id[key][0] != label for key in negatives)
-        assert len(set(used)) == len(used) and not {digest, by_id[positive][1]} & set(used)
-        others = {row[1] for row in rows if row[0] != label} - {digest, by_id[positive][1]}
-        assert len(negatives) == min(count, len(others))
+    assert decided([0.5], [1], [False], 0.5, 1) == ([], {0: CODE[Reason.TOO_CLOSE]})

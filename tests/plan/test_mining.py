@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from nvembed.commands.app import app
 from nvembed.mining.config import MineConfig
-from nvembed.mining.searching import MinePaths
+from nvembed.mining.layout import MinePaths
 from nvembed.plan.corpora import division, parse_rows, searched_sets, shard_count
 from nvembed.plan.encoding import EncoderSizes, encode_seconds
 from nvembed.plan.hardware import find_hardware
@@ -133,7 +133,7 @@ def test_mining_cuts_its_work_as_planned(
 ) -> None:
     from nvembed.core.parquet import list_shards
     from nvembed.core.vectors import write_text_shards
-    from nvembed.mining.run import _document_segments, _query_groups
+    from nvembed.mining.step import corpus_segments, query_groups
 
     config = MineConfig.model_validate(
         {
@@ -147,11 +147,11 @@ def test_mining_cuts_its_work_as_planned(
     assert cut.query_shards == len(list_shards(str(tmp_path / "set/queries"))) == shard_count(queries, shard_rows)
     assert cut.document_shards == len(list_shards(str(tmp_path / "set/documents")))
     paths = replace(MinePaths.under(str(tmp_path)), texts=str(tmp_path))
-    groups = _query_groups(paths, "set", config)
-    segments, _ = _document_segments(str(tmp_path / "set/documents"), config)
+    groups = query_groups(paths, "set", config)
+    segments, _ = corpus_segments(str(tmp_path / "set/documents"), config)
     assert (cut.passes, cut.parts) == (len(groups), len(segments))
     assert cut.tasks == len(groups) * len(segments)
-    assert max(group["rows"] for group in groups) == cut.group_rows
+    assert max(group.rows for group in groups) == cut.group_rows
 
 
 def test_ten_million_queries_and_a_billion_documents_are_counted_exactly() -> None:

@@ -1,4 +1,6 @@
-"""The cap over arrays keeps what the plain reading of rows keeps, however the data set is divided into parts."""
+"""The cap over arrays keeps what the plain reading of rows keeps; a joined file's bytes depend on its rows alone."""
+
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -6,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvembed.core.vectors import write_shard
-from nvembed.mining.capping import capped, tables
+from nvembed.mining.audit import Audit
 from nvembed.mining.config import MineConfig
-from nvembed.mining.mined import MINED_SCHEMA
+from nvembed.mining.finish import MINED_SCHEMA, capped_negatives, capped_tables, join_groups
+from nvembed.mining.layout import MinePaths
 
 IDS = [f"d{number}" for number in range(8)]
 SCORES = [0.1, 0.2, 0.5, 0.5, 0.9]
@@ -23,7 +26,7 @@ def plain(rows, count, cap):
         item = left[asking[0]].pop(0)
         kept[asking[0]].append(item)
         holds[item["id"]].append((-item["score"], rows[asking[0]]["example_id"], asking[0], item))
-        holds[item["id"]].sort(key=lambda held: held[:2])
+        holds[item["id"]].sort(key=lambda request: request[:2])
         if len(holds[item["id"]]) > cap:
             *_, loser, lost = holds[item["id"]].pop()
             kept[loser].remove(lost)
@@ -61,8 +64,26 @@ def test_the_cap_keeps_what_a_plain_loop_keeps(folder, drawn):
     for start in range(0, len(rows), size):
         uris.append(str(folder / f"part-{start}.parquet"))
         write_shard(pa.Table.from_pylist(rows[start : start + size], schema=MINED_SCHEMA), uris[-1])
-    stays = capped(uris, MineConfig(num_negatives=count, max_per_document=cap))
+    stays = capped_negatives(uris, MineConfig(num_negatives=count, max_per_document=cap))
     for _ in range(2):  # a second try at writing gets the same
-        found = [row for table in tables(uris, stays) for row in table.to_pylist()]
+        found = [row for table in capped_tables(uris, stays) for row in table.to_pylist()]
         expected = [{**row, "negatives": kept} for row, kept in zip(rows, plain(rows, count, cap), strict=True)]
         assert found == expected
+
+
+def test_a_joined_file_depends_on_its_rows_alone(tmp_path):
+    """Also where it has several row groups, and wherever the parts end."""
+    rows = [
+        {"example_id": f"e{n:05d}", "positives": [], "negatives": [{"id": f"d{n % 97}", "score": n / 7}],
+         "known_positives": []}
+        for n in range(20_000)
+    ]  # fmt: skip
+    table, written = pa.Table.from_pylist(rows, schema=MINED_SCHEMA), []
+    for name, size in (("whole", 20_000), ("cut", 3_001), ("small", 1_100)):
+        paths = MinePaths.under(str(tmp_path / name))
+        parts = [f"part-{start:05d}" for start in range(0, 20_000, size)]
+        for part, start in zip(parts, range(0, 20_000, size), strict=True):
+            write_shard(table.slice(start, size), f"{paths.select}/set/{part}.parquet")
+        assert join_groups(MineConfig(), paths, "set", parts, str(tmp_path / name), Audit()) == 20_000
+        written.append(Path(tmp_path / name / "set/mined.parquet").read_bytes())
+    assert written[0] == written[1] == written[2]

@@ -1,4 +1,5 @@
-"""The mining worker in one process, on made-up vectors: equal to a naive "filter the whole ranking, take the top"."""
+"""The mining worker in one process, on made-up vectors: equal to a naive "filter the whole ranking, take the top";
+random negatives of a group are those that each example draws alone from the whole corpus."""
 
 import importlib.util
 from pathlib import Path
@@ -6,19 +7,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nvembed.core.parquet import list_shards, read_table
 from nvembed.core.storage import join, read_json
 from nvembed.core.vectors import vector_table, write_shard
 from nvembed.mining.config import MineConfig, RandomNegatives
-from nvembed.mining.layout import DOCUMENT_SCHEMA, QUERY_SCHEMA
-from nvembed.mining.miner import MinePaths, MineWorker, selected
+from nvembed.mining.layout import DOCUMENT_SCHEMA, QUERY_SCHEMA, MinePaths, RandomTask, SearchTask, task_to_json
+from nvembed.mining.rules import draw_accepted, example_generator
+from nvembed.mining.search import Searcher
+from nvembed.mining.worker import MineWorker, random_lists, select_negatives
 from nvembed.retrieval.config import SearchConfig
+from nvembed.retrieval.exact.topk import pair_scores
 from nvembed.types import UserError
 
-spec = importlib.util.spec_from_file_location("query_by_query", Path(__file__).with_name("query_by_query.py"))
-query_by_query = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(query_by_query)
+spec = importlib.util.spec_from_file_location("oracle", Path(__file__).with_name("oracle.py"))
+oracle = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(oracle)
 
 DOCUMENTS, QUERIES, DIM = 90, 25, 8
 
@@ -51,7 +57,7 @@ def world(tmp_path_factory):
     return ids, hashes, document_ND, rows, query_QD
 
 
-def lay(paths, world, shard_rows):
+def write_world(paths, world, shard_rows):
     ids, hashes, document_ND, rows, query_QD = world
     names = {"documents": [], "queries": []}
     for start in range(0, DOCUMENTS, shard_rows):
@@ -74,17 +80,19 @@ def lay(paths, world, shard_rows):
     return names["queries"]
 
 
-def mine(tmp_path, world, config, way="search", shard_rows=17):
+def mine(tmp_path, world, config, shard_rows=17):
+    """Mined rows and the numbers of the part: three parts of the corpus, or a draw."""
     paths = MinePaths.under(str(tmp_path))
-    shards = lay(paths, world, shard_rows)
-    task = {"way": way, "dataset": "set", "shards": shards, "rows": QUERIES, "part": "part-00000"}
-    names = list_shards(join(paths.texts, "set/documents"))
-    segments = [names[part::3] for part in range(min(3, len(names)))] if way == "search" else [names]
-    for number, documents in enumerate(segments):
-        found = MineWorker(config, paths).work(
-            {**task, "segment": number, "segments": len(segments), "documents": documents, "corpus": DOCUMENTS}
-        )
-    assert found["rows"] == QUERIES
+    shards = tuple(write_world(paths, world, shard_rows))
+    names, common = list_shards(join(paths.texts, "set/documents")), ("set", "part-00000", QUERIES, shards)
+    if isinstance(config.rule, RandomNegatives):
+        tasks = [RandomTask(*common, DOCUMENTS)]
+    else:
+        parts = [tuple(names[part::3]) for part in range(min(3, len(names)))]
+        tasks = [SearchTask(*common, number, len(parts), part, DOCUMENTS) for number, part in enumerate(parts)]
+    for task in tasks:
+        counters = MineWorker(config, paths).work(task_to_json(task))
+    assert counters["rows"] == QUERIES
     part = join(paths.select, "set", "part-00000")
     return read_table(f"{part}.parquet").to_pylist(), read_json(f"{part}.json")
 
@@ -139,26 +147,49 @@ def test_negatives_equal_filtering_the_whole_ranking(tmp_path, world, depth, sha
         {"rule": {"type": "topk_abs", "max_score": 0.2}, "max_per_document": 2},
     ],
 )
-def test_deepened_like_the_selection_query_by_query(tmp_path, world, changes):
+def test_deepened_like_a_walk_down_the_whole_ranking(tmp_path, world, changes):
+    rows = world[3]
     config = MineConfig.model_validate({"depth": 5, "num_negatives": 4, **changes})
     mine(tmp_path, world, config)
-    worker = MineWorker(config, MinePaths.under(str(tmp_path)))
-    names = list_shards(join(str(tmp_path), "checkpoints/texts/set/queries"))
-    task = {
-        "way": "search",
-        "dataset": "set",
-        "shards": names,
-        "part": "part-00000",
-        "segments": 3,
-        "corpus": DOCUMENTS,
-    }
-    rows = worker._searcher.queries(task)
-    lanes = [worker._searched(task, rows, 0)]
-    found, audit = selected(worker._searcher, task, rows, lanes)
-    expected, numbers = query_by_query.selected(worker._searcher, task, rows, lanes)
-    assert found.to_pylist() == expected
+    searcher = Searcher(config, MinePaths.under(str(tmp_path)))
+    names = tuple(list_shards(join(str(tmp_path), "checkpoints/texts/set/queries")))
+    task = SearchTask("set", "part-00000", QUERIES, names, None, 3, (), DOCUMENTS)
+    queries = searcher.queries(task)
+    tables = [searcher.searched(task, queries, 0)]
+    mined, audit = select_negatives(searcher, task, queries, tables)
+    whole = [whole_ranking(world, number) for number in range(QUERIES)]
+    expected, _ = oracle.mine(config.model_dump(), rows, [whole], strict=True)
+    if config.max_per_document is None:
+        assert negatives(mined.to_pylist()) == negatives(expected)
+    for short, whole_list in zip(negatives(mined.to_pylist()), negatives(expected), strict=True):
+        assert short == whole_list[: len(short)] and len(short) >= min(4, len(whole_list))  # with a cap: a choice
+    _, numbers = oracle.mine(config.model_dump(), rows, [tables[0].to_pylist()], strict=False)
     assert audit.dump()["rejected"] == numbers["rejected"]
     assert audit.counts["deepened"] > 0
+
+
+def negatives(rows):
+    return [[(item["id"], item["score"]) for item in row["negatives"]] for row in rows]
+
+
+def whole_ranking(world, number):
+    """A query's search result with all documents in it."""
+    ids, hashes, document_ND, rows, query_QD = world
+    query = np.repeat(query_QD[number][None], DOCUMENTS, axis=0)
+    scores = dict(zip(ids, pair_scores(query, document_ND).tolist(), strict=True))
+    order = sorted(ids, key=lambda key: (-scores[key], key))
+    by_id = dict(zip(ids, hashes, strict=True))
+    return {
+        "positives": [{"id": key, "score": scores[key]} for key in rows[number]["positives"]],
+        "ceiling": float("inf"),
+        "above": 0,
+        "plain": [{"id": key, "score": scores[key]} for key in order],
+        "under": [],
+        "plain_hashes": [by_id[key] for key in order],
+        "under_hashes": [],
+        "never_hashes": [by_id[key] for key in rows[number]["never"]],
+        "depth": DOCUMENTS + 1,
+    }
 
 
 def test_division_changes_no_byte(tmp_path, world):
@@ -169,26 +200,23 @@ def test_division_changes_no_byte(tmp_path, world):
 
 
 def test_selection_needs_nothing_of_the_corpus(tmp_path, world):
-    """A part of the search brings the text hashes along; one that an older nvembed left without them is not read."""
+    """A part of the search has the text hashes."""
     config = MineConfig(depth=DOCUMENTS, num_negatives=4)
-    stale = tmp_path / "checkpoints/search/set/part-00000/lane-0-part-00000.parquet"
-    stale.parent.mkdir(parents=True)
-    stale.write_bytes(b"no hashes")
     first = mine(tmp_path, world, config)
     selected = list((tmp_path / "checkpoints/select/set").iterdir())
     before = {path: path.read_bytes() for path in selected}
     for path in (*selected, *tmp_path.glob("checkpoints/*/set/documents/*")):
         path.unlink()
-    shards = list_shards(join(str(tmp_path), "checkpoints/texts/set/queries"))
-    task = {"way": "search", "dataset": "set", "shards": shards, "rows": QUERIES, "part": "part-00000"}
-    MineWorker(config, MinePaths.under(str(tmp_path))).work({**task, "segment": None, "segments": 3, "documents": []})
+    shards = tuple(list_shards(join(str(tmp_path), "checkpoints/texts/set/queries")))
+    task = SearchTask("set", "part-00000", QUERIES, shards, None, 3, (), DOCUMENTS)
+    MineWorker(config, MinePaths.under(str(tmp_path))).work(task_to_json(task))
     assert {path: path.read_bytes() for path in selected} == before
     assert first[1]["counts"]["mined"] == QUERIES
 
 
 def test_random_rule_draws_other_documents_and_knows_the_positives(tmp_path, world):
     config = MineConfig(rule=RandomNegatives(), num_negatives=6, seed=1)
-    found, audit = mine(tmp_path / "one", world, config, way="random")
+    found, audit = mine(tmp_path / "one", world, config)
     ids, hashes, _, rows, _ = world
     for row, mined in zip(rows, found, strict=True):
         keys = [item["id"] for item in mined["negatives"]]
@@ -198,8 +226,8 @@ def test_random_rule_draws_other_documents_and_knows_the_positives(tmp_path, wor
     assert len({item["id"] for mined in found for item in mined["negatives"]}) > 60
     assert sum(audit["rejected"].values()) == 0
     other = config.model_copy(update={"seed": 2})
-    assert mine(tmp_path / "two", world, other, way="random")[0] != found
-    assert mine(tmp_path / "three", world, config, way="random", shard_rows=5)[0] == found
+    assert mine(tmp_path / "two", world, other)[0] != found
+    assert mine(tmp_path / "three", world, config, shard_rows=5)[0] == found
 
 
 def test_a_positive_that_is_not_in_the_corpus_is_named(tmp_path, world):
@@ -207,3 +235,58 @@ def test_a_positive_that_is_not_in_the_corpus_is_named(tmp_path, world):
     broken = [{**rows[0], "positives": ["gone"]}, *rows[1:]]
     with pytest.raises(UserError, match="'q00' names 'gone'"):
         mine(tmp_path, (ids, hashes, document_ND, broken, query_QD), MineConfig(depth=5))
+
+
+# -- random draws of a group -------------------------------------------------------------------------------------------
+
+
+def alone(config, row, documents):
+    """One example's draws in plain Python, from all documents in the order of their ids."""
+    ids, by_id = sorted(documents), documents
+    never = {row["hash"], *(by_id[key] for key in row["never"] if key in by_id)}
+
+    def accept(order):
+        kept, used = [], set(never)
+        for place in order:
+            if by_id[ids[place]] not in used and len(kept) < config.num_negatives:
+                kept.append(place)
+                used.add(by_id[ids[place]])
+        return kept
+
+    drawn = draw_accepted(example_generator(config.seed, "set", row["key"]), len(ids), config.num_negatives, accept)
+    return [ids[place] for place in drawn]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("draws")
+
+
+@given(
+    hashes=st.lists(st.integers(0, 30), max_size=120),
+    never=st.lists(st.lists(st.integers(0, 130), max_size=4), min_size=1, max_size=6),
+    wanted=st.integers(1, 9),
+    seed=st.integers(0, 3),
+    at_once=st.sampled_from([1, 7, 1000]),
+)
+@settings(deadline=None)
+def test_a_group_draws_what_each_example_draws_alone(folder, hashes, never, wanted, seed, at_once):
+    documents = {f"d{number:03}": digest for number, digest in enumerate(hashes)}
+    config = MineConfig(rule=RandomNegatives(), num_negatives=wanted, seed=seed)
+    searcher = Searcher(config, MinePaths.under(str(folder)), hashes_at_once=at_once)
+    texts = folder / "checkpoints/texts/set/documents"
+    for old in texts.glob("part-*"):
+        old.unlink()
+    ids = sorted(documents)
+    for number, start in enumerate(range(0, len(ids), 11)):
+        keys = ids[start : start + 11]
+        table = pa.table({"key": keys, "hash": pa.array([documents[key] for key in keys], pa.int64())})
+        write_shard(table, str(texts / f"part-{number:05}.parquet"))
+    rows = [
+        {"key": f"q{number}", "hash": number, "never": [f"d{place:03}" for place in places]}
+        for number, places in enumerate(never)
+    ]
+    queries = pa.Table.from_pylist(rows, schema=pa.schema([(name, QUERY_SCHEMA.field(name).type) for name in rows[0]]))
+    lists = random_lists(searcher, RandomTask("set", "part-00000", len(rows), (), len(ids)), queries)
+    drawn = [[item["id"] for item in items] for items in lists.to_pylist()]
+    assert drawn == [alone(config, row, documents) for row in rows]

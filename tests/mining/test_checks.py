@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvembed.core.vectors import iter_vectors, table_matrix, vector_table, write_shard
-from nvembed.mining.picked import Picked
+from nvembed.mining.checks import PickedRows
 
 KEYS = [f"k{number:02}" for number in range(40)]
 chosen = st.lists(st.sampled_from([*KEYS, "nowhere", ""]), max_size=50)
@@ -27,13 +27,13 @@ def texts(tmp_path_factory):
 
 
 @given(wanted=st.sets(st.sampled_from([*KEYS, "nowhere"])), taken=chosen)
-def test_what_was_asked_for_is_picked(texts, wanted, taken):
-    picked = Picked(texts, pa.array(sorted(wanted), pa.string()), ["text"])
+def test_wanted_rows_are_picked(texts, wanted, taken):
+    picked = PickedRows(texts, pa.array(sorted(wanted), pa.string()), ["text"])
     there = wanted - {"nowhere"}
     assert len(picked) == len(there)
-    found = picked.take(taken)
-    expected = [{"key": key, "text": f"text {key} \u5b57"} for key in taken if key in there]
-    assert (found is None) == (not there) and (found is None or found.to_pylist() == expected)
+    rows = picked.take(pa.array(taken, pa.string())).to_pylist()
+    assert rows == [{"key": key, "text": f"text {key} \u5b57"} for key in taken if key in there]
+    assert picked.take_column("text", taken) == {row["key"]: row["text"] for row in rows}
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16", "int8"])
@@ -44,9 +44,9 @@ def test_vectors_come_back_as_they_are_stored(tmp_path, kind):
         write_shard(vector_table(pa.array(KEYS[rows]), matrix[rows], kind), str(tmp_path / f"part-{number:05}.parquet"))
     stored = {key: row for keys, block in iter_vectors(str(tmp_path)) for key, row in zip(keys, block, strict=True)}
     taken = ["k39", "k00", "k20", "k00"]
-    found = Picked(str(tmp_path), pa.array(["k00", "k20", "k39"]), ["vector"]).take(taken)
-    assert found.column("key").to_pylist() == taken
-    np.testing.assert_array_equal(table_matrix(found), [stored[key] for key in taken])
+    rows = PickedRows(str(tmp_path), pa.array(["k00", "k20", "k39"]), ["vector"]).take(pa.array(taken))
+    assert rows.column("key").to_pylist() == taken
+    np.testing.assert_array_equal(table_matrix(rows), [stored[key] for key in taken])
 
 
 def test_a_full_temporary_folder_is_named(tmp_path, small_disk, monkeypatch):
@@ -54,8 +54,8 @@ def test_a_full_temporary_folder_is_named(tmp_path, small_disk, monkeypatch):
     write_shard(pa.table({"key": keys, "text": [key * 40_000 for key in keys]}), str(tmp_path / "part-00000.parquet"))
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk.place))
     with pytest.raises(OSError, match="TMPDIR") as raised:
-        Picked(str(tmp_path), pa.array(keys), ["text"])
+        PickedRows(str(tmp_path), pa.array(keys), ["text"])
     assert raised.value.errno == errno.ENOSPC and str(small_disk.place) in str(raised.value)
     assert not list(small_disk.place.iterdir())
     small_disk.resize("64m")
-    assert len(Picked(str(tmp_path), pa.array(keys), ["text"])) == 64
+    assert len(PickedRows(str(tmp_path), pa.array(keys), ["text"])) == 64

@@ -19,7 +19,7 @@ from nvembed.data.config import CweSource, HpoClassesSource, HpoSimilaritySource
 from nvembed.data.documents import Documents
 from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table
 from nvembed.mining.config import MineConfig, RandomNegatives
-from nvembed.mining.run import MINE
+from nvembed.mining.step import MINE
 from nvembed.retrieval.config import EncodeConfig, PackageModel, PretrainedModel, SearchConfig
 from nvembed.retrieval.encoders import open_encoder, package_folder
 from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
@@ -218,7 +218,7 @@ def test_mined_again_by_a_trained_model(tmp_path, ray_session):
     assert str(tmp_path) not in (tmp_path / "again" / "audit.json").read_text()
 
 
-def test_a_missing_miner_is_reported_before_anything_starts(tmp_path):
+def test_a_missing_retriever_is_reported_before_anything_starts(tmp_path):
     prepare = build_prepare(tmp_path / "prepare")
     config = MineConfig(retriever=PackageModel(package="no-such-package-here"))
     with pytest.raises(UserError, match="pip install no-such-package-here"):
@@ -228,7 +228,7 @@ def test_a_missing_miner_is_reported_before_anything_starts(tmp_path):
 DRIVER = """
 import sys
 from nvembed.mining.config import MineConfig
-from nvembed.mining.run import MINE
+from nvembed.mining.step import MINE
 from nvembed.core.steps import load_artifact
 MINE.run(MineConfig.model_validate_json(sys.argv[1]), {"prepare": load_artifact(sys.argv[2])}, sys.argv[3])
 """
@@ -300,7 +300,7 @@ def test_actors_killed_while_searching_change_nothing(tmp_path):
     deadline = time.monotonic() + 900
     while process.poll() is None and kills < 3:
         assert time.monotonic() < deadline
-        if list((killed / "checkpoints").rglob("lane-0-part-*.parquet")):
+        if list((killed / "checkpoints").rglob("retriever-0-segment-*.parquet")):
             for child in psutil.Process(process.pid).children(recursive=True):
                 if "MapWorker" in "".join(child.cmdline()[:1]):
                     child.kill()

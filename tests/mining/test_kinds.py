@@ -1,110 +1,38 @@
-"""The `mine` step's other ways, without Ray: reuse, judge, several retrievers, cap, consistency, FAISS, any division.
+"""The `mine` step's kinds of work and settings, in this process: reuse, candidate filter, several retrievers, cap,
+consistency, near duplicates, FAISS, any division."""
 
-Texts are real, vectors are made up (a hash of the words, so that texts with shared words are near): what an embedder
-does is not the subject here.
-"""
-
+import importlib.util
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import xxhash
 
-from nvembed.core.parquet import list_shards, read_table, write_table, write_tables
+from nvembed.core import storage
+from nvembed.core.parquet import read_table
 from nvembed.core.steps import Step, StepResult
-from nvembed.core.vectors import vector_table
-from nvembed.core.vectors import write_shard as write_vectors
-from nvembed.data.config import CweSource, PrepareConfig
-from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table
-from nvembed.mining import choosing, picked, run
+from nvembed.data.config import PrepareConfig
 from nvembed.mining.config import CandidateFilter, MineConfig, TopKAbs
-from nvembed.mining.run import MINE
-from nvembed.mining.selection import jaccard, word_triples
-from nvembed.retrieval import ann
-from nvembed.retrieval.config import EncodeConfig, FaissFlat, FaissHnsw, PackageModel, SearchConfig
-from nvembed.retrieval.encode import EncodeReport
-from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
+from nvembed.retrieval.config import EncodeConfig, FaissFlat, FaissHnsw, PretrainedModel, SearchConfig
+from nvembed.types import UserError
 
-PLACES = ["heap", "stack", "kernel", "browser", "server", "parser", "driver", "socket"]
-FAULTS = ["overflow", "leak", "race", "injection", "traversal"]
-TEXTS = [
-    f"a {fault} in the {place} of the {FAULTS[(n + m) % 5]} {place}"
-    for n, place in enumerate(PLACES)
-    for m, fault in enumerate(FAULTS)
-]
-CONFIG = MineConfig(num_negatives=3, depth=10, encode=EncodeConfig(actors=2, shard_rows=5))
-
-
-def vectors(texts, salt):
-    words = {}
-    out = np.zeros((len(texts), 24), dtype=np.float32)
-    for row, text in enumerate(texts):
-        for word in text.casefold().split():
-            seed = xxhash.xxh3_64_intdigest(f"{salt} {word}".encode())
-            out[row] += words.setdefault(word, np.random.default_rng(seed).standard_normal(24))
-    return out / np.linalg.norm(out, axis=1, keepdims=True)
-
-
-def pool(factory, arguments, tasks, **_):
-    """`run_pool` with two workers in this process."""
-    workers = [factory(**arguments), factory(**arguments)]
-    for number, task in enumerate(tasks):
-        yield {**workers[number % 2].work(task), "worker": str(number % 2)}
-
-
-def encode(source, model, out, config, may_reject=()):
-    """`encode_shards` with made-up vectors, text shard by text shard."""
-    for name in list_shards(source):
-        table = read_table(f"{source}/{name}", ["key", "text"])
-        matrix = vectors(table.column("text").to_pylist(), getattr(model, "package", "trained"))
-        write_vectors(vector_table(table.column("key"), matrix), f"{out}/{name}")
-    return EncodeReport()
+spec = importlib.util.spec_from_file_location("local", Path(__file__).with_name("local.py"))
+local = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(local)
+CONFIG, MINE, TEXTS, mine, retriever, vectors = (
+    local.CONFIG, local.MINE, local.TEXTS, local.mine, local.retriever, local.vectors
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def in_process(monkeypatch):
-    monkeypatch.setattr(run, "run_pool", pool)
-    monkeypatch.setattr(run, "encode_shards", encode)
-    monkeypatch.setattr(run, "check_model", lambda model: None)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # hundreds of small files; nothing crashes here
-
-
-def prepare(uri):
-    documents = [Document(f"d{number:02d}", "", text) for number, text in enumerate(TEXTS)]
-    documents += [Document("near", "", f"{TEXTS[0]} again"), Document("copy", "", TEXTS[1].upper())]
-    examples = [
-        TrainingExample(
-            f"q{number:02d}", "set", TaskType.RETRIEVAL, f"{text} found today", (ScoredId(f"d{number:02d}"),)
-        )
-        for number, text in enumerate(TEXTS)
-    ]
-    examples.append(TrainingExample("far", "set", TaskType.RETRIEVAL, "race in the kernel", (ScoredId("d00"),)))
-
-    def build(config, inputs, work):
-        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, f"{work}/set/corpus.parquet")
-        write_table(examples_table(examples), f"{work}/set/examples-train.parquet")
-        return StepResult(metrics={"datasets": {"set": {"task": "retrieval", "instruction": ""}}})
-
-    config = PrepareConfig(sources=(CweSource(name="set", instruction="cwe"),))
-    return Step("prepare", 1, build).run(config, {}, f"{uri}/prepare")
+def no_fsync(monkeypatch):
+    """Hundreds of small files; nothing crashes here."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    return prepare(str(tmp_path_factory.mktemp("prepared")))
-
-
-def mine(prepared, out, **changes):
-    artifact = MINE.run(MineConfig.model_validate({**CONFIG.model_dump(), **changes}), {"prepare": prepared}, str(out))
-    table = read_table(artifact.path("set", "mined.parquet"))
-    return (
-        artifact,
-        {row["example_id"]: row for row in table.to_pylist()},
-        json.loads((out / "audit.json").read_text())["datasets"]["set"],
-    )
+    return local.prepare(str(tmp_path_factory.mktemp("prepared")))
 
 
 def negatives(rows):
@@ -142,15 +70,14 @@ def test_selecting_again_refuses_what_was_not_searched(tmp_path, prepared):
     with pytest.raises(UserError, match="searched with depth = 10, the recipe says 20"):
         mine(prepared, tmp_path / "b", depth=20, **reuse)
     with pytest.raises(UserError, match="searched with retriever"):
-        mine(prepared, tmp_path / "c", retriever={"type": "package", "package": "other"}, **reuse)
+        mine(prepared, tmp_path / "c", retriever=retriever("other"), **reuse)
     with pytest.raises(UserError, match="not a mine step"):
         mine(prepared, tmp_path / "d", reuse=prepared.uri)
     with pytest.raises(ValueError, match="reuse selects again"):
         MineConfig(reuse="x", rule={"type": "random"})
 
 
-def test_any_division_gives_the_same_bytes(tmp_path, prepared, monkeypatch):
-    monkeypatch.setattr("nvembed.mining.finish._GROUP_ROWS", 11)
+def test_any_division_gives_the_same_bytes(tmp_path, prepared):
     whole, _, _ = mine(prepared, tmp_path / "whole")
     search = SearchConfig(query_rows=7, document_rows=9, block_documents=4, precision="fp32")
     cut, _, _ = mine(prepared, tmp_path / "cut", search=search.model_dump(), encode={"actors": 4, "shard_rows": 3})
@@ -159,12 +86,12 @@ def test_any_division_gives_the_same_bytes(tmp_path, prepared, monkeypatch):
         assert data[0] == data[1]
 
 
-def test_a_trained_model_mines_in_the_miners_place_and_its_search_is_not_the_miners(tmp_path, prepared):
+def test_a_trained_model_is_the_first_retriever_and_its_search_is_not_the_named_ones(tmp_path, prepared):
     trained = Step("train", 1, lambda config, inputs, work: StepResult()).run(
         PrepareConfig(sources=()), {}, str(tmp_path / "train")
     )
     again = MINE.run(CONFIG, {"prepare": prepared, "model": trained}, str(tmp_path / "again"))
-    _, named, _ = mine(prepared, tmp_path / "named", retriever={"type": "package", "package": "trained"})
+    _, named, _ = mine(prepared, tmp_path / "named", retriever=retriever("model"))
     rows = read_table(again.path("set", "mined.parquet")).to_pylist()
     assert {row["example_id"]: row for row in rows} == named
     assert named != mine(prepared, tmp_path / "plain")[1]
@@ -175,20 +102,20 @@ def test_a_trained_model_mines_in_the_miners_place_and_its_search_is_not_the_min
         mine(prepared, tmp_path / "reused", reuse=str(tmp_path / "again"))
 
 
-def test_the_judge_refuses_by_its_own_scale(tmp_path, prepared):
-    judge = CandidateFilter(model=PackageModel(package="candidate_filter"), ceiling=TopKAbs(max_score=0.3))
-    _, rows, _ = mine(prepared, tmp_path / "judged", candidate_filter=judge.model_dump())
+def test_the_candidate_filter_refuses_by_its_own_scale(tmp_path, prepared):
+    second = CandidateFilter(model=PretrainedModel(name="second"), ceiling=TopKAbs(max_score=0.3))
+    _, rows, _ = mine(prepared, tmp_path / "filtered", candidate_filter=second.model_dump())
     _, plain, _ = mine(prepared, tmp_path / "plain", num_negatives=42, depth=42)
     matrix = dict(
         zip(
             [f"d{n:02d}" for n in range(40)] + ["near", "copy"],
-            vectors([*TEXTS, f"{TEXTS[0]} again", TEXTS[1].upper()], "candidate_filter"),
+            vectors([*TEXTS, f"{TEXTS[0]} again", TEXTS[1].upper()], "second"),
             strict=True,
         )
     )
     for number, (key, row) in enumerate(rows.items()):
         text = "race in the kernel" if key == "far" else f"{TEXTS[number]} found today"
-        query = vectors([text], "candidate_filter")[0]
+        query = vectors([text], "second")[0]
         expected = [item["id"] for item in plain[key]["negatives"] if matrix[item["id"]] @ query < 0.3][:3]
         assert [item["id"] for item in row["negatives"]] == expected
 
@@ -211,13 +138,15 @@ def cross_encoder(folder):
     return str(folder)
 
 
-def test_a_cross_encoder_judges_pairs(tmp_path, prepared):
+def test_a_cross_encoder_scores_pairs(tmp_path, prepared):
     from sentence_transformers import CrossEncoder
 
     folder = cross_encoder(tmp_path / "reranker")
-    judge = {"model": {"type": "cross_encoder", "name": folder}, "ceiling": {"type": "topk_abs", "max_score": 0.5}}
-    whole, rows, _ = mine(prepared, tmp_path / "judged", candidate_filter=judge)
-    cut, _, _ = mine(prepared, tmp_path / "cut", candidate_filter=judge, search={"query_rows": 7, "document_rows": 9})
+    reranker = {"model": {"type": "cross_encoder", "name": folder}, "ceiling": {"type": "topk_abs", "max_score": 0.5}}
+    whole, rows, _ = mine(prepared, tmp_path / "reranked", candidate_filter=reranker)
+    cut, _, _ = mine(
+        prepared, tmp_path / "cut", candidate_filter=reranker, search={"query_rows": 7, "document_rows": 9}
+    )
     files = [Path(artifact.path("set", "mined.parquet")).read_bytes() for artifact in (whole, cut)]
     assert files[0] == files[1], "a pair's score does not depend on what else is scored"
     _, plain, _ = mine(prepared, tmp_path / "plain", num_negatives=42, depth=42)
@@ -243,8 +172,8 @@ def test_a_cross_encoder_judges_pairs(tmp_path, prepared):
         )
 
 
-def test_several_miners_take_turns(tmp_path, prepared):
-    more = [{"type": "bm25"}, {"type": "package", "package": "other"}]
+def test_several_retrievers_take_turns(tmp_path, prepared):
+    more = [{"type": "bm25"}, retriever("other")]
     _, merged, _ = mine(prepared, tmp_path / "three", more_retrievers=more, rule={"type": "topk"})
     _, alone, _ = mine(prepared, tmp_path / "other", retriever=more[1], rule={"type": "topk"})
     _, first, _ = mine(prepared, tmp_path / "first", rule={"type": "topk"})
@@ -260,7 +189,7 @@ def test_an_index_that_memory_cannot_hold_is_refused_before_anything_is_laid_out
     class Small:
         total = 20_000
 
-    monkeypatch.setattr(run.psutil, "virtual_memory", Small)
+    monkeypatch.setattr("psutil.virtual_memory", Small)
     with pytest.raises(UserError, match=r"BM25 over 'set': an index of 42 documents takes about 0\.0 GiB"):
         mine(prepared, tmp_path / "refused", more_retrievers=[{"type": "bm25"}])
     assert not (tmp_path / "refused" / "checkpoints").exists()
@@ -286,7 +215,7 @@ def test_cap_consistency_and_near_duplicates(tmp_path, prepared):
     assert len(negatives(rows)["q00"]) == 3
 
 
-def test_faiss_flat_finds_the_same_and_the_audit_tells_the_recall(tmp_path, prepared):
+def test_faiss_flat_gives_the_same_and_the_audit_has_the_recall(tmp_path, prepared):
     pytest.importorskip("faiss")
     _, exact, audit = mine(prepared, tmp_path / "exact")
     assert "index_recall" not in audit
@@ -300,26 +229,19 @@ def test_faiss_flat_finds_the_same_and_the_audit_tells_the_recall(tmp_path, prep
 
 
 def test_an_index_is_built_once_for_all_groups_of_an_actor(tmp_path, prepared, monkeypatch):
-    pytest.importorskip("faiss")
-    built, build = [], ann.build_index
+    faiss = pytest.importorskip("faiss")
+    built, build = [], faiss.IndexFlatIP
 
-    def counting(config, matrix, threads):
-        built.append(len(matrix))
-        return build(config, matrix, threads)
+    def counting(dim):
+        built.append(dim)
+        return build(dim)
 
-    monkeypatch.setattr(ann, "build_index", counting)
+    monkeypatch.setattr(faiss, "IndexFlatIP", counting)
     cut = SearchConfig(index=FaissFlat(), query_rows=6, document_rows=20, recall_queries=0)
     _, rows, _ = mine(prepared, tmp_path / "cut", search=cut)
     _, whole, _ = mine(prepared, tmp_path / "whole", search=SearchConfig(index=FaissFlat(), recall_queries=0))
     assert rows == whole
     assert len(built) <= 2 * (3 + 1)  # two actors, three parts and the whole; there are seven groups
-
-
-def test_near_duplicates_are_shared_word_triples():
-    assert jaccard(word_triples("one two three four"), word_triples("one two three four")) == 1.0
-    assert jaccard(word_triples("One two three four"), word_triples("two three four five")) == pytest.approx(1 / 3)
-    assert jaccard(word_triples("缓冲区溢出漏洞"), word_triples("缓冲区溢出的漏洞")) > 0.2
-    assert jaccard(word_triples(""), frozenset()) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -328,27 +250,32 @@ def test_near_duplicates_are_shared_word_triples():
         {"near_duplicate": 0.6},
         {
             "candidate_filter": {
-                "model": {"type": "package", "package": "second"},
+                "model": retriever("second"),
                 "ceiling": {"type": "topk_abs", "max_score": 0.5},
             }
         },
-        {"near_duplicate": 0.6, "more_retrievers": [{"type": "bm25"}, {"type": "package", "package": "second"}]},
+        {"near_duplicate": 0.6, "more_retrievers": [{"type": "bm25"}, retriever("second")]},
     ],
 )
 def test_checks_read_the_corpus_once_a_group(prepared, tmp_path, monkeypatch, checks):
-    """However many queries are decided together."""
-    seen, read = [], picked.read_table
+    """However many rounds of candidates are refused, and however many of its queries there are."""
+    opened, open_reader = [], storage.open_reader
 
-    def counting(uri, columns=None):
-        seen.append((uri, tuple(columns)))
-        return read(uri, columns)
+    def counting(uri):
+        opened.append(uri)
+        return open_reader(uri)
 
-    monkeypatch.setattr(picked, "read_table", counting)
-    one_group = {"depth": 60, "encode": EncodeConfig(actors=1, shard_rows=5)}  # and never searched deeper
-    _, expected, whole = mine(prepared, tmp_path / "all", **one_group, **checks)
-    once = len(seen)
-    assert 0 < once == len(set(seen))
-    monkeypatch.setattr(choosing, "_AT_ONCE", 2)
-    seen.clear()
-    _, rows, audit = mine(prepared, tmp_path / "two", **one_group, **checks)
-    assert (rows, audit) == (expected, whole) and len(seen) == once
+    monkeypatch.setattr(storage, "open_reader", counting)
+    folder = "vectors_candidate_filter" if "candidate_filter" in checks else "texts"
+    reads = []
+    for name, settings in (("plain", {}), ("checked", checks)):
+        opened.clear()
+        one_group = {"depth": 60, "encode": EncodeConfig(actors=1, shard_rows=5)}  # and never searched deeper
+        more = {"more_retrievers": checks.get("more_retrievers", ())}
+        mine(prepared, tmp_path / name, **{**one_group, **more, **settings})
+        shards = [uri for uri in opened if f"/{folder}/set/documents/" in uri]
+        reads.append({uri.rsplit("/", 1)[1]: shards.count(uri) for uri in shards})
+    plain, checked = reads
+    assert len(checked) == 9
+    for shard, count in checked.items():  # its keys, and its rows where some are candidates
+        assert count - plain.get(shard, 0) in (1, 2)

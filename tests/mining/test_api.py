@@ -7,16 +7,17 @@ from hypothesis import strategies as st
 
 import nvembed.mining
 from nvembed.mining import mine_vectors
+from nvembed.mining.config import TopKPercPos
 from nvembed.mining.rules import cap_documents
 from nvembed.retrieval.exact.topk import pair_scores
 from nvembed.types import UserError
 
-PERC = {"type": "topk_percpos", "max_negative_to_positive_ratio": 0.95}
+PERC = {"type": "topk_perc_pos", "max_negative_to_positive_ratio": 0.95}
 RULES = [
     ({"type": "topk"}, lambda s, rank, p: True),
     ({"type": "topk_shifted", "shift": 3}, lambda s, rank, p: rank > 3),
     ({"type": "topk_abs", "max_score": 0.4}, lambda s, rank, p: s < 0.4),
-    ({"type": "topk_marginpos", "margin": 0.1}, lambda s, rank, p: s < p - 0.1),
+    ({"type": "topk_margin_pos", "margin": 0.1}, lambda s, rank, p: s < p - 0.1),
     ({"type": "topk_margin_pos", "margin": 0.0}, lambda s, rank, p: s < p),
     (PERC, lambda s, rank, p: s < p - (1 - 0.95) * abs(p)),
     ({"type": "topk_perc_pos", "max_negative_to_positive_ratio": 0.5}, lambda s, rank, p: s < p - 0.5 * abs(p)),
@@ -64,6 +65,15 @@ def test_every_rule_equals_walking_down_a_full_sort(rule, allows, seed, count):
     assert mined.tolist() == naive(query, matrix, positives, count, allows)
 
 
+def test_a_rule_is_its_config_or_its_keys():
+    query, matrix, positives = problem(8)
+    mined = mine_vectors(query, matrix, positives, 5, PERC).tolist()
+    assert mine_vectors(query, matrix, positives, 5, TopKPercPos()).tolist() == mined
+    for other in ({**PERC, "type": "topk_percpos"}, {"type": "topk_margin_pos", "margin_to_positive": 0.1}, {}):
+        with pytest.raises(UserError, match=r"rule \{"):
+            mine_vectors(query, matrix, positives, 5, other)
+
+
 def test_scores_of_any_sign_and_few_documents():
     query, matrix, positives = problem(3, documents=30)
     mined = mine_vectors(-query, matrix, positives, 30, PERC)  # the positive is among the worst
@@ -74,13 +84,13 @@ def test_scores_of_any_sign_and_few_documents():
     assert mine_vectors(one[:0], one, [], 2, PERC).shape == (0, 2)
 
 
-def test_near_duplicates_of_a_positive_are_refused_and_others_take_their_place():
+def test_documents_too_similar_to_a_positive_are_refused_and_others_take_their_place():
     query, matrix, positives = problem(4, documents=400)
     matrix[200:300] = matrix[:100] + 0.02 * np.random.default_rng(0).standard_normal((100, 16))
     matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
     for rule, allows in (RULES[0], RULES[2]):
         expected = naive(query, matrix, positives, 6, allows, near=0.99)
-        assert mine_vectors(query, matrix, positives, 6, rule, near_duplicate=0.99).tolist() == expected
+        assert mine_vectors(query, matrix, positives, 6, rule, max_similarity_to_positive=0.99).tolist() == expected
         if rule["type"] == "topk":  # below 0.4 there is no near duplicate of a positive
             assert mine_vectors(query, matrix, positives, 6, rule).tolist() != expected
 
@@ -120,7 +130,7 @@ def test_what_is_wrong_is_named():
     query, matrix, positives = problem(7)
     cases = [
         ((query, matrix, positives, 3, {"type": "topk_perc"}), "topk_perc_pos"),
-        ((query, matrix, positives, 3, {"type": "topk_percpos", "ratio": 0.9}), "ratio"),
+        ((query, matrix, positives, 3, {"type": "topk_perc_pos", "ratio": 0.9}), "ratio"),
         ((query, matrix, positives, 0, PERC), "num_negatives is 0"),
         ((query, matrix, positives[:-1], 3, PERC), "19 lists of positives for 20 queries"),
         ((query, matrix, [[150], *positives[1:]], 3, PERC), "query 0 names document 150"),
@@ -142,7 +152,7 @@ def test_what_is_wrong_is_named():
 def test_vectors_that_are_not_finite_are_named(value):
     rng = np.random.default_rng(0)
     queries, documents = (rng.normal(size=(count, 8)).astype(np.float32) for count in (5, 40))
-    rule = {"type": "topk_percpos", "max_negative_to_positive_ratio": 0.95}
+    rule = {"type": "topk_perc_pos", "max_negative_to_positive_ratio": 0.95}
     for matrix, row, said in (
         (queries, 2, "query 2 or its positive, document 2, is not finite"),
         (documents, 3, "query 3 or its positive, document 3, is not finite"),

@@ -1,13 +1,13 @@
 """Hard negatives for plain arrays of vectors: search, rule, selection, without recipe, files or Ray.
 
-Shapes: Q queries, N documents, D dimensions, C candidates of a query, K negatives wanted.
+Shapes: Q queries, N documents, D dimensions, C candidates of a query, K negatives wanted, P pairs.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,39 +23,23 @@ from nvembed.mining.config import (
     TopKPercPos,
     TopKShifted,
 )
-from nvembed.mining.rules import FREE, Limits, cap_documents, drawn, eligible, first_allowed, mix, rule_limits
-from nvembed.mining.selection import draw_accepted, example_generator
+from nvembed.mining.rules import (
+    ABSENT,
+    Limits,
+    cap_documents,
+    draw_accepted,
+    draw_sampled,
+    example_generator,
+    first_allowed,
+    mix,
+    rule_limits,
+)
+from nvembed.mining.selection import CODE, Block, Reason, decide
 from nvembed.retrieval.exact.search import as_matrix, numbered, search_shards
 from nvembed.retrieval.exact.topk import Best, gathered_scores, pair_scores
 from nvembed.types import UserError
 
-# The names that other tools and papers use, and ours
-_TYPES = {
-    "topk_percpos": "topk_perc_pos",
-    "topk_marginpos": "topk_margin_pos",
-}
-_KEYS = {
-    ("topk_margin_pos", "margin_to_positive"): "margin",
-}
-
-
 _RULES: TypeAdapter[RuleConfig] = TypeAdapter(RuleConfig)
-
-
-def read_rule(rule: Mapping[str, Any]) -> RuleConfig:
-    """The rule a mapping describes: the recipe's keys, or the longer names of `mine_vectors`.
-
-    Raises:
-        UserError: an unknown type or key, a value out of range.
-    """
-    kind = str(rule.get("type", ""))
-    kind = _TYPES.get(kind, kind)
-    keys = {_KEYS.get((kind, key), key): value for key, value in rule.items()}
-    try:
-        return _RULES.validate_python({**keys, "type": kind})
-    except ValidationError as error:
-        said = "; ".join(".".join(map(str, item["loc"])) + f": {item['msg']}" for item in error.errors())
-        raise UserError(f"rule {dict(rule)!r}: {said}") from error
 
 
 def mine_vectors(
@@ -63,9 +47,9 @@ def mine_vectors(
     documents: np.ndarray,
     positives: Sequence[Sequence[int]],
     num_negatives: int,
-    rule: Mapping[str, Any],
+    rule: Mapping[str, Any] | RuleConfig,
     *,
-    near_duplicate: float | None = None,
+    max_similarity_to_positive: float | None = None,
     max_per_document: int | None = None,
     seed: int = 0,
     precision: str = "auto",
@@ -81,15 +65,15 @@ def mine_vectors(
         documents: float [N, D], a memory-mapped array included.
         positives: for each query the row numbers of its documents, one at least.
         num_negatives: K, wanted per query.
-        rule: what may be a negative of a query with lowest positive score p:
+        rule: a rule of `nvembed.mining.config`, or its keys as in a recipe; with p the lowest positive's score:
             {"type": "topk"}: any; {"type": "topk_shifted", "shift": 10}: ranks behind the tenth;
             {"type": "topk_abs", "max_score": 0.7}: s < 0.7;
-            {"type": "topk_marginpos", "margin": 0.05}: s < p - 0.05;
-            {"type": "topk_percpos", "max_negative_to_positive_ratio": 0.95}: s < p - 0.05 |p|;
+            {"type": "topk_margin_pos", "margin": 0.05}: s < p - 0.05;
+            {"type": "topk_perc_pos", "max_negative_to_positive_ratio": 0.95}: s < p - 0.05 |p|;
             {"type": "rank_window", "first": 30, "last": 100}: those ranks, positives counted;
             {"type": "sampled_topk", "top": 10, "temperature": 0.1, "ceiling": {...}}: a draw from the best ten under a
             ceiling; {"type": "random"}: a uniform draw.
-        near_duplicate: refuse documents whose cosine with a positive of the query is at least this.
+        max_similarity_to_positive: refuse documents whose cosine with a positive of the query is at least this.
         max_per_document: a document is a negative of this many queries at most; see `rules.cap_documents`.
         seed: of the draws. A query's draw depends on its row number and the seed only.
         precision, device: see `search_vectors`; they never change the result.
@@ -99,40 +83,64 @@ def mine_vectors(
         where fewer qualify.
 
     Raises:
-        UserError: a rule that is not known, shapes that do not fit, a query without a positive, a row number that no
-            document has, a vector with NaN or infinity.
+        UserError: an unknown rule, shapes that do not fit, a query without a positive, a row number that no document
+            has, a vector with NaN or infinity.
+
+    Example:
+        >>> vectors = np.eye(4, dtype=np.float32) + 0.1 * np.arange(4, dtype=np.float32)
+        >>> mine_vectors(vectors, vectors, [[0], [1], [2], [3]], 1, {"type": "topk"}).tolist()
+        [[3], [3], [3], [2]]
 
     Source: NV-Retriever (arXiv 2407.15831), section 3.
     """
     query_QD = as_matrix(queries, "queries")
-    chosen = read_rule(rule)
-    known = _Known(query_QD, np.asanyarray(documents), positives, near_duplicate)
+    config = _read_rule(rule)
+    known = _Positives(query_QD, np.asanyarray(documents), positives, max_similarity_to_positive)
     if num_negatives < 1:
         raise UserError(f"num_negatives is {num_negatives}; at least one negative per query is needed")
-    if isinstance(chosen, RandomNegatives | SampledTopK) and max_per_document is not None:
-        raise UserError(f"max_per_document needs candidates in order of preference; {chosen.type} draws them")
-    if isinstance(chosen, RandomNegatives):
+    if isinstance(config, RandomNegatives | SampledTopK) and max_per_document is not None:
+        raise UserError(f"max_per_document needs candidates in order of preference; {config.type} draws them")
+    if isinstance(config, RandomNegatives):
         return _random(known, num_negatives, seed)
-    limits = rule_limits(chosen, known.lowest(chosen))
-    mining = _Mining(known, chosen, limits, num_negatives, seed, precision, device)
+    limits = rule_limits(config, known.lowest(config))
+    mining = _Mining(known, config, limits, num_negatives, seed, precision, device)
     return mining.run() if max_per_document is None else mining.run_capped(max_per_document)
 
 
-class _Known:
-    """What is known about each query: its positives, their scores."""
+def _read_rule(rule: Mapping[str, Any] | RuleConfig) -> RuleConfig:
+    """The rule that a mapping describes.
+
+    Raises:
+        UserError: an unknown type or key, a value out of range.
+    """
+    try:
+        return _RULES.validate_python(dict(rule) if isinstance(rule, Mapping) else rule)
+    except ValidationError as error:
+        problems = "; ".join(".".join(map(str, item["loc"])) + f": {item['msg']}" for item in error.errors())
+        raise UserError(f"rule {rule!r}: {problems}") from error
+
+
+class _Positives:
+    """The positives of each query and their scores.
+
+    Attributes:
+        most: positives of the query that has most.
+        rows_QM, scores_QM: row numbers (`ABSENT` behind the last) and float64 scores.
+        lowest_Q: float64, the lowest of each query's scores; +inf without a positive.
+    """
 
     def __init__(
         self,
         query_QD: np.ndarray,
         documents: np.ndarray,
         positives: Sequence[Sequence[int]],
-        near_duplicate: float | None,
+        max_similarity: float | None,
     ) -> None:
         if documents.ndim != 2 or documents.shape[1] != query_QD.shape[1]:
             raise UserError(f"documents have shape {documents.shape}, queries {query_QD.shape}: (N, D) and (Q, D) fit")
         if len(positives) != len(query_QD):
             raise UserError(f"{len(positives)} lists of positives for {len(query_QD)} queries")
-        self.query_QD, self.documents, self.near_duplicate = query_QD, documents, near_duplicate
+        self.query_QD, self.documents, self.max_similarity = query_QD, documents, max_similarity
         count_Q = np.fromiter(map(len, positives), dtype=np.int64, count=len(positives))
         self.most = int(count_Q.max(initial=0))
         owner_P = np.repeat(np.arange(len(positives)), count_Q)
@@ -148,7 +156,7 @@ class _Known:
             bad = int(np.argmin(np.isfinite(score_P)))
             raise UserError(f"query {owner_P[bad]} or its positive, document {row_P[bad]}, is not finite")
         column_P = np.arange(len(owner_P)) - (np.cumsum(count_Q) - count_Q)[owner_P]
-        self.rows_QM = np.full((len(positives), self.most), FREE, dtype=np.int64)
+        self.rows_QM = np.full((len(positives), self.most), ABSENT, dtype=np.int64)
         self.scores_QM = np.full((len(positives), self.most), np.nan)
         self.rows_QM[owner_P, column_P] = row_P
         self.scores_QM[owner_P, column_P] = score_P
@@ -159,7 +167,7 @@ class _Known:
         """float64 [Q], the lowest score among each query's positives.
 
         Raises:
-            UserError: the rule goes by it and a query has no positive.
+            UserError: the rule needs it and a query has no positive.
         """
         inner = rule.ceiling if isinstance(rule, SampledTopK) else rule
         without = np.flatnonzero(np.isposinf(self.lowest_Q))
@@ -167,38 +175,41 @@ class _Known:
             raise UserError(f"query {without[0]} has no positive; {inner.type} measures negatives against one")
         return self.lowest_Q
 
-    def excluded(self, queries_q: np.ndarray, rows_qC: np.ndarray, scores_qC: np.ndarray) -> np.ndarray:
-        """bool [q, C]: candidates that are positives of the query, or copies or near duplicates of one."""
+    def never(self, queries_q: np.ndarray, rows_qC: np.ndarray, scores_qC: np.ndarray) -> np.ndarray:
+        """bool [q, C]: candidates that are positives of the query or have the vector of one."""
         out_qC = np.zeros(rows_qC.shape, dtype=bool)
         for column in range(self.most):
             positive_q1 = self.rows_QM[queries_q, column, None]
-            out_qC |= (rows_qC == positive_q1) & (positive_q1 != FREE)
-            maybe_qC = np.isfinite(scores_qC) & ~out_qC & (positive_q1 != FREE)
-            if self.near_duplicate is None:
-                maybe_qC &= scores_qC == self.scores_QM[queries_q, column, None]  # copies score alike to the bit
-            at_P, candidate_P = np.nonzero(maybe_qC)
-            if len(at_P):
-                out_qC[at_P, candidate_P] |= self._copies(rows_qC[at_P, candidate_P], positive_q1[at_P, 0])
+            out_qC |= (rows_qC == positive_q1) & (positive_q1 != ABSENT)
+            if self.max_similarity is None:  # else `too_similar` refuses copies
+                same_qC = (scores_qC == self.scores_QM[queries_q, column, None]) & ~out_qC  # to the bit
+                at_P, candidate_P = np.nonzero(same_qC)
+                for part, left, right in self._pairs(rows_qC[at_P, candidate_P], positive_q1[at_P, 0]):
+                    out_qC[at_P[part], candidate_P[part]] |= (left == right).all(axis=1)
         return out_qC
 
-    def _copies(self, left_P: np.ndarray, right_P: np.ndarray) -> np.ndarray:
-        out_P = np.empty(len(left_P), dtype=bool)
+    def too_similar(self, queries_P: np.ndarray, rows_P: np.ndarray) -> np.ndarray:
+        """int8 [P]: 0, or the code of candidates whose cosine with a positive of their query is too high."""
+        out_P = np.zeros(len(rows_P), dtype=np.int8)
+        for positive_P in self.rows_QM[queries_P].T:
+            at = np.flatnonzero((positive_P != ABSENT) & (out_P == 0))
+            for part, left, right in self._pairs(rows_P[at], positive_P[at]):
+                lengths = np.sqrt(pair_scores(left, left) * pair_scores(right, right))
+                out_P[at[part][pair_scores(left, right) >= self.max_similarity * lengths]] = CODE[Reason.TOO_CLOSE]
+        return out_P
+
+    def _pairs(self, left_P: np.ndarray, right_P: np.ndarray) -> Any:
+        """(slice, float32 [p, D], float32 [p, D]): vectors of pairs of documents, a few at a time."""
         for start in range(0, len(left_P), 4096):
             part = slice(start, start + 4096)
-            left, right = (np.asarray(self.documents[rows[part]], dtype=np.float32) for rows in (left_P, right_P))
-            if self.near_duplicate is None:
-                out_P[part] = (left == right).all(axis=1)
-            else:
-                lengths_P = np.sqrt(pair_scores(left, left) * pair_scores(right, right))
-                out_P[part] = pair_scores(left, right) >= self.near_duplicate * lengths_P
-        return out_P
+            yield part, *(np.asarray(self.documents[rows[part]], dtype=np.float32) for rows in (left_P, right_P))
 
 
 @dataclass
 class _Mining:
     """One call: searches as deep as it takes."""
 
-    known: _Known
+    known: _Positives
     rule: SearchedRule
     limits: Limits
     count: int
@@ -208,14 +219,14 @@ class _Mining:
 
     def run(self) -> np.ndarray:
         """int64 [Q, K]; see `mine_vectors`."""
-        out_QK = np.full((len(self.known.query_QD), self.count), FREE, dtype=np.int64)
+        out_QK = np.full((len(self.known.query_QD), self.count), ABSENT, dtype=np.int64)
         left, depth = np.arange(len(out_QK)), self._first_depth()
         while len(left):
-            best, allowed_qC, whole_q = self._candidates(left, depth)
-            done_q = whole_q | (allowed_qC.sum(axis=1) >= self._wanted)
-            columns_qK = self._columns(left, allowed_qC, best)
+            best, kept_qC, whole_q = self._candidates(left, depth, self._wanted)
+            done_q = whole_q | (kept_qC.sum(axis=1) >= self._wanted)
+            columns_qK = self._columns(left, kept_qC, best)
             rows_qK = np.take_along_axis(best.ids_QK, np.maximum(columns_qK, 0), axis=1)
-            out_QK[left[done_q]] = np.where(columns_qK == FREE, FREE, rows_qK)[done_q]
+            out_QK[left[done_q]] = np.where(columns_qK == ABSENT, ABSENT, rows_qK)[done_q]
             left, depth = left[~done_q], 4 * depth
         return out_QK
 
@@ -223,79 +234,83 @@ class _Mining:
         """The same with no document serving more than `cap` queries: lists are deepened until none ran out early."""
         queries, depth = len(self.known.query_QD), self._first_depth() + self.count
         while True:
-            best, allowed_QC, whole_Q = self._candidates(np.arange(queries), depth)
-            in_order_QC = first_allowed(allowed_QC, best.k)
-            at_QC, absent_QC = np.maximum(in_order_QC, 0), in_order_QC == FREE
-            rows_QC = np.where(absent_QC, FREE, np.take_along_axis(best.ids_QK, at_QC, axis=1))
+            best, kept_QC, whole_Q = self._candidates(np.arange(queries), depth, None)
+            in_order_QC = first_allowed(kept_QC, best.k)
+            at_QC, absent_QC = np.maximum(in_order_QC, 0), in_order_QC == ABSENT
+            rows_QC = np.where(absent_QC, ABSENT, np.take_along_axis(best.ids_QK, at_QC, axis=1))
             scores_QC = np.where(absent_QC, -np.inf, np.take_along_axis(best.scores_QK, at_QC, axis=1))
             columns_QK = cap_documents(rows_QC, scores_QC, self.count, cap)
-            short_Q = (columns_QK == FREE).any(axis=1)
+            short_Q = (columns_QK == ABSENT).any(axis=1)
             if (whole_Q | ~short_Q).all():
                 picked_QK = np.take_along_axis(rows_QC, np.maximum(columns_QK, 0), axis=1)
-                return np.where(columns_QK == FREE, FREE, picked_QK)
+                return np.where(columns_QK == ABSENT, ABSENT, picked_QK)
             depth *= 4
 
     @property
     def _wanted(self) -> int:
         return self.rule.top if isinstance(self.rule, SampledTopK) else self.count
 
-    @property
-    def _ranked(self) -> bool:
-        return isinstance(self.rule, TopKShifted | RankWindow)
-
     def _first_depth(self) -> int:
         below_positives = isinstance(self.rule, TopKPercPos | TopKMarginPos)
         spare = 0 if below_positives else self.known.most
-        if self.known.near_duplicate is not None:
+        if self.known.max_similarity is not None:
             spare += self.known.most + min(self._wanted, 16)
         return self.limits.last or self.limits.first - 1 + self._wanted + spare
 
-    def _candidates(self, queries_q: np.ndarray, depth: int) -> tuple[Best, np.ndarray, np.ndarray]:
-        """The best `depth` documents, which of them may be negatives, and for whom there are no others."""
+    def _candidates(self, queries_q: np.ndarray, depth: int, count: int | None) -> tuple[Best, np.ndarray, np.ndarray]:
+        """The best `depth` documents, bool [q, C]: the first `count` (None: all) that may be negatives, and bool [q]:
+        queries for which a deeper search gives no others."""
         known, documents = self.known, len(self.known.documents)
         depth = max(min(depth, documents), self.count, 1)
-        ceiling_q = self.limits.ceiling_Q[queries_q]
-        capped = not self._ranked and np.isfinite(ceiling_q).any()
-        found = search_shards(
+        limits = self.limits.of(queries_q)
+        ranked = isinstance(self.rule, TopKShifted | RankWindow)
+        capped = not ranked and bool(np.isfinite(limits.ceiling_Q).any())
+        result = search_shards(
             known.query_QD[queries_q],
             numbered(known.documents),
             plain=0 if capped else depth,
             under=depth if capped else 0,
-            ceiling_Q=ceiling_q if capped else None,
+            ceiling_Q=limits.ceiling_Q if capped else None,
             id_type=np.int64,
             precision=self.precision,
             device=self.device,
         )
-        best = found.plain or found.under
+        best = result.plain or result.under
         assert best is not None
-        rank_qC = np.broadcast_to(np.arange(1, depth + 1), best.scores_QK.shape)
-        limits = replace(self.limits, ceiling_Q=ceiling_q)
-        excluded_qC = known.excluded(queries_q, best.ids_QK, best.scores_QK)
-        allowed_qC = eligible(best.scores_QK, rank_qC, limits, excluded_qC)
-        whole_q = ~np.isfinite(best.scores_QK[:, -1]) | (depth >= min(self.limits.last or documents, documents))
-        return best, allowed_qC, whole_q
+        never_qC = known.never(queries_q, best.ids_QK, best.scores_QK)
+        block = Block(best.scores_QK, np.isfinite(best.scores_QK), never_qC)
+        check = None
+        if known.max_similarity is not None:
 
-    def _columns(self, queries_q: np.ndarray, allowed_qC: np.ndarray, best: Best) -> np.ndarray:
+            def check(row: np.ndarray, column: np.ndarray) -> np.ndarray:
+                return known.too_similar(queries_q[row], best.ids_QK[row, column])
+
+        kept_qC = decide(block, limits, count or depth, check)[1]
+        whole_q = ~np.isfinite(best.scores_QK[:, -1]) | (depth >= min(limits.last or documents, documents))
+        return best, kept_qC, whole_q
+
+    def _columns(self, queries_q: np.ndarray, kept_qC: np.ndarray, best: Best) -> np.ndarray:
         if not isinstance(self.rule, SampledTopK):
-            return first_allowed(allowed_qC, self.count)
+            return first_allowed(kept_qC, self.count)
         keys_q = mix(np.uint64(self.seed % 2**64) + np.zeros(1, np.uint64)) ^ queries_q.astype(np.uint64)
-        return drawn(allowed_qC, best.scores_QK, self.count, self.rule, keys_q, best.ids_QK.astype(np.uint64))
+        return draw_sampled(kept_qC, best.scores_QK, self.count, self.rule, keys_q, best.ids_QK.astype(np.uint64))
 
 
-def _random(known: _Known, count: int, seed: int) -> np.ndarray:
+def _random(known: _Positives, count: int, seed: int) -> np.ndarray:
     """int64 [Q, count]: uniform draws without replacement, positives and their copies excluded."""
-    out_QK = np.full((len(known.query_QD), count), FREE, dtype=np.int64)
+    out_QK = np.full((len(known.query_QD), count), ABSENT, dtype=np.int64)
     for query in range(len(out_QK)):
         at = np.array([query])
 
         def accept(order: list[int], at: np.ndarray = at) -> list[int]:
-            rows_1C = np.array([order], dtype=np.int64)
-            vectors_CD = np.asarray(known.documents[rows_1C[0]], dtype=np.float32)
-            scores_1C = gathered_scores(known.query_QD, np.repeat(at, len(order)), vectors_CD, np.arange(len(order)))
-            excluded = known.excluded(at, rows_1C, scores_1C[None, :])[0]
-            return [row for row, refused in zip(order, excluded, strict=True) if not refused]
+            rows_C = np.array(order, dtype=np.int64)
+            vectors_CD = np.asarray(known.documents[rows_C], dtype=np.float32)
+            scores_C = gathered_scores(known.query_QD, np.repeat(at, len(order)), vectors_CD, np.arange(len(order)))
+            refused_C = known.never(at, rows_C[None], scores_C[None])[0]
+            if known.max_similarity is not None:
+                refused_C |= known.too_similar(np.repeat(at, len(order)), rows_C) > 0
+            return [int(row) for row in rows_C[~refused_C]]
 
-        generator = example_generator(seed, "", str(query))
-        rows = draw_accepted(generator, len(known.documents), count, accept)
+        rows = draw_accepted(example_generator(seed, "", str(query)), len(known.documents), count, accept)
         out_QK[query, : len(rows)] = rows
     return out_QK
