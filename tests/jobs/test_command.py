@@ -1,4 +1,4 @@
-"""The command after `--`, what travels with it, and what never does."""
+"""The command after `--`, the files uploaded with it, and those never uploaded."""
 
 import re
 import shutil
@@ -77,8 +77,8 @@ def test_ids_are_names_that_kubernetes_takes(tail: str, number: int) -> None:
 
 BAD: list[tuple[Any, list[str], str]] = [
     (LOCAL, [], "no command"),
-    (LOCAL, ["bash", "x.sh"], "a job is a story run by python"),
-    (LOCAL, ["python", "-m", "x"], "no story after python"),
+    (LOCAL, ["bash", "x.sh"], "a job is a pipeline file run by python"),
+    (LOCAL, ["python", "-m", "x"], "no pipeline file after python"),
     (LOCAL, ["python", "no.py"], "no.py: no such file"),
     (LOCAL, ["python", "../x.py"], "outside the working directory"),
     (LOCAL, ["python", "/etc/x.py"], "outside the working directory"),
@@ -103,19 +103,19 @@ BAD: list[tuple[Any, list[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("target", "command", "said"), BAD, ids=range(len(BAD)))
-def test_bad_commands_are_told_before_anything_is_sent(
-    checkout: Path, target: Any, command: list[str], said: str
+@pytest.mark.parametrize(("target", "command", "message"), BAD, ids=range(len(BAD)))
+def test_bad_commands_are_refused_before_anything_is_sent(
+    checkout: Path, target: Any, command: list[str], message: str
 ) -> None:
     (checkout / "plain.py").write_text("print(1)\n")
     (checkout / "broken.py").write_text("def (\n")
     with pytest.raises(UserError) as raised:
         read_job(target, command)
-    assert said in str(raised.value) and "hunter2" not in str(raised.value)
+    assert message in str(raised.value) and "hunter2" not in str(raised.value)
 
 
 def test_the_recipe_is_the_one_below_the_working_directory(checkout: Path, tmp_path: Path) -> None:
-    """The story runs there, so what is checked here must be what it reads there."""
+    """The pipeline runs there, so the file checked here must be the one it reads there."""
     other = tmp_path / "other"
     shutil.copytree(checkout, other)
     recipe = (checkout / "recipes/light.yaml").read_text()
@@ -195,11 +195,11 @@ def test_a_file_with_a_secret_does_not_travel(checkout: Path, monkeypatch: pytes
     assert "canary" not in str(raised.value)
 
 
-def test_a_recipe_that_would_stay_here_is_told(checkout: Path) -> None:
+def test_a_recipe_that_is_not_uploaded_is_refused(checkout: Path) -> None:
     recipe = checkout / "ignored.txt"
     recipe.write_text((checkout / "recipes/light.yaml").read_text())
     job = read_job(LOCAL, [*STORY, "ignored.txt", "--out", "/o"])
-    with pytest.raises(UserError, match=r"recipe ignored.txt: does not travel"):
+    with pytest.raises(UserError, match=r"recipe ignored.txt: is not uploaded"):
         backend.RayBackend(LOCAL).preview(job)
 
 
@@ -238,8 +238,8 @@ def state(job_id: str, how: str, fingerprint: str = "f", out: str = "/o") -> Job
 @given(st.lists(st.integers(1, 30), unique=True))
 def test_the_next_try_is_free(tries: list[int]) -> None:
     states = [state(f"nvembed-a-f-{number}", FAILED) for number in tries]
-    found = next_try("nvembed-a-f", [*states, state("nvembed-b-f-99", FAILED), state("nvembed-a-f-x", FAILED)])
-    assert found == f"nvembed-a-f-{max(tries, default=0) + 1}"
+    job_id = next_try("nvembed-a-f", [*states, state("nvembed-b-f-99", FAILED), state("nvembed-a-f-x", FAILED)])
+    assert job_id == f"nvembed-a-f-{max(tries, default=0) + 1}"
 
 
 def test_a_live_run_of_the_same_output_is_refused(checkout: Path) -> None:
@@ -255,8 +255,8 @@ def test_choosing_a_job() -> None:
     states = [state("a-1", SUCCEEDED), state("a-2", RUNNING), state("a-3", STOPPED)]
     assert choose(states, None, alive=False).id == "a-3" and choose(states, None, alive=True).id == "a-2"
     assert choose(states, "a-1", alive=False).id == "a-1"
-    for wrong, said in [([], "no job of nvembed"), ([*states, state("a-4", RUNNING)], "which job")]:
-        with pytest.raises(UserError, match=said):
+    for wrong, message in [([], "no job of nvembed"), ([*states, state("a-4", RUNNING)], "which job")]:
+        with pytest.raises(UserError, match=message):
             choose(wrong, None, alive=True)
     with pytest.raises(UserError, match="b-1: no such job"):
         choose(states, "b-1", alive=False)
@@ -271,7 +271,7 @@ def test_exit_codes(how: str, code: int | None, expected: int) -> None:
     assert backend.exit_code(JobState("a", how, exit_code=code)) == expected
 
 
-def test_where_the_token_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_token_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "named").write_text(" from-path\n")
     assert backend.read_token({"RAY_AUTH_TOKEN": "direct", "RAY_AUTH_TOKEN_PATH": "/no"}) == "direct"
@@ -291,8 +291,8 @@ def test_the_driver_looks_for_its_secrets_first(checkout: Path) -> None:
     entry = backend.render_entrypoint(target, job)
     assert entry.endswith("exec python light.py --out '/o with space'")
     probe = entry.rpartition("exec ")[0] + "echo all there"
-    for environment, code, said in [
+    for environment, code, message in [
         ({"NV_A": "x", "NV_B": "y"}, 0, "all there"), ({"NV_A": "x"}, 3, "error: NV_B is not set")
     ]:  # fmt: skip
         done = subprocess.run(["sh", "-c", probe], env=environment, capture_output=True, text=True)
-        assert done.returncode == code and said in done.stdout
+        assert done.returncode == code and message in done.stdout
