@@ -163,10 +163,8 @@ def test_detach_refuse_a_second_one_reattach_and_stop(nvembed: Nvembed) -> None:
     while "same node" not in (line := process.stdout.readline()):
         assert line or process.poll() is None, process.communicate()
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=30)[1]
-    assert (
-        process.returncode == 130 and "goes on" in output and "nvembed jobs stop target.yaml nvembed-waits-" in output
-    )
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "goes on" in said and "nvembed jobs stop target.yaml nvembed-waits-" in said
     alive = [state for state in nvembed.states() if state["state"] == "running"]
     assert len(alive) == 1
     _, refused = nvembed.submit("waits", code=2)
