@@ -76,7 +76,7 @@ class Backend(Protocol):
         """The log of the job so far."""
 
     def stop(self, job_id: str) -> None:
-        """Ask the job to end."""
+        """Stop the job."""
 
 
 def without_log(message: str | None) -> str:

@@ -1,4 +1,7 @@
-"""Submission: the backend of a target, and the pipeline's own dry run on this machine."""
+"""Submission: the backend of a target, and the pipeline's own dry run on this machine.
+
+Apart from `backend.py`, which every backend imports, since this module imports every backend.
+"""
 
 from __future__ import annotations
 
