@@ -1,1 +1,1 @@
-"""Submission of a story to where the accelerators are: Ray, KubeRay, Slurm, clouds (layer 6; light imports)."""
+"""Submission of pipelines as jobs: Ray, KubeRay, Slurm, clouds. Imports are light."""

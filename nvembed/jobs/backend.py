@@ -1,4 +1,4 @@
-"""What every kind of target can do with a job, and what is known of a job that was submitted."""
+"""The interface of all backends, the state of a job, and shared parts: ids, YAML, commands of other tools."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED = "pending", "running", "succeeded"
 ALIVE = (PENDING, RUNNING)
 
 Say = Callable[[str], None]
-SECONDS = 120.0
-PATIENCE_SECONDS = 600.0
+TOOL_SECONDS = 120.0
+RETRY_SECONDS = 600.0
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 class JobState:
     """A job on a target. Times are ISO 8601, UTC; `exit_code` is the driver's own, None while it runs.
 
-    `message` is one line of the scheduler's: never the tail of the log, which may hold texts of the data.
+    `message` is one line of the scheduler; never the end of the log, which may hold texts of the data.
     """
 
     id: str
@@ -51,41 +51,41 @@ class JobState:
 
 @dataclass(frozen=True)
 class Preview:
-    """A job exactly as it would be submitted: as plain values and as text."""
+    """A job as it would be submitted: as plain values and as text."""
 
     value: dict[str, Any]
     text: str
 
 
 class Backend(Protocol):
-    """A kind of target. Everything but `preview` may talk to it and raise PreflightError when it cannot be reached."""
+    """The operations of a kind of target. All but `preview` connect to it and raise PreflightError where that fails."""
 
     def preview(self, job: Job) -> Preview:
-        """What would be submitted; touches nothing but the files it reads."""
+        """The job as it would be submitted; only reads files."""
 
     def submit(self, job: Job, say: Say) -> str:
-        """Submit; returns the id. UserError when the same run is alive already."""
+        """Submit the job; returns its id. UserError when the same run is alive already."""
 
     def follow(self, job_id: str, write: Say, say: Say) -> int:
-        """Write the log as it comes until the job ends; the exit code is the driver's."""
+        """Write the log until the job ends; returns the driver's exit code."""
 
     def states(self) -> list[JobState]:
         """Jobs of nvembed, oldest first."""
 
     def logs(self, job_id: str) -> str:
-        """What the job has written so far."""
+        """The log of the job so far."""
 
     def stop(self, job_id: str) -> None:
-        """Ask the job to end."""
+        """Stop the job."""
 
 
 def without_log(message: str | None) -> str:
-    """What a scheduler says of an ended job without the log that Ray appends to it."""
+    """A scheduler's message about an ended job without the log that Ray appends to it."""
     return (message or "").partition("\n")[0].partition(", last available logs")[0].strip()
 
 
 def refuse_if_alive(job: Job, states: Sequence[JobState]) -> None:
-    """Two live runs of one output would only fight for its lease.
+    """Refuse a second live run of one output: the two would compete for its lease.
 
     Raises:
         UserError: the same run, or another one with the same output, is alive; the message has its id.
@@ -107,10 +107,10 @@ def next_try(base: str, states: Sequence[JobState]) -> str:
 
 
 def choose(states: Sequence[JobState], job_id: str | None, *, alive: bool) -> JobState:
-    """The job an id names; without an id the newest one (with `alive`: the only one that is alive).
+    """The job with this id; without an id the newest one (with `alive`: the only one that is alive).
 
     Raises:
-        UserError: there is none, or not only one.
+        UserError: there is none, or more than one.
     """
     if job_id is not None:
         for state in states:
@@ -142,7 +142,7 @@ _Dumper.add_representer(str, _text)
 
 
 def as_yaml(*documents: Any) -> str:
-    """One or several documents, keys in their order."""
+    """YAML of one or several documents: keys in their order, no anchors, texts of several lines as blocks."""
     return "---\n".join(yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120) for value in documents)
 
 
@@ -150,44 +150,44 @@ def as_yaml(*documents: Any) -> str:
 
 
 class ToolError(PreflightError):
-    """A tool that is there failed or did not answer; asking again may help."""
+    """An installed tool failed or did not answer; another attempt may succeed."""
 
 
-def patiently(ask: Callable[[], T], job_id: str, say: Callable[[str], None], seconds: float | None = None) -> T:
-    """What a tool answers about a job that is followed; a cluster that does not answer for a while is asked again.
+def retry_tool(call: Callable[[], T], job_id: str, say: Say, seconds: float | None = None) -> T:
+    """The result of a call about a job that is followed; retried while the cluster does not answer.
 
     Raises:
-        PreflightError: the tool is not installed, or failed for `seconds` (`PATIENCE_SECONDS`) on end.
+        PreflightError: the tool is not installed, or failed for `seconds` (`RETRY_SECONDS`) on end.
     """
 
     def lost(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        say(f"{job_id}: no answer ({str(error).splitlines()[0][:200]}); the job goes on, trying again")
+        say(f"{job_id}: no answer ({str(error).splitlines()[0][:200]}); the job continues, trying again")
 
     retrying = Retrying(
         retry=retry_if_exception_type(ToolError),
         wait=wait_exponential_jitter(initial=1, max=20),
-        stop=stop_after_delay(PATIENCE_SECONDS if seconds is None else seconds),
+        stop=stop_after_delay(RETRY_SECONDS if seconds is None else seconds),
         before_sleep=lost,
         reraise=True,
     )
-    return retrying(ask)
+    return retrying(call)
 
 
 def run_tool(command: Sequence[str], *, hint: str, stdin: str | None = None) -> str:
     """Stdout of a tool.
 
     Raises:
-        PreflightError: it is not installed (`hint` says where to get it).
-        ToolError: it failed (with its own words), or hangs.
+        PreflightError: it is not installed (`hint` says how to install it).
+        ToolError: it failed (with its own message) or did not answer.
     """
     try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=TOOL_SECONDS, check=False)
     except FileNotFoundError as error:
         raise PreflightError(f"{command[0]} is not installed here. {hint}") from error
     except subprocess.TimeoutExpired as error:
-        raise ToolError(f"{command[0]} did not answer in {SECONDS:g} s. {hint}") from error
+        raise ToolError(f"{command[0]} did not answer in {TOOL_SECONDS:g} s. {hint}") from error
     if done.returncode:
-        said = (done.stderr or done.stdout).strip()[-2000:]
-        raise ToolError(f"{' '.join(command[:3])} failed ({done.returncode}): {said}")
+        message = (done.stderr or done.stdout).strip()[-2000:]
+        raise ToolError(f"{' '.join(command[:3])} failed ({done.returncode}): {message}")
     return done.stdout

@@ -1,4 +1,4 @@
-"""The command after `--`: a story, its recipe checked here, before anything is sent; the job it becomes."""
+"""The command after `--` and its job: pipeline file and recipe are checked here, before anything is sent."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ from nvembed.recipe.schema import Recipe, load_recipe
 from nvembed.types import UserError
 
 USAGE = "nvembed submit TARGET -- python pipelines/nv_embed.py RECIPE [--set a.b=c]... [--out URI]"
-WITH_VALUE = ("--set", "--out")  # the story's options that take a value
+WITH_VALUE = ("--set", "--out")  # the options of a pipeline file that take a value
 FINGERPRINT = 10  # hex digits in a job's id
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is submitted, the same for every kind of target.
+    """A submission, the same for every kind of target.
 
     Attributes:
-        name: the recipe's.
-        fingerprint: of the resolved recipe and the command; the same run has the same one.
-        interpreter, story, options: the command in parts; `options` without the recipe, `--set` and `--out`.
-        recipe_path, settings: as they were given; the path is "" for the story's own.
-        recipe: checked and resolved.
-        out: where the run writes; on storage that every node sees.
-        folder: where the command is checked and rehearsed; for Ray and clouds its code travels.
-        code: the checkout whose code the job runs; None where that is an image's.
+        name: name of the recipe.
+        fingerprint: hash of the resolved recipe and the command; the same run has the same one.
+        interpreter, script, options: the command in parts: `script` is the pipeline file, `options` are those besides
+            `--set` and `--out`.
+        recipe_path, settings: recipe and `--set` values of the command; the path is "" for the default recipe.
+        recipe: the recipe, checked and resolved.
+        out: output root, on storage that every node sees.
+        folder: working directory of the check and the dry run; for Ray and clouds its files are uploaded.
+        code: the checkout whose code the job runs; None where it runs the code of an image.
     """
 
     name: str
     fingerprint: str
     interpreter: str
-    story: str
+    script: str
     options: tuple[str, ...]
     recipe_path: str
     settings: tuple[str, ...]
@@ -61,18 +62,18 @@ class Job:
 
     @property
     def argv(self) -> list[str]:
-        """The command as it runs where the checkout is."""
+        """The command as it runs in the checkout."""
         recipe = [self.recipe_path] if self.recipe_path else []
         settings = [part for setting in self.settings for part in ("--set", setting)]
-        return [self.interpreter, self.story, *recipe, *settings, "--out", self.out, *self.options]
+        return [self.interpreter, self.script, *recipe, *settings, "--out", self.out, *self.options]
 
-    def with_resolved_recipe(self, recipe_path: str, story: str) -> list[str]:
-        """The command where the resolved recipe lies at `recipe_path`."""
-        return [self.interpreter, story, recipe_path, "--out", self.out, *self.options]
+    def with_resolved_recipe(self, recipe_path: str, script: str) -> list[str]:
+        """The command with the resolved recipe at `recipe_path`."""
+        return [self.interpreter, script, recipe_path, "--out", self.out, *self.options]
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What a job is labelled with; texts, no secrets."""
+        """The labels of a job; they hold no secrets."""
         return {
             "nvembed_recipe": self.name,
             "nvembed_recipe_sha256": storage.hash_json(self.recipe.model_dump(mode="json")),
@@ -94,7 +95,7 @@ def read_job(target: Target, command: Sequence[str]) -> Job:
     """The job of a command, for a target.
 
     Raises:
-        UserError: it is not a story, its recipe is wrong, its output is not shared, it holds a secret.
+        UserError: it is not a pipeline file, its recipe is wrong, its output is not shared, it holds a secret.
     """
     folder = Path(target.working_dir if isinstance(target, RayTarget | CloudTarget) else ".").absolute()
     interpreter, script, rest = _split(command, folder)
@@ -107,11 +108,11 @@ def read_job(target: Target, command: Sequence[str]) -> Job:
     recipe = load_recipe(recipe_file, settings, declaration.needs)
     uri = _output(target, recipe, out)
     resolved = recipe.model_dump(mode="json")
-    identity = {"recipe": resolved, "story": script, "out": uri, "options": options}
-    if found := leaks([*command, uri, *texts_in(resolved)]):
+    identity = {"recipe": resolved, "pipeline": script, "out": uri, "options": options}
+    if secrets := leaks([*command, uri, *texts_in(resolved)]):
         raise UserError(
-            f"the command, recipe or output holds {' and '.join(found)}: it would be seen by everybody who sees "
-            "the job. Leave it out; name the variable under `secrets` in the target."
+            f"the command, recipe or output holds {' and '.join(secrets)}: everyone who sees the job would see it. "
+            "Leave it out; name the variable under `secrets` in the target."
         )
     return Job(
         recipe.name,
@@ -141,7 +142,7 @@ def _code(target: Target, folder: Path, script: str) -> Path | None:
 
 
 def _inside(path: str, folder: Path) -> str:
-    """A local path inside the working directory as the job sees it there: relative."""
+    """A path inside the working directory relative to it, as the job sees it; any other path unchanged."""
     given = Path(path)
     return given.relative_to(folder).as_posix() if given.is_absolute() and given.is_relative_to(folder) else path
 
@@ -153,9 +154,9 @@ def _split(command: Sequence[str], folder: Path) -> tuple[str, str, list[str]]:
     if interpreter.endswith(".py"):
         interpreter, rest = "python", [*command]
     elif not re.fullmatch(r"(.*/)?python[0-9.]*", interpreter):
-        raise UserError(f"{interpreter}: a job is a story run by python. Usage: {USAGE}")
+        raise UserError(f"{interpreter}: a job is a pipeline file run by python. Usage: {USAGE}")
     if not rest or rest[0].startswith("-"):
-        raise UserError(f"{shlex.join(command)}: no story after {interpreter}. Usage: {USAGE}")
+        raise UserError(f"{shlex.join(command)}: no pipeline file after {interpreter}. Usage: {USAGE}")
     script = Path(os.path.normpath(rest[0]))
     if script.is_absolute():
         if not script.is_relative_to(folder):
@@ -238,7 +239,7 @@ def _literal(node: ast.expr | None, default: Any, place: str, name: str) -> Any:
 
 
 def _options(rest: Sequence[str]) -> tuple[str | None, list[str], str | None, list[str]]:
-    """Recipe, `--set` values, `--out` and the other options of a story's command line."""
+    """Recipe, `--set` values, `--out` and the other options of a pipeline's command line."""
     recipe, settings, out, others = None, list[str](), None, list[str]()
     parts = list(rest)
     while parts:
@@ -263,7 +264,7 @@ def _options(rest: Sequence[str]) -> tuple[str | None, list[str], str | None, li
 
 
 def _output(target: Target, recipe: Recipe, out: str | None) -> str:
-    """Where the run writes: `--out`, or the target's `outputs` with the recipe's name; refused where nodes differ."""
+    """Output root: `--out`, or the target's `outputs` with the recipe's name; refused unless every node sees it."""
     if out is None:
         if target.outputs is None:
             raise UserError(

@@ -1,4 +1,7 @@
-"""Submission: the backend of a target, and the pipeline's own dry run on this machine."""
+"""Submission: the backend of a target, and the pipeline's own dry run on this machine.
+
+Apart from `backend.py`, which every backend imports, since this module imports every backend.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from nvembed.jobs.target import Target
 from nvembed.preflight.findings import PreflightError
 from nvembed.types import UserError
 
-ERRORS: dict[int, type[Exception]] = {2: UserError, 3: PreflightError}  # a story's exit codes; `submit` ends with them
+ERRORS: dict[int, type[Exception]] = {2: UserError, 3: PreflightError}  # by a pipeline's exit code
 
 
 def open_backend(target: Target) -> Backend:
-    """The backend of a target; nothing is contacted yet."""
+    """The backend of a target; connects to nothing."""
     if isinstance(target, RayTarget):
         return RayBackend(target)
     if isinstance(target, KubeRayTarget):
@@ -32,10 +35,10 @@ def open_backend(target: Target) -> Backend:
 
 
 def rehearse(job: Job, *, as_json: bool) -> str:
-    """What the story would do with its recipe and output, as this machine sees them; touches nothing.
+    """The output of the pipeline's own `--dry-run` on this machine; touches nothing.
 
     Args:
-        job: what would be submitted.
+        job: the job to submit.
         as_json: the machine-readable form.
 
     Returns:
@@ -43,14 +46,14 @@ def rehearse(job: Job, *, as_json: bool) -> str:
         or skip.
 
     Raises:
-        UserError, PreflightError: the story would refuse to begin, with 2 or 3.
-        RuntimeError: it ended otherwise.
+        UserError, PreflightError: the pipeline would end with 2 or 3 before its first step.
+        RuntimeError: it ended with another code.
     """
     command = [sys.executable, *job.argv[1:], "--dry-run", *(["--json"] if as_json else [])]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=job.folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).removeprefix("error: ")
+        message = (done.stderr.strip() or done.stdout.strip()).removeprefix("error: ")
         kind = ERRORS.get(done.returncode, RuntimeError)
-        raise kind(f"{job.story} would end with {done.returncode}: {said or 'it said nothing'}")
+        raise kind(f"{job.script} would end with {done.returncode}: {message or 'no message'}")
     return done.stdout

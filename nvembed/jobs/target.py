@@ -1,4 +1,4 @@
-"""Reading a target: the same line marks and all-errors-at-once as recipes have."""
+"""Reading and checking a target: all problems at once, each with its line, as for recipes; sizes in its values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS: dict[str, type[Target]] = {
     "slurm": SlurmTarget,
     "cloud": CloudTarget,
 }
-LEFT_BYTES = 2**30  # of a pod's memory beside /dev/shm: Ray and one worker
+LEFT_BYTES = 2**30  # memory of a pod beside /dev/shm: Ray and one worker
 SHARE = 0.9  # of /dev/shm; Ray keeps a little beside its store
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -30,7 +30,7 @@ def load_target(path: str) -> Target:
     """Read and check a target.
 
     Raises:
-        RecipeError: listing everything that is wrong, each with its line.
+        RecipeError: all problems, each with its line.
         UserError: there is no such file.
     """
     document, problems = parse(read_yaml(path, "target"), path, "target")
@@ -39,10 +39,10 @@ def load_target(path: str) -> Target:
     kind = document.data.get("type")
     if kind not in KINDS:
         hint = nearest(str(kind), list(KINDS))
-        said = "missing;" if kind is None else f"{kind!r}:"
+        reason = "missing;" if kind is None else f"{kind!r}:"
         where = ("type",)
         raise RecipeError(
-            path, [*problems, Problem(document.position(where), where, f"{said} allowed: {', '.join(KINDS)}.{hint}")]
+            path, [*problems, Problem(document.position(where), where, f"{reason} allowed: {', '.join(KINDS)}.{hint}")]
         )
     model = KINDS[str(kind)]
     problems += validate(model, document)[1]
@@ -56,7 +56,7 @@ def load_target(path: str) -> Target:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an http address is of this machine."""
+    """Whether an http address is one of this machine."""
     return urlsplit(address).hostname in LOOPBACK
 
 
@@ -66,13 +66,13 @@ def _secrets(document: Document) -> list[Problem]:
     problems = []
     for name, why in wrong_variables(plain).items():
         path: Path = ("env_vars", name)
-        said = f"{why}; name it under `secrets`, so that the cluster provides it"
-        problems.append(Problem(document.position(path, key=True), path, said))
+        message = f"{why}; name it under `secrets`, so that the cluster provides it"
+        problems.append(Problem(document.position(path, key=True), path, message))
     rest = {key: value for key, value in document.data.items() if key != "env_vars"}
     for path, text in _texts(rest, ()):
-        if found := leaks([text]):
-            said = f"holds {' and '.join(found)}; a target is data that others read. Name it under `secrets`"
-            problems.append(Problem(document.position(path), path, said))
+        if secrets := leaks([text]):
+            message = f"holds {' and '.join(secrets)}; others read a target. Name it under `secrets`"
+            problems.append(Problem(document.position(path), path, message))
     return problems
 
 
@@ -88,14 +88,14 @@ def _check_ray(target: Any, document: Document) -> list[Problem]:
     problems = []
     if target.authentication == "token" and target.address.startswith("http://"):
         if not is_loopback(target.address) and not target.plain_http:
-            said = (
+            message = (
                 f"{target.address!r}: the token would travel unencrypted; use https, or a tunnel to 127.0.0.1, "
                 "or accept it with plain_http: true"
             )
-            problems.append(Problem(document.position(("address",)), ("address",), said))
+            problems.append(Problem(document.position(("address",)), ("address",), message))
     elif target.authentication == "disabled" and not is_loopback(target.address):
-        said = "'disabled': whoever reaches the address may run anything there; only a loopback address may do without"
-        problems.append(Problem(document.position(("authentication",)), ("authentication",), said))
+        message = "'disabled': anyone who reaches the address can run code; only a loopback address needs no token"
+        problems.append(Problem(document.position(("authentication",)), ("authentication",), message))
     if target.outputs is not None and "://" not in target.outputs:
         problems += _below("outputs", target.outputs, target.shared_paths, document, is_loopback(target.address))
     return problems
@@ -105,8 +105,8 @@ def _below(name: str, path: str, roots: tuple[str, ...], document: Document, any
     if path.startswith("/") and (anywhere or any(inside(path, root) for root in roots)):
         return []
     listed = ", ".join(roots) or "shared_paths is empty"
-    said = f"{path!r}: not on storage that every node sees ({listed}); use a URI or a path below one of these"
-    return [Problem(document.position((name,)), (name,), said)]
+    message = f"{path!r}: not on storage that every node sees ({listed}); use a URI or a path below one of these"
+    return [Problem(document.position((name,)), (name,), message)]
 
 
 def inside(path: str, root: str) -> bool:
@@ -117,11 +117,11 @@ def inside(path: str, root: str) -> bool:
 def _shm_fits(pod: Any, here: Path, document: Document) -> Iterator[Problem]:
     shm, memory = memory_bytes(pod.shm), memory_bytes(pod.memory)
     if memory - shm < LEFT_BYTES:
-        said = (
+        message = (
             f"shm {pod.shm} is counted as memory of the pod, so {pod.memory} leaves {max(0, memory - shm) / 2**30:.2f} "
             "GiB for everything else; raise memory or lower shm"
         )
-        yield Problem(document.position(here), here, said)
+        yield Problem(document.position(here), here, message)
 
 
 def _check_kuberay(target: Any, document: Document) -> list[Problem]:
@@ -131,18 +131,18 @@ def _check_kuberay(target: Any, document: Document) -> list[Problem]:
         here: Path = ("workers", index)
         problems += _shm_fits(group, here, document)
         if group.min_workers > group.max_workers:
-            said = f"min_workers {group.min_workers} is more than max_workers {group.max_workers}"
-            problems.append(Problem(document.position(here), here, said))
+            message = f"min_workers {group.min_workers} is more than max_workers {group.max_workers}"
+            problems.append(Problem(document.position(here), here, message))
         if names.index(group.name) != index:
             problems.append(Problem(document.position(here), (*here, "name"), f"{group.name!r}: used twice"))
     if target.gang is not None and target.autoscaling:
-        said = "true: a gang is admitted whole; with `gang` set autoscaling: false (max_workers are asked for at once)"
-        problems.append(Problem(document.position(("autoscaling",)), ("autoscaling",), said))
+        message = "true: a gang is admitted whole; with `gang`, set autoscaling: false (max_workers start at once)"
+        problems.append(Problem(document.position(("autoscaling",)), ("autoscaling",), message))
     if target.outputs is not None:
         root = target.storage.mount_path if target.storage.type == "claim" else target.storage.uri
         if not inside(target.outputs, root):
-            said = f"{target.outputs!r}: not below the storage, {root}"
-            problems.append(Problem(document.position(("outputs",)), ("outputs",), said))
+            message = f"{target.outputs!r}: not below the storage, {root}"
+            problems.append(Problem(document.position(("outputs",)), ("outputs",), message))
     clash = sorted(set(target.secrets) & set(target.env_vars))
     problems += [
         Problem(document.position(("secrets", name)), ("secrets", name), "also in env_vars; keep one") for name in clash
@@ -153,13 +153,13 @@ def _check_kuberay(target: Any, document: Document) -> list[Problem]:
 def _check_slurm(target: Any, document: Document) -> list[Problem]:
     problems = []
     if target.outputs is not None and "://" not in target.outputs and not target.outputs.startswith("/"):
-        said = f"{target.outputs!r}: relative; write a path on storage that every node mounts, or a URI"
-        problems.append(Problem(document.position(("outputs",)), ("outputs",), said))
+        message = f"{target.outputs!r}: relative; write a path on storage that every node mounts, or a URI"
+        problems.append(Problem(document.position(("outputs",)), ("outputs",), message))
     for index, option in enumerate(target.ray_options):
         if option.split("=")[0] in ("--head", "--port", "--node-ip-address", "--block"):
             path: Path = ("ray_options", index)
-            said = f"{option!r}: is set by the job itself"
-            problems.append(Problem(document.position(path), path, said))
+            message = f"{option!r}: is set by the job itself"
+            problems.append(Problem(document.position(path), path, message))
     return problems
 
 
@@ -167,20 +167,20 @@ def _check_cloud(target: Any, document: Document) -> list[Problem]:
     problems = []
     scheme = {"aws": "s3://", "gcp": "gs://"}[target.provider.type]
     if not target.bucket.startswith(scheme):
-        said = f"{target.bucket!r}: on {target.provider.type} a bucket begins with {scheme}"
-        problems.append(Problem(document.position(("bucket",)), ("bucket",), said))
+        message = f"{target.bucket!r}: on {target.provider.type} a bucket begins with {scheme}"
+        problems.append(Problem(document.position(("bucket",)), ("bucket",), message))
     if target.outputs is not None and not inside(target.outputs, target.mount_path):
-        said = f"{target.outputs!r}: not below mount_path, {target.mount_path}"
-        problems.append(Problem(document.position(("outputs",)), ("outputs",), said))
+        message = f"{target.outputs!r}: not below mount_path, {target.mount_path}"
+        problems.append(Problem(document.position(("outputs",)), ("outputs",), message))
     for index, group in enumerate(target.workers):
         if group.min_workers > group.max_workers:
             here: Path = ("workers", index)
-            said = f"min_workers {group.min_workers} is more than max_workers {group.max_workers}"
-            problems.append(Problem(document.position(here), here, said))
+            message = f"min_workers {group.min_workers} is more than max_workers {group.max_workers}"
+            problems.append(Problem(document.position(here), here, message))
     for place in target.models:
         if inside(place, target.mount_path) or ".." in place.split("/"):
-            said = f"a folder of the machine's own is wanted, not one below the bucket's mount, {target.mount_path}"
-            problems.append(Problem(document.position(("models", place), key=True), ("models", place), said))
+            message = f"must be a folder on the machine's own disk, not below the bucket's mount, {target.mount_path}"
+            problems.append(Problem(document.position(("models", place), key=True), ("models", place), message))
     return [*problems, *_cloud_secrets(target, document)]
 
 
@@ -188,17 +188,17 @@ def _cloud_secrets(target: Any, document: Document) -> Iterator[Problem]:
     aws = target.provider.type == "aws"
     for name, secret in target.secrets.items():
         here: Path = ("secrets", name)
-        said = ""
+        message = ""
         if (secret.secret is None) == (secret.parameter is None):
-            said = "say where it lies: `secret`, or `parameter` (AWS only)"
+            message = "give one source: `secret`, or `parameter` (AWS only)"
         elif secret.parameter is not None and not aws:
-            said = "`parameter` is AWS's Parameter Store; on gcp name a `secret`"
+            message = "`parameter` is AWS's Parameter Store; on gcp name a `secret`"
         elif secret.version != "latest" and aws:
-            said = "`version` is of GCP's secrets; AWS gives the current one"
+            message = "`version` is of GCP's secrets; AWS gives the current one"
         elif name in target.env_vars:
-            said = "also in env_vars; keep one"
-        if said:
-            yield Problem(document.position(here, key=True), here, said)
+            message = "also in env_vars; keep one"
+        if message:
+            yield Problem(document.position(here, key=True), here, message)
 
 
 _CHECKS: dict[str, Callable[[Any, Document], list[Problem]]] = {
@@ -218,20 +218,20 @@ def quantity_bytes(text: str) -> int:
     Raises:
         ValueError: something else.
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKmMgGtT]?)(i?)b?", text)
-    if found is None:
-        raise ValueError(f"{text!r} is no size; write 8Gi or 8g")
-    number, unit, binary = found.groups()
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kKmMgGtT]?)(i?)b?", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write 8Gi or 8g")
+    number, unit, binary = match.groups()
     base = 1024 if binary or unit.islower() else 1000
     return int(float(number) * base ** _POWERS[unit.lower()])
 
 
 def memory_bytes(text: str) -> float:
     """Bytes of a quantity of Kubernetes, whose small letters are thousandths: "16Gi", "1.5G", "1000m", "2Pi"."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([numkKMGTPE]?)(i?)", text)
-    if found is None:
-        raise ValueError(f"{text!r} is no quantity of Kubernetes")
-    number, unit, binary = found.groups()
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([numkKMGTPE]?)(i?)", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a quantity of Kubernetes")
+    number, unit, binary = match.groups()
     power = {"n": -3, "u": -2, "m": -1, "": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}[unit]
     return float(number) * (1024 if binary else 1000) ** power
 

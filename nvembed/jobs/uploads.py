@@ -1,4 +1,4 @@
-"""The code that travels with a job: what git does not ignore, without outputs, caches, environments, secrets."""
+"""The files uploaded with a job: what git does not ignore, without outputs, caches, environments and secrets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class WorkingDir:
-    """Files that travel, relative to `folder`, with their sizes."""
+    """Files to upload, relative to `folder`, with their sizes."""
 
     folder: Path
     files: Mapping[str, int]
@@ -51,7 +51,7 @@ class WorkingDir:
 
 
 def collect(folder: Path, excludes: Sequence[str], max_megabytes: float) -> WorkingDir:
-    """The files of a folder that travel.
+    """The files of a folder to upload.
 
     Raises:
         UserError: no such folder; together too large (the biggest are named); a link leads out of the folder; a file
@@ -61,20 +61,20 @@ def collect(folder: Path, excludes: Sequence[str], max_megabytes: float) -> Work
         raise UserError(f"working_dir {folder}: no such directory")
     spec = GitIgnoreSpec.from_lines([*NEVER, *_lines(folder / ".rayignore"), *excludes])
     names = _from_git(folder)
-    found = {}
-    for name in sorted(_walk(folder) if names is None else names):
+    sizes = {}
+    for name in sorted(_list_files(folder) if names is None else names):
         path = folder / name
         if spec.match_file(name) or not path.is_file():  # a deleted file is still in git's index
             continue
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{path}: a link that leads out of the working directory; add it to `excludes`")
-        found[name] = path.stat().st_size
-    travels = WorkingDir(folder, found)
+        sizes[name] = path.stat().st_size
+    travels = WorkingDir(folder, sizes)
     if travels.megabytes > max_megabytes:
         listed = "\n".join(f"  {size / 1e6:8.1f} MB  {name}" for name, size in travels.biggest)
         raise UserError(
-            f"working_dir {folder}: {travels.megabytes:.1f} MB in {len(found)} files, more than max_megabytes "
-            f"{max_megabytes:g}. The biggest:\n{listed}\nAdd what is no code to `excludes` or .gitignore."
+            f"working_dir {folder}: {travels.megabytes:.1f} MB in {len(sizes)} files, more than max_megabytes "
+            f"{max_megabytes:g}. The biggest:\n{listed}\nAdd other files than code to `excludes` or .gitignore."
         )
     _refuse_secrets(travels)
     return travels
@@ -90,8 +90,8 @@ def _from_git(folder: Path) -> list[str] | None:
     return sorted({os.fsdecode(name) for name in done.stdout.split(b"\0") if name})
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    """Every file, but what .gitignore files name and what lies in virtual environments."""
+def _list_files(folder: Path) -> Iterator[str]:
+    """Every file except those that .gitignore files name and those of virtual environments."""
     ignored: dict[Path, GitIgnoreSpec] = {}
     never = GitIgnoreSpec.from_lines(NEVER)
     for here, directories, names in os.walk(folder):
@@ -120,11 +120,11 @@ def _refuse_secrets(travels: WorkingDir) -> None:
         if not values or size > SCANNED_BYTES:
             continue
         data = (travels.folder / name).read_bytes()
-        held = sorted(variable for value, variable in values.items() if value in data)
-        if held:
+        variables = sorted(variable for value, variable in values.items() if value in data)
+        if variables:
             raise UserError(
-                f"{travels.folder / name}: holds the value of {held[0]}, a secret of your environment, and would be "
-                "sent. Take it out, or add the file to `excludes`."
+                f"{travels.folder / name}: holds the value of {variables[0]}, a secret of your environment, and would "
+                "be sent. Take it out, or add the file to `excludes`."
             )
 
 
@@ -132,18 +132,22 @@ def _refuse_secrets(travels: WorkingDir) -> None:
 
 
 def leaks(texts: Iterable[str], environment: Mapping[str, str] | None = None) -> list[str]:
-    """What the texts hold that must not be sent: sentences that name a secret without showing it."""
+    """The secrets in texts, as phrases that name each without showing it.
+
+    A secret reaches a job only as a reference: the name of a variable that the cluster provides, a key of a Kubernetes
+    Secret, a file on the cluster.
+    """
     joined = "\n".join(texts)
-    found = [f"the value of {name}" for value, name in secret_values(environment).items() if value in joined]
+    values = [f"the value of {name}" for value, name in secret_values(environment).items() if value in joined]
     return [
-        *sorted(found),
+        *sorted(values),
         *(["a password inside a URL"] if has_credentials(joined) else []),
         *(["what has the shape of an access token"] if has_token(joined) else []),
     ]
 
 
 def wrong_variables(variables: Mapping[str, str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Name -> why of the plain settings that are secrets."""
+    """Name -> reason for the plain settings that are secrets."""
     values = secret_values(environment)
     wrong = {}
     for name, value in variables.items():
@@ -153,6 +157,6 @@ def wrong_variables(variables: Mapping[str, str], environment: Mapping[str, str]
             wrong[name] = f"has the value of {values[value]}, a secret of your environment"
         elif has_credentials(value):
             wrong[name] = "holds a URL with a password"
-        elif found := leaks([value], environment):
-            wrong[name] = f"holds {' and '.join(found)}"
+        elif secrets := leaks([value], environment):
+            wrong[name] = f"holds {' and '.join(secrets)}"
     return wrong

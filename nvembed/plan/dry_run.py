@@ -46,12 +46,12 @@ class DryRun(Protocol):
 
 
 def sources(recipe: Recipe, document: Document) -> dict[str, str]:
-    """Where every value of the resolved recipe comes from: `recipe.yaml:12`, `--set a.b=c` or `default`."""
+    """Source of every value of the resolved recipe: `recipe.yaml:12`, `--set a.b=c` or `default`."""
     return {dotted(path): source_of(document, path) for path, _ in _leaves(recipe.model_dump(mode="json"), ())}
 
 
 def source_of(document: Document, path: Path) -> str:
-    """Where a value comes from; a value inside one that was set whole comes from that setting."""
+    """Source of a value; a value inside one that was set as a whole has the source of that setting."""
     value: Any = document.data
     for part in path:
         try:

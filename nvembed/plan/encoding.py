@@ -62,7 +62,7 @@ class EncoderSizes:
 
 
 def encoder_sizes(retriever: RetrieverConfig) -> EncoderSizes | None:
-    """Sizes of an off-the-shelf encoder: from its package, its folder, or the table; None where they are not here."""
+    """Sizes of an off-the-shelf encoder: from its package, its folder, or the table; None where it is not known."""
     try:
         if isinstance(retriever, PackageModel):
             from nvembed.retrieval.encoders import package_folder

@@ -51,7 +51,7 @@ class Memory:
 
     @property
     def growth(self) -> float:
-        """All but the process itself: what a measurement can see of a stage."""
+        """All parts without the process itself, which is what a measurement of a stage shows."""
         return self.weights + self.gradients + self.optimiser + self.activations + self.buffers
 
     @property

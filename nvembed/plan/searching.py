@@ -50,7 +50,7 @@ def shard_bytes(rows: int, dim: int, kind: str) -> float:
 def search_core_seconds(
     queries: int, documents: int, dim: int, *, depth: int, read_bytes: float, hardware: Hardware, gpu: bool
 ) -> float:
-    """Seconds of one device for one task: reading, products, settling what they propose."""
+    """Seconds of one device for one task: reading, products, rescoring of the proposed candidates."""
     kind, pairs = "gpu" if gpu else "cpu", float(queries) * documents
     share = GPU_PRODUCT_SHARE if gpu else PRODUCT_SHARE
     products = search_flops(queries, documents, dim) / (hardware.peak_tflops * 1e12 * share)

@@ -16,7 +16,7 @@ from nvembed.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Model:
-    """What a stage trains, before an adapter is put on it."""
+    """The model of a stage, without its adapter."""
 
     shape: Shape
     pooling: PoolingConfig

@@ -90,7 +90,7 @@ def update_seconds(stage: StageSizes, hardware: Hardware) -> float:
 
 
 def stage_storage(stage: StageSizes, length: float) -> dict[str, float]:
-    """Bytes a stage leaves on storage, and what its checkpoints take while it runs."""
+    """Bytes of a stage's stream and model folder, and of its checkpoints while it runs."""
     assert stage.model is not None and stage.trained is not None
     one = 4.0 * stage.trained * CHECKPOINT_KINDS[stage.train.optimiser.type]
     return {

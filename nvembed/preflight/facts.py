@@ -136,7 +136,7 @@ def _ask(ray: Any, calls: Mapping[str, Any], seconds: float = ANSWER_SECONDS) ->
 
 
 def _skew(ray: Any, actor: Any) -> float | None:
-    """How far a node's clock is ahead; 0 within what the round trip leaves open; best of three. None: no answer."""
+    """Seconds that a node's clock is ahead, less the uncertainty of the round trip; best of three. None: no answer."""
     best = None
     for _ in range(3):
         before = time.time()

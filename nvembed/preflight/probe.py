@@ -102,7 +102,7 @@ def _accept(listener: socket.socket) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Python and the libraries whose versions decide results or formats; None where one is missing."""
+    """Versions of Python and of the libraries that decide results or formats; None for a missing one."""
     return {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}}
 
 
@@ -179,7 +179,7 @@ def listed(scratch: str) -> set[str]:
 
 
 def clear(scratch: str) -> None:
-    """Remove the scratch directory, and the directory around it where that is empty (this check made it then)."""
+    """Remove the scratch directory, and the directory around it if that is empty (then this check made it)."""
     import fsspec
 
     fs, path = fsspec.core.url_to_fs(scratch)

@@ -104,7 +104,7 @@ class Recipe(Config):
 
 
 class RecipeError(UserError):
-    """A recipe that cannot be run; `problems` holds everything wrong with it."""
+    """An invalid recipe or target; `problems` lists everything wrong with it."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.problems = tuple(sorted(set(problems), key=_order))

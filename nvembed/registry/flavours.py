@@ -22,7 +22,7 @@ _A_SENTENCE = "a sentence"
 
 
 def write_flavours(target: Path, folder: Path, name: str) -> None:
-    """Write everything of the MLflow model but the folder itself, which lies at `FOLDER` beside it.
+    """Write the MLflow model without the model folder, which is stored at `FOLDER` beside it.
 
     Args:
         target: directory to make.

@@ -33,7 +33,7 @@ Provenance = Mapping[str, Any]
 
 
 def trace(model: Artifact, scores: Artifact) -> dict[str, Any]:
-    """The chain of a model artifact and of its evaluation, as `provenance.json` holds it.
+    """The chain of a model artifact and of its evaluation, the content of `provenance.json`.
 
     An input that is gone or has changed since is left out; `chain_problems` then reports it.
     """

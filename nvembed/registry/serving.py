@@ -139,7 +139,7 @@ def read_request(model_input: Any, params: dict[str, Any]) -> tuple[list[str], d
 
 
 class EmbeddingsModel(Embeddings, PythonModel):
-    """What MLflow loads. Of a class with its own `predict` it would ask for type hints; the schema is in MLmodel."""
+    """The class for MLflow, which requires type hints of a class with its own `predict`; the schema is in MLmodel."""
 
 
 mlflow.models.set_model(EmbeddingsModel())

@@ -226,7 +226,7 @@ class StepRun:
         return None if self._tracker.store is None else self._state["run_id"]
 
     def start(self) -> None:
-        """Make the run visible as running; nothing happens where the step was sent in full before."""
+        """Mark the run as running, unless the step was sent in full before."""
         if not self._settled:
             self._tracker._attempt(self._describe)
 

@@ -1,4 +1,4 @@
-"""The command after `--`, what travels with it, and what never does."""
+"""The command after `--`, the files uploaded with it, and those never uploaded."""
 
 import re
 import shutil
@@ -31,12 +31,12 @@ CLOUD = CloudTarget(
     type="cloud", cluster_name="c", image="i", bucket="s3://b", provider={"type": "aws", "region": "r"},  # type: ignore[arg-type]
     head={"machine": "m", "cpus": 2}, workers=[{"machine": "m", "cpus": 2}],  # type: ignore[arg-type]
 )  # fmt: skip
-STORY = ("python", "light.py")
+COMMAND = ("python", "light.py")
 
 
 def test_the_parts_of_a_command(checkout: Path) -> None:
     options = ["--set", "name=a", "--out=/o/", "recipes/light.yaml", "--set=mine.depth=9", "--no-auto-promote"]
-    job = read_job(LOCAL, [*STORY, *options])
+    job = read_job(LOCAL, [*COMMAND, *options])
     assert job.recipe.name == "a" and job.recipe.mine.depth == 9 and job.out == "/o"
     assert job.argv == [
         "python", "light.py", "recipes/light.yaml", "--set", "name=a", "--set", "mine.depth=9", "--out", "/o",
@@ -44,7 +44,7 @@ def test_the_parts_of_a_command(checkout: Path) -> None:
     ]  # fmt: skip
     assert job.with_resolved_recipe("R", "S") == ["python", "S", "R", "--out", "/o", "--no-auto-promote"]
     assert read_job(LOCAL, ["light.py", "--out", "/o"]).argv == ["python", "light.py", "--out", "/o"]
-    absolute = read_job(LOCAL, [*STORY, str(checkout / "recipes/light.yaml"), "--out", "/o"])
+    absolute = read_job(LOCAL, [*COMMAND, str(checkout / "recipes/light.yaml"), "--out", "/o"])
     assert absolute.recipe_path == "recipes/light.yaml", "the job's copy lies elsewhere"
     assert re.fullmatch(r"nvembed-a-[0-9a-f]{10}", job.base)
     about = job.metadata
@@ -57,12 +57,12 @@ def test_the_parts_of_a_command(checkout: Path) -> None:
 
 def test_the_same_run_has_the_same_fingerprint(checkout: Path) -> None:
     def fingerprint(*options: str) -> str:
-        return read_job(LOCAL, [*STORY, "--out", "/o", *options]).fingerprint
+        return read_job(LOCAL, [*COMMAND, "--out", "/o", *options]).fingerprint
 
     plain = fingerprint()
     assert plain == fingerprint("recipes/light.yaml") == fingerprint("--set", "name=light")
     others = [fingerprint("--set", "mine.depth=9"), fingerprint("--no-auto-promote")]
-    others.append(read_job(LOCAL, [*STORY, "--out", "/p"]).fingerprint)
+    others.append(read_job(LOCAL, [*COMMAND, "--out", "/p"]).fingerprint)
     assert len({plain, *others}) == 4
 
 
@@ -77,41 +77,41 @@ def test_ids_are_names_that_kubernetes_takes(tail: str, number: int) -> None:
 
 BAD: list[tuple[Any, list[str], str]] = [
     (LOCAL, [], "no command"),
-    (LOCAL, ["bash", "x.sh"], "a job is a story run by python"),
-    (LOCAL, ["python", "-m", "x"], "no story after python"),
+    (LOCAL, ["bash", "x.sh"], "a job is a pipeline file run by python"),
+    (LOCAL, ["python", "-m", "x"], "no pipeline file after python"),
     (LOCAL, ["python", "no.py"], "no.py: no such file"),
     (LOCAL, ["python", "../x.py"], "outside the working directory"),
     (LOCAL, ["python", "/etc/x.py"], "outside the working directory"),
     (LOCAL, ["python", "plain.py"], "plain.py: declares no pipeline: it has no module-level `PIPELINE = Pipeline("),
     (LOCAL, ["python", "broken.py"], "not a Python file"),
-    (LOCAL, [*STORY], "no --out: the job runs on other machines"),
-    (LOCAL, [*STORY, "--out"], "--out needs a value"),
-    (LOCAL, [*STORY, "--out", "runs/x"], "not on storage that every node sees"),
-    (LOCAL, [*STORY, "a.yaml", "b.yaml", "--out", "/o"], "a second recipe after a.yaml"),
-    (LOCAL, [*STORY, "--out", "/o", "--set", "mine.depht=3"], "Did you mean 'depth'?"),
-    (LOCAL, [*STORY, "no.yaml", "--out", "/o"], "no such recipe"),
-    (REMOTE, [*STORY, "--out", "/home/me/x"], "Give a URI, or a path below /shared"),
-    (REMOTE, [*STORY, "--out", "/shared/../x"], "Give a URI, or a path below /shared"),
-    (KUBERAY, [*STORY, "--out", "/tmp/x"], "a path below /shared"),
-    (SLURM, [*STORY, "--out", "x"], "with / at its beginning"),
-    (CLOUD, [*STORY, "--out", "s3://b/x"], "write below /mnt/nvembed"),
+    (LOCAL, [*COMMAND], "no --out: the job runs on other machines"),
+    (LOCAL, [*COMMAND, "--out"], "--out needs a value"),
+    (LOCAL, [*COMMAND, "--out", "runs/x"], "not on storage that every node sees"),
+    (LOCAL, [*COMMAND, "a.yaml", "b.yaml", "--out", "/o"], "a second recipe after a.yaml"),
+    (LOCAL, [*COMMAND, "--out", "/o", "--set", "mine.depht=3"], "Did you mean 'depth'?"),
+    (LOCAL, [*COMMAND, "no.yaml", "--out", "/o"], "no such recipe"),
+    (REMOTE, [*COMMAND, "--out", "/home/me/x"], "Give a URI, or a path below /shared"),
+    (REMOTE, [*COMMAND, "--out", "/shared/../x"], "Give a URI, or a path below /shared"),
+    (KUBERAY, [*COMMAND, "--out", "/tmp/x"], "a path below /shared"),
+    (SLURM, [*COMMAND, "--out", "x"], "with / at its beginning"),
+    (CLOUD, [*COMMAND, "--out", "s3://b/x"], "write below /mnt/nvembed"),
     (
         LOCAL,
-        [*STORY, "--out", "/o", "--set", "tracking.uri=http://u:hunter2@h"],
+        [*COMMAND, "--out", "/o", "--set", "tracking.uri=http://u:hunter2@h"],
         "a URL with a password or token in it",
     ),
 ]
 
 
-@pytest.mark.parametrize(("target", "command", "said"), BAD, ids=range(len(BAD)))
-def test_bad_commands_are_told_before_anything_is_sent(
-    checkout: Path, target: Any, command: list[str], said: str
+@pytest.mark.parametrize(("target", "command", "message"), BAD, ids=range(len(BAD)))
+def test_bad_commands_are_refused_before_anything_is_sent(
+    checkout: Path, target: Any, command: list[str], message: str
 ) -> None:
     (checkout / "plain.py").write_text("print(1)\n")
     (checkout / "broken.py").write_text("def (\n")
     with pytest.raises(UserError) as raised:
         read_job(target, command)
-    assert said in str(raised.value) and "hunter2" not in str(raised.value)
+    assert message in str(raised.value) and "hunter2" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_recipe_on_the_command_line_needs_no_default(checkout: Path) -> None:
 
 
 def test_the_recipe_is_the_one_below_the_working_directory(checkout: Path, tmp_path: Path) -> None:
-    """The story runs there, so what is checked here must be what it reads there."""
+    """The pipeline runs there, so the file checked here must be the one it reads there."""
     other = tmp_path / "other"
     shutil.copytree(checkout, other)
     recipe = (checkout / "recipes/light.yaml").read_text()
@@ -164,19 +164,19 @@ def test_the_recipe_is_the_one_below_the_working_directory(checkout: Path, tmp_p
 
 def test_outputs_on_shared_storage(checkout: Path) -> None:
     for target, out in [(REMOTE, "/shared/a"), (REMOTE, "s3://b/a"), (KUBERAY, "/shared/a"), (CLOUD, "/mnt/nvembed/a")]:
-        assert read_job(target, [*STORY, "--out", out]).out == out
+        assert read_job(target, [*COMMAND, "--out", out]).out == out
     with_outputs = REMOTE.model_copy(update={"outputs": "s3://bucket/runs"})
-    assert read_job(with_outputs, [*STORY]).out == "s3://bucket/runs/light"
+    assert read_job(with_outputs, [*COMMAND]).out == "s3://bucket/runs/light"
 
 
 def test_a_secret_on_the_command_line_is_refused_unseen(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "canary-77aa")
     with pytest.raises(UserError, match="the value of HF_TOKEN") as raised:
-        read_job(LOCAL, [*STORY, "--out", "/o", "--set", "description=canary-77aa"])
+        read_job(LOCAL, [*COMMAND, "--out", "/o", "--set", "description=canary-77aa"])
     assert "canary" not in str(raised.value)
     hidden = REMOTE.model_copy(update={"outputs": "s3://bucket/canary-77aa"})
     with pytest.raises(UserError, match="output holds the value of HF_TOKEN"):
-        read_job(hidden, [*STORY])
+        read_job(hidden, [*COMMAND])
 
 
 # -- what travels -----------------------------------------------------------------------------------------------------
@@ -225,11 +225,11 @@ def test_a_file_with_a_secret_does_not_travel(checkout: Path, monkeypatch: pytes
     assert "canary" not in str(raised.value)
 
 
-def test_a_recipe_that_would_stay_here_is_told(checkout: Path) -> None:
+def test_a_recipe_that_is_not_uploaded_is_refused(checkout: Path) -> None:
     recipe = checkout / "ignored.txt"
     recipe.write_text((checkout / "recipes/light.yaml").read_text())
-    job = read_job(LOCAL, [*STORY, "ignored.txt", "--out", "/o"])
-    with pytest.raises(UserError, match=r"recipe ignored.txt: does not travel"):
+    job = read_job(LOCAL, [*COMMAND, "ignored.txt", "--out", "/o"])
+    with pytest.raises(UserError, match=r"recipe ignored.txt: is not uploaded"):
         backend.RayBackend(LOCAL).preview(job)
 
 
@@ -268,12 +268,12 @@ def state(job_id: str, how: str, fingerprint: str = "f", out: str = "/o") -> Job
 @given(st.lists(st.integers(1, 30), unique=True))
 def test_the_next_try_is_free(tries: list[int]) -> None:
     states = [state(f"nvembed-a-f-{number}", FAILED) for number in tries]
-    found = next_try("nvembed-a-f", [*states, state("nvembed-b-f-99", FAILED), state("nvembed-a-f-x", FAILED)])
-    assert found == f"nvembed-a-f-{max(tries, default=0) + 1}"
+    job_id = next_try("nvembed-a-f", [*states, state("nvembed-b-f-99", FAILED), state("nvembed-a-f-x", FAILED)])
+    assert job_id == f"nvembed-a-f-{max(tries, default=0) + 1}"
 
 
 def test_a_live_run_of_the_same_output_is_refused(checkout: Path) -> None:
-    job = read_job(LOCAL, [*STORY, "--out", "/o"])
+    job = read_job(LOCAL, [*COMMAND, "--out", "/o"])
     refuse_if_alive(job, [state("x-1", SUCCEEDED, job.fingerprint), state("x-2", RUNNING, "other", "/p")])
     with pytest.raises(UserError, match="this run is running as x-1"):
         refuse_if_alive(job, [state("x-1", RUNNING, job.fingerprint)])
@@ -285,8 +285,8 @@ def test_choosing_a_job() -> None:
     states = [state("a-1", SUCCEEDED), state("a-2", RUNNING), state("a-3", STOPPED)]
     assert choose(states, None, alive=False).id == "a-3" and choose(states, None, alive=True).id == "a-2"
     assert choose(states, "a-1", alive=False).id == "a-1"
-    for wrong, said in [([], "no job of nvembed"), ([*states, state("a-4", RUNNING)], "which job")]:
-        with pytest.raises(UserError, match=said):
+    for wrong, message in [([], "no job of nvembed"), ([*states, state("a-4", RUNNING)], "which job")]:
+        with pytest.raises(UserError, match=message):
             choose(wrong, None, alive=True)
     with pytest.raises(UserError, match="b-1: no such job"):
         choose(states, "b-1", alive=False)
@@ -301,7 +301,7 @@ def test_exit_codes(how: str, code: int | None, expected: int) -> None:
     assert backend.exit_code(JobState("a", how, exit_code=code)) == expected
 
 
-def test_where_the_token_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_token_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "named").write_text(" from-path\n")
     assert backend.read_token({"RAY_AUTH_TOKEN": "direct", "RAY_AUTH_TOKEN_PATH": "/no"}) == "direct"
@@ -321,8 +321,8 @@ def test_the_driver_looks_for_its_secrets_first(checkout: Path) -> None:
     entry = backend.render_entrypoint(target, job)
     assert entry.endswith("exec python light.py --out '/o with space'")
     probe = entry.rpartition("exec ")[0] + "echo all there"
-    for environment, code, said in [
+    for environment, code, message in [
         ({"NV_A": "x", "NV_B": "y"}, 0, "all there"), ({"NV_A": "x"}, 3, "error: NV_B is not set")
     ]:  # fmt: skip
         done = subprocess.run(["sh", "-c", probe], env=environment, capture_output=True, text=True)
-        assert done.returncode == code and said in done.stdout
+        assert done.returncode == code and message in done.stdout

@@ -1,4 +1,4 @@
-"""What is asked of kubectl, by a stub that keeps what it is given; no Kubernetes runs here."""
+"""Calls of kubectl, with a stub that records them; no Kubernetes runs here."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from nvembed.commands.app import app
 
 STUB = """#!/bin/sh
 here={here}
-echo "$@" >> $here/said
+echo "$@" >> $here/calls
 case "$*" in
   *"get rayjob "*) [ -e $here/away ] && rm $here/away && echo "i/o timeout" >&2 && exit 1 ;;
 esac
@@ -54,37 +54,37 @@ def item(folder: Path, **status: str) -> str:
 
 
 def test_apply_list_follow_and_delete(kubectl: Path) -> None:
-    story = ("--", "python", "light.py")
-    code, said, notes = run("submit", "t.yaml", "--no-wait", *story)
-    assert code == 0 and said.strip().startswith("nvembed-light-"), notes
-    asked = (kubectl / "said").read_text().splitlines()
-    assert "--context prod -n team apply -f -" in asked
+    command = ("--", "python", "light.py")
+    code, output, notes = run("submit", "t.yaml", "--no-wait", *command)
+    assert code == 0 and output.strip().startswith("nvembed-light-"), notes
+    calls = (kubectl / "calls").read_text().splitlines()
+    assert "--context prod -n team apply -f -" in calls
     name = item(kubectl, jobStatus="RUNNING", jobDeploymentStatus="Running")
-    assert name == said.strip()
-    patch = asked[-1].partition(f"patch configmap/{name} --type=merge --patch=")[2]
+    assert name == output.strip()
+    patch = calls[-1].partition(f"patch configmap/{name} --type=merge --patch=")[2]
     owner = {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": name, "uid": "uid-1"}
     assert json.loads(patch) == {"metadata": {"ownerReferences": [owner]}}, "who deletes the RayJob deletes its recipe"
-    code, _, notes = run("submit", "t.yaml", *story)
+    code, _, notes = run("submit", "t.yaml", *command)
     assert code == 2 and f"this run is running as {name}" in notes
     assert f"{name}  running" in run("jobs", "list", "t.yaml")[1]
     item(kubectl, jobStatus="FAILED", jobDeploymentStatus="Failed", message="failed with exit code 2, last")
-    code, said, notes = run("jobs", "logs", "t.yaml", "--follow")
-    assert code == 2 and said == "line 1\nline 2\n" and "failed, exit code 2" in notes
-    code, said, _ = run("submit", "t.yaml", "--no-wait", *story)
-    assert said.strip() == name[:-1] + "2", "the next try has a name of its own"
+    code, output, notes = run("jobs", "logs", "t.yaml", "--follow")
+    assert code == 2 and output == "line 1\nline 2\n" and "failed, exit code 2" in notes
+    code, output, _ = run("submit", "t.yaml", "--no-wait", *command)
+    assert output.strip() == name[:-1] + "2", "the next try has a name of its own"
     item(kubectl, jobStatus="RUNNING", jobDeploymentStatus="Running")
-    code, said, _ = run("jobs", "stop", "t.yaml", "--json")
-    assert code == 0 and json.loads(said)["asked"]
-    assert f"delete rayjob/{name[:-1]}2 configmap/{name[:-1]}2" in (kubectl / "said").read_text()
+    code, output, _ = run("jobs", "stop", "t.yaml", "--json")
+    assert code == 0 and json.loads(output)["asked"]
+    assert f"delete rayjob/{name[:-1]}2 configmap/{name[:-1]}2" in (kubectl / "calls").read_text()
 
 
-def test_an_api_server_that_does_not_answer_for_a_while_is_asked_again(kubectl: Path) -> None:
+def test_an_api_server_that_does_not_answer_for_a_while_is_called_again(kubectl: Path) -> None:
     name = run("submit", "t.yaml", "--no-wait", "--", "python", "light.py")[1].strip()
     item(kubectl, jobStatus="SUCCEEDED", jobDeploymentStatus="Complete")
     (kubectl / "away").touch()
-    code, said, notes = run("jobs", "logs", "t.yaml", name, "--follow")
-    assert code == 0 and said == "line 1\nline 2\n", notes
-    assert "i/o timeout); the job goes on, trying again" in notes
+    code, output, notes = run("jobs", "logs", "t.yaml", name, "--follow")
+    assert code == 0 and output == "line 1\nline 2\n", notes
+    assert "i/o timeout); the job continues, trying again" in notes
 
 
 def test_a_job_that_is_deleted_while_it_is_followed_was_stopped(kubectl: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_job_that_is_deleted_while_it_is_followed_was_stopped(kubectl: Path) -
         ("RUNNING", "Running", "running"),
     ],
 )
-def test_what_kuberay_says_of_a_job(kubectl: Path, status: str, deployment: str, state: str) -> None:
+def test_states_of_kuberay(kubectl: Path, status: str, deployment: str, state: str) -> None:
     name = run("submit", "t.yaml", "--no-wait", "--", "python", "light.py")[1].strip()
     item(kubectl, jobStatus=status, jobDeploymentStatus=deployment)
     assert f"{name}  {state}" in run("jobs", "list", "t.yaml")[1]
@@ -119,22 +119,22 @@ def test_the_end_of_the_log_is_in_no_message(kubectl: Path) -> None:
     tail = "Job entrypoint command failed with exit code -9, last available logs (truncated to 20,000 chars):\n"
     item(kubectl, jobStatus="FAILED", jobDeploymentStatus="Failed", message=f"{tail}a private text\nexit code 5")
     shown = [run("jobs", what, "t.yaml", *more) for what in ("list", "status") for more in ((), ("--json",))]
-    assert all(code == 0 and "private" not in said + notes for code, said, notes in shown)
+    assert all(code == 0 and "private" not in output + notes for code, output, notes in shown)
     assert json.loads(shown[-1][1])["message"] == "Failed Job entrypoint command failed with exit code -9"
-    code, said, notes = run("jobs", "logs", "t.yaml", name, "--follow")
-    assert code == 137 and "private" not in said + notes, "killed by signal 9, as a shell says it"
+    code, output, notes = run("jobs", "logs", "t.yaml", name, "--follow")
+    assert code == 137 and "private" not in output + notes, "killed by signal 9, in the form of a shell"
 
 
-def test_a_cluster_that_lets_nobody_patch_runs_the_job_all_the_same(kubectl: Path) -> None:
+def test_a_cluster_that_forbids_patch_runs_the_job_nevertheless(kubectl: Path) -> None:
     stub = (kubectl / "kubectl").read_text()
     (kubectl / "kubectl").write_text(
         stub.replace('case "$*" in', 'case "$*" in *patch*) echo forbidden >&2; exit 1 ;; esac\ncase "$*" in', 1)
     )
-    code, said, notes = run("submit", "t.yaml", "--no-wait", "--", "python", "light.py")
-    assert code == 0 and f"delete configmap/{said.strip()} yourself" in notes and "forbidden" in notes
+    code, output, notes = run("submit", "t.yaml", "--no-wait", "--", "python", "light.py")
+    assert code == 0 and f"delete configmap/{output.strip()} yourself" in notes and "forbidden" in notes
 
 
-def test_kubectls_own_words_are_passed_on(kubectl: Path) -> None:
+def test_kubectls_own_message_is_passed_on(kubectl: Path) -> None:
     (kubectl / "kubectl").write_text("#!/bin/sh\necho 'error: no kind RayJob' >&2\nexit 1\n")
     code, _, notes = run("jobs", "list", "t.yaml")
     assert code == 3 and "error: no kind RayJob" in notes

@@ -57,14 +57,14 @@ def test_what_the_environment_of_the_tests_has_is_what_is_locked() -> None:
     known = {}
     for name, version in PINS.items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found = importlib.metadata.distribution(name)
-            if found.version == version:
-                known[name] = found
+            distribution = importlib.metadata.distribution(name)
+            if distribution.version == version:
+                known[name] = distribution
     if len(known) < len(PINS) // 2:
         pytest.skip(f"only {len(known)} of {len(PINS)} locked versions are installed here")
     wrong = []
-    for name, found in known.items():
-        for requirement in map(Requirement, found.requires or []):
+    for name, distribution in known.items():
+        for requirement in map(Requirement, distribution.requires or []):
             if requirement.marker and not requirement.marker.evaluate({"extra": "", **IMAGE}):
                 continue
             pinned = PINS.get(canonicalize_name(requirement.name))
@@ -74,8 +74,8 @@ def test_what_the_environment_of_the_tests_has_is_what_is_locked() -> None:
 
 
 def test_the_lock_names_no_host_and_no_path() -> None:
-    said = "\n".join(line for line in LOCK.splitlines() if not line.startswith("#"))
-    assert "://" not in said and "/" not in said and "index" not in said and "+" not in said
+    lines = "\n".join(line for line in LOCK.splitlines() if not line.startswith("#"))
+    assert "://" not in lines and "/" not in lines and "index" not in lines and "+" not in lines
     assert PINS["torch"] == "2.13.0"
 
 

@@ -1,5 +1,5 @@
 """Secrets fetched on a machine: boto3 against a real server of AWS's protocols (moto), Google's own client against a
-stub of the metadata server and of Secret Manager. No cloud is asked."""
+stub of the metadata server and of Secret Manager. No cloud is contacted."""
 
 import base64
 import http.server
@@ -89,11 +89,11 @@ def test_jobs_on_a_machine_have_them_and_nothing_else_shows_them(
     aws: CloudTarget, start_head: Any, checkout: Path, tmp_path: Path
 ) -> None:
     """A real head, started as a machine of a cloud starts Ray: a job and its tasks see what was fetched."""
-    story = (checkout / "light.py").read_text()
+    text = (checkout / "light.py").read_text()
     seen = "ray.get(where.remote())\n    print('task sees', len(ray.get(sees.remote())), len(os.environ['NV_KEY']))"
     task = "@ray.remote\n    def sees() -> str:\n        return os.environ['NV_TOKEN']\n\n    "
-    story = story.replace("@ray.remote", f"{task}@ray.remote", 1).replace("ray.get(where.remote())", seen, 1)
-    (checkout / "light.py").write_text(story)
+    text = text.replace("@ray.remote", f"{task}@ray.remote", 1).replace("ray.get(where.remote())", seen, 1)
+    (checkout / "light.py").write_text(text)
     with start_head(tmp_path, lambda line: node_secrets.command_with_secrets(aws, line)) as head:
         (checkout / "target.yaml").write_text(
             f"type: ray\naddress: {head.address}\noutputs: {tmp_path}/out\nsecrets: [NV_TOKEN, NV_PASSWORD, NV_KEY]\n"
@@ -118,7 +118,7 @@ def test_jobs_on_a_machine_have_them_and_nothing_else_shows_them(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("where", "said"),
+    ("where", "message"),
     [
         ("aws-secret:eu-central-1:nvembed/none", "ResourceNotFoundException"),
         ("aws-parameter:eu-central-1:/nvembed/none", "ParameterNotFound"),
@@ -128,16 +128,16 @@ def test_jobs_on_a_machine_have_them_and_nothing_else_shows_them(
     ],
 )
 def test_what_cannot_be_had_ends_with_3_and_shows_nothing(
-    aws: CloudTarget, capsys: pytest.CaptureFixture[str], where: str, said: str
+    aws: CloudTarget, capsys: pytest.CaptureFixture[str], where: str, message: str
 ) -> None:
     assert node_secrets.main([f"NV_X={where}", "--", "/bin/false"]) == 3
     shown = capsys.readouterr()
-    assert said in shown.err and f"NV_X: {where}" in shown.err and "GetSecretValue" in shown.err
+    assert message in shown.err and f"NV_X: {where}" in shown.err and "GetSecretValue" in shown.err
     assert "canary" not in shown.err + shown.out and "Traceback" not in shown.err
 
 
 class Google(http.server.BaseHTTPRequestHandler):
-    """The metadata server's token, and Secret Manager's answer to whoever carries it."""
+    """The metadata server's token, and Secret Manager's answer to a request with it."""
 
     def do_GET(self) -> None:
         if "/computeMetadata/" in self.path or self.path == "/":
@@ -173,7 +173,7 @@ def test_google_gives_a_machine_what_its_account_may_read(
     assert where == "gcp-secret:p:nvembed-hf/versions/latest"
     for name in ("GOOGLE_APPLICATION_CREDENTIALS", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no credentials of whoever runs this
+    monkeypatch.setenv("HOME", str(tmp_path))  # no credentials of the user who runs the tests
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Google) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for name in ("GCE_METADATA_HOST", "GCE_METADATA_IP"):
@@ -191,7 +191,7 @@ def test_only_model_folders_are_copied_to_machines(tmp_path: Path) -> None:
 
     folder = tmp_path / "base"
     target = cloud({"type": "aws", "region": "r"}, models={"/home/ray/models/base": str(folder)})
-    with pytest.raises(UserError, match=r"/home/ray/models/base: .*/base is no model folder here"):
+    with pytest.raises(UserError, match=r"/home/ray/models/base: .*/base is not a model folder"):
         check_models(target)
     folder.mkdir()
     (folder / "config.json").write_text("{}")

@@ -61,8 +61,8 @@ class Nvembed:
         return [sys.executable, "-m", "nvembed.cli", *target]
 
     def submit(self, name: str, *options: str, code: int = 0) -> tuple[str, str]:
-        story = ["python", "light.py", "--set", f"name={name}"]
-        return self("submit", "TARGET", *options, "--", *story, code=code)
+        command = ["python", "light.py", "--set", f"name={name}"]
+        return self("submit", "TARGET", *options, "--", *command, code=code)
 
     def states(self) -> list[dict[str, Any]]:
         return list(json.loads(self("jobs", "list", "TARGET", "--json")[0]))
@@ -123,32 +123,36 @@ def nvembed(head: Any, checkout: Path) -> Nvembed:
     return Nvembed(head, checkout)
 
 
-def test_a_job_runs_on_the_cluster_and_is_told_of(nvembed: Nvembed, head: Any) -> None:
+def test_a_job_runs_on_the_cluster_and_is_listed(nvembed: Nvembed, head: Any) -> None:
     (nvembed.checkout / "ignored.txt").write_text("stays here")
-    said, notes = nvembed.submit("light")
+    output, notes = nvembed.submit("light")
     first = nvembed.states()[-1]
     assert first["id"].startswith("nvembed-light-") and first["id"].endswith("-1")
     assert f"{first['id']}: succeeded, exit code 0" in notes
-    assert "attempt 1 of light" in said and "cpus 3.0" in said and "plain a b" in said and "same node True" in said
+    assert (
+        "attempt 1 of light" in output and "cpus 3.0" in output and "plain a b" in output and "same node True" in output
+    )
     assert first["state"] == "succeeded" and first["exit_code"] == 0 and first["ended"] > first["started"]
     about = first["metadata"]
     assert about["nvembed_recipe"] == "light" and len(about["nvembed_recipe_sha256"]) == 64 and about["user"]
     assert len(about["git_revision"]) == 40, "an untracked target file is no change"
     request = urllib.request.Request(f"{head.address}/api/jobs/", headers={"Authorization": f"Bearer {head.token}"})
     known = urllib.request.urlopen(request, timeout=30).read().decode()
-    assert first["id"] in known and CANARY not in known and head.token not in known, "what everybody there may see"
+    assert first["id"] in known and CANARY not in known and head.token not in known, (
+        "which every user of the cluster sees"
+    )
 
 
-def test_the_exit_code_is_the_storys_and_a_second_try_resumes(nvembed: Nvembed) -> None:
-    said, notes = nvembed.submit("wrong", code=2)
-    assert "this story was told to fail" in said and "failed, exit code 2" in notes
-    said, notes = nvembed.submit("wrong", code=2)
-    assert "attempt 2 of wrong" in said, "the second run found the first one's output"
+def test_the_exit_code_is_the_runs_and_a_second_try_resumes(nvembed: Nvembed) -> None:
+    output, notes = nvembed.submit("wrong", code=2)
+    assert "this story was told to fail" in output and "failed, exit code 2" in notes
+    output, notes = nvembed.submit("wrong", code=2)
+    assert "attempt 2 of wrong" in output, "the second run resumed the first one's output"
     wrong = [state for state in nvembed.states() if state["metadata"]["nvembed_recipe"] == "wrong"]
     assert [state["id"].rpartition("-")[2] for state in wrong] == ["1", "2"]
     assert wrong[0]["id"].rpartition("-")[0] == wrong[1]["id"].rpartition("-")[0]
-    said, _ = nvembed("jobs", "status", "TARGET", wrong[0]["id"])
-    assert "failed (exit code 2)" in said and f"nvembed_out: {nvembed.out}/wrong" in said
+    output, _ = nvembed("jobs", "status", "TARGET", wrong[0]["id"])
+    assert "failed (exit code 2)" in output and f"nvembed_out: {nvembed.out}/wrong" in output
     assert "attempt 1 of wrong" in nvembed("jobs", "logs", "TARGET", wrong[0]["id"])[0]
     assert "attempt 2 of wrong" in nvembed("jobs", "logs", "TARGET", "-f", code=2)[0], "the newest, to its end"
 
@@ -167,8 +171,8 @@ def test_detach_refuse_a_second_one_reattach_and_stop(nvembed: Nvembed) -> None:
     assert f"this run is running as {alive[0]['id']}" in refused
     follower = nvembed.start("jobs", "logs", "TARGET", alive[0]["id"], "--follow")
     time.sleep(4)
-    said, _ = nvembed("jobs", "stop", "TARGET")
-    assert said.strip() == f"{alive[0]['id']}: asked to stop"
+    output, _ = nvembed("jobs", "stop", "TARGET")
+    assert output.strip() == f"{alive[0]['id']}: asked to stop"
     log, notes = follower.communicate(timeout=60)
     assert follower.returncode == 130 and "stopped, exit code 130" in notes
     assert "attempt 1 of waits" in log and "interrupted; run the same command again to resume" in log
@@ -181,11 +185,11 @@ def test_following_survives_a_lost_connection_and_says_nothing_twice(nvembed: Nv
     nvembed.target.write_text(nvembed.target.read_text().replace(head.address, wire.address))
     process = nvembed.start("submit", "TARGET", "--", "python", "light.py", "--set", "name=counts")
     assert process.stdout is not None and process.stderr is not None
-    said = ""
-    while "count 3\n" not in said:
+    output = ""
+    while "count 3\n" not in output:
         line = process.stdout.readline()
         assert line or process.poll() is None, process.communicate()
-        said += line
+        output += line
     wire.cut()
     notes = ""
     while "connection lost" not in notes:
@@ -195,21 +199,21 @@ def test_following_survives_a_lost_connection_and_says_nothing_twice(nvembed: Nv
     wire.up = True
     rest, more = process.communicate(timeout=120)
     wire.close()
-    counted = [line for line in (said + rest).splitlines() if line.startswith("count ")]
+    counted = [line for line in (output + rest).splitlines() if line.startswith("count ")]
     assert counted == [f"count {number}" for number in range(20)], "no line is missing, none comes twice"
-    assert process.returncode == 0 and "the job goes on, trying again" in notes and "succeeded, exit code 0" in more
+    assert process.returncode == 0 and "the job continues, trying again" in notes and "succeeded, exit code 0" in more
 
 
 def test_wrong_and_missing_tokens_and_a_cluster_that_is_not_there(nvembed: Nvembed, tmp_path: Path) -> None:
     before, text = nvembed.states(), nvembed.target.read_text()
-    story = ("submit", "TARGET", "--", "python", "light.py")
-    _, said = nvembed(*story, code=3, RAY_AUTH_TOKEN="0" * 32)
-    assert "refused the token" in said and "RAY_AUTH_TOKEN" in said
-    _, said = nvembed(*story, code=3, RAY_AUTH_TOKEN="", HOME=str(tmp_path))
-    assert "no token for the cluster: set RAY_AUTH_TOKEN" in said
+    command = ("submit", "TARGET", "--", "python", "light.py")
+    _, output = nvembed(*command, code=3, RAY_AUTH_TOKEN="0" * 32)
+    assert "refused the token" in output and "RAY_AUTH_TOKEN" in output
+    _, output = nvembed(*command, code=3, RAY_AUTH_TOKEN="", HOME=str(tmp_path))
+    assert "no token for the cluster: set RAY_AUTH_TOKEN" in output
     nvembed.target.write_text("type: ray\naddress: http://127.0.0.1:9\noutputs: /tmp/x\n")
-    _, said = nvembed(*story, code=3)
-    assert "http://127.0.0.1:9 cannot be reached" in said
+    _, output = nvembed(*command, code=3)
+    assert "http://127.0.0.1:9 cannot be reached" in output
     nvembed.target.write_text(text)
     assert nvembed.states() == before, "nothing was sent"
 
@@ -254,19 +258,19 @@ def test_a_cluster_behind_tls_with_an_authority_of_its_own(nvembed: Nvembed, hea
     wire = Wire(int(head.address.rpartition(":")[2]), tls)
     plain = nvembed.target.read_text().replace(head.address, wire.address) + f"shared_paths: [{nvembed.out}]\n"
     nvembed.target.write_text(f"{plain}verify: {own}\n")
-    said, notes = nvembed.submit("light")
-    assert "attempt 1 of light" in said and "succeeded, exit code 0" in notes, "the log's websocket too"
+    output, notes = nvembed.submit("light")
+    assert "attempt 1 of light" in output and "succeeded, exit code 0" in notes, "the log's websocket too"
     assert not wire.refused
     nvembed.target.write_text(plain)
-    said, _ = nvembed("jobs", "logs", "TARGET", "--follow", REQUESTS_CA_BUNDLE=str(own))
-    assert "attempt 1 of light" in said, "as requests and curl take it; the websocket too"
+    output, _ = nvembed("jobs", "logs", "TARGET", "--follow", REQUESTS_CA_BUNDLE=str(own))
+    assert "attempt 1 of light" in output, "as requests and curl take it; the websocket too"
     mistakes = {f"verify: {other}\n": "certificate verify failed", "": "certificate verify failed"}
     for verify, why in mistakes.items():
         nvembed.target.write_text(plain + verify)
         for command in (("submit", "TARGET", "--", "python", "light.py"), ("jobs", "list", "TARGET")):
             started = time.monotonic()
-            _, told = nvembed(*command, code=3)
-            assert f"{wire.address}: no TLS with it" in told and why in told and "`verify`" in told
+            _, message = nvembed(*command, code=3)
+            assert f"{wire.address}: no TLS with it" in message and why in message and "`verify`" in message
             assert time.monotonic() - started < 60, "asking again would not help"
     assert len(wire.refused) >= 4, "it came as far as the certificate, and no further"
     nvembed.target.write_text(f"{plain}verify: {tmp_path}/none.crt\n")
@@ -279,7 +283,7 @@ def test_a_cluster_behind_tls_with_an_authority_of_its_own(nvembed: Nvembed, hea
 
 
 def test_a_cluster_that_answers_without_a_token_is_refused(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server is a stub that answers everybody, as a Ray head with RAY_AUTH_MODE=disabled does."""
+    """The server is a stub that answers without a token, as a Ray head with RAY_AUTH_MODE=disabled does."""
     from nvembed.jobs.config import RayTarget
     from nvembed.jobs.ray.backend import RayBackend
     from nvembed.preflight.findings import PreflightError
@@ -298,7 +302,7 @@ def test_a_cluster_that_answers_without_a_token_is_refused(checkout: Path, monke
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Open) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        with pytest.raises(PreflightError, match="answers without a token: whoever reaches it may run anything"):
+        with pytest.raises(PreflightError, match="answers without a token: anyone who reaches it can run code"):
             RayBackend(RayTarget(address=address)).states()
         assert RayBackend(RayTarget(address=address, authentication="disabled")).states() == []
         server.shutdown()
@@ -306,24 +310,24 @@ def test_a_cluster_that_answers_without_a_token_is_refused(checkout: Path, monke
 
 def test_a_secret_that_the_cluster_lacks(nvembed: Nvembed) -> None:
     nvembed.target.write_text(nvembed.target.read_text().replace("[RAY_AUTH_TOKEN]", "[HF_TOKEN]"))
-    said, _ = nvembed.submit("light", "--wait", code=3)
-    assert "HF_TOKEN is not set where the driver runs" in said
+    output, _ = nvembed.submit("light", "--wait", code=3)
+    assert "HF_TOKEN is not set where the driver runs" in output
 
 
 def test_no_wait_and_json(nvembed: Nvembed) -> None:
-    said, notes = nvembed.submit("later", "--no-wait", "--json")
-    submitted = json.loads(said)
+    output, notes = nvembed.submit("later", "--no-wait", "--json")
+    submitted = json.loads(output)
     assert submitted["out"] == f"{nvembed.out}/later" and f"jobs logs target.yaml {submitted['id']} --follow" in notes
     log, _ = nvembed("jobs", "logs", "TARGET", submitted["id"], "--follow")
     assert "attempt 1 of later" in log
 
 
 def test_a_cloud_job_is_ray_up_then_the_same_job(nvembed: Nvembed, head: Any, tmp_path: Path) -> None:
-    """`ray` of the submitting side is a stub that keeps what `ray up` is given; the "head" behind the port is real."""
+    """`ray` on the submitting machine is a stub that records the file of `ray up`; the head behind the port is real."""
     stubs = tmp_path / "stubs"
     stubs.mkdir()
     (stubs / "ray").write_text(
-        f'#!/bin/sh\necho "$@" >> {stubs}/said\nfor part; do last="$part"; done\ncp "$last" {stubs}\n'
+        f'#!/bin/sh\necho "$@" >> {stubs}/calls\nfor part; do last="$part"; done\ncp "$last" {stubs}\n'
     )
     (stubs / "ray").chmod(0o755)
     (tmp_path / "token").write_text(head.token)
@@ -334,13 +338,13 @@ def test_a_cloud_job_is_ray_up_then_the_same_job(nvembed: Nvembed, head: Any, tm
     )
     nvembed.environment |= {"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     nvembed.environment["PATH"] = f"{stubs}:{os.environ['PATH']}"
-    story = ["python", "light.py", "--set", "name=cloudy"]
+    command = ["python", "light.py", "--set", "name=cloudy"]
     done = subprocess.run(
-        nvembed._line(("submit", "TARGET", "--", *story)), capture_output=True, text=True, cwd=nvembed.checkout,
+        nvembed._line(("submit", "TARGET", "--", *command)), capture_output=True, text=True, cwd=nvembed.checkout,
         env=nvembed.environment, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0 and "attempt 1 of cloudy" in done.stdout, done.stderr
-    steps = [line.rpartition(" ")[0] for line in (stubs / "said").read_text().splitlines()]
+    steps = [line.rpartition(" ")[0] for line in (stubs / "calls").read_text().splitlines()]
     assert steps == ["get-head-ip", "up --yes --no-config-cache"]
     written = (stubs / "trial.yaml").read_text()
     assert "InstanceMarketOptions" in written and head.token not in written + done.stdout + done.stderr
@@ -348,14 +352,14 @@ def test_a_cloud_job_is_ray_up_then_the_same_job(nvembed: Nvembed, head: Any, tm
     assert waits.stdout is not None
     while "same node" not in (line := waits.stdout.readline()):
         assert line or waits.poll() is None, waits.communicate()
-    ups = (stubs / "said").read_text().count("up --yes")
+    ups = (stubs / "calls").read_text().count("up --yes")
     done = subprocess.run(
-        nvembed._line(("submit", "TARGET", "--no-wait", "--", *story[:-1], "name=beside")),
+        nvembed._line(("submit", "TARGET", "--no-wait", "--", *command[:-1], "name=beside")),
         capture_output=True, text=True, cwd=nvembed.checkout, env=nvembed.environment, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0 and "no `ray up` while nvembed-waits-" in done.stderr, done.stderr
-    assert (stubs / "said").read_text().count("up --yes") == ups, "it starts Ray anew and would end the other's job"
-    nvembed.environment["RAY_AUTH_TOKEN"] = head.token  # the same as in the file; looked for in what is said
+    assert (stubs / "calls").read_text().count("up --yes") == ups, "it starts Ray anew and would end the other's job"
+    nvembed.environment["RAY_AUTH_TOKEN"] = head.token  # the same as in the file; searched in the output
     alive = json.loads(nvembed("jobs", "list", "TARGET", "--json")[0])
     nvembed(
         "jobs",

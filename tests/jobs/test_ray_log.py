@@ -10,7 +10,7 @@ from nvembed.jobs.ray.log import follow_log
 
 
 class Gone:
-    """A client whose cluster has gone: real connections to a port where nobody listens."""
+    """A client whose cluster has gone: real connections to a port without a listener."""
 
     def __init__(self) -> None:
         with socket.socket() as probe:
@@ -23,8 +23,8 @@ class Gone:
 
 
 def test_giving_up_is_a_lost_connection() -> None:
-    """As the caller tells users of a ConnectionError: "cannot be reached", exit 3, and not "the job failed"."""
-    said: list[str] = []
+    """The caller reports a ConnectionError as "cannot be reached" with exit code 3, not as a failed job."""
+    lines: list[str] = []
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1"):
-        follow_log(Gone(), "job", lambda text: None, said.append, 0.5)
-    assert "the job goes on, trying again" in said[0]
+        follow_log(Gone(), "job", lambda text: None, lines.append, 0.5)
+    assert "the job continues, trying again" in lines[0]

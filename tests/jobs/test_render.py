@@ -217,9 +217,9 @@ def test_the_storage_check_of_a_pod_works_and_fails_where_it_must(tmp_path: Path
 )
 def test_states_of_a_ray_job(status: dict[str, str], state: str, code: int | None) -> None:
     notes = {"nvembed.io/nvembed-fingerprint": "f", "nvembed.io/git-revision": "r", "other": "x"}
-    found = _state({"metadata": {"name": "n", "annotations": notes}, "status": status})
-    assert (found.state, found.exit_code) == (state, code)
-    assert found.metadata == {"nvembed_fingerprint": "f", "git_revision": "r"}
+    job_state = _state({"metadata": {"name": "n", "annotations": notes}, "status": status})
+    assert (job_state.state, job_state.exit_code) == (state, code)
+    assert job_state.metadata == {"nvembed_fingerprint": "f", "git_revision": "r"}
 
 
 # -- slurm ------------------------------------------------------------------------------------------------------------

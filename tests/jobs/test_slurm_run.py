@@ -78,9 +78,9 @@ def slurm(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 def _free_port() -> int:
     import socket
 
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def submit(name: str, *options: str) -> list[str]:
@@ -97,16 +97,16 @@ def run(command: list[str], timeout: int = 240) -> tuple[int, str]:
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_job_runs_under_symmetric_run_and_its_token_is_nobodys(slurm: Path, tmp_path: Path) -> None:
-    code, said = run(submit("looks"))
-    assert code == 0, said
-    assert "attempt 1 of looks" in said and "cpus 3.0" in said and "77: succeeded, exit code 0" in said
-    assert "token 0o600 0" in said, "readable by the owner only, and on no command line"
+    code, output = run(submit("looks"))
+    assert code == 0, output
+    assert "attempt 1 of looks" in output and "cpus 3.0" in output and "77: succeeded, exit code 0" in output
+    assert "token 0o600 0" in output, "readable by the owner only, and on no command line"
     left = sorted(path.name for path in (tmp_path / "shared/jobs/77").iterdir())
     assert left == ["driver.sh", "exit_code", "job.json", "recipe.yaml"]
     assert not (slurm / "requeues").exists()
     assert os.listdir(os.environ["NODE_TEMP"]) == [], "the node is left clean"
-    code, said = run(submit("wrong"))
-    assert code == 2 and "this story was told to fail" in said and "77: failed, exit code 2" in said
+    code, output = run(submit("wrong"))
+    assert code == 2 and "this story was told to fail" in output and "77: failed, exit code 2" in output
 
 
 @pytest.mark.slow
@@ -116,24 +116,24 @@ def test_a_job_runs_under_symmetric_run_and_its_token_is_nobodys(slurm: Path, tm
 def test_ahead_of_the_time_limit_the_job_is_requeued_and_stopped_it_is_not(
     slurm: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
-    code, said = run(submit("waits", "--no-wait"))
-    assert code == 0 and "77" in said, said
+    code, output = run(submit("waits", "--no-wait"))
+    assert code == 0 and "77" in output, output
     log = next((tmp_path / "shared/logs").glob("nvembed-waits-*-77.log"), tmp_path / "none")
     deadline = time.monotonic() + 200
     while "same node" not in (log.read_text() if log.exists() else ""):
         assert time.monotonic() < deadline and (slurm / "queue").exists(), log.read_text()
         time.sleep(1)
         log = next((tmp_path / "shared/logs").glob("nvembed-waits-*-77.log"), log)
-    code, said = run(submit("waits"))
-    assert code == 2 and "this run is running as 77" in said
+    code, output = run(submit("waits"))
+    assert code == 2 and "this run is running as 77" in output
     [batch] = psutil.Process(int((slurm / "pid").read_text())).children()  # below unshare; Slurm signals the shell only
     batch.send_signal(sent)
     _, alive = psutil.wait_procs([batch], timeout=120)
     assert not alive
-    said = log.read_text()
-    assert "interrupted; run the same command again" in said and "the story ended with exit code 130" in said
+    output = log.read_text()
+    assert "interrupted; run the same command again" in output and "the run ended with exit code 130" in output
     if sent == signal.SIGTERM:  # as scancel does
-        assert "not requeued" in said and not (slurm / "requeues").exists()
+        assert "not requeued" in output and not (slurm / "requeues").exists()
         return
-    assert "told to stop before the time limit" in said and "requeued; the next attempt goes on" in said
+    assert "the time limit is near" in output and "requeued; the next attempt resumes" in output
     assert (slurm / "requeues").read_text().strip() == "requeue 77"

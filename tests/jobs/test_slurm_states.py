@@ -1,4 +1,4 @@
-"""What became of a Slurm job, from the queue, accounting and our own files: stubs of Slurm's commands, a real shell."""
+"""States of a Slurm job from the queue, accounting and our own files: stubs of Slurm's commands, a real shell."""
 
 import json
 import os
@@ -17,12 +17,12 @@ STUBS = {
     "squeue": 'cat "$SLURM_STUB/queue" 2>/dev/null || true',
     "sacct": '[ -f "$SLURM_STUB/accounts" ] || exit 1; cat "$SLURM_STUB/accounts"',
 }
-STORY = ("--", "python", "light.py")
+COMMAND = ("--", "python", "light.py")
 
 
 @pytest.fixture
 def slurm(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stubs that keep what they are given; the target lies in the checkout."""
+    """Stubs that record their input; the target is in the checkout."""
     stubs = tmp_path / "stubs"
     stubs.mkdir()
     for name, text in STUBS.items():
@@ -48,33 +48,33 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 def job(folder: Path) -> Path:
     """Submit job 77; its folder on the shared storage."""
-    code, said, notes = run("submit", "target.yaml", "--no-wait", *STORY)
-    assert code == 0 and said.strip() == "77", notes
+    code, output, notes = run("submit", "target.yaml", "--no-wait", *COMMAND)
+    assert code == 0 and output.strip() == "77", notes
     return folder.parent / "shared/jobs/77"
 
 
 def status() -> dict[str, object]:
-    code, said, notes = run("jobs", "status", "target.yaml", "77", "--json")
+    code, output, notes = run("jobs", "status", "target.yaml", "77", "--json")
     assert code == 0, notes
-    return dict(json.loads(said))
+    return dict(json.loads(output))
 
 
 @pytest.mark.parametrize(
     ("left", "state", "code", "ends"),
     [("0", "succeeded", 0, 0), ("2", "failed", 2, 2), ("130", "stopped", 130, 130), (None, "failed", None, 4)],
 )
-def test_without_accounting_our_own_files_tell(
+def test_without_accounting_our_own_files_are_read(
     slurm: Path, checkout: Path, left: str | None, state: str, code: int | None, ends: int
 ) -> None:
     folder = job(checkout)
     assert folder.stat().st_mode & 0o777 == 0o700
     if left is not None:
         (folder / "exit_code").write_text(left)
-    found = status()
-    assert (found["state"], found["exit_code"]) == (state, code)
-    about = found["metadata"]
+    state_now = status()
+    assert (state_now["state"], state_now["exit_code"]) == (state, code)
+    about = state_now["metadata"]
     assert isinstance(about, dict) and about["nvembed_recipe"] == "light" and len(about["git_revision"]) == 40
-    assert (found["ended"] is None) is (left is None)
+    assert (state_now["ended"] is None) is (left is None)
     assert f"77  {state}" in run("jobs", "list", "target.yaml")[1]
     assert run("jobs", "logs", "target.yaml", "77", "--follow")[0] == ends
 
@@ -100,22 +100,22 @@ def test_what_only_accounting_knows(
     folder = job(checkout)
     if left is not None:
         (folder / "exit_code").write_text(left)
-    said, number = accounts.split("|")  # AccountingStoreFlags without job_comment: no comment comes back
-    (slurm / "accounts").write_text(f"77|{said}|2026-01-01T00:00:00|Unknown|{number}|nvembed-light-x|\n")
-    found = status()
-    assert (found["state"], found["exit_code"]) == (state, code)
-    about = found["metadata"]
+    reported, number = accounts.split("|")  # AccountingStoreFlags without job_comment: no comment comes back
+    (slurm / "accounts").write_text(f"77|{reported}|2026-01-01T00:00:00|Unknown|{number}|nvembed-light-x|\n")
+    state_now = status()
+    assert (state_now["state"], state_now["exit_code"]) == (state, code)
+    about = state_now["metadata"]
     assert isinstance(about, dict) and about["nvembed_recipe"] == "light", "ours, where accounting keeps no comment"
     assert "exit code 0" not in run("jobs", "list", "target.yaml")[1] or code == 0
     if ends is not None:
         assert run("jobs", "logs", "target.yaml", "77", "--follow")[0] == ends
 
 
-def test_the_queue_stands_above_what_an_earlier_attempt_left(slurm: Path, checkout: Path) -> None:
+def test_the_queue_overrides_the_files_of_an_earlier_attempt(slurm: Path, checkout: Path) -> None:
     (job(checkout) / "exit_code").write_text("130")
     (slurm / "queue").write_text("77|PENDING|N/A|BeginTime|nvembed-light-x|\n")
     assert status()["state"] == "pending"
-    code, _, notes = run("submit", "target.yaml", *STORY)
+    code, _, notes = run("submit", "target.yaml", *COMMAND)
     assert code == 2 and "this run is pending as 77" in notes
 
 
@@ -126,41 +126,41 @@ def test_a_job_that_is_stopped_while_it_waits(slurm: Path, checkout: Path) -> No
     assert status()["state"] == "stopped" and run("jobs", "logs", "target.yaml", "77", "--follow")[0] == 130
 
 
-def test_secrets_that_are_not_there_are_told_before_the_queue(
+def test_missing_secrets_are_reported_before_the_queue(
     slurm: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target(checkout, "secrets: [NV_A, NV_B]\n")
     monkeypatch.setenv("NV_A", "canary-5e5e")
-    code, _, notes = run("submit", "target.yaml", *STORY)
+    code, _, notes = run("submit", "target.yaml", *COMMAND)
     assert code == 3 and "NV_B: not set here" in notes and "NV_A" not in notes
     assert not (slurm / "script.sh").exists(), "nothing was submitted"
     monkeypatch.setenv("NV_B", "canary-6f6f")
-    assert run("submit", "target.yaml", "--no-wait", *STORY)[0] == 0
+    assert run("submit", "target.yaml", "--no-wait", *COMMAND)[0] == 0
     assert "canary" not in (slurm / "script.sh").read_text()
     keys = checkout.parent / "keys"
     keys.write_text("NV_A=x\n")
     keys.chmod(0o644)
     target(checkout, f"secrets: [NV_A]\nsecrets_file: {keys}\n")
     monkeypatch.delenv("NV_A")
-    code, _, notes = run("submit", "target.yaml", *STORY)
+    code, _, notes = run("submit", "target.yaml", *COMMAND)
     assert code == 3 and "mode 644; run: chmod 600" in notes
     keys.chmod(0o600)
-    assert run("submit", "target.yaml", "--no-wait", *STORY)[0] == 0, "the file may have it"
+    assert run("submit", "target.yaml", "--no-wait", *COMMAND)[0] == 0, "the file may have it"
     keys.unlink()
-    code, _, notes = run("submit", "target.yaml", "--no-wait", *STORY)
+    code, _, notes = run("submit", "target.yaml", "--no-wait", *COMMAND)
     assert code == 0 and "not seen from here" in notes
 
 
 @pytest.mark.parametrize(
-    ("more", "code", "said"),
+    ("more", "code", "message"),
     [
         ("secrets: [NV_A]\n", 3, "error: NV_A is not set in the job"),
         ("setup: ['exit 7']\n", 7, ""),
         ("setup: ['source /no/such/activate']\n", 1, "/no/such/activate"),
     ],
 )
-def test_a_job_that_ends_before_its_story_leaves_its_code(
-    slurm: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch, more: str, code: int, said: str
+def test_a_job_that_ends_before_its_run_leaves_its_code(
+    slurm: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch, more: str, code: int, message: str
 ) -> None:
     """The batch script itself, in bash, without accounting: the submitter's exit code is the job's."""
     target(checkout, more)
@@ -170,7 +170,7 @@ def test_a_job_that_ends_before_its_story_leaves_its_code(
     done = subprocess.run(
         [shutil.which("bash") or "bash", str(slurm / "script.sh")], env=environment, capture_output=True, text=True
     )
-    assert done.returncode == code and said in done.stderr
+    assert done.returncode == code and message in done.stderr
     assert (folder / "exit_code").read_text().strip() == str(code)
     assert status()["exit_code"] == code and run("jobs", "logs", "target.yaml", "77", "--follow")[0] == code
 
@@ -188,5 +188,5 @@ def test_the_revision_is_of_the_checkout_that_runs(slurm: Path, checkout: Path, 
     about = status()["metadata"]
     assert isinstance(about, dict) and about["git_revision"] == head
     (there / "light.py").unlink()
-    code, _, notes = run("submit", "target.yaml", *STORY)
+    code, _, notes = run("submit", "target.yaml", *COMMAND)
     assert code == 2 and f"light.py: no such file in the target's working_dir, {there}" in notes

@@ -1,4 +1,4 @@
-"""`nvembed submit --dry-run`: everything is shown, nothing is touched, nothing is told to anybody."""
+"""`nvembed submit --dry-run`: shows everything, touches nothing, opens no connection."""
 
 import json
 import re
@@ -41,19 +41,19 @@ def test_a_dry_run_shows_the_job_and_touches_nothing(
         monkeypatch.setenv(variable, value)
     monkeypatch.setenv("HOME", str(tmp_path))
     before = snapshot(tmp_path)
-    story = ["--", "python", "light.py", "recipes/light.yaml", "--set", "seed_is_no_key=1"]
-    code, _, said = run("submit", str(ROOT / "cluster" / name), "--dry-run", *story)
-    assert code == 2 and "seed_is_no_key" in said
-    code, shown, said = run("submit", str(ROOT / "cluster" / name), "--dry-run", *story[:-2])
-    assert code == 0, said
+    command = ["--", "python", "light.py", "recipes/light.yaml", "--set", "seed_is_no_key=1"]
+    code, _, notes = run("submit", str(ROOT / "cluster" / name), "--dry-run", *command)
+    assert code == 2 and "seed_is_no_key" in notes
+    code, shown, notes = run("submit", str(ROOT / "cluster" / name), "--dry-run", *command[:-2])
+    assert code == 0, notes
     assert "light.py" in shown and "# resolved recipe, and where each value comes from" in shown
     assert re.search(r"name: light +# light.yaml:\d", shown) and "nvembed-light-" in shown
     assert "global batch: " in shown and "DeepSpeed: {" in shown and "# steps, below " in shown
-    code, as_json, said = run("submit", str(ROOT / "cluster" / name), "--dry-run", "--json", *story[:-2])
+    code, as_json, notes = run("submit", str(ROOT / "cluster" / name), "--dry-run", "--json", *command[:-2])
     value = json.loads(as_json)
     assert code == 0 and value["recipe"]["name"] == "light" and value["job"] and value["id"] in shown
     assert value["stages"]["stage_1"]["deepspeed"] and value["sources"]["name"]
-    assert "canary" not in shown + as_json + said
+    assert "canary" not in shown + as_json + notes
     assert snapshot(tmp_path) == before
 
 
@@ -62,18 +62,18 @@ def test_headers_come_by_reference_and_are_masked(checkout: Path, monkeypatch: p
     (checkout / "t.yaml").write_text(
         "type: ray\naddress: https://ray.example.org\nheaders: {X-Proxy: PROXY_AUTH}\noutputs: s3://b/runs\n"
     )
-    code, shown, said = run("submit", "t.yaml", "--dry-run", "--", "python", "light.py")
-    assert code == 0 and "X-Proxy: '**** (from PROXY_AUTH)'" in shown, shown + said
+    code, shown, notes = run("submit", "t.yaml", "--dry-run", "--", "python", "light.py")
+    assert code == 0 and "X-Proxy: '**** (from PROXY_AUTH)'" in shown, shown + notes
     assert "Authorization: Bearer ****" in shown and "canary" not in shown
 
 
-def test_a_story_that_would_not_begin_is_told_before_the_job(checkout: Path) -> None:
+def test_a_run_that_would_not_begin_is_reported_before_the_job(checkout: Path) -> None:
     (checkout / "t.yaml").write_text("type: ray\naddress: http://127.0.0.1:1\n")
     out = checkout / "runs/mine"
     out.mkdir(parents=True)
     (out / "report.json").write_text("{}")
-    code, shown, said = run("submit", "t.yaml", "--dry-run", "--", "python", "light.py", "--out", str(out))
-    assert code == 2 and not shown and "light.py would end with 2" in said and "report.json that no run made" in said
+    code, shown, notes = run("submit", "t.yaml", "--dry-run", "--", "python", "light.py", "--out", str(out))
+    assert code == 2 and not shown and "light.py would end with 2" in notes and "report.json that no run made" in notes
 
 
 @pytest.mark.parametrize(("ends", "code"), [(2, 2), (3, 3), (1, 4), (5, 4)])
@@ -88,22 +88,22 @@ def test_a_dry_run_ends_as_the_storys_own_would(checkout: Path, ends: int, code:
 def test_mistakes_end_with_2_and_hold_no_secret(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "canary-4")
     (checkout / "t.yaml").write_text("type: ray\naddress: canary-4\noutputs: /o\n")
-    code, _, said = run("submit", "t.yaml", "--dry-run", "--", "python", "light.py")
-    assert code == 2 and "address: '****'" in said and "canary" not in said and "Traceback" not in said
-    code, _, said = run("submit", str(ROOT / "cluster/local.yaml"), "--dry-run", "--", "bash", "x.sh")
-    assert code == 2 and "a job is a story run by python" in said
+    code, _, notes = run("submit", "t.yaml", "--dry-run", "--", "python", "light.py")
+    assert code == 2 and "address: '****'" in notes and "canary" not in notes and "Traceback" not in notes
+    code, _, notes = run("submit", str(ROOT / "cluster/local.yaml"), "--dry-run", "--", "bash", "x.sh")
+    assert code == 2 and "a job is a pipeline file run by python" in notes
 
 
 @pytest.mark.parametrize(("name", "tool"), [("kuberay", "kubectl"), ("slurm", "squeue"), ("aws", "ray")])
-def test_a_tool_that_is_not_installed_is_told_with_the_fix(
+def test_a_missing_tool_is_reported_with_the_fix(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tool: str
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    code, _, said = run("submit", str(ROOT / f"cluster/{name}.yaml"), "--", "python", "light.py")
-    assert code == 3 and f"{tool} is not installed here" in said
+    code, _, notes = run("submit", str(ROOT / f"cluster/{name}.yaml"), "--", "python", "light.py")
+    assert code == 3 and f"{tool} is not installed here" in notes
     assert run("jobs", "list", str(ROOT / f"cluster/{name}.yaml"))[0] == 3
 
 

@@ -1,4 +1,4 @@
-"""Targets: what is wrong with a file is told at once, by line; the files of cluster/ are valid."""
+"""Targets: all problems of a file at once, by line; the files of cluster/ are valid."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ WRONG = [
     ),
     (RAY.replace("127.0.0.1", "h"), ["the token would travel unencrypted", "plain_http: true"]),
     (RAY.replace("http://127", "http://u:p@127"), ["address"]),
-    (RAY.replace("127.0.0.1", "h") + "authentication: disabled\n", ["only a loopback address may do without"]),
+    (RAY.replace("127.0.0.1", "h") + "authentication: disabled\n", ["only a loopback address needs no token"]),
     (RAY.replace("http://127.0.0.1", "https://h") + "outputs: /a\n", ["outputs", "shared_paths is empty"]),
     (RAY + "env_vars: {HF_TOKEN: abc, MY_KEY: '1', PLAIN: x}\n",
      ["2 problems", "HF_TOKEN: looks like a secret by its name; name it under `secrets`", "MY_KEY"]),
@@ -65,21 +65,21 @@ WRONG = [
     (CLOUD.replace("s3://", "gs://"), ["on aws a bucket begins with s3://"]),
     (CLOUD + "outputs: s3://b/x\n", ["not below mount_path"]),
     (CLOUD + "secrets: {A: {key: x}, B: {secret: s, parameter: p}, C: {secret: s, version: '3'}}\n",
-     ["3 problems", "A: say where it lies", "B: say where it lies", "C: `version` is of GCP's"]),
+     ["3 problems", "A: give one source", "B: give one source", "C: `version` is of GCP's"]),
     (CLOUD.replace("aws, region: r", "gcp, project: p, region: r, zone: z").replace("s3://", "gs://")
      + "secrets: {A: {parameter: p}}\n", ["A: `parameter` is AWS's"]),
     (CLOUD + "secrets: {A: hunter2}\n", ["secrets.A"]),
     (CLOUD + "secrets: {A: {secret: s}}\nenv_vars: {A: x}\n", ["A: also in env_vars; keep one"]),
-    (CLOUD + "models: {/mnt/nvembed/m: m}\n", ["not one below the bucket's mount"]),
+    (CLOUD + "models: {/mnt/nvembed/m: m}\n", ["not below the bucket's mount"]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "said"), WRONG, ids=range(len(WRONG)))
-def test_what_is_wrong_is_told_with_its_place(tmp_path: Path, text: str, said: list[str]) -> None:
+@pytest.mark.parametrize(("text", "messages"), WRONG, ids=range(len(WRONG)))
+def test_problems_are_reported_with_their_position(tmp_path: Path, text: str, messages: list[str]) -> None:
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(RecipeError) as raised:
         load_target(str(tmp_path / "t.yaml"))
-    assert all(part in str(raised.value) for part in said), raised.value
+    assert all(part in str(raised.value) for part in messages), raised.value
 
 
 def test_a_variable_with_the_value_of_a_secret_is_refused_unseen(

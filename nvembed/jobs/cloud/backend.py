@@ -1,8 +1,8 @@
 """`type: cloud`: a cluster of virtual machines made by `ray up`, and the job on it through a tunnel.
 
 The head is an ordinary machine (its loss ends the run), workers with accelerators are spot machines. The dashboard's
-port is open to nobody: `ray dashboard` tunnels it through SSH. The bucket is mounted on every machine with rclone,
-since model folders need files. Rendered and checked against Ray's schema; never run against a cloud by us.
+port is closed to other machines: `ray dashboard` tunnels it through SSH. The bucket is mounted on every machine with
+rclone, since model folders need files. Rendered and checked against Ray's schema; never run against a cloud by us.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class CloudBackend:
             RayTarget(
                 address=address,
                 env_vars=target.env_vars,
-                secrets=tuple(target.secrets),  # the job looks whether its machine has them
+                secrets=tuple(target.secrets),  # the job checks that its machine has them
                 working_dir=target.working_dir,
                 shared_paths=(target.mount_path,),
             )
@@ -170,34 +170,34 @@ class CloudBackend:
             f"the job below, sent to http://127.0.0.1:{self._target.local_port}",
             "ray down CLUSTER.yaml   # yours to give: idle workers go by themselves, the head stays",
         ]
-        told = "".join(f"# {number}. {step}\n" for number, step in enumerate(steps, 1))
-        text = f"{told}# CLUSTER.yaml\n{as_yaml(cluster)}---\n{ray.text}"
+        comment = "".join(f"# {number}. {step}\n" for number, step in enumerate(steps, 1))
+        text = f"{comment}# CLUSTER.yaml\n{as_yaml(cluster)}---\n{ray.text}"
         return Preview({"type": "cloud", "steps": steps, "cluster": cluster, "job": ray.value}, text)
 
     def submit(self, job: Job, say: Say) -> str:
         """`ray up` (unless jobs run there: it starts Ray anew, which would end them), the tunnel, the job."""
-        self.preview(job)  # whatever is wrong with it is told before machines are paid for
+        self.preview(job)  # raises its problems before machines are paid for
         make_token()
         name = self._target.cluster_name
         if alive := self._alive(say):
             say(f"{name}: no `ray up` while {', '.join(alive)} runs there; changes of the target wait for the next one")
         else:
-            with self._written() as file:
+            with self._config_file() as file:
                 say(f"ray up: {name}")
                 _run_ray("up", "--yes", "--no-config-cache", str(file))
         with self._tunnel():
             return self._ray.submit(job, say)
 
     def _alive(self, say: Say) -> list[str]:
-        """Jobs that run on the cluster, anybody's; none where there is no cluster or no Ray on its head."""
-        with self._written() as file:
-            if _ask_ray("get-head-ip", str(file)):
+        """Ids of all jobs on the cluster; none where there is no cluster or no Ray on its head."""
+        with self._config_file() as file:
+            if _ray_exit_code("get-head-ip", str(file)):
                 return []
         with self._tunnel():
             try:
                 return self._ray.alive()
             except SilentError:
-                say(f"{self._target.cluster_name}: has a head where no Ray answers")
+                say(f"{self._target.cluster_name}: its head is up, but Ray does not answer there")
                 return []
 
     def follow(self, job_id: str, write: Say, say: Say) -> int:
@@ -221,7 +221,7 @@ class CloudBackend:
             self._ray.stop(job_id)
 
     @contextlib.contextmanager
-    def _written(self) -> Iterator[Path]:
+    def _config_file(self) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="nvembed-cloud-") as folder:
             file = Path(folder, f"{self._target.cluster_name}.yaml")
             file.write_text(as_yaml(render_cluster(self._target, str(token_file()))))
@@ -233,7 +233,7 @@ class CloudBackend:
         if _reachable(self._target.local_port):  # the user's own tunnel
             yield
             return
-        with self._written() as file:
+        with self._config_file() as file:
             command = ["ray", "dashboard", str(file), "--port", str(self._target.local_port), "--no-config-cache"]
             try:
                 process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -253,7 +253,7 @@ class CloudBackend:
 
 
 def check_models(target: CloudTarget) -> None:
-    """See that what is to be copied to the machines are model folders.
+    """Check that the folders to copy to the machines are model folders.
 
     Raises:
         UserError: no such folder, no model in it, or weights that are pickled: these are never loaded, so never sent.
@@ -261,23 +261,23 @@ def check_models(target: CloudTarget) -> None:
     for place, given in target.models.items():
         folder = Path(given).expanduser()
         if not (folder / "config.json").is_file():
-            raise UserError(f"models: {place}: {folder} is no model folder here (it has no config.json)")
+            raise UserError(f"models: {place}: {folder} is not a model folder (it has no config.json)")
         pickled = sorted(path.name for path in folder.rglob("*") if path.name.endswith(NEVER))
         if pickled:
             raise UserError(f"models: {place}: {folder} holds {pickled[0]}; only safetensors are loaded. Take it out")
 
 
 def token_file() -> Path:
-    """The file whose token the cluster is given: RAY_AUTH_TOKEN_PATH, else Ray's own ~/.ray/auth_token."""
+    """The file with the cluster's token: RAY_AUTH_TOKEN_PATH, else Ray's own ~/.ray/auth_token."""
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     return Path(named) if named else Path.home() / ".ray" / "auth_token"
 
 
 def make_token() -> None:
-    """See that the token's file is there, readable by its owner only.
+    """Create the token's file if it is missing, readable by its owner only.
 
     Raises:
-        PreflightError: RAY_AUTH_TOKEN is set to something else than the file holds.
+        PreflightError: RAY_AUTH_TOKEN is set to another token than the file's.
     """
     path = token_file()
     if not path.exists():
@@ -299,12 +299,12 @@ def _reachable(port: int) -> bool:
 
 
 def _run_ray(*arguments: str) -> None:
-    if code := _ask_ray(*arguments, shown=True):
+    if code := _ray_exit_code(*arguments, shown=True):
         raise PreflightError(f"ray {arguments[0]} failed with {code}; see above. {HINT}")
 
 
-def _ask_ray(*arguments: str, shown: bool = False) -> int:
-    """Exit code of a command of Ray's."""
+def _ray_exit_code(*arguments: str, shown: bool = False) -> int:
+    """Exit code of a `ray` command."""
     output = None if shown else subprocess.DEVNULL
     try:
         return subprocess.run(["ray", *arguments], stdout=output, stderr=output, check=False).returncode

@@ -26,7 +26,7 @@ PREFLIGHT = 3
 
 
 def reference(target: CloudTarget, secret: CloudSecret) -> str:
-    """Where a value lies, in one word: `kind:place:name` with `#field` for one field of JSON. Holds no value."""
+    """Reference to a secret, `kind:place:name`, with `#field` for one field of JSON. Holds no value."""
     field = f"#{secret.key}" if secret.key else ""
     if target.provider.type == "aws":
         kind, name = (AWS_SECRET, secret.secret) if secret.secret else (AWS_PARAMETER, secret.parameter)
@@ -43,7 +43,7 @@ def command_with_secrets(target: CloudTarget, command: str) -> str:
 
 
 def fetch(where: str) -> str:
-    """The value that a reference names.
+    """The value of a reference.
 
     Raises:
         LookupError: it has no such field, is empty, or is not text; the message holds nothing of it.
@@ -101,10 +101,10 @@ _FETCH: dict[str, Callable[[str, str], str]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Fetch what is named before `--`, then become the command after it.
+    """Fetch the secrets named before `--`, then become the command after it.
 
     Returns:
-        3, where something is missing; otherwise it does not return.
+        3, where a secret is missing; otherwise it does not return.
     """
     cut = list(arguments).index("--")
     values = {}

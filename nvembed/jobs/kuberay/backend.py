@@ -20,8 +20,8 @@ from nvembed.jobs.backend import (
     ToolError,
     as_yaml,
     next_try,
-    patiently,
     refuse_if_alive,
+    retry_tool,
     run_tool,
     without_log,
 )
@@ -69,7 +69,7 @@ def render_ray_job(target: KubeRayTarget, job: Job, name: str) -> dict[str, Any]
             labels["volcano.sh/queue-name"] = gang.queue
         if gang.priority_class:
             labels["ray.io/priority-class-name"] = gang.priority_class
-    command = job.with_resolved_recipe(RECIPE_FILE, f"{target.code_dir.rstrip('/')}/{job.story}")
+    command = job.with_resolved_recipe(RECIPE_FILE, f"{target.code_dir.rstrip('/')}/{job.script}")
     spec: dict[str, Any] = {
         "jobId": name,
         "entrypoint": shlex.join(command),
@@ -79,14 +79,14 @@ def render_ray_job(target: KubeRayTarget, job: Job, name: str) -> dict[str, Any]
         "submissionMode": "K8sJobMode",
         "submitterConfig": {"backoffLimit": SUBMITTER_RETRIES},
         "submitterPodTemplate": submitter_template(target, name),
-        "backoffLimit": target.retries,  # each a new cluster; the same --out goes on where the last one stopped
+        "backoffLimit": target.retries,  # each in a new cluster; the same --out resumes where the last one stopped
         "activeDeadlineSeconds": round(target.deadline_hours * 3600),
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": target.ttl_seconds,
         "rayClusterSpec": _cluster(target, name),
     }
     if gang is not None and gang.type == "kueue":
-        spec["suspend"] = True  # Kueue takes it away when the whole gang fits
+        spec["suspend"] = True  # Kueue removes it when the whole gang fits
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -162,25 +162,25 @@ class KubeRayBackend:
         say(f"{name}: applied in namespace {self._target.namespace}")
         try:
             self._give_recipe_to(name)
-        except ToolError as error:  # the job runs all the same
+        except ToolError as error:  # the job runs nevertheless
             say(f"note: delete configmap/{name} yourself when rayjob/{name} is deleted ({str(error).splitlines()[0]})")
         return name
 
     def _give_recipe_to(self, name: str) -> None:
-        """Make the RayJob the owner of its ConfigMap, so that whoever deletes the one deletes both."""
+        """Make the RayJob the owner of its ConfigMap, so that deleting the one deletes both."""
         uid = self._kubectl("get", f"rayjob/{name}", "-o", "jsonpath={.metadata.uid}").strip()
         if not uid:
-            raise ToolError("kubectl told no uid of it")
+            raise ToolError("kubectl returned no uid for it")
         owner = {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": name, "uid": uid}
         patch = json.dumps({"metadata": {"ownerReferences": [owner]}})
         self._kubectl("patch", f"configmap/{name}", "--type=merge", f"--patch={patch}")
 
     def follow(self, job_id: str, write: Say, say: Say) -> int:
         """The log until the RayJob has ended, retries included."""
-        shown = said = ""
+        shown = message = ""
         while True:
-            state = patiently(lambda: self._state(job_id), job_id, say)
-            if text := self.logs(job_id):  # empty: not there yet, gone, or not to be had just now
+            state = retry_tool(lambda: self._state(job_id), job_id, say)
+            if text := self.logs(job_id):  # empty: not there yet, gone, or not available now
                 start = len(shown) if text.startswith(shown) else 0  # a retry has a log of its own
                 write(text[start:])
                 shown = text
@@ -188,24 +188,24 @@ class KubeRayBackend:
                 code = {SUCCEEDED: 0, STOPPED: 130}.get(state.state, state.exit_code or 4)
                 say(f"{job_id}: {state.state}, exit code {code} {state.message}".rstrip())
                 return code
-            if state.message != said:
-                said = state.message
-                say(f"{job_id}: {state.state} {said}".rstrip())
+            if state.message != message:
+                message = state.message
+                say(f"{job_id}: {state.state} {message}".rstrip())
             time.sleep(5)
 
     def _state(self, job_id: str) -> JobState:
-        said = self._kubectl("get", "rayjob", job_id, "--ignore-not-found", "-o", "json")
-        if not said.strip():
+        answer = self._kubectl("get", "rayjob", job_id, "--ignore-not-found", "-o", "json")
+        if not answer.strip():
             return JobState(job_id, STOPPED, "deleted")
-        return _state(json.loads(said))
+        return _state(json.loads(answer))
 
     def states(self) -> list[JobState]:
         """RayJobs with our label."""
-        found = json.loads(self._kubectl("get", "rayjobs", "-l", JOB_LABEL, "-o", "json"))["items"]
-        return [_state(item) for item in sorted(found, key=lambda item: item["metadata"].get("creationTimestamp", ""))]
+        items = json.loads(self._kubectl("get", "rayjobs", "-l", JOB_LABEL, "-o", "json"))["items"]
+        return [_state(item) for item in sorted(items, key=lambda item: item["metadata"].get("creationTimestamp", ""))]
 
     def logs(self, job_id: str) -> str:
-        """What the submitter's pod printed: the driver's log; empty before it is there."""
+        """The output of the submitter's pod, which is the driver's log; empty before it exists."""
         try:
             return self._kubectl("logs", f"job/{job_id}", "--tail=-1")
         except ToolError:
@@ -227,15 +227,15 @@ def _state(item: dict[str, Any]) -> JobState:
     if deployment in _OVER:
         state = STOPPED if state == STOPPED else _OVER[deployment]  # KubeRay calls a stopped job complete
     elif deployment in _SUSPENDED:
-        state = PENDING  # waits for its queue; Kueue may have taken its place away
+        state = PENDING  # waits for its queue; Kueue may have preempted it
     elif state not in (PENDING, RUNNING):
         state = RUNNING  # an ended attempt that is retried; a finished one that is being taken down
     prefix = "nvembed.io/"
     notes = (item["metadata"].get("annotations") or {}).items()
     metadata = {key[len(prefix) :].replace("-", "_"): value for key, value in notes if key.startswith(prefix)}
-    said = without_log(status.get("message"))
-    message = " ".join(part for part in (deployment, status.get("reason", ""), said) if part)
-    code = 0 if state == SUCCEEDED else _exit_code(said) if state == FAILED else None
+    reason = without_log(status.get("message"))
+    message = " ".join(part for part in (deployment, status.get("reason", ""), reason) if part)
+    code = 0 if state == SUCCEEDED else _exit_code(reason) if state == FAILED else None
     return JobState(
         item["metadata"]["name"], state, message, status.get("startTime"), status.get("endTime"), code, metadata
     )
@@ -243,6 +243,6 @@ def _state(item: dict[str, Any]) -> JobState:
 
 def _exit_code(message: str) -> int | None:
     """Ray's message says `failed with exit code N` (a signal: -N); KubeRay passes it on."""
-    found = re.search(r"exit code (-?\d+)", message)
-    code = int(found.group(1)) if found else None
+    match = re.search(r"exit code (-?\d+)", message)
+    code = int(match.group(1)) if match else None
     return 128 - code if code is not None and code < 0 else code

@@ -1,4 +1,4 @@
-"""The pods of a RayJob: sizes, places, volumes, secrets by reference, the storage check before anything starts."""
+"""The pods of a RayJob: sizes, placement, volumes, secrets by reference, the storage check before Ray starts."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ print("storage", os.environ["NVEMBED_STORAGE"], "write, list and remove work")
 
 
 def head_template(target: KubeRayTarget, name: str) -> dict[str, Any]:
-    """The head: never on nodes that may be taken away, as its loss ends the run."""
+    """The head's pod: never on spot nodes, as its loss ends the run."""
     template = _template(target, target.head, name, gpus=0, gpu_resource="")
-    template["spec"] |= _lasting(target)
+    template["spec"] |= _not_on_spot(target)
     return template
 
 
@@ -55,12 +55,12 @@ def submitter_template(target: KubeRayTarget, name: str) -> dict[str, Any]:
         "securityContext": _confined(),
     }
     spec = {"restartPolicy": "Never", "automountServiceAccountToken": False, "containers": [container]}
-    spec |= _person(target) | _place(target.head) | _lasting(target)
+    spec |= _identity(target) | _placement(target.head) | _not_on_spot(target)
     return {"metadata": {"labels": {JOB_LABEL: name}}, "spec": spec}
 
 
-def _lasting(target: KubeRayTarget) -> dict[str, Any]:
-    """Away from nodes that may be taken away."""
+def _not_on_spot(target: KubeRayTarget) -> dict[str, Any]:
+    """Affinity that excludes spot nodes."""
     away = [{"key": key, "operator": "NotIn", "values": [value]} for key, value in sorted(target.spot_labels.items())]
     if not away:
         return {}
@@ -69,7 +69,7 @@ def _lasting(target: KubeRayTarget) -> dict[str, Any]:
 
 
 def worker_template(target: KubeRayTarget, group: WorkerGroup, name: str) -> dict[str, Any]:
-    """A worker with its accelerators."""
+    """A worker's pod with its accelerators."""
     return _template(target, group, name, gpus=group.gpus, gpu_resource=group.gpu_resource)
 
 
@@ -94,8 +94,8 @@ def _template(target: KubeRayTarget, pod: Pod, name: str, *, gpus: int, gpu_reso
         "initContainers": [check],
         "containers": [container],
         "volumes": _volumes(target, pod, name),
-        **_person(target),
-        **_place(pod),
+        **_identity(target),
+        **_placement(pod),
     }
     if target.service_account:
         spec["serviceAccountName"] = target.service_account
@@ -107,8 +107,8 @@ def _template(target: KubeRayTarget, pod: Pod, name: str, *, gpus: int, gpu_reso
     return {"metadata": {"labels": {JOB_LABEL: name}}, "spec": spec}
 
 
-def _person(target: KubeRayTarget) -> dict[str, Any]:
-    """Whom a pod runs as, and who may pull its image."""
+def _identity(target: KubeRayTarget) -> dict[str, Any]:
+    """User of a pod, and secrets to pull its image."""
     spec: dict[str, Any] = {
         "securityContext": {
             "runAsNonRoot": True,
@@ -121,7 +121,7 @@ def _person(target: KubeRayTarget) -> dict[str, Any]:
     return spec
 
 
-def _place(pod: Pod) -> dict[str, Any]:
+def _placement(pod: Pod) -> dict[str, Any]:
     spec: dict[str, Any] = {"nodeSelector": dict(pod.node_selector)} if pod.node_selector else {}
     if pod.tolerations:
         spec["tolerations"] = [toleration.model_dump(exclude_none=True) for toleration in pod.tolerations]
@@ -139,10 +139,10 @@ def _check(target: KubeRayTarget) -> list[str]:
 def _environment(target: KubeRayTarget) -> list[dict[str, Any]]:
     where = target.storage.mount_path if target.storage.type == "claim" else target.storage.uri
     plain = {"NVEMBED_STORAGE": where, "RAY_USAGE_STATS_ENABLED": "0", **target.env_vars}
-    found: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in plain.items()]
+    variables: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in plain.items()]
     for name, secret in target.secrets.items():
-        found.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret.secret, "key": secret.key}}})
-    return found
+        variables.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret.secret, "key": secret.key}}})
+    return variables
 
 
 def _volumes(target: KubeRayTarget, pod: Pod, name: str) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """`type: ray`: an existing cluster, through Ray's Jobs API.
 
 The address, the token and the certificate are checked before anything is sent. The driver runs on the head node with
-0 GPUs; Ray's job supervisor gives it `RAY_ADDRESS`, so the story joins the cluster.
+0 GPUs; Ray's job supervisor gives it `RAY_ADDRESS`, so the run joins the cluster.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ REQUEST_SECONDS = 60.0
 
 
 class SilentError(PreflightError):
-    """Nothing answers at the address."""
+    """No server answers at the address."""
 
 
 def render_request(target: RayTarget, job: Job, submission_id: str, working_dir: str) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def render_request(target: RayTarget, job: Job, submission_id: str, working_dir:
 
 
 def render_entrypoint(target: RayTarget, job: Job) -> str:
-    """The shell command of the driver; first it checks that the node has the secrets the target names."""
+    """The shell command of the driver; before it, a check that the node has the target's secrets."""
     command = shlex.join(job.argv)
     checks = [
         f'test -n "${{{name}:-}}" || {{ echo "error: {name} is not set where the driver runs: set it for `ray start` '
@@ -88,7 +88,7 @@ class RayBackend:
         self._opened: Any = None
 
     def preview(self, job: Job) -> Preview:
-        """What would be submitted; the try is 1 as only the cluster knows the next one."""
+        """The job as it would be submitted; its number is 1, as only the cluster knows the next one."""
         travels = self._collect(job)
         request = render_request(self._target, job, f"{job.base}-1", str(travels.folder))
         headers = {name: f"{MASK} (from {variable})" for name, variable in self._target.headers.items()}
@@ -118,15 +118,15 @@ class RayBackend:
         with tempfile.TemporaryDirectory(prefix="nvembed-submit-") as folder:
             travels.stage(Path(folder))
             request = render_request(self._target, job, submission_id, folder)
-            with _environment({"RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1"}), self._told():
-                # what is staged is what travels: Ray is not to filter once more
+            with _environment({"RAY_RUNTIME_ENV_IGNORE_GITIGNORE": "1"}), self._translated_errors():
+                # the staged files are uploaded as they are: Ray must not filter them again
                 submitted = str(client.submit_job(**request))
         say(f"{submitted}: submitted to {self._target.address}, {len(travels.files)} files, {travels.megabytes:.1f} MB")
         return submitted
 
     def follow(self, job_id: str, write: Say, say: Say) -> int:
         """The log until the end; survives lost connections."""
-        with self._told():
+        with self._translated_errors():
             details = follow_log(self._client(), job_id, write, say, self._target.reconnect_seconds)
         state = _state(details)
         code = exit_code(state)
@@ -136,37 +136,37 @@ class RayBackend:
 
     def states(self) -> list[JobState]:
         """Jobs that `nvembed submit` made, oldest first."""
-        with self._told():
-            found = self._client().list_jobs()
-        ours = [details for details in found if "nvembed_fingerprint" in (details.metadata or {})]
+        with self._translated_errors():
+            jobs = self._client().list_jobs()
+        ours = [details for details in jobs if "nvembed_fingerprint" in (details.metadata or {})]
         return [_state(details) for details in sorted(ours, key=lambda details: details.start_time or 0)]
 
     def alive(self) -> list[str]:
-        """Every job that waits or runs there, also those that `nvembed submit` did not make."""
-        with self._told():
-            found = self._client().list_jobs()
+        """Ids of all jobs that wait or run there, also those that `nvembed submit` did not make."""
+        with self._translated_errors():
+            jobs = self._client().list_jobs()
         return sorted(
-            str(details.submission_id or details.job_id) for details in found if not details.status.is_terminal()
+            str(details.submission_id or details.job_id) for details in jobs if not details.status.is_terminal()
         )
 
     def logs(self, job_id: str) -> str:
-        """What the driver wrote so far."""
-        with self._told():
+        """The driver's output so far."""
+        with self._translated_errors():
             return str(self._client().get_job_logs(job_id))
 
     def stop(self, job_id: str) -> None:
         """SIGTERM for the driver, SIGKILL after `stop_wait_seconds`."""
-        with self._told():
+        with self._translated_errors():
             self._client().stop_job(job_id)
 
     # -- connection ---------------------------------------------------------------------------------------------------
 
     def _collect(self, job: Job) -> WorkingDir:
         travels = collect(job.folder, self._target.excludes, self._target.max_megabytes)
-        for what, name in (("story", job.story), ("recipe", job.recipe_path)):
+        for what, name in (("pipeline", job.script), ("recipe", job.recipe_path)):
             if name and "://" not in name and os.path.normpath(name) not in travels.files:
                 raise UserError(
-                    f"{what} {name}: does not travel with the job (outside {travels.folder}, ignored by git, or in "
+                    f"{what} {name}: is not uploaded with the job (outside {travels.folder}, ignored by git, or in "
                     "`excludes`). Give a path inside the working directory, or a URI."
                 )
         return travels
@@ -185,35 +185,35 @@ class RayBackend:
         from ray.job_submission import JobSubmissionClient
 
         for name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every socket and package
+            logging.getLogger(name).setLevel(logging.WARNING)  # they log every socket and package
 
         class Client(JobSubmissionClient):
-            """Ray's client, whose requests would wait for ever."""
+            """Ray's client with a timeout on its requests."""
 
             def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
                 return super()._do_request(method, endpoint, **{"timeout": REQUEST_SECONDS, **options})
 
-        with _environment(dict.fromkeys(OVERRIDES)), self._told():
+        with _environment(dict.fromkeys(OVERRIDES)), self._translated_errors():
             client = Client(target.address, headers=headers, verify=_authorities(target))
             if target.authentication == "token" and not target.headers:
                 self._refuse_open_cluster()
         return client
 
     def _refuse_open_cluster(self) -> None:
-        """A cluster that answers without a token lets everybody run anything."""
+        """Refuse a cluster that answers without a token: anyone can run code there."""
         import requests
 
         url = f"{self._target.address.rstrip('/')}/api/jobs/"
         answer = requests.get(url, timeout=REQUEST_SECONDS, verify=_authorities(self._target))
         if answer.status_code == 200:
             raise PreflightError(
-                f"{self._target.address} answers without a token: whoever reaches it may run anything there. Start the "
+                f"{self._target.address} answers without a token: anyone who reaches it can run code there. Start the "
                 "cluster with RAY_AUTH_MODE=token (or, on this machine only, set authentication: disabled)."
             )
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Errors of the client in the user's words."""
+    def _translated_errors(self) -> Iterator[None]:
+        """Errors of Ray's client as PreflightError with the cause and the fix."""
         import requests
         from ray.exceptions import AuthenticationError
 
@@ -230,7 +230,7 @@ class RayBackend:
         except (ConnectionError, ssl.SSLError, requests.exceptions.RequestException) as error:
             if why := _certificate(error):
                 raise PreflightError(
-                    f"{address}: no TLS with it ({why}), so nothing was sent, the token neither. If the address is "
+                    f"{address}: no TLS with it ({why}), so neither token nor code was sent. If the address is "
                     "right, set `verify` to the file of the authority that signed its certificate."
                 ) from error
             raise SilentError(
@@ -244,14 +244,14 @@ class RayBackend:
 
 
 def _authorities(target: RayTarget) -> bool | str:
-    """Whom to trust: what requests takes from the environment, said aloud, so that the log's websocket takes it too."""
+    """Certificate authorities: those of the environment, as requests takes them, made explicit for the websocket."""
     if target.verify is not True:
         return target.verify
     return os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
 
 
 def _certificate(error: BaseException | None) -> str:
-    """What OpenSSL said of the server's certificate; "" where that was not it. Ray's client hides it in the chain."""
+    """OpenSSL's message about the server's certificate, from the chain of causes; "" for other errors."""
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
             return f"certificate verify failed: {getattr(error, 'verify_message', '') or error}"
@@ -264,10 +264,10 @@ def _certificate(error: BaseException | None) -> str:
 
 
 def read_token(environment: Mapping[str, str] | None = None) -> str:
-    """The token for the cluster, from where Ray itself looks: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token.
+    """The token for the cluster, from Ray's own places: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token.
 
     Raises:
-        PreflightError: it is nowhere.
+        PreflightError: there is none.
     """
     environment = os.environ if environment is None else environment
     if token := environment.get("RAY_AUTH_TOKEN", "").strip():
@@ -288,7 +288,7 @@ def read_token(environment: Mapping[str, str] | None = None) -> str:
 
 
 def exit_code(state: JobState) -> int:
-    """The code `submit` ends with: the driver's own; 130 for a stopped job, 4 where the driver never told."""
+    """The code `submit` ends with: the driver's own; 130 for a stopped job, 4 where the driver's is not known."""
     if state.state == SUCCEEDED:
         return 0
     if state.state == STOPPED:
@@ -323,7 +323,7 @@ def _value_of(variable: str) -> str:
 
 @contextmanager
 def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
-    """Environment variables for a moment; None takes one away."""
+    """Environment variables for the block; None removes one."""
     before = {name: os.environ.get(name) for name in changes}
 
     def put(values: Mapping[str, str | None]) -> None:

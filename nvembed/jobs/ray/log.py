@@ -1,4 +1,4 @@
-"""Following the log of a Ray job: across lost connections, without gaps and without saying anything twice."""
+"""Following the log of a Ray job across lost connections, without gaps or repetitions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponent
 
 from nvembed.jobs.backend import Say
 
-QUIET_SECONDS = 60.0  # nothing came for so long: ask whether the job still runs, on a new connection
+QUIET_SECONDS = 60.0  # without output for so long, check on a new connection whether the job still runs
 PENDING_SECONDS = 10.0
 PAUSE_SECONDS = 1.0
 
@@ -31,10 +31,10 @@ class _Tail:
         details = self._client.get_job_info(self._job_id)
         self.heard = time.monotonic()
         if str(details.status.value) == "PENDING":
-            said = (details.message or "").partition("\n")[0]
-            if said != self._waiting:
-                self._waiting = said
-                self._say(f"{self._job_id}: pending. {said}")
+            reason = (details.message or "").partition("\n")[0]
+            if reason != self._waiting:
+                self._waiting = reason
+                self._say(f"{self._job_id}: pending. {reason}")
         return details
 
     async def _read(self) -> None:
@@ -63,7 +63,7 @@ def follow_log(client: Any, job_id: str, write: Say, say: Say, patience: float) 
         client: Ray's JobSubmissionClient.
         job_id: the submission id.
         write: takes pieces of the log, line ends included.
-        say: told about waiting and lost connections.
+        say: takes lines about waiting and lost connections.
         patience: seconds without any answer of the cluster before this gives up.
 
     Returns:
@@ -78,8 +78,8 @@ def follow_log(client: Any, job_id: str, write: Say, say: Say, patience: float) 
 
     def lost(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        say(f"{job_id}: connection lost ({said}); the job goes on, trying again")
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        say(f"{job_id}: connection lost ({reason}); the job continues, trying again")
 
     while True:
         retrying = Retrying(
@@ -101,7 +101,7 @@ def follow_log(client: Any, job_id: str, write: Say, say: Say, patience: float) 
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether another attempt may help: the network, not the token and not a job that is not there."""
+    """Whether another attempt may succeed: after errors of the network, not of the token or a missing job."""
     import aiohttp
     import requests
     from ray.exceptions import RayError

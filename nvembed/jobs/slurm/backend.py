@@ -1,9 +1,9 @@
-"""`type: slurm`: a batch job that makes a Ray cluster of its nodes, runs the story on the first, and takes it down.
+"""`type: slurm`: a batch job that makes a Ray cluster of its nodes, runs the pipeline on the first, and takes it down.
 
-`ray symmetric-run` runs on every node. Before the time limit Slurm tells the batch shell (SIGUSR1); the shell tells the
-story, which saves and ends, and the job is requeued: it goes on where it stopped. `scancel` does not requeue.
+`ray symmetric-run` runs on every node. Before the time limit Slurm signals the batch shell (SIGUSR1); the shell signals
+the run, which saves and ends, and the job is requeued and resumes. `scancel` does not requeue.
 
-What became of a job is known from three places: the queue, accounting (where it is on), and `jobs/<id>/` on the shared
+The state of a job comes from three places: the queue, accounting (where it is on), and `jobs/<id>/` on the shared
 storage: `job.json` and `stopped` written here, `exit_code` by the job. Clusters without accounting forget ended jobs.
 """
 
@@ -28,8 +28,8 @@ from nvembed.jobs.backend import (
     JobState,
     Preview,
     Say,
-    patiently,
     refuse_if_alive,
+    retry_tool,
     run_tool,
 )
 from nvembed.jobs.command import Job
@@ -41,7 +41,7 @@ from nvembed.recipe.schema import resolved_yaml
 HINT = "Give the command on a login node of the cluster."
 POLL_SECONDS = 5.0
 ABOUT = "job.json"
-STOP_ASKED = "stopped"  # a job that never began leaves nothing else
+STOPPED_MARK = "stopped"  # a job that never began leaves nothing else
 INTERRUPTED = 130
 EXPORTED = ("PATH", "HOME", "USER", "SHELL", "LANG", "MODULEPATH", "MODULESHOME", "LD_LIBRARY_PATH")
 _PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
@@ -52,7 +52,7 @@ _SEEN = ("nvembed_recipe", "nvembed_fingerprint", "nvembed_out", "git_revision",
 def render_script(target: SlurmTarget, job: Job) -> str:
     """The batch script. Pure; holds no secret."""
     header = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(target, job))]
-    command = job.with_resolved_recipe("@RECIPE@", job.story)
+    command = job.with_resolved_recipe("@RECIPE@", job.script)
     argv = " ".join('"$job_dir/recipe.yaml"' if part == "@RECIPE@" else shlex.quote(part) for part in command)
     start = [
         f"--num-cpus={target.cpus_per_node}",
@@ -126,7 +126,7 @@ def _secrets(target: SlurmTarget) -> list[str]:
 
 
 def check_secrets(target: SlurmTarget, say: Say) -> None:
-    """See before the queue, not after it, that the secrets will be there.
+    """Check before the submission that the job will have its secrets.
 
     Raises:
         PreflightError: a variable is not set here, or others may read the secrets' file.
@@ -140,7 +140,7 @@ def check_secrets(target: SlurmTarget, say: Say) -> None:
     try:
         mode = stat.S_IMODE(os.stat(target.secrets_file).st_mode)
     except OSError as error:
-        say(f"note: secrets_file {target.secrets_file} is not seen from here ({error.strerror}); the job looks for it")
+        say(f"note: secrets_file {target.secrets_file} is not seen from here ({error.strerror}); the job checks it")
         return
     if mode not in (0o600, 0o400):
         raise PreflightError(f"secrets_file {target.secrets_file}: mode {mode:o}; run: chmod 600 {target.secrets_file}")
@@ -148,7 +148,7 @@ def check_secrets(target: SlurmTarget, say: Say) -> None:
 
 def _head(target: SlurmTarget) -> str:
     if target.nodes == 1:
-        return "127.0.0.1"  # nobody else has to reach it
+        return "127.0.0.1"  # no other node has to reach it
     if target.interface is not None:
         return f"""$(ip -4 -o addr show dev {target.interface} | awk '{{split($4, a, "/"); print a[1]; exit}}')"""
     return "$(hostname -I | awk '{print $1}')"
@@ -178,8 +178,8 @@ class SlurmBackend:
             storage.make_directory(f"{self._target.shared_dir}/logs")
         except OSError as error:
             raise PreflightError(f"shared_dir {self._target.shared_dir} cannot be written here ({error})") from error
-        said = run_tool(self._command(job), hint=HINT, stdin=render_script(self._target, job))
-        job_id = said.strip().partition(";")[0]
+        answer = run_tool(self._command(job), hint=HINT, stdin=render_script(self._target, job))
+        job_id = answer.strip().partition(";")[0]
         folder = self._folder(job_id)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         storage.write_json(str(folder / ABOUT), {"name": job.base, "metadata": job.metadata})
@@ -187,10 +187,10 @@ class SlurmBackend:
         return job_id
 
     def follow(self, job_id: str, write: Say, say: Say) -> int:
-        """The log file until Slurm knows the job no more (requeues included)."""
-        shown, said = 0, ""
+        """Write the log file until Slurm no longer lists the job (requeues included)."""
+        shown, reason = 0, ""
         while True:
-            state = patiently(lambda: self._state(job_id), job_id, say)
+            state = retry_tool(lambda: self._state(job_id), job_id, say)
             text = self.logs(job_id)
             write(text[shown:])
             shown = max(shown, len(text))
@@ -198,76 +198,76 @@ class SlurmBackend:
                 code = {SUCCEEDED: 0, STOPPED: 130}.get(state.state, state.exit_code or FAILED_CODE)
                 say(f"{job_id}: {state.state}, exit code {code}{f' ({state.message})' if state.message else ''}")
                 return code
-            if state.state == PENDING and state.message != said:
-                said = state.message
-                say(f"{job_id}: pending {said}")
+            if state.state == PENDING and state.message != reason:
+                reason = state.message
+                say(f"{job_id}: pending {reason}")
             time.sleep(POLL_SECONDS)
 
     def _state(self, job_id: str) -> JobState:
         for state in self.states():
             if state.id == job_id:
                 return state
-        return self._left(job_id)
+        return self._from_files(job_id)
 
     def states(self) -> list[JobState]:
-        """What our own files tell, accounting (where it is on) of the last 14 days, and above both the queue."""
+        """States from our own files, over them accounting of the last 14 days (where it is on), over both the queue."""
         names = [path.parent.name for path in Path(self._target.shared_dir, "jobs").glob(f"*/{ABOUT}")]
-        found = {name: self._left(name) for name in names if name.isdigit()}
+        states = {name: self._from_files(name) for name in names if name.isdigit()}
         try:
             fields = "JobID,State,Start,End,ExitCode,JobName,Comment"
-            said = run_tool(["sacct", "-X", "-n", "-P", "--starttime=now-14days", f"--format={fields}"], hint=HINT)
-            for line in said.splitlines():
+            rows = run_tool(["sacct", "-X", "-n", "-P", "--starttime=now-14days", f"--format={fields}"], hint=HINT)
+            for line in rows.splitlines():
                 number, state, start, end, code, name, comment = line.split("|", 6)
                 if name.startswith("nvembed-"):
-                    about = _about(comment) or (found[number].metadata if number in found else {})
+                    about = _about(comment) or (states[number].metadata if number in states else {})
                     kind, ended = self._ended(number, _kind(state.split()[0]), code)
-                    found[number] = JobState(number, kind, state, _when(start), _when(end), ended, about)
+                    states[number] = JobState(number, kind, state, _when(start), _when(end), ended, about)
         except PreflightError:
             pass  # accounting is off on many clusters
-        said = run_tool(["squeue", "--me", "--noheader", "--format=%i|%T|%S|%r|%j|%k"], hint=HINT)
-        for line in said.splitlines():
+        rows = run_tool(["squeue", "--me", "--noheader", "--format=%i|%T|%S|%r|%j|%k"], hint=HINT)
+        for line in rows.splitlines():
             number, kind, start, reason, name, comment = line.split("|", 5)
             if name.startswith("nvembed-"):
-                about = _about(comment) or (found[number].metadata if number in found else {})
-                found[number] = JobState(number, _kind(kind), f"({reason})", _when(start), metadata=about)
-        return sorted(found.values(), key=lambda state: int(state.id.split("_")[0]))
+                about = _about(comment) or (states[number].metadata if number in states else {})
+                states[number] = JobState(number, _kind(kind), f"({reason})", _when(start), metadata=about)
+        return sorted(states.values(), key=lambda state: int(state.id.split("_")[0]))
 
     def _ended(self, job_id: str, kind: str, code: str) -> tuple[str, int | None]:
-        """State and exit code of what accounting tells. The story's own code is in its file; Slurm's 0 is not one where
-        Slurm says TIMEOUT, OUT_OF_MEMORY or NODE_FAIL."""
+        """State and exit code of a row of accounting. The run's own code is in its file; Slurm's 0 does not count with
+        TIMEOUT, OUT_OF_MEMORY or NODE_FAIL."""
         if kind in (PENDING, RUNNING):
             return kind, None
         known = self._exit_code(job_id)
-        if known == 0:  # whatever befell the job after its story
+        if known == 0:  # whatever happened to the job after its run
             return SUCCEEDED, 0
         if known is None:
             known = _accounted(code)
         return kind, None if kind != SUCCEEDED and known == 0 else known
 
-    def _left(self, job_id: str) -> JobState:
-        """A job that Slurm tells nothing of, by what it left on the shared storage."""
+    def _from_files(self, job_id: str) -> JobState:
+        """State of a job that Slurm no longer lists, from its files on the shared storage."""
         folder, code = self._folder(job_id), self._exit_code(job_id)
         try:
             about = json.loads((folder / ABOUT).read_bytes())["metadata"]
         except (OSError, ValueError, KeyError, TypeError):
             about = {}
         state = {0: SUCCEEDED, INTERRUPTED: STOPPED}.get(FAILED_CODE if code is None else code, FAILED)
-        if code is None and (folder / STOP_ASKED).exists():
+        if code is None and (folder / STOPPED_MARK).exists():
             state = STOPPED
-        message = "" if code is not None else "ended without a word; Slurm no longer knows it"
+        message = "" if code is not None else "ended without an exit code; Slurm no longer lists it"
         times = _changed(folder / "recipe.yaml"), _changed(folder / "exit_code")
         return JobState(job_id, state, message, *times, code, {str(key): str(value) for key, value in about.items()})
 
     def logs(self, job_id: str) -> str:
-        """The log file, which lies on the shared storage."""
-        found = sorted(Path(self._target.shared_dir, "logs").glob(f"nvembed-*-{job_id}.log"))
-        return found[-1].read_text(encoding="utf-8", errors="replace") if found else ""
+        """The log file on the shared storage."""
+        paths = sorted(Path(self._target.shared_dir, "logs").glob(f"nvembed-*-{job_id}.log"))
+        return paths[-1].read_text(encoding="utf-8", errors="replace") if paths else ""
 
     def stop(self, job_id: str) -> None:
-        """`scancel`: the story is told to stop, and nothing is requeued."""
+        """`scancel`: the run stops, and nothing is requeued."""
         run_tool(["scancel", job_id], hint=HINT)
         if self._folder(job_id).is_dir():
-            (self._folder(job_id) / STOP_ASKED).touch()
+            (self._folder(job_id) / STOPPED_MARK).touch()
 
     def _log(self, job_id: str, name: str) -> str:
         return f"{self._target.shared_dir}/logs/{name}-{job_id}.log"
@@ -293,7 +293,7 @@ def _kind(state: str) -> str:
 
 
 def _accounted(code: str) -> int:
-    """Accounting's `code:signal` as a shell says it; 0 where the signal is none of a system's (125 means memory)."""
+    """Accounting's `code:signal` as a shell's exit code; 0 where the signal is not one of the system (125: memory)."""
     number, _, signal = code.partition(":")
     if number != "0":
         return int(number)
@@ -307,13 +307,13 @@ def _changed(path: Path) -> str | None:
         return None
 
 
-def _when(said: str) -> str | None:
-    return said if said[:1].isdigit() else None
+def _when(text: str) -> str | None:
+    return text if text[:1].isdigit() else None
 
 
 def _about(comment: str) -> dict[str, str]:
     try:
-        found: Any = json.loads(comment)
+        values: Any = json.loads(comment)
     except ValueError:
         return {}
-    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    return {str(name): str(value) for name, value in values.items()} if isinstance(values, dict) else {}

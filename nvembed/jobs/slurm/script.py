@@ -1,4 +1,4 @@
-"""The body of the batch script; `slurm.py` fills in what stands between @ signs."""
+"""The body of the batch script; `backend.py` replaces the names between @ signs."""
 
 FAILED_CODE = 4
 
@@ -13,11 +13,11 @@ job_dir=@SHARED@/jobs/$SLURM_JOB_ID
 temp=@TEMP@/nv-$SLURM_JOB_ID
 mkdir -p "$job_dir"
 rm -f "$job_dir/exit_code" "$job_dir/driver.pid"
-# However this ends, its code is on the shared storage: not every cluster keeps accounts. The story's own goes first.
+# However this ends, its code is on the shared storage: not every cluster has accounting. The run's own goes first.
 leave_code() { code=$?; [ -f "$job_dir/exit_code" ] || echo "$code" > "$job_dir/exit_code"; }
 trap leave_code EXIT
 @SECRETS@
-set +u  # the files of others may read what is not set
+set +u  # sourced files may read unset variables
 @SETUP@
 set -u
 @VARIABLES@
@@ -32,31 +32,31 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$job_dir/auth_token" RAY_USAGE_S
 export RAY_ADDRESS="@HEAD@:@PORT@"
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=@WAIT@ NVEMBED_JOB_DIR="$job_dir"
 
-# The story, on the first node. Its own exit code goes to a file: the worker nodes' ends would hide it.
+# The run, on the first node. Its own exit code goes to a file: the ends of the worker nodes would hide it.
 cat > "$job_dir/driver.sh" <<'END_OF_DRIVER'
 "$@" &
-story=$!
-echo "$story" > "$NVEMBED_JOB_DIR/driver.pid"
+run=$!
+echo "$run" > "$NVEMBED_JOB_DIR/driver.pid"
 trap : TERM INT
 code=0
-while kill -0 "$story" 2>/dev/null; do code=0; wait "$story" || code=$?; done
+while kill -0 "$run" 2>/dev/null; do code=0; wait "$run" || code=$?; done
 echo "$code" > "$NVEMBED_JOB_DIR/exit_code"
 exit "$code"
 END_OF_DRIVER
 
 umask "$open_umask"
 
-# The limit has a signal of its own: scancel sends TERM to this shell too, and what was stopped is not to come back.
+# The time limit has its own signal: scancel sends TERM to this shell too, and a stopped job must not be requeued.
 stopping=0
-stop_story() { kill -TERM "$(cat "$job_dir/driver.pid" 2>/dev/null)" 2>/dev/null || true; }
+stop_run() { kill -TERM "$(cat "$job_dir/driver.pid" 2>/dev/null)" 2>/dev/null || true; }
 on_limit() {
   stopping=1
-  say "told to stop before the time limit; the story saves and ends"
-  stop_story
+  say "the time limit is near; the run saves and ends"
+  stop_run
 }
 on_term() {
-  say "told to stop; the story saves and ends, and is not requeued"
-  stop_story
+  say "stopped; the run saves and ends, and is not requeued"
+  stop_run
 }
 trap on_limit USR1
 trap on_term TERM
@@ -77,11 +77,11 @@ done
 wait "$step" || true
 rm -f "$job_dir/auth_token" "$job_dir/driver.pid"
 code=$(cat "$job_dir/exit_code" 2>/dev/null || echo 4)  # symmetric-run ends with 0 where Ray did not start
-say "the story ended with exit code $code"
+say "the run ended with exit code $code"
 if [ "$stopping" = 0 ]; then timeout 60 $everywhere rm -rf -- "$temp" || true; fi
 if [ "$stopping" = 1 ] && [ "$code" != 0 ]; then
   if [ "${SLURM_RESTART_COUNT:-0}" -lt @REQUEUES@ ]; then
-    say "requeued; the next attempt goes on where this one stopped"
+    say "requeued; the next attempt resumes where this one stopped"
     scontrol requeue "$SLURM_JOB_ID"
   else
     say "not requeued: @REQUEUES@ requeues were made"
