@@ -1,7 +1,7 @@
-"""What a run shows while it works: a heartbeat, log records; libraries' own lines go to a file (layer 6).
+"""Output of a running pipeline: log records, a heartbeat; libraries' own lines go to a file.
 
 A training step's own lines (step, loss, rate, time left) come from `training/progress.py`, encoding's from
-`retrieval/pool.py`; the heartbeat speaks only where they are silent. On a terminal it is one changing line.
+`core/ray_pool.py`; the heartbeat shows only while both are silent. On a terminal it is the status line.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from nvembed.core.terminal import Console, redirected, used
 from nvembed.types import METRICS
 
 TICK_SECONDS = 1.0
-QUIET_SECONDS = 5.0  # how long nothing was said before a heartbeat; on a terminal it comes every tick
+QUIET_SECONDS = 5.0  # silence before a heartbeat; on a terminal it comes every tick
 LOUD = "DeepSpeed"  # a logger that warns on standard output while its package is imported
 
 
 class _ConsoleHandler(logging.Handler):
-    """Our own messages as they are, errors of others with their name; their warnings go to the file only."""
+    """Shows our own messages as they are, errors of others with their name; their warnings go to the file only."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.INFO)
@@ -41,8 +41,8 @@ class _ConsoleHandler(logging.Handler):
         if getattr(record, "transient", False):
             self._console.transient(record.getMessage())
         else:
-            say = self._console.alert if record.levelno >= logging.WARNING else self._console.line
-            say(f"  {level}{name}{record.getMessage()}")
+            write = self._console.alert if record.levelno >= logging.WARNING else self._console.line
+            write(f"  {level}{name}{record.getMessage()}")
 
 
 @contextmanager
@@ -79,26 +79,26 @@ def logged(console: Console, out: str) -> Iterator[str]:
 
 
 def _through_root(record: logging.LogRecord) -> bool:
-    """Filter of a logger with a handler of its own from its import on: the root's handlers get its records."""
+    """Filter for a logger that has its own handler from its import on: pass its records to the root's handlers."""
     logging.getLogger().handle(record)
     return False
 
 
 def _log_dead_thread(died: Any) -> None:
-    """What would go to standard error, which the user does not see while a run is on."""
+    """Log what would go to standard error, which the user does not see during a run."""
     if died.exc_type is not SystemExit:
         name = died.thread.name if died.thread is not None else "?"
-        told = (died.exc_type, died.exc_value, died.exc_traceback)
-        logging.getLogger(__name__).error("thread %s died: %s", name, died.exc_value, exc_info=told)
+        error = (died.exc_type, died.exc_value, died.exc_traceback)
+        logging.getLogger(__name__).error("thread %s died: %s", name, died.exc_value, exc_info=error)
 
 
 class Heartbeat:
-    """While a step runs: says so when nothing else did, and calls `every_tick` (records, MLflow); context manager.
+    """Context manager of a running step: shows that it runs, and calls `every_tick` (records, MLflow).
 
     Args:
-        console: where to.
+        console: shows the line.
         name: the step.
-        uri: its directory; growth of its `metrics.jsonl` counts as being said.
+        uri: its directory; growth of its `metrics.jsonl` counts as output.
         memory_mb: memory of the run right now.
         every_tick: called about every `QUIET_SECONDS`; what it raises is logged once and the run goes on.
     """
@@ -110,7 +110,7 @@ class Heartbeat:
         self._metrics = storage.local_path(uri) / METRICS if storage.is_local(uri) else None
         self._size = 0
         self._grew = self._started = time.monotonic()
-        self._complained = False
+        self._warned = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -145,15 +145,15 @@ class Heartbeat:
                 self._tick()
 
     def _silent(self, now: float) -> bool:
-        """Nothing was said lately, and no optimiser step ended lately (whose lines others write)."""
+        """No line was written lately, and no optimiser step ended lately (the training writes those lines)."""
         quiet = TICK_SECONDS / 2 if self._console.is_terminal else QUIET_SECONDS
-        stands = self._grew == self._started or now - self._grew >= 3 * QUIET_SECONDS
-        return stands and now - self._console.spoke >= quiet
+        idle = self._grew == self._started or now - self._grew >= 3 * QUIET_SECONDS
+        return idle and now - self._console.spoke >= quiet
 
     def _tick(self) -> None:
         try:
             self._every_tick()
         except Exception as error:
-            if not self._complained:
+            if not self._warned:
                 logging.getLogger(__name__).warning("%s: %s: %s", self._name, type(error).__name__, error)
-            self._complained = True
+            self._warned = True
