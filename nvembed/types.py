@@ -1,4 +1,4 @@
-"""The words every layer shares: examples, batches, artifacts (layer 0; no torch, no ray).
+"""The types that every package shares: examples, batches, artifacts, configuration, errors; free of torch and ray.
 
 Shapes: B examples of a global batch, G texts per example (query, positive, negatives), T = B * G texts.
 """
@@ -17,7 +17,7 @@ VectorType = Literal["fp32", "fp16", "bf16", "int8"]  # how embeddings are store
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message says what was wrong, where, and what to do. Exit code 2."""
+    """A mistake of the user: the message says what was wrong, where, and what to do. Exit code 2."""
 
 
 class Config(BaseModel):
@@ -27,7 +27,7 @@ class Config(BaseModel):
 
 
 class TaskType(enum.StrEnum):
-    """What an example teaches; decides where negatives come from and whether documents carry the instruction."""
+    """Task of an example; it decides the source of negatives and whether documents carry the instruction."""
 
     RETRIEVAL = "retrieval"
     CLASSIFICATION = "classification"
@@ -47,7 +47,7 @@ class TaskType(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ScoredId:
-    """A document of the data set's corpus by id, with the score that put it there (None: a given label)."""
+    """A document of the data set's corpus by id, with the score it was chosen by (None: a given label)."""
 
     id: str
     score: float | None = None
@@ -76,7 +76,7 @@ class Batch:
 
     Attributes:
         step: optimiser step (0-based), the position in the data.
-        example_ids: B ids in slot order; their hash stands in `metrics.jsonl`.
+        example_ids: B ids in slot order; their hash is in `metrics.jsonl`.
         texts: T texts, example-major: text t belongs to example t // G, role t % G (query, positive, negatives).
             A missing negative is the empty string with `present` false.
         instructions: T prefixes ("" for bare documents); a model input is `instruction + text`.
@@ -117,7 +117,7 @@ class Artifact:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of (step, logic version, config, input manifests): what decides whether a step is skipped."""
+        """Hash of (step, logic version, config, input manifests): a step with the same one is skipped."""
         return str(self.manifest["fingerprint"])
 
     @property

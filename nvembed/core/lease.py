@@ -1,8 +1,8 @@
-"""One run per output: a lease with a holder, a heartbeat and a fencing number (layer 0).
+"""One run per output: a lease with a holder, a heartbeat and a fencing number.
 
 A lease of a process that is gone (other boot, dead pid, reused pid) is taken over at once, so a resume after kill -9
-is never blocked. A holder on another host is believed dead when its heartbeat is older than `STALE_SECONDS`
-and does not come while it is watched (clocks of hosts may differ).
+is never blocked. A holder on another host counts as dead when its heartbeat is older than `STALE_SECONDS`
+and none comes while it is watched (clocks of hosts may differ).
 Every taker adds one to the fencing number; workers check it before they write, so an orphan of a killed run stops
 itself instead of writing beside the resumed one.
 """
@@ -75,28 +75,28 @@ def _started(pid: int) -> float:
 
 
 def _read(file: str) -> dict[str, Any] | None:
-    """The lease as it stands; None if there is none.
+    """The current lease; None where there is none.
 
     Raises:
-        UserError: what is there is no lease.
+        UserError: the file is not a lease.
     """
     if not storage.exists(file):
         return None
     try:
-        found = storage.read_json(file)
-        if not {"holder", "heartbeat", "fence"} <= set(found):
+        record = storage.read_json(file)
+        if not {"holder", "heartbeat", "fence"} <= set(record):
             raise ValueError("not a lease")
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}). Delete it when no run uses the output.") from error
-    return dict(found)
+    return dict(record)
 
 
-def _alive(held: dict[str, Any]) -> bool:
-    if held.get("released"):
+def _alive(record: dict[str, Any]) -> bool:
+    if record.get("released"):
         return False
-    holder = held["holder"]
+    holder = record["holder"]
     if holder["host"] != socket.gethostname():
-        return time.time() - held["heartbeat"] < STALE_SECONDS
+        return time.time() - record["heartbeat"] < STALE_SECONDS
     if holder["boot_id"] != boot_id():
         return False
     try:
@@ -143,24 +143,29 @@ class Lease:
         storage.make_directory(self.uri)
         self._wait_for_silence()
         with _exclusive(self.uri):
-            held = _read(self._file)
-            if held is not None and _alive(held):
-                raise _held_error(self.uri, held)
-            self.fence = (held["fence"] if held else 0) + 1
+            record = _read(self._file)
+            if record is not None and _alive(record):
+                raise _in_use_error(self.uri, record)
+            self.fence = (record["fence"] if record else 0) + 1
             self._write()
         self._thread = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
         self._thread.start()
         return self
 
     def _wait_for_silence(self) -> None:
-        """A holder on another host that looks dead may only have a slow clock: see whether its heart still beats."""
-        held = _read(self._file)
-        if held is None or held.get("released") or _alive(held) or held["holder"]["host"] == socket.gethostname():
+        """A holder on another host that looks dead may only have a slow clock: wait for one more heartbeat."""
+        record = _read(self._file)
+        if (
+            record is None
+            or record.get("released")
+            or _alive(record)
+            or record["holder"]["host"] == socket.gethostname()
+        ):
             return
         time.sleep(SILENCE_BEATS * HEARTBEAT_SECONDS)
         again = _read(self._file)
-        if again is not None and again["heartbeat"] != held["heartbeat"] and not again.get("released"):
-            raise _held_error(self.uri, again)
+        if again is not None and again["heartbeat"] != record["heartbeat"] and not again.get("released"):
+            raise _in_use_error(self.uri, again)
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
@@ -184,11 +189,11 @@ class Lease:
             self._renew(released=True)
 
 
-def _held_error(uri: str, held: dict[str, Any]) -> LeaseHeldError:
-    holder = held["holder"]
+def _in_use_error(uri: str, record: dict[str, Any]) -> LeaseHeldError:
+    holder = record["holder"]
     return LeaseHeldError(
         f"{uri} is in use by {holder['user']} on {holder['host']}, pid {holder['pid']} "
-        f"(seen {max(0.0, time.time() - held['heartbeat']):.0f} s ago). Wait for it, stop it, or use another --out."
+        f"(seen {max(0.0, time.time() - record['heartbeat']):.0f} s ago). Wait for it, stop it, or use another --out."
     )
 
 

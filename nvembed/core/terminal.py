@@ -44,7 +44,7 @@ class Console:
         self._detail, self._detailed = "", 0.0
         self.quiet = quiet
         self.is_terminal = self._stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
-        self.spoke = time.monotonic()
+        self.spoke = time.monotonic()  # time of the last output
 
     @property
     def width(self) -> int:
@@ -158,14 +158,14 @@ def used(console: Console) -> Iterator[Console]:
 def redirected(path: str) -> Iterator[None]:
     """Send standard output and error (the descriptors, so children's and C++ lines too) to a file, appended.
 
-    Python's own `print` still reaches the user. A crash of the interpreter is told on the terminal.
+    Python's own `print` still reaches the user. A crash of the interpreter is reported on the terminal.
     """
     try:
         out, err = sys.stdout.fileno(), sys.stderr.fileno()
     except (OSError, ValueError, AttributeError):  # replaced by something that is no file, as in tests
         yield
         return
-    before, kept = sys.stdout, [os.dup(out), os.dup(err)]
+    before, copies = sys.stdout, [os.dup(out), os.dup(err)]
     with open(path, "ab", buffering=0) as file, os.fdopen(os.dup(err), "w") as crash:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -180,7 +180,7 @@ def redirected(path: str) -> Iterator[None]:
             sys.stdout.flush()
             sys.stderr.flush()
             sys.stdout = before
-            for descriptor, old in zip((out, err), kept, strict=True):
+            for descriptor, old in zip((out, err), copies, strict=True):
                 os.dup2(old, descriptor)
                 os.close(old)
 
@@ -190,8 +190,8 @@ def _copy(stream: Any) -> TextIO:
     try:
         return os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding, errors="replace", buffering=1)
     except (OSError, ValueError, AttributeError):
-        kept: TextIO = stream
-        return kept
+        original: TextIO = stream
+        return original
 
 
 def clock(seconds: float) -> str:
@@ -202,7 +202,7 @@ def clock(seconds: float) -> str:
 
 
 def adopt_loggers(package: str) -> None:
-    """Let a package's loggers write where everybody does, instead of to handlers of their own."""
+    """Remove the handlers of a package's loggers, so that their records go to the root's."""
     for name in list(logging.root.manager.loggerDict):
         if name == package or name.startswith(f"{package}."):
             logging.getLogger(name).handlers.clear()

@@ -1,1 +1,1 @@
-"""Layer 1: losses and objectives over tensors (torch only)."""
+"""Losses and objectives over tensors (torch only)."""

@@ -45,8 +45,8 @@ def separation(similarity_RC: torch.Tensor, positive_R: torch.Tensor, allowed_RC
     count_R = negative_RC.sum(dim=1)
     mean_R = cosine_RC.masked_fill(~negative_RC, 0.0).sum(dim=1, dtype=torch.float64) / count_R.clamp(min=1)
     hardest_R = cosine_RC.masked_fill(~negative_RC, -1.0).amax(dim=1)
-    found = (cosine_RC.gather(1, positive_R1)[:, 0], mean_R, hardest_R, torch.ones_like(mean_R))
-    return torch.stack([(value_R * (count_R > 0)).sum(dtype=torch.float64) for value_R in found])
+    columns = (cosine_RC.gather(1, positive_R1)[:, 0], mean_R, hardest_R, torch.ones_like(mean_R))
+    return torch.stack([(value_R * (count_R > 0)).sum(dtype=torch.float64) for value_R in columns])
 
 
 def document_mask(batch: Batch, rows: slice) -> np.ndarray:

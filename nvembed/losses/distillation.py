@@ -1,4 +1,4 @@
-"""What a student learns from teacher vectors.
+"""Distances between student embeddings and teacher vectors.
 
 Shapes: R rows of this rank, B texts of the global batch, S student width, T teacher width.
 """

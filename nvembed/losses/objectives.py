@@ -72,7 +72,7 @@ class ContrastiveObjective(Objective):
         """See `Objective.forward`.
 
         Raises:
-            UserError: hard negatives are the only ones asked for and the stream has none.
+            UserError: the configuration allows hard negatives only and the stream has none.
         """
         if not self.config.in_batch and not self.config.query_negatives and batch.group_size < 3:
             raise UserError(

@@ -1,1 +1,1 @@
-"""Layer 2: the bidirectional LLM embedder, its pooling, and the model folder."""
+"""The bidirectional LLM embedder, its pooling, and the model folder."""

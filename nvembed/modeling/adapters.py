@@ -1,10 +1,10 @@
-"""What is trained: LoRA or the whole backbone, and always the pooling in full.
+"""Adapters: LoRA layers or the whole backbone are trained, and always the whole pooling.
 
 LoRA layers are injected into the backbone in place (no wrapper), so the embedder stays what it is; `merge_adapter`
-turns them back into plain layers. A model folder keeps the adapter it was merged from, in PEFT's layout:
+turns them back into plain layers. A model folder has the adapter that was merged into it, in PEFT's layout:
 
     adapter/adapter_model.safetensors, adapter_config.json    LoRA's A and B, and how they were injected
-    adapter/base.json                                         what they stand on: its name and the hash of its weights
+    adapter/base.json                                         name of the base, and the hash of its weights
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from nvembed.types import UserError
 
 
 def apply_adapter(embedder: Embedder, config: AdapterConfig) -> None:
-    """Set what is trained, in place.
+    """Inject LoRA layers where configured, and set which parameters are trained, in place.
 
     LoRA's A is drawn from torch's global random state: seed it first.
 
     Raises:
-        UserError: the backbone has none of a LoRA target module, or is adapted already; a folded head.
+        UserError: the backbone lacks a LoRA target module, or has LoRA layers already; a folded head.
     """
     if has_adapter(embedder):
         raise UserError("the embedder carries LoRA layers already; merge them first (merge_adapter).")
@@ -108,7 +108,7 @@ class KeptAdapter:
     Attributes:
         tensors: PEFT's name -> A or B, float32.
         config: PEFT's `adapter_config.json`.
-        base: `name` and `weights_xxh3_128` of the backbone they stand on.
+        base: `name` and `weights_xxh3_128` of the backbone they were trained on.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -131,7 +131,7 @@ def keep_adapter(embedder: Embedder, base: Path, name: str) -> KeptAdapter | Non
 
     Args:
         base: folder of the backbone they were injected into.
-        name: what to call it in `base.json`.
+        name: its name in `base.json`.
     """
     if not has_adapter(embedder):
         return None
@@ -167,7 +167,7 @@ def read_adapter(folder: Path) -> KeptAdapter:
 
 @torch.no_grad()
 def put_adapter(backbone: Any, adapter: KeptAdapter) -> None:
-    """Inject a kept adapter into the backbone it stands on, in place.
+    """Inject a stored adapter into its base, in place.
 
     Raises:
         UserError: its tensors do not fit.
@@ -204,7 +204,7 @@ def weights_hash(folder: Path) -> str:
     """
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise UserError(f"{folder} has no model*.safetensors; give the model folder that the adapter stands on.")
+        raise UserError(f"{folder} has no model*.safetensors; give the model folder that the adapter was trained on.")
     digest = xxhash.xxh3_128()
     names: dict[str, Path] = {}
     for file in files:

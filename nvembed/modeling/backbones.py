@@ -1,6 +1,6 @@
-"""Where the decoder comes from: a Hugging Face folder or hub name, a GGUF file inside a package, or random weights.
+"""Backbones: decoders from a Hugging Face folder or hub name, from a GGUF file in a package, or with random weights.
 
-All are loaded without a language-model head, in float32, cut to their first N layers where asked.
+All are loaded without a language-model head, in float32, cut to their first N layers where `num_layers` is set.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def load_backbone(config: BackboneConfig, texts: Iterable[str], seed: int) -> tu
     """The decoder (no head, float32, evaluation mode) and its fast tokenizer.
 
     Args:
-        texts: what a random backbone's vocabulary is learned from; others ignore it.
+        texts: the vocabulary of a random backbone is learned from them; other backbones ignore them.
         seed: of a random backbone's weights.
 
     Raises:
-        UserError: a missing package, file or model, or more layers asked for than there are.
+        UserError: a missing package, file or model, or `num_layers` above the number of layers.
     """
     assert not isinstance(config, NvembedBackbone), "a whole model folder is loaded by `initialise`"
     if isinstance(config, RandomBackbone):
@@ -80,7 +80,7 @@ def _load_gguf(config: GgufBackbone) -> tuple[Any, Any]:
 
 
 def gguf_path(config: GgufBackbone) -> Path:
-    """Where the file lies in the installed package, which is not imported.
+    """Path of the file in the installed package, which is not imported.
 
     Raises:
         UserError: the package is not installed (with the exact pip line) or has no such file.
@@ -94,10 +94,10 @@ def gguf_path(config: GgufBackbone) -> Path:
         ) from error
     path = Path(str(distribution.locate_file(config.file)))
     if not path.is_file():
-        found = [str(file) for file in distribution.files or [] if file.name.endswith(".gguf")]
+        files = [str(file) for file in distribution.files or [] if file.name.endswith(".gguf")]
         raise UserError(
             f"package {config.package!r} {distribution.version} has no file {config.file!r}; "
-            f"its GGUF files: {', '.join(found) or 'none'}."
+            f"its GGUF files: {', '.join(files) or 'none'}."
         )
     return path
 

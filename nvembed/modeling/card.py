@@ -31,13 +31,13 @@ TASK_NAMES = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What is known of a model once it was evaluated.
+    """Evaluation, licences and origin of a model, for its card.
 
     Attributes:
         name: name and version in the registry.
         scores: data set -> metric -> value, low, high (0-1, 95 % interval); the primary metric first.
         tasks: data set -> task.
-        split: which held-out side was scored.
+        split: the split that was scored.
         licences: rows of `kind` (data set, backbone, mining model), `name`, `licence`.
         chain: (step, manifest hash) from the data to the folder.
     """
@@ -62,10 +62,10 @@ def model_card(
     """README.md of a model folder.
 
     Args:
-        parameters: how many numbers the model has.
-        notes: what the caller knows of the model, as Markdown.
-        facts: evaluation, licences and origin; a folder has them once it was registered.
-        licences: rows as in `CardFacts`, where there are no facts yet.
+        parameters: number of parameters.
+        notes: more text, as Markdown.
+        facts: evaluation, licences and origin; known from the registration on.
+        licences: rows as in `CardFacts`, used where `facts` is None.
     """
     code = ", trust_remote_code=True" if needs_code(config) else ""
     name = next((name for name, prompt in prompts.items() if prompt), None)
@@ -120,9 +120,9 @@ def _front_matter(facts: CardFacts | None, licences: Sequence[Mapping[str, str]]
 def _licence(licences: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """The backbone's licence, under an id that hubs know."""
     backbones = [row for row in licences if row["kind"] == "backbone"]
-    found = {row["licence"].lower() for row in backbones}
-    if len(found) == 1 and found <= HUB_LICENCES:
-        front: dict[str, Any] = {"license": found.pop()}
+    ids = {row["licence"].lower() for row in backbones}
+    if len(ids) == 1 and ids <= HUB_LICENCES:
+        front: dict[str, Any] = {"license": ids.pop()}
     else:
         front = {"license": "other", "license_name": "see-the-card"}
     return {**front, "base_model": [row["name"] for row in backbones]} if backbones else front
@@ -168,6 +168,6 @@ def _sections(facts: CardFacts) -> list[str]:
     ]
     if facts.chain:
         lines += ["## Where it comes from", "", "| step | hash of its manifest |", "|---|---|"]
-        lines += [f"| {step} | `{found}` |" for step, found in facts.chain]
+        lines += [f"| {step} | `{digest}` |" for step, digest in facts.chain]
         lines += [""]
     return lines

@@ -27,7 +27,7 @@ class GgufBackbone(Config):
 
 
 class NvembedBackbone(Config):
-    """A finished model folder to go on from, its trained head included: imported, or made by an earlier run.
+    """A finished model folder to train on, its trained head included: imported, or made by an earlier run.
 
     `initialise.embedder` must be the folder's own, but for `text.max_length`.
     """
@@ -38,7 +38,7 @@ class NvembedBackbone(Config):
 
 
 class RandomBackbone(Config):
-    """A randomly initialised decoder with a BPE vocabulary learned from the prepared texts; for tests of the road."""
+    """A randomly initialised decoder with a BPE vocabulary learned from the prepared texts; for tests of pipelines."""
 
     type: Literal["random"] = "random"
     family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"

@@ -1,7 +1,7 @@
 """The model folder: a sentence-transformers folder that is also ours.
 
     config.json, model.safetensors, tokenizer files    the backbone, as transformers saves it (no language-model head)
-    1_Pooling/, 2_Normalize/, modules.json, ...         what sentence-transformers reads (`export.py`)
+    1_Pooling/, 2_Normalize/, modules.json, ...         what sentence-transformers reads (`sentence_folder.py`)
     nvembed.json                                        format version and `EmbedderConfig`; written last
     probes.json, probes.safetensors                     texts and their vectors, checked at load (`probes.py`)
     adapter/                                            the LoRA layers merged into it, if it had any (`adapters.py`)
@@ -64,7 +64,7 @@ def save_embedder(
         recipe: resolved recipe, stored as `recipe.yaml`.
         prompts: name -> full instruction prefix, offered by sentence-transformers as `prompt_name`.
         card: notes on data and licences for the model card (Markdown).
-        adapter: what was merged into the weights, kept beside them in `adapter/`.
+        adapter: the LoRA layers merged into the weights, stored beside them in `adapter/`.
         licences: of what the model was made from, for the card: rows of `kind`, `name`, `licence`.
 
     Raises:
@@ -180,6 +180,22 @@ def load_embedder(
 
     Raises:
         UserError: not a model folder of ours, damaged, or computed differently by the installed libraries.
+
+    Example:
+        A folder of a tiny random model, written and loaded again:
+
+        >>> from tempfile import TemporaryDirectory
+        >>> from nvembed.modeling.assemble import build_embedder
+        >>> from nvembed.modeling.backbones import random_decoder, train_byte_level_bpe
+        >>> from nvembed.modeling.config import RandomBackbone
+        >>> tokenizer = train_byte_level_bpe(["sort a list in python"], 300)
+        >>> backbone = random_decoder(RandomBackbone(), tokenizer, seed=0)
+        >>> with TemporaryDirectory() as directory:
+        ...     folder = f"{directory}/model"
+        ...     save_embedder(build_embedder(backbone, tokenizer, EmbedderConfig(), seed=0), folder)
+        ...     embedder = load_embedder(folder)
+        >>> embedder.encode(["sort a list", "heap overflow"]).shape
+        (2, 64)
     """
     folder = Path(folder)
     description = describe_folder(folder)

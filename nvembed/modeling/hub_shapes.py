@@ -1,4 +1,4 @@
-"""Sizes of decoders on the Hugging Face hub, so that a plan needs no download (layer 6). Data only.
+"""Sizes of decoders on the Hugging Face hub, so that a plan needs no download. Data only.
 
 Each line: layers, hidden, intermediate, heads, key/value heads, width of a head, vocabulary; then the family. The test
 adds them up to the sizes their makers publish. A name that is not here needs a local copy (folder or hub cache).
@@ -63,5 +63,5 @@ _SAME = {
 def hub_shape(name: str) -> HubShape | None:
     """The sizes of a hub name (case does not matter), None where they are not listed."""
     lowered = {key.lower(): key for key in (*HUB_SHAPES, *_SAME)}
-    found = lowered.get(name.lower())
-    return HUB_SHAPES[_SAME.get(found, found)] if found is not None else None
+    key = lowered.get(name.lower())
+    return HUB_SHAPES[_SAME.get(key, key)] if key is not None else None

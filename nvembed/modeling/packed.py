@@ -1,4 +1,4 @@
-"""Packed attention: the texts of a chunk stand one after another in one row, without padding.
+"""Packed attention: the texts of a chunk follow one another in one row, without padding.
 
 A function registered with transformers' attention interface attends within each text; everything else of a model works
 token by token, so no model code is needed. `FAMILIES` says for which architectures that is true; others keep padded
@@ -131,7 +131,7 @@ def packed_states(model: Any, texts: Sequence[Sequence[int]]) -> tuple[torch.Ten
     """Last hidden states [T, D] of token ids, and where each text lies; inside `packing(model)` only.
 
     Args:
-        texts: token ids of each text, none empty; equal lengths side by side make it fast.
+        texts: token ids of each text, none empty; equal lengths next to one another make it fast.
     """
     device = next(model.parameters()).device
     layout = Layout.of([len(ids) for ids in texts])
@@ -195,8 +195,8 @@ def _varlen_type(query_THE: torch.Tensor) -> torch.dtype | None:
         return None
     if query_THE.shape[-1] % 8 or query_THE.shape[-1] > 256 or not _has_varlen():
         return None
-    found = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query_THE.dtype
-    return found if found in (torch.bfloat16, torch.float16) else None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query_THE.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
 @functools.cache
@@ -230,7 +230,7 @@ def _varlen(
         scale=scaling,
         window_size=(-1, 0) if causal else (-1, -1),
     )
-    assert isinstance(mixed, torch.Tensor), "no auxiliary outputs were asked for"
+    assert isinstance(mixed, torch.Tensor), "no auxiliary outputs are requested"
     return mixed
 
 

@@ -1,4 +1,4 @@
-"""The sentence-transformers side of a model folder: its module list, prompts, and custom code.
+"""The sentence-transformers part of a model folder: its module list, prompts, and custom code.
 
 Mean pooling over everything and last-token pooling are stock modules and need no custom code. What stock modules
 cannot do (latent attention; leaving the instruction out by character offsets) is done by copies of our own source

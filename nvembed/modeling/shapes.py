@@ -1,4 +1,4 @@
-"""Sizes of a backbone before anything heavy is loaded: from the recipe, a `config.json`, a GGUF header (layer 6).
+"""Sizes of a backbone before anything heavy is loaded: from the recipe, a `config.json`, a GGUF header.
 
 Used by the recipe's cross-checks and the plan. What cannot be known without a download is None; the sizes of the common
 families on the hub are known (`hub_shapes.py`).
@@ -93,7 +93,7 @@ def pooling_parameters(pooling: PoolingConfig, hidden: int) -> int:
 def known_shape(backbone: BackboneConfig) -> Shape | None:
     """The backbone's sizes, or None when they are not known here (not installed, on a hub, another format)."""
     if isinstance(backbone, RandomBackbone):
-        found = Shape(
+        return Shape(
             layers=backbone.num_layers,
             layers_available=backbone.num_layers,
             hidden=backbone.hidden_size,
@@ -104,7 +104,6 @@ def known_shape(backbone: BackboneConfig) -> Shape | None:
             vocab=backbone.vocab_size,
             family=backbone.family,
         )
-        return found
     available = _gguf_shape(backbone) if isinstance(backbone, GgufBackbone) else _folder_shape(backbone)
     if available is None or backbone.num_layers is None:
         return available
@@ -112,24 +111,24 @@ def known_shape(backbone: BackboneConfig) -> Shape | None:
 
 
 def _folder_shape(backbone: FolderBackbone | NvembedBackbone) -> Shape | None:
-    found = _config_shape(Path(backbone.name) / "config.json")
+    shape = _config_shape(Path(backbone.name) / "config.json")
     if isinstance(backbone, NvembedBackbone):
-        return found
-    for path in () if found else _cached_configs(backbone):
-        found = found or _config_shape(path)
+        return shape
+    for path in () if shape else _cached_configs(backbone):
+        shape = shape or _config_shape(path)
     known = hub_shape(backbone.name)
-    if found is not None or known is None:
-        return found
+    if shape is not None or known is None:
+        return shape
     return Shape(layers_available=known.layers, **known._asdict())
 
 
 def _cached_configs(backbone: FolderBackbone) -> list[Path]:
-    """`config.json` of a hub name in the local hub cache: of the revision asked for, else of any, newest first."""
+    """`config.json` of a hub name in the local hub cache: of the requested revision, else of any, newest first."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     folder = cache / f"models--{backbone.name.replace('/', '--')}" / "snapshots"
-    found = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path for path in found if backbone.revision in (None, path.parent.name)] or found
+    configs = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path for path in configs if backbone.revision in (None, path.parent.name)] or configs
 
 
 def _config_shape(path: Path) -> Shape | None:
@@ -187,13 +186,13 @@ def read_gguf_header(path: Path) -> dict[str, Any]:
         magic, version, _, count = struct.unpack("<4sIQQ", file.read(24))
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError(f"{path} is not a GGUF file of version 2 or 3")
-        found: dict[str, Any] = {}
+        metadata: dict[str, Any] = {}
         for _ in range(count):
             key = _text(file)
             if key.startswith("tokenizer."):
                 break
-            found[key] = _value(file, struct.unpack("<I", file.read(4))[0])
-        return found
+            metadata[key] = _value(file, struct.unpack("<I", file.read(4))[0])
+        return metadata
 
 
 def _text(file: BinaryIO) -> str:

@@ -21,7 +21,7 @@ from nvembed.core.steps import METRICS
 from nvembed.core.terminal import Console, redirected, used
 
 TICK_SECONDS = 1.0
-QUIET_SECONDS = 5.0  # how long nothing was said before a heartbeat; on a terminal it comes every tick
+QUIET_SECONDS = 5.0  # silence before a heartbeat; on a terminal it comes every tick
 LOUD = "DeepSpeed"  # a logger that warns on standard output while its package is imported
 
 
@@ -114,7 +114,7 @@ class Heartbeat:
         self._metrics = storage.local_path(uri) / METRICS if storage.is_local(uri) else None
         self._size = 0
         self._grew = self._started = time.monotonic()
-        self._complained = False
+        self._warned = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -158,6 +158,6 @@ class Heartbeat:
         try:
             self._every_tick()
         except Exception as error:
-            if not self._complained:
+            if not self._warned:
                 logging.getLogger(__name__).warning("%s: %s: %s", self._name, type(error).__name__, error)
-            self._complained = True
+            self._warned = True

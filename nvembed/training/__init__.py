@@ -1,1 +1,1 @@
-"""Layer 3: the one training loop, its engines, checkpoints and the Ray Train launch."""
+"""The training loop, its engines and checkpoints, the launch under Ray Train, initial and final model folders."""

@@ -1,4 +1,4 @@
-"""Numbers of a training stage that a plan needs too, without torch: slices, learning rate, DeepSpeed configuration."""
+"""Derived numbers of a training run, without torch, for plans too: slices, learning rate, DeepSpeed configuration."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 
 from nvembed.training.config import DeepSpeedEngineConfig, OptimiserConfig
 
-# Of a full chunk. On the quickstart's texts: padding 38 % -> 8 % of the tokens, CPU time of a step nearly halved.
+# Slices of a full chunk. On the quickstart's texts: padding 38 % -> 8 % of the tokens, CPU time nearly halved.
 SLICES = 16
-
-
-# Tokens; a smaller forward costs more than the padding it saves. On a GPU it is the launches that cost.
+# Tokens; a smaller forward costs more than the padding it saves. On a GPU the launches cost most.
 MIN_SLICE = {"cpu": 512, "cuda": 8192}
 
 
@@ -40,18 +38,14 @@ def learning_rate_factor(step: int, num_steps: int, config: OptimiserConfig) -> 
 
 
 MAX_BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 allocates 2 GB per rank whatever the model's size
-
-
 BUCKET_MULTIPLE = 64  # DeepSpeed asserts that buckets keep NCCL's start alignment
-
-
 PERSISTENT_SHARE = 1000  # ZeRO-3 keeps parameters whole that are smaller than this share of the model (at most 1e5)
 
 
 def deepspeed_config(
     engine: DeepSpeedEngineConfig, optimiser: OptimiserConfig, *, trained: int, whole: int
 ) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given.
+    """The configuration for `deepspeed.initialize`.
 
     Args:
         engine: the recipe's section.

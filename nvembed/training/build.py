@@ -1,4 +1,4 @@
-"""From a model folder to a model that can be trained, and from a finished run to a model folder."""
+"""The model of a training run: built from a model folder, saved to one at the end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHECKPOINT = "checkpoint.json"
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """One training stage, by URI.
+    """A training run: its settings, its inputs and its output by URI.
 
     Attributes:
         config: the training section.
@@ -36,7 +36,7 @@ class TrainingSpec:
         model_uri: the model folder training starts from.
         work_uri: the step's directory.
         inputs: content hash of every input artifact.
-        lease_uri: output whose lease this run holds; None: none.
+        lease_uri: output whose lease this run has; None: no lease.
         fence: its fencing number.
     """
 
@@ -62,10 +62,10 @@ def build_model(spec: TrainingSpec, teacher_dim: int | None, precision: Precisio
 
 
 def save_trained_model(spec: TrainingSpec, checkpoint: Checkpoint, teacher_dim: int | None) -> None:
-    """Write `model/` (float32, LoRA merged and kept beside), `checkpoint.json` (whose checksums it comes from) and, if
-    it has parameters, `objective.safetensors`.
+    """Write `model/` (float32, LoRA merged, the adapter beside it), `checkpoint.json` (the checksums it comes from)
+    and, where the objective has parameters, `objective.safetensors`.
 
-    Everything comes from the input model folder and the last checkpoint, so that a run killed here only repeats this.
+    The inputs are the model folder the run started from and the last checkpoint: a run killed here repeats only this.
     """
     model = build_model(spec, teacher_dim, "fp32")
     checkpoint.load_parameters(model)
@@ -83,7 +83,7 @@ def save_trained_model(spec: TrainingSpec, checkpoint: Checkpoint, teacher_dim: 
     recipe = spec.config.model_dump(mode="json")
     with written_folder(target) as folder:
         save_embedder(model.embedder, folder, recipe=recipe, prompts=prompts, adapter=adapter)
-    # the checkpoint itself goes when the step is published; this is its link in the hash chain
+    # the checkpoint is deleted when the step is published; this record is its link in the hash chain
     files = storage.read_json(storage.join(checkpoint.uri, "manifest.json"))["files"]
     link = {"step": checkpoint.step, "files": {name: row for name, row in files.items() if name != "state.json"}}
     storage.write_json(storage.join(spec.work_uri, CHECKPOINT), link)

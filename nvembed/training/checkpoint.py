@@ -47,14 +47,14 @@ FORMAT_VERSION = 1
 FILE_BYTES = 2 << 30  # rank 0 holds at most this much of the gathered state at a time
 _NAME = re.compile(r"step-(\d{6,})")
 _PACKAGES = ("torch", "transformers", "peft", "deepspeed", "numpy", "tokenizers")
-# Settings that may differ between the run that saved and the one that resumes: they say who computes, not what.
+# Settings that a resumed run may change: machines and files, not the numbers.
 _FREE = ("num_workers", "gpus_per_worker", "checkpoint_every", "keep_checkpoints", "max_failures")
 _ROUNDING = ("engine", "token_budget")  # free too, but they change the order of sums
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint belongs to.
+    """The settings and inputs that a checkpoint belongs to.
 
     Attributes:
         config: the training section.
@@ -84,12 +84,12 @@ class Identity:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what takes part in the arithmetic; the torch engine runs where DeepSpeed is not installed."""
-    found = {"python": platform.python_version()}
+    """Versions of the packages that compute; the torch engine runs where DeepSpeed is not installed."""
+    installed = {"python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def processor() -> str:
@@ -156,7 +156,7 @@ class CheckpointStore:
 
     Args:
         work_uri: the step's directory.
-        identity: what they have to belong to.
+        identity: of this run; checkpoints of another are refused.
     """
 
     def __init__(self, work_uri: str, identity: Identity) -> None:
@@ -164,33 +164,33 @@ class CheckpointStore:
         self.identity = identity
 
     def newest(self, context: WorkerContext) -> Checkpoint | None:
-        """The newest complete checkpoint, the same on every rank; None when there is none.
+        """The newest complete checkpoint, the same on every rank; None where there is none.
 
-        One that is damaged is passed over with a warning that names the file. Rank 0 decides.
+        A damaged one is passed over with a warning that names the file. Rank 0 decides.
 
         Raises:
-            ChangedRecipeError: it was made by other settings or other inputs.
+            ChangedRecipeError: its settings or inputs are others.
             UserError: it was made with another number of threads per worker.
         """
         verdict: dict[str, str | None] = {}
         if context.rank == 0:
             try:
-                verdict = {"found": self._choose(here=True)}
+                verdict = {"uri": self._choose(here=True)}
             except UserError as problem:  # every rank has to stop, with the same words
                 verdict = {"error": str(problem), "changed": "yes" if isinstance(problem, ChangedRecipeError) else None}
         verdict = broadcast_object(verdict)
         if message := verdict.get("error"):
             raise (ChangedRecipeError if verdict["changed"] else UserError)(message)
-        found = verdict["found"]
-        return None if found is None else Checkpoint(found)
+        uri = verdict["uri"]
+        return None if uri is None else Checkpoint(uri)
 
     def preview(self) -> int:
-        """Where a run will start, found out by the launcher: the same refusals and warnings, before workers start.
+        """The step a run will start at, for the launcher: refusals and warnings of `newest` before workers start.
 
         Only what depends on the workers' machines (precision, processor) is left to them.
         """
-        found = self._choose(here=False)
-        return Checkpoint(found).step if found else 0
+        uri = self._choose(here=False)
+        return Checkpoint(uri).step if uri else 0
 
     def _choose(self, *, here: bool) -> str | None:
         for _, name in sorted(self._names(), reverse=True):
@@ -263,17 +263,17 @@ def _circumstances(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_tensors(tensors: Iterator[tuple[str, torch.Tensor]], uri: str, kind: str, *, write: bool) -> None:
     """Drain a collective iterator on every rank; rank 0 writes files of at most about `FILE_BYTES`."""
-    held: dict[str, torch.Tensor] = {}
+    batch: dict[str, torch.Tensor] = {}
     number = 0
     for name, tensor in tensors:
         if not write:
             continue
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > FILE_BYTES:
-            _write_file(held, storage.join(uri, f"{kind}-{number:05d}.safetensors"))
-            held, number = {}, number + 1
-        held[name] = tensor.contiguous()
+        if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > FILE_BYTES:
+            _write_file(batch, storage.join(uri, f"{kind}-{number:05d}.safetensors"))
+            batch, number = {}, number + 1
+        batch[name] = tensor.contiguous()
     if write:
-        _write_file(held, storage.join(uri, f"{kind}-{number:05d}.safetensors"))
+        _write_file(batch, storage.join(uri, f"{kind}-{number:05d}.safetensors"))
 
 
 def _write_file(tensors: dict[str, torch.Tensor], uri: str) -> None:

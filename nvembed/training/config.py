@@ -57,5 +57,7 @@ class TrainConfig(Config):
     token_budget: int = Field(8192, ge=8, description="Tokens of one chunk, padding included.")
     checkpoint_every: int = Field(20, ge=1, description="Optimiser steps.")
     keep_checkpoints: int = Field(2, ge=1)
-    max_failures: int = Field(2, ge=0, description="Worker failures survived by restarting from the last checkpoint.")
+    max_failures: int = Field(
+        2, ge=0, description="Worker failures after which the run restarts from the newest checkpoint."
+    )
     seed: int = 0

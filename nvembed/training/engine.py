@@ -1,6 +1,6 @@
-"""What the training loop asks of whoever runs the maths, and the list of those who do.
+"""The engine interface of the training loop.
 
-Two engines: DeepSpeed ZeRO 0-3, and plain torch, the reference every ZeRO path is tested equal to.
+Two engines implement it: DeepSpeed ZeRO 0-3, and plain torch, the reference that every ZeRO path is tested equal to.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Engine(ABC):
 
     Attributes:
         model: the root module. Its parameters may be partitioned; only `forward` gathers them.
-        device: where inputs have to be.
+        device: device of the inputs.
         moments: names of the optimiser's per-parameter tensors.
     """
 

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO 0-3 behind the engine interface.
 
-Facts of DeepSpeed 0.19 this file works around, each covered by a test:
+Facts of DeepSpeed 0.19 that this file works around, each covered by a test:
 - Several `backward` calls per step are silently wrong under ZeRO 1 and 2; `coalesce_grad_reduction` makes them right.
 - Under ZeRO 1 and 2 optimiser state is linked to parameters at the first step only, so before it nothing can be read
   or restored. The state AdamW would make is made here at the start.
@@ -29,7 +29,7 @@ from nvembed.training.model import Mode, TrainedModel
 
 
 class DeepSpeedEngine(Engine):
-    """See `Engine`."""
+    """`Engine` over DeepSpeed ZeRO."""
 
     def __init__(
         self, model: TrainedModel, optimiser: OptimiserConfig, config: DeepSpeedEngineConfig, device: torch.device
@@ -79,14 +79,14 @@ class DeepSpeedEngine(Engine):
         return float(self._engine.get_global_grad_norm())
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        found = {}
+        gradients = {}
         for name, parameter in self.model.trainable():
             # Not safe_get_full_grad under ZeRO 1 and 2: it returns `parameter.grad`, this rank's own, where it lives.
             whole = getattr(parameter, "get_full_hp_grad", None)
             gradient = whole() if whole else self._accessors.safe_get_full_grad(parameter)
             assert gradient is not None, f"{name} has no gradient"
-            found[name] = gradient.detach().cpu().clone()
-        return found
+            gradients[name] = gradient.detach().cpu().clone()
+        return gradients
 
     def tensors(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.model.trainable():

@@ -1,4 +1,4 @@
-"""Plain torch: one process, or replicated ranks whose gradients are averaged. The reference for every ZeRO path."""
+"""The torch engine, reference for every ZeRO path: one process, or replicated ranks whose gradients are averaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nvembed.training.model import Mode, TrainedModel
 
 
 class TorchEngine(Engine):
-    """See `Engine`. Gradients stay on the parameters and are averaged once, when somebody asks for them."""
+    """`Engine` over plain torch. Gradients stay on the parameters; the first `gradients` or `step` averages them."""
 
     def __init__(
         self, model: TrainedModel, optimiser: OptimiserConfig, config: TorchEngineConfig, device: torch.device
@@ -59,11 +59,11 @@ class TorchEngine(Engine):
 
     def gradients(self) -> dict[str, torch.Tensor]:
         self._average()
-        found = {}
+        gradients = {}
         for name, parameter in self.model.trainable():
             assert parameter.grad is not None, f"{name} has no gradient"
-            found[name] = parameter.grad.detach().cpu().clone()
-        return found
+            gradients[name] = parameter.grad.detach().cpu().clone()
+        return gradients
 
     def tensors(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.model.trainable():

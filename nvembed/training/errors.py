@@ -1,10 +1,10 @@
-"""Errors of a training run that no change of the recipe's syntax mends (exit code 4)."""
+"""Errors of a training run (exit code 4). Free of torch: the launcher raises them before any worker imports it."""
 
 from __future__ import annotations
 
 
 class TrainingError(RuntimeError):
-    """A run failed; what it had saved before stays."""
+    """The run failed; its checkpoints stay."""
 
 
 class NonFiniteError(TrainingError):

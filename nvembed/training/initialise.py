@@ -1,4 +1,4 @@
-"""Steps that make a model folder without training: the untrained teacher, and the student before it learns."""
+"""The steps `initialise` and `student_init`: the untrained teacher, and the student before training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def tokenizer_texts(prepare: Artifact) -> Iterator[str]:
-    """Corpus texts and train queries of every data set, in file order; held-out items and queries are left out."""
+    """Corpus texts and train queries of every data set, in file order, without those of dev and test."""
     for name in sorted(prepare.manifest["metrics"]["datasets"]):
         for title, text, split in _rows(prepare.path(name, CORPUS), ["title", "text", "split"]):
             if split in (None, "train"):

@@ -1,7 +1,7 @@
-"""The `train` step: checks what can be checked before anything starts, then hands the spec to Ray Train workers.
+"""The `train` step: checks before the start, then Ray Train workers that run the loop.
 
-Ray is asked to start workers and to notice that one died. Where a run continues is decided by our own scan of
-`checkpoints/`, never by Ray's records: those lag behind the disk, and Ray then starts at step 0 (STACK.md 5). Hence
+Ray starts the workers and reports the death of one. The step a run continues from comes from our own scan of
+`checkpoints/`, never from Ray's records: those lag behind the disk, and Ray then starts at step 0 (STACK.md 5). Hence
 every attempt is a fresh Ray run, and a mistake of the user is not tried again.
 """
 
@@ -46,10 +46,10 @@ def _build(config: TrainConfig, inputs: Mapping[str, Artifact], work_uri: str) -
         lease_uri=lease_uri,
         fence=fence,
     )
-    # The workers look again; here the user sees at once where the run goes on, and why it is refused.
+    # The workers check again; here the user sees at once where the run continues, or why it is refused.
     start = CheckpointStore(work_uri, Identity(config, spec.inputs, "fp32", config.num_workers)).preview()
     if start:
-        logger.info("going on at step %d of %d", start, stream.num_steps)
+        logger.info("continuing at step %d of %d", start, stream.num_steps)
     metrics_uri = storage.join(work_uri, METRICS)
     with Progress(work_uri.rsplit("/", 1)[-1], metrics_uri, stream.num_steps):
         fit(spec)
@@ -63,7 +63,7 @@ TRAIN = Step("train", 1, _build, cleared=False)
 
 
 def _fence(work_uri: str) -> tuple[int, str | None]:
-    """The fencing number of the run that holds the output, and the output; (0, None) when nobody holds a lease."""
+    """The fencing number of the run that holds the output, and the output; (0, None) where no lease exists."""
     out = work_uri.rsplit("/", 1)[0]
     file = storage.join(out, lease.LEASE)
     return (int(storage.read_json(file)["fence"]), out) if storage.exists(file) else (0, None)
@@ -85,7 +85,7 @@ def fit(spec: Any) -> None:
     """Train under Ray, again from the newest checkpoint when a worker dies, at most `max_failures` times.
 
     Raises:
-        UserError: the cluster cannot hold the workers, or a worker found a mistake of the user.
+        UserError: the cluster cannot hold the workers, or a worker raised it for a mistake of the user.
         TrainingError: a worker failed; the message is that rank's own.
         KeyboardInterrupt: on Ctrl-C, after the workers were stopped.
     """
@@ -113,7 +113,7 @@ def _fit_once(spec: Any) -> None:
     config: TrainConfig = spec.config
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_SECONDS)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    if not os.environ.get("RAY_ADDRESS"):  # nobody takes nodes away from a local cluster
+    if not os.environ.get("RAY_ADDRESS"):  # the nodes of a local cluster are never taken away
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     gpu = config.gpus_per_worker > 0
     resources = {"CPU": float(config.threads_per_worker)} | ({"GPU": config.gpus_per_worker} if gpu else {})
@@ -163,7 +163,7 @@ def connect(config: TrainConfig) -> None:
             quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     if address:
-        return  # it may grow; Ray waits for it
+        return  # the cluster may grow; Ray waits for it
     have = ray.cluster_resources()
     for kind, amount in need.items():
         if amount > have.get(kind, 0.0):
@@ -186,7 +186,7 @@ def worker_environment(config: TrainConfig) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(2**22),
         "MALLOC_TRIM_THRESHOLD_": str(2**26),
         "THP_MEM_ALLOC_ENABLE": "1",
-        # A process killed while it compiles leaves a lock that later ones wait for without end: nobody shares it.
+        # A process killed while it compiles leaves a lock that later ones wait for without end: one folder a process.
         "TORCH_EXTENSIONS_DIR": os.path.join(tempfile.gettempdir(), f"nvembed-extensions-{uuid.uuid4().hex[:12]}"),
     }
     return variables if config.gpus_per_worker else variables | {"DS_ACCELERATOR": "cpu"}

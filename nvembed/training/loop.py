@@ -1,7 +1,7 @@
-"""The training loop: one for teacher and student, both stages, any engine, any number of ranks.
+"""The training loop, for teacher and student, both stages, any engine, any number of ranks.
 
-It knows neither Ray nor MLflow: it talks to a `WorkerContext`, reads a stream of global batches, and leaves behind
-`metrics.jsonl`, `starts.jsonl`, `checkpoints/`, and at the end `model/` and `objective.safetensors`.
+It is free of Ray and MLflow: it calls a `WorkerContext`, reads a stream of global batches, and writes `metrics.jsonl`,
+`starts.jsonl`, `checkpoints/`, and at the end `model/` and `objective.safetensors`.
 
 Exactness: a step depends on the weights, the optimiser's moments, the global batch and random numbers seeded from
 (seed, step, rank), all of which a resumed run has; see DESIGN.md "Exactness".
@@ -42,7 +42,7 @@ NAMED = 20  # examples an error message names
 
 
 class BatchStream(Protocol):
-    """What the loop needs of a training stream (`data.stream_reader.StreamReader`)."""
+    """A training stream, as `stream.reader.StreamReader` reads it."""
 
     num_steps: int
     batch_size: int
@@ -54,10 +54,10 @@ class BatchStream(Protocol):
 
 
 def train(spec: TrainingSpec, stream: BatchStream, context: WorkerContext) -> None:
-    """Run one stage from its newest complete checkpoint (or the start) to its model folder.
+    """Train from the newest complete checkpoint (or the start) to the model folder.
 
     Raises:
-        UserError: batch and ranks do not fit, or the checkpoint belongs to something else.
+        UserError: batch and ranks do not fit, or the checkpoint belongs to another run.
         NonFiniteError: a loss or gradient was not finite; the checkpoints before it stay.
         LeaseLostError: another run has taken the output over.
     """
@@ -83,10 +83,10 @@ def train(spec: TrainingSpec, stream: BatchStream, context: WorkerContext) -> No
 
 
 def check_batch(global_batch_size: int, num_workers: int) -> None:
-    """Every rank answers for equally many examples.
+    """Check that the global batch divides evenly over the ranks.
 
     Raises:
-        UserError: naming both numbers.
+        UserError: it does not; the message has both numbers.
     """
     if global_batch_size % num_workers:
         raise UserError(
@@ -96,21 +96,17 @@ def check_batch(global_batch_size: int, num_workers: int) -> None:
 
 
 def _take_steps(
-    spec: TrainingSpec,
-    stream: BatchStream,
-    context: WorkerContext,
-    store: CheckpointStore,
-    checkpoint: Checkpoint | None,
+    spec: TrainingSpec, stream: BatchStream, context: WorkerContext, store: CheckpointStore, resumed: Checkpoint | None
 ) -> None:
-    """From the checkpoint to the last optimiser step, which is always saved."""
+    """Train from the checkpoint to the last optimiser step, which is always saved."""
     config = spec.config
     model = build_model(spec, stream.teacher_dim, store.identity.precision)
-    if checkpoint:
-        checkpoint.load_parameters(model)
+    if resumed:
+        resumed.load_parameters(model)
     engine = build_engine(model, config.optimiser, config.engine, context.device())
-    if checkpoint:
-        engine.load_moments(checkpoint.read, checkpoint.step)
-    start = checkpoint.step if checkpoint else 0
+    if resumed:
+        engine.load_moments(resumed.read, resumed.step)
+    start = resumed.step if resumed else 0
     zero_stage = config.engine.zero_stage if config.engine.type == "deepspeed" else 0
     tokens = slice_budget(config.token_budget, zero_stage, context.device().type)
     log = MetricsLog(storage.join(spec.work_uri, METRICS), start) if context.rank == 0 else None

@@ -1,7 +1,7 @@
 """`metrics.jsonl`: the truth about a run, one line per optimiser step (`step` counts from 0), each step exactly once.
 
-A local file is appended to; at other URIs, which have no append, the lines are kept and written whole at checkpoints.
-Only rank 0 holds one.
+A local file is appended to. Other URIs have no append: the lines stay in memory until a checkpoint writes the file.
+Only rank 0 writes it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def hash_ids(example_ids: Sequence[str]) -> str:
 class MetricsLog:
     """Writer of one run's `metrics.jsonl`.
 
-    Opening it drops every line from `start` on (steps that were done after the checkpoint the run continues from, and
-    a line torn by a kill), so that they stand there once when they are done again.
+    Opening it drops every line from `start` on (steps that came after the checkpoint the run continues from, and
+    a line torn by a kill), so that each step has one line after it is done again.
 
     Args:
         uri: the file.
@@ -37,8 +37,8 @@ class MetricsLog:
         self._uri = uri
         self._local = storage.is_local(uri)
         self._lines = [line for line in _complete_lines(uri) if json.loads(line)["step"] < start]
-        found = [json.loads(line)["step"] for line in self._lines]
-        if found != list(range(start)):
+        steps = [json.loads(line)["step"] for line in self._lines]
+        if steps != list(range(start)):
             logger.warning("%s: the steps before %d are not all there; it was changed from outside", uri, start)
         self._write_all()
         self._file = open(storage.local_path(uri), "a", encoding="utf-8") if self._local else None  # noqa: SIM115

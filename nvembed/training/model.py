@@ -1,7 +1,7 @@
-"""The trained thing: one root module of embedder and objective, so that every engine sees every parameter.
+"""`TrainedModel`: embedder and objective under one root module, so that every engine sees every parameter.
 
 ZeRO-3 gathers parameters only inside the engine's forward, so whatever touches a parameter goes through
-`TrainedModel.forward`, told apart by `mode`.
+`TrainedModel.forward`; `mode` selects the computation.
 
 Shapes: N texts of this rank (or of one chunk), D width.
 """

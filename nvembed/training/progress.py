@@ -1,6 +1,6 @@
-"""What the terminal shows of a running stage: step, loss, rate, tokens, time left, age of the last checkpoint.
+"""Progress of a training run on the terminal: step, loss, rate, tokens, time left, age of the last checkpoint.
 
-Read from `metrics.jsonl`, whose rows say how long each step took: the rate is right from a resumed run's first line.
+Read from `metrics.jsonl`, whose rows have the seconds of each step: the rate is right from a resumed run's first line.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CHECKPOINTS = "checkpoints"
 
 
 class Progress:
-    """Follows a local `metrics.jsonl` while it is open: one changing line on a terminal, else a line every few seconds.
+    """Follower of a local `metrics.jsonl`: a progress bar on a terminal, a line every few seconds elsewhere.
 
     Args:
-        name: what stands before the step.
+        name: the pipeline step, shown before the optimiser step.
         metrics_uri: the file; at other URIs, where lines appear at checkpoints only, nothing is shown.
         num_steps: optimiser steps of the stage.
         console: the running command's by default.
@@ -44,7 +44,9 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._path is not None:
             rows = self._newest()
-            self._shown = int(rows[-1]["step"]) if rows else -1  # what an earlier run wrote is no progress of this one
+            self._shown = (
+                int(rows[-1]["step"]) if rows else -1
+            )  # the rows of an earlier run are not progress of this one
             self._thread.start()
         return self
 
@@ -86,7 +88,7 @@ class Progress:
 
 
 def describe(rows: list[dict[str, Any]], num_steps: int, saved_seconds_ago: float | None) -> tuple[str, list[str]]:
-    """`12/70`, and what else there is to say, the most important first."""
+    """`12/70`, and the fields to show, the most important first."""
     last = rows[-1]
     done = int(last["step"]) + 1
     timed = [row for row in rows if row.get("seconds")]
@@ -109,7 +111,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             file.seek(0, 2)
             start = max(0, file.tell() - TAIL_BYTES)
             file.seek(start)
-            lines = file.read().split(b"\n")[:-1]  # the last piece is what stands after the last newline
+            lines = file.read().split(b"\n")[:-1]  # without the piece after the last newline
     except OSError:
         return []
     rows = []

@@ -1,4 +1,4 @@
-"""Who computes what of a global batch, and how the pieces come together again.
+"""Division of a global batch over the ranks, and the gathering of their embeddings.
 
 Shapes: T texts of the global batch (absent ones included), S texts present, N texts of this rank, D width.
 """
@@ -22,8 +22,8 @@ Chunk = list[np.ndarray]
 class Sharding:
     """One rank's view of a global batch.
 
-    A *chunk* is what is held in memory with its graph: at most the token budget. It is embedded in *slices* of similar
-    length, which saves padding.
+    A *chunk* is the part whose graph is in memory at one time: at most the token budget. It is embedded in *slices* of
+    similar length, which saves padding.
 
     Attributes:
         batch: the whole global batch, the same on every rank.
@@ -77,7 +77,7 @@ class Sharding:
 def shard(batch: Batch, token_budget: int, rank: int, world_size: int, *, slice_budget: int | None = None) -> Sharding:
     """Cut a global batch into chunks and deal them to the ranks.
 
-    A pure function of the batch, so no rank has to tell another what it does.
+    A pure function of the batch: ranks agree without communication.
 
     Args:
         batch: the whole global batch.
@@ -89,12 +89,12 @@ def shard(batch: Batch, token_budget: int, rank: int, world_size: int, *, slice_
     lengths = batch.token_lengths
     slices = plan_chunks(lengths, min(token_budget, slice_budget or token_budget), world_size)
     padded = [[len(part) * int(lengths[part].max()) if len(part) else 0 for part in own] for own in slices]
-    starts, held = [0], 0
+    starts, chunk_tokens = [0], 0
     for index, tokens in enumerate(max(column) for column in zip(*padded, strict=True)):
-        if held and held + tokens > token_budget:
+        if chunk_tokens and chunk_tokens + tokens > token_budget:
             starts.append(index)
-            held = 0
-        held += tokens
+            chunk_tokens = 0
+        chunk_tokens += tokens
     ends = [*starts[1:], len(slices[0])]
     chunks = [[own[start:end] for start, end in zip(starts, ends, strict=True)] for own in slices]
     return Sharding(batch, rank, chunks)

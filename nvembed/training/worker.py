@@ -23,7 +23,7 @@ class PlainContext:
     Attributes:
         lease_uri: output whose lease is checked; None: no lease.
         fence: the fencing number this run holds.
-        reports: what was reported, for callers in the same process.
+        reports: metrics of every report, for callers in the same process.
     """
 
     lease_uri: str | None = None
@@ -38,7 +38,7 @@ class PlainContext:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        """Remember a checkpoint's metrics."""
+        """Store the metrics of a checkpoint."""
         self.reports.append(dict(metrics))
 
     def check_lease(self) -> None:
@@ -90,7 +90,7 @@ def run_worker(settings: Mapping[str, TrainingSpec]) -> None:
 
 
 def _log_to_stderr(rank: int) -> None:
-    """Our own messages go where Ray keeps a worker's lines; not Ray's about reports, nor torch's about DeepSpeed."""
+    """Send our own messages to the worker's log of Ray; drop Ray's about reports and torch's about DeepSpeed."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
     ours = logging.getLogger("nvembed")

@@ -1,1 +1,1 @@
-"""Other forms of a finished model, each measured against the model folder it came from (layer 2)."""
+"""Other forms of a finished model, each compared with the model folder it comes from."""

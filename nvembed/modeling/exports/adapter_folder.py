@@ -1,4 +1,4 @@
-"""Adapter-only: what training changed, without the backbone. LoRA in PEFT's layout, the head, the model's description.
+"""The adapter-only form: LoRA layers in PEFT's layout, the head and the model's description, without the backbone.
 
     adapter_model.safetensors, adapter_config.json, base.json    as in a model folder's `adapter/`
     head/model.safetensors    latent attention, where the model has it
@@ -46,14 +46,14 @@ def write_adapter_folder(embedder: Embedder, source: Path, folder: Path) -> dict
     """Write the adapter-only form of a model folder; returns its base (`name`, `weights_xxh3_128`).
 
     Raises:
-        UserError: the model was not trained with LoRA, or before model folders kept the adapter.
+        UserError: the model has no adapter: not trained with LoRA, or by an nvembed that only merged it.
     """
     if not (source / ADAPTER_FOLDER / ADAPTER_BASE).is_file():
         raise UserError(
-            f"{source} keeps no adapter: it was not trained with LoRA (adapter: {{type: lora}}), or by an nvembed that "
+            f"{source} has no adapter: it was not trained with LoRA (adapter: {{type: lora}}), or by an nvembed that "
             "only merged it. Train the stage again to have one, or export the merged form."
         )
-    kept = read_adapter(source / ADAPTER_FOLDER)
+    adapter = read_adapter(source / ADAPTER_FOLDER)
     for name in (ADAPTER_TENSORS, ADAPTER_CONFIG, ADAPTER_BASE):
         shutil.copy(source / ADAPTER_FOLDER / name, folder / name)
     for name in (probes.PROBES_JSON, probes.PROBES_TENSORS):
@@ -65,7 +65,7 @@ def write_adapter_folder(embedder: Embedder, source: Path, folder: Path) -> dict
     described = describe_folder(source)
     record = {**stamp(FORMAT_VERSION), **{key: described[key] for key in ("embedder", "dim", "prompts")}}
     (folder / DESCRIPTION).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return kept.base
+    return adapter.base
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -94,26 +94,26 @@ def load_adapter_folder(folder: Path, base: Path) -> Embedder:
 
     Args:
         folder: an adapter-only export.
-        base: the model folder (or plain backbone folder with tokenizer) it stands on.
+        base: the model folder (or plain backbone folder with tokenizer) it was trained on.
 
     Raises:
         UserError: the base's weights are others than those it was trained on, or a file does not fit.
     """
     from transformers import AutoModel, AutoTokenizer
 
-    kept = read_adapter(folder)
-    found = weights_hash(base)
-    if found != kept.base["weights_xxh3_128"]:
+    adapter = read_adapter(folder)
+    base_hash = weights_hash(base)
+    if base_hash != adapter.base["weights_xxh3_128"]:
         raise UserError(
-            f"{base} is not what this adapter stands on: weights {found}, but it was trained on {kept.base['name']} "
-            f"with {kept.base['weights_xxh3_128']}. Give that folder as --base."
+            f"{base} is not the base of this adapter: weights {base_hash}, but it was trained on "
+            f"{adapter.base['name']} with {adapter.base['weights_xxh3_128']}. Give that folder as --base."
         )
     config = EmbedderConfig.model_validate(describe_adapter_folder(folder)["embedder"])
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with no_progress_bars():
         backbone = AutoModel.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **options)
     tokenizer: Any = AutoTokenizer.from_pretrained(base, **options)
-    put_adapter(backbone, kept)
+    put_adapter(backbone, adapter)
     embedder = Embedder(backbone, Tokeniser(tokenizer, config.text), config).eval()
     if embedder.latent_attention_model is not None:
         try:

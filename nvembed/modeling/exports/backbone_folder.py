@@ -1,8 +1,8 @@
-"""The backbone as any server takes it: a stock architecture, `is_causal: false`, tokenizer, no code.
+"""The backbone form, for servers: a stock architecture, `is_causal: false`, tokenizer, no code.
 
     config.json, model.safetensors, tokenizer files    transformers' AutoModel
     modules.json, 1_Pooling/, sentence_bert_config.json, ...    stock pooling, in sentence-transformers' older spelling
-    pooling.json, head/model.safetensors    what has to follow the token states where stock pooling does not do it
+    pooling.json, head/model.safetensors    the steps after the token states, where stock pooling is not enough
 
 The older spelling (`sentence_transformers.models.*`, `pooling_mode_mean_tokens`) is what vLLM and TEI look for.
 """
@@ -49,7 +49,7 @@ def write_backbone(embedder: Embedder, folder: Path, prompts: dict[str, str]) ->
 
 
 def describe_pooling(embedder: Embedder) -> dict[str, Any]:
-    """What turns token states into this model's vectors, in words and in numbers."""
+    """The steps from token states to this model's vectors, in words and in numbers."""
     config = embedder.config
     stock = not needs_code(config)
     steps = {"mean": "mean over the pooled tokens", "last_token": "state of the last real token"}.get(
@@ -108,9 +108,9 @@ def check_states(embedder: Embedder, folder: Path) -> float:
         model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     length = embedder.config.text.max_length
-    found = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    exported = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
     ours = embedder.tokeniser.collate(embedder.tokeniser.encode(texts, [""] * len(texts)))
-    if not torch.equal(found["input_ids"], ours["input_ids"]):
+    if not torch.equal(exported["input_ids"], ours["input_ids"]):
         raise ParityError("the exported tokenizer gives other ids than the model's")
     if attends_ahead(model.eval()) != embedder.config.bidirectional:
         raise ParityError("the exported backbone's attention has the other direction")

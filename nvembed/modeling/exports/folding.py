@@ -30,7 +30,7 @@ from nvembed.types import UserError
 
 @torch.no_grad()
 def fold_head(head: LatentAttention) -> FoldedLatentAttention:
-    """The same function with the latents, their norm, keys and values folded away; dtype and device are kept."""
+    """The same function with the latents, their norm, keys and values folded away, of the same dtype and device."""
     attend, feed_forward = head.cross_attend_blocks
     assert isinstance(attend, PreNorm) and isinstance(attend.fn, CrossAttention) and attend.norm_context is not None
     latents_RD = head.latents

@@ -1,6 +1,6 @@
-"""`export_model`: one model folder, one form of it, and a record of how far the form's vectors are from the model's.
+"""`export_model` writes one form of a model folder, and records how far the form's vectors are from the model's.
 
-    export.json    format, form, what it was made from, sizes, parity over probe texts and over the user's texts
+    export.json    format, form, source model, sizes, parity over probe texts and over the user's texts
 
 A form that is too far off is refused and nothing is left behind; int8 has no limit, its cosine is reported.
 """
@@ -55,14 +55,14 @@ RECORD, FORMAT_VERSION = "export.json", 1
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """What `export_model` is asked for.
+    """Arguments of `export_model`.
 
     Attributes:
         model: model folder, or an adapter-only export.
         target: new folder.
         form: one of `FORMS`.
         texts: the user's own texts to compare on, as documents.
-        base: what an adapter stands on. An adapter written without it is not run, so its record has no parity.
+        base: the base of an adapter. An adapter written without it is not run, so its record has no parity.
     """
 
     model: Path
@@ -118,7 +118,7 @@ def export_model(spec: ExportSpec) -> dict[str, Any]:
 def _open(spec: ExportSpec) -> _Source:
     if is_adapter_folder(spec.model):
         if spec.base is None:
-            raise UserError(f"{spec.model} is an adapter without its backbone: give the folder it stands on as --base.")
+            raise UserError(f"{spec.model} is an adapter without its backbone: give its base folder as --base.")
         embedder = load_adapter_folder(spec.model, spec.base)
         return _Source(embedder, spec.model, describe_adapter_folder(spec.model)["prompts"], True)
     if spec.base is not None and spec.form != "adapter":
@@ -127,7 +127,7 @@ def _open(spec: ExportSpec) -> _Source:
 
 
 def _write(spec: ExportSpec, source: _Source, folder: Path) -> Written:
-    """Write the form; how to embed with what was written, and what else to record."""
+    """Write the form; returns how to embed with it, and more fields of the record."""
     if source.adapter_only and spec.form != "merged":
         raise UserError(f"{spec.model} is adapter-only: export it --as merged first, and that model --as {spec.form}.")
     writers: dict[str, Callable[[ExportSpec, _Source, Path], Written]] = {
@@ -220,7 +220,7 @@ def _record(
         "form": spec.form,
         "model": source.folder.absolute().name,
         "bytes": size,
-        "parity": {name: found.plain() for name, found in parity.items()},
+        "parity": {name: differences.plain() for name, differences in parity.items()},
         "limit": None if spec.form == "onnx-int8" else LIMITS.get(spec.form, LIMIT),
         **extra,
         "versions": library_versions(),

@@ -160,8 +160,10 @@ def check_attention(embedder: Embedder, session: Any) -> None:
         )
         moved = not np.array_equal(first, second)
         if moved != embedder.config.bidirectional:
-            found = "bidirectional" if moved else "causal"
-            raise ParityError(f"the exported graph's attention is {found} {'with' if 0 in mask else 'without'} padding")
+            direction = "bidirectional" if moved else "causal"
+            raise ParityError(
+                f"the exported graph's attention is {direction} {'with' if 0 in mask else 'without'} padding"
+            )
 
 
 def onnx_encode(embedder: Embedder, session: Any, texts: Sequence[str], instructions: Sequence[str]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How far an exported model's vectors are from the original's, over texts; and the limit beyond which it is refused.
+"""Differences between the vectors of an exported model and of the original, and the limit beyond which it is refused.
 
 Shapes: N texts, D width.
 """
@@ -71,14 +71,14 @@ def reference(original: Embedder, sets: Sequence[TextSet]) -> dict[str, np.ndarr
 
 def measure(expected: Mapping[str, np.ndarray], encode: Encode, sets: Sequence[TextSet]) -> dict[str, Parity]:
     """Parity of each set, in batches of `BATCH`, so that padding of several lengths takes part."""
-    found = {}
+    parity = {}
     for texts in sets:
         parts = [
             encode(texts.texts[start : start + BATCH], texts.instructions[start : start + BATCH])
             for start in range(0, len(texts.texts), BATCH)
         ]
-        found[texts.name] = compare(expected[texts.name], np.concatenate(parts))
-    return found
+        parity[texts.name] = compare(expected[texts.name], np.concatenate(parts))
+    return parity
 
 
 def compare(expected_ND: np.ndarray, found_ND: np.ndarray) -> Parity:
@@ -97,6 +97,6 @@ def compare(expected_ND: np.ndarray, found_ND: np.ndarray) -> Parity:
 
 def refuse_beyond(parity: dict[str, Parity], limit: float, what: str) -> None:
     """Raise ParityError when any set differs by more than `limit`."""
-    worst = max(found.max_difference for found in parity.values())
+    worst = max(differences.max_difference for differences in parity.values())
     if not worst <= limit:
         raise ParityError(f"{what} gives other vectors: largest difference {worst:.3g}, at most {limit:g} is allowed")

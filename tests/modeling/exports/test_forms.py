@@ -170,11 +170,11 @@ def test_adapter_form_comes_back_with_its_base(adapted, tmp_path):
 def test_the_wrong_base_is_refused(adapted, tmp_path, make_embedder):
     export_model(ExportSpec(tmp_path / "model", tmp_path / "adapter", "adapter"))
     save_embedder(make_embedder(seed=1), tmp_path / "other")
-    with pytest.raises(UserError, match="is not what this adapter stands on"):
+    with pytest.raises(UserError, match="is not the base of this adapter"):
         load_adapter_folder(tmp_path / "adapter", tmp_path / "other")
-    with pytest.raises(UserError, match="give the folder it stands on as --base"):
+    with pytest.raises(UserError, match="give its base folder as --base"):
         export_model(ExportSpec(tmp_path / "adapter", tmp_path / "out", "merged"))
-    with pytest.raises(UserError, match="keeps no adapter"):
+    with pytest.raises(UserError, match="has no adapter"):
         export_model(ExportSpec(tmp_path / "other", tmp_path / "out", "adapter"))
     assert not (tmp_path / "out").exists()
 
