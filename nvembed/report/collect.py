@@ -327,17 +327,15 @@ def _reference(baselines: Mapping[str, Any]) -> Path | None:
 
 
 def describe_environment() -> Environment:
-    """The environment of this process."""
-    info = _processor_info()
-    flags = set(info.get("flags", "").split())
+    """Machine and versions of this process: no names of users, hosts or paths."""
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         python=platform.python_version(),
         platform=platform.platform(),
-        processor=info.get("model name") or platform.processor() or platform.machine(),
+        processor=_processor(),
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
-        bf16=bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}),
+        bf16=resolve_precision("auto", "cpu") == "bf16",
         git_revision=git_revision(),
         packages={name: version for name in PACKAGES if (version := _version(name)) is not None},
     )
@@ -350,11 +348,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor_info() -> dict[str, str]:
-    """The first processor's lines of /proc/cpuinfo; empty where there is no such file."""
+def _processor() -> str:
+    """The processor's name, from /proc/cpuinfo where there is one."""
     path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return {}
-    first = path.read_text(errors="replace").split("\n\n", 1)[0]
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
+    pairs = (line.partition(":") for line in path.read_text(errors="replace").splitlines()) if path.exists() else ()
+    names = (value.strip() for key, _, value in pairs if key.strip() == "model name")
+    return next(names, "") or platform.processor() or platform.machine()

@@ -58,7 +58,8 @@ def _headline(comparison: RunComparison) -> Iterator[Card]:
 
 def _scores(runs: Sequence[Run], comparison: RunComparison) -> dict[str, Any] | None:
     tables = {run.label: all_tables(run.report) for run in runs}
-    names = dict.fromkeys(name for systems in tables.values() for table in systems.values() for name in table)
+    all_scores = [table for systems in tables.values() for table in systems.values()]
+    names = dict.fromkeys(name for table in all_scores for name, metrics in table.items() if metrics)
     if not names:
         return None
     differing = {name for pair in comparison.pairs for name in pair.other_sets}
@@ -74,8 +75,8 @@ def _mean(run: Run, system: str, table: Table) -> Interval | float | None:
 
 def _dataset(dataset: str, tables: Mapping[str, Mapping[str, Table]]) -> dict[str, Any]:
     """A data set's primary metric: a row for each system, a column for each run, and the trained models as a chart."""
-    first = next(table[dataset] for systems in tables.values() for table in systems.values() if dataset in table)
-    metric = next(iter(first))
+    scores = next(table[dataset] for systems in tables.values() for table in systems.values() if table.get(dataset))
+    metric = next(iter(scores))
     columns = [
         {name: table.get(dataset, {}).get(metric) for name, table in systems.items()} for systems in tables.values()
     ]

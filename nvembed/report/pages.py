@@ -39,12 +39,8 @@ def write_report(
 
     Args:
         out: output root.
-        recipe_name: the recipe's name.
-        recipe: the resolved recipe.
-        records: one mapping per step in order, with name, status, seconds, peak_pss_mb and artifact (URI).
-        artifacts: artifact by step name; steps that the pipeline does not have are absent.
-        wall_seconds: of this run.
-        peak_pss_mb: peak of the run's memory, None where it was not measured.
+        recipe_name, recipe, records, artifacts, wall_seconds: as in `collect_report`.
+        peak_pss_mb: peak of the run's memory; None where it was not measured.
     """
     report = collect_report(recipe_name, recipe, records, artifacts, wall_seconds, peak_pss_mb)
     write_files(out, report)

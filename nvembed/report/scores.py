@@ -52,7 +52,7 @@ class ScoreTables:
 def score_tables(report: Report) -> ScoreTables | None:
     """The score tables of a run; None where nothing was scored."""
     systems = _systems(report)
-    names = dict.fromkeys(dataset for table in systems.values() for dataset in table)
+    names = dict.fromkeys(name for table in systems.values() for name, metrics in table.items() if metrics)
     datasets = [_dataset_scores(report, systems, name) for name in names]
     datasets.sort(key=lambda dataset: [*METRIC_NAMES, dataset.metrics[0]].index(dataset.metrics[0]))
     retrieval = [dataset for dataset in datasets if dataset.metrics[0] == RETRIEVAL_METRIC]
@@ -73,7 +73,7 @@ def _systems(report: Report) -> dict[str, Table]:
 
 
 def _dataset_scores(report: Report, systems: Mapping[str, Table], dataset: str) -> DatasetScores:
-    tables = {name: scores[dataset] for name, scores in systems.items() if dataset in scores}
+    tables = {name: scores[dataset] for name, scores in systems.items() if scores.get(dataset)}
     metrics = list(dict.fromkeys(metric for values in tables.values() for metric in values))
     others = {CHAMPION + role for role, champion in report.champions.items() if dataset in champion.other_sets}
     columns = [_column({name: values.get(metric) for name, values in tables.items()}, others) for metric in metrics]

@@ -128,6 +128,21 @@ def test_the_page_of_two_runs(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert invoke(*runs, "--out", target).exit_code == 0, "a page of ours is written again"
 
 
+def test_the_page_of_two_runs_is_escaped(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    bad = "<script>alert(1)</script>\"&'"
+    for path, name in zip(runs, "ab", strict=True):
+        (tmp_path / name).mkdir()
+        text = (path / "report.json").read_text()
+        for word in ("quickstart", "hpo_classes", "student@288"):
+            text = text.replace(json.dumps(word), json.dumps(bad))
+        (tmp_path / name / "report.json").write_text(text)
+    target = tmp_path / "both.html"
+    assert invoke(tmp_path / "a", tmp_path / "b", "--out", target).exit_code == 0
+    page = Page(target.read_text())
+    assert page.count("script") == 0 and "<script" not in target.read_text()
+    assert f"A: {bad}" in page.text and f"{bad}: k-NN accuracy" in page.text
+
+
 def test_json_of_two_runs(runs: tuple[Path, Path], tmp_path: Path) -> None:
     done = invoke(*runs, "--out", tmp_path / "both.html", "--json")
     output = json.loads(done.stdout)

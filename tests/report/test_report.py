@@ -165,6 +165,10 @@ def test_a_score_that_is_no_number_is_left_out_with_a_warning(
         write_report(str(tmp_path), "tiny", RECIPE, run.records, run.artifacts, 3.0, None)
     assert list(raw(tmp_path)["scores"]["teacher"]["hpo_classes"]) == ["accuracy"]
     assert "v_measure is left out" in caplog.text
+    scores["scores"]["model"]["hpo_classes"] = {"accuracy": {"value": float("nan"), "low": 0.0, "high": 1.0}}
+    storage.write_json(uri, scores)
+    write_report(str(tmp_path), "tiny", RECIPE, run.records, run.artifacts, 3.0, None)
+    assert raw(tmp_path)["scores"]["teacher"]["hpo_classes"] == {}
 
 
 # -- training data ------------------------------------------------------------------------------------------
