@@ -1,4 +1,4 @@
-"""`nvembed doctor`: look at this machine."""
+"""`nvembed doctor`: check this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from nvembed.pipeline.exit_codes import ExitCode
 
 
 def doctor_command(as_json: AsJson = False) -> None:
-    """Look at this machine: versions, packages, processor, memory, Ray. Exit code 0, or 3 when something is wrong."""
+    """Check this machine: versions, packages, processor, memory, Ray. Exit code 0, or 3 when something is wrong."""
 
     def action() -> int:
         from nvembed.preflight import doctor

@@ -26,7 +26,7 @@ def export_command(
         ),
     ],
     texts: Annotated[str | None, typer.Option(help="txt, a text per line, to compare vectors on.")] = None,
-    base: Annotated[str | None, typer.Option(help="Folder that an adapter stands on.")] = None,
+    base: Annotated[str | None, typer.Option(help="Folder of the adapter's base model.")] = None,
     registry: Annotated[str | None, typer.Option(help="Registry URI; see `nvembed embed`.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -44,7 +44,7 @@ def export_command(
                 record = export_model(spec)
         except ParityError as error:
             raise GatePreconditionError(f"{error}; nothing was written") from error
-        show(record, _told(record, target), as_json)
+        show(record, _record_text(record, target), as_json)
         return ExitCode.DONE
 
     raise ended(action)
@@ -80,7 +80,7 @@ def _lines(path: str) -> tuple[str, ...]:
     return lines
 
 
-def _told(record: Mapping[str, Any], target: str) -> str:
+def _record_text(record: Mapping[str, Any], target: str) -> str:
     limit = "no limit" if record["limit"] is None else f"at most {record['limit']:g} is allowed"
     lines = [f"{target}: {record['form']}, {record['bytes'] / 2**20:,.1f} MiB"]
     for name, parity in record["parity"].items():
@@ -93,5 +93,5 @@ def _told(record: Mapping[str, Any], target: str) -> str:
     if heads := record.get("head_parameters"):
         lines.append(f"  head: {heads['before']:,} parameters before, {heads['after']:,} folded")
     if base := record.get("base"):
-        lines.append(f"  stands on {base['name']}, weights {base['weights_xxh3_128']}")
+        lines.append(f"  base: {base['name']}, weights {base['weights_xxh3_128']}")
     return "\n".join(lines)

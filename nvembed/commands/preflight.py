@@ -1,4 +1,4 @@
-"""`nvembed preflight`: is everything there that a recipe's run needs, here and on the cluster?"""
+"""`nvembed preflight`: check this machine and the cluster against a recipe."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def test_export_prints_and_stores_what_was_measured(tmp_path):
     assert record == json.loads((tmp_path / "out" / "export.json").read_text())
     assert record["format_version"] == 1 and record["parity"]["given"]["texts"] == 2
     adapter = run("export", MODEL, tmp_path / "adapter", "--as", "adapter")
-    assert adapter.exit_code == 0 and "stands on base, weights " in adapter.stdout and "give --base" in adapter.stdout
+    assert adapter.exit_code == 0 and "base: base, weights " in adapter.stdout and "give --base" in adapter.stdout
 
 
 def test_refusals_have_their_exit_codes(tmp_path, monkeypatch):
