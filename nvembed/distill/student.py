@@ -1,7 +1,7 @@
-"""The `compare_student` step: what the student kept, and what it costs, against its teacher.
+"""The `compare_student` step: similarity, size and cost of the student against its teacher.
 
-`comparison.json`: cosine to the teacher on texts the student never saw, before and after training; parameters, bytes of
-weights; CPU seconds to encode the same texts, teacher and student taking turns in one process.
+`comparison.json`: cosine to the teacher on texts outside the student's training, before and after it; parameters, bytes
+of weights; CPU seconds to encode the same texts, teacher and student in turns in one process.
 
 Shapes: N texts, S student width, T teacher width.
 """
@@ -117,10 +117,10 @@ def cosine_to_teacher(
     """
     student_S = student_NS.shape[1]
     if projections:
-        found: dict[str, Any] = {"through": "the projection learned in training"}
+        cosines: dict[str, Any] = {"through": "the projection learned in training"}
         for width, weight_TW in sorted(projections.items(), reverse=True):
-            found[str(width)] = _mean_cosine(student_NS[:, :width] @ weight_TW.T, teacher_NT, config)
-        return found
+            cosines[str(width)] = _mean_cosine(student_NS[:, :width] @ weight_TW.T, teacher_NT, config)
+        return cosines
     if student_S == teacher_NT.shape[1]:
         return {
             "through": "no projection: the student's vector as it is, of the teacher's width",

@@ -79,7 +79,7 @@ class Embedder(nn.Module):
         return normalise(mean_pool(states_NLD, pool_mask))
 
     def forward_packed(self, tokens: Sequence[Tokens]) -> torch.Tensor:
-        """`forward` without padding, float32 [N, D]; equal lengths side by side. Inside `packing(embedding_model)`."""
+        """`forward` without padding, float32 [N, D]; equal lengths adjacent. Inside `packing(embedding_model)`."""
         states_TD, layout = packed_states(self.embedding_model, [item.input_ids for item in tokens])
         if self.latent_attention_model is not None:  # it mixes a token with the latents only, not with other tokens
             states_TD = self.latent_attention_model(states_TD.unsqueeze(0)).squeeze(0)

