@@ -98,8 +98,8 @@ def encode_texts(
         float32 [N, D], rows of length 1, in the order of `texts`; equal texts have equal vectors.
 
     Raises:
-        UserError: a text that cannot be embedded (empty, longer than 1 MB, ...) or whose vector is not finite; a
-            missing model; an unknown key or name; a wrong number of prompts; a `max_length` above the model's positions.
+        UserError: a text that cannot be embedded (empty, longer than 1 MB, ...) or whose vector is not finite;
+            a missing model; an unknown key or name; a wrong number of prompts; a `max_length` beyond the positions.
 
     Example:
         >>> from nvembed.retrieval import encode_texts
