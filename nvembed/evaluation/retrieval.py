@@ -71,10 +71,7 @@ def evaluate_retrieval(
     """
     if k < 1:
         raise UserError(f"k is {k}; at least one rank has to count.")
-    documents = {
-        key: row if isinstance(row, str) else document_text(row.get("title") or "", row["text"])
-        for key, row in corpus.items()
-    }
+    documents = {key: _document(row) for key, row in corpus.items()}
     gains = _gains(queries, documents, qrels)
     _check_texts("document", documents)
     _check_texts("query", {key: queries[key] for key in gains})
@@ -88,6 +85,12 @@ def evaluate_retrieval(
         for metric, row in values.items()
     }
     return dict(scores) if intervals else {metric: interval["value"] for metric, interval in scores.items()}
+
+
+def _document(row: str | Mapping[str, str]) -> str:
+    if isinstance(row, Mapping) and isinstance(row.get("text"), str):
+        return document_text(row.get("title") or "", row["text"])
+    return "" if isinstance(row, Mapping) else row
 
 
 def _gains(

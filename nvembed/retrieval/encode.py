@@ -114,16 +114,18 @@ def encode_texts(
     with_prompt = bool(instruction or prompt or prompt_name)
     encoder = encoder_of(model, with_prompt, precision, token_budget, device)
     prompts = choose_prompts(len(texts), instruction, prompt, prompt_name, encoder.prompts)
-    known = None
-    if cache is not None:
-        if not isinstance(model, str | Path | Config):
-            raise UserError("encode_texts: a cache needs the model's name or folder, not an open model.")
-        known = open_cache(cache, as_model_config(model, with_prompt), encoder.precision)
+    known = None if cache is None else _named_cache(cache, model, with_prompt, encoder.precision)
     encoded = encode_checked(encoder, texts, prompts, [max_length] * len(texts), cache=known)
     if known is not None and encoded.embedded:
         known.settle()
     _refuse(encoded, [f"texts[{index}]" for index in range(len(texts))], "encode_texts")
     return encoded.matrix_AD
+
+
+def _named_cache(cache_uri: str, model: Model | Encoder | Embedder, with_prompt: bool, precision: str) -> VectorCache:
+    if not isinstance(model, str | Path | Config):
+        raise UserError("encode_texts: a cache needs the model's name or folder, not an open model.")
+    return open_cache(cache_uri, as_model_config(model, with_prompt), precision)
 
 
 def open_cache(cache_uri: str, model: Model, precision: str, kind: VectorType = "fp32") -> VectorCache:
