@@ -82,9 +82,9 @@ class Scored:
 class HeldOut(ABC):
     """The held-out examples of one data set."""
 
-    def __init__(self, dataset: str, instruction: str, examples: list[TrainingExample]) -> None:
+    def __init__(self, dataset: str, prompt: str, examples: list[TrainingExample]) -> None:
         self.dataset = dataset
-        self.instruction = instruction
+        self.prompt = prompt
         self.examples = examples
 
     @abstractmethod
@@ -111,18 +111,18 @@ class RetrievalSet(HeldOut):
     def __init__(
         self,
         dataset: str,
-        instruction: str,
+        prompt: str,
         examples: list[TrainingExample],
         corpus_uri: str,
         keep: frozenset[str] | None = None,
     ) -> None:
-        super().__init__(dataset, instruction, examples)
+        super().__init__(dataset, prompt, examples)
         self._corpus_uri = corpus_uri
         self._keep = keep
 
     def roles(self) -> Mapping[str, Callable[[], Iterator[Row]]]:
         return {
-            "queries": lambda: ((row.id, row.query, self.instruction) for row in self.examples),
+            "queries": lambda: ((row.id, row.query, self.prompt) for row in self.examples),
             "documents": lambda: ((key, text, "") for key, text in self._documents()),
         }
 
@@ -158,7 +158,7 @@ class LabelledSet(HeldOut):
     """Texts with classes."""
 
     def roles(self) -> Mapping[str, Callable[[], Iterator[Row]]]:
-        return {"texts": lambda: ((row.id, row.query, self.instruction) for row in self.examples)}
+        return {"texts": lambda: ((row.id, row.query, self.prompt) for row in self.examples)}
 
     def score(self, vectors: Vectors, settings: Settings) -> list[Scored]:
         vector_ND = _rows_of(vectors("texts"), [row.id for row in self.examples])
@@ -214,15 +214,13 @@ class LabelledSet(HeldOut):
 class GradedSet(HeldOut):
     """Pairs with a gold similarity; a pair is (query, text of its positive)."""
 
-    def __init__(
-        self, dataset: str, instruction: str, examples: list[TrainingExample], texts: Mapping[str, str]
-    ) -> None:
-        super().__init__(dataset, instruction, examples)
+    def __init__(self, dataset: str, prompt: str, examples: list[TrainingExample], texts: Mapping[str, str]) -> None:
+        super().__init__(dataset, prompt, examples)
         self._pairs = [(row.query, texts[row.positives[0].id]) for row in examples]
         self._gold = np.array([row.positives[0].score for row in examples], dtype=np.float64)
 
     def roles(self) -> Mapping[str, Callable[[], Iterator[Row]]]:
-        return {"texts": lambda: ((_text_key(text), text, self.instruction) for text in self._texts())}
+        return {"texts": lambda: ((_text_key(text), text, self.prompt) for text in self._texts())}
 
     def score(self, vectors: Vectors, settings: Settings) -> list[Scored]:
         a_ND, b_ND = (
@@ -275,19 +273,19 @@ def load_held_out(
         examples = cap_examples(examples, caps.queries, caps.seed)
     if not examples:
         return None
-    task, instruction, corpus = TaskType(info["task"]), info["instruction"], prepare.path(dataset, "corpus.parquet")
+    task, prompt, corpus = TaskType(info["task"]), info["instruction"], prepare.path(dataset, "corpus.parquet")
     if task is TaskType.RETRIEVAL:
         keep = None if caps is None else _capped_corpus(corpus, examples, caps)
-        return RetrievalSet(dataset, instruction, examples, corpus, keep)
+        return RetrievalSet(dataset, prompt, examples, corpus, keep)
     if task is TaskType.STS:
         table = read_table(corpus, ["id", "title", "text"])
         return GradedSet(
             dataset,
-            instruction,
+            prompt,
             examples,
             {row["id"]: document_text(row["title"], row["text"]) for row in table.to_pylist()},
         )
-    return LabelledSet(dataset, instruction, examples)
+    return LabelledSet(dataset, prompt, examples)
 
 
 def _capped_corpus(corpus_uri: str, examples: list[TrainingExample], caps: Caps) -> frozenset[str]:
