@@ -1,8 +1,8 @@
-"""Models on this node's own disk, once per node (layer 0): remote folders and hub snapshots.
+"""The model cache: remote model folders and hub snapshots, fetched once per node to its own disk.
 
-Ranks and actors of a node ask for the same model at the same time. The first that gets the kernel's lock of the entry
-fetches it; the others wait and find it. The lock goes with its holder, so one that is killed blocks nobody: the next
-drops what it left and fetches again. A folder appears under its name only when it is whole.
+Ranks and actors of a node request the same model at the same time. The first that gets the entry's kernel lock fetches
+the model; the others wait and use its copy. The kernel releases the lock of a killed process, so no other is blocked:
+the next one removes the partial copy and fetches again. A folder gets its name only when it is complete.
 
 Weights are safetensors: pickled ones are never fetched. The cache is `$NVEMBED_CACHE`, or `~/.cache/nvembed`.
 """
@@ -39,23 +39,23 @@ OTHER_FORMATS = (
     "tf_model*",
     "flax_model*",
 )
-FRESH_SECONDS = 600.0  # how long a hub name without a revision means what it meant: all ranks of a start agree on it
+FRESH_SECONDS = 600.0  # how long a hub name without a revision is resolved once, so that all ranks of a start agree
 
 
 def cache_root() -> Path:
-    """Where fetched models lie on this node."""
+    """Directory of the fetched models on this node."""
     return Path(os.environ.get("NVEMBED_CACHE") or Path.home() / ".cache" / "nvembed") / "models"
 
 
 def local_model(name: str, revision: str | None = None) -> Path:
-    """A model's folder on this node: a local folder as it stands, a URI or hub name fetched once per node.
+    """A model's folder on this node: a local folder itself; a URI or hub name is fetched once per node.
 
     Args:
         name: folder, fsspec URI of a folder, or hub name.
         revision: of a hub name; a commit is fetched once for good.
 
     Raises:
-        UserError: it is nowhere, cannot be reached, or holds no files.
+        UserError: it does not exist, cannot be reached, or has no files.
     """
     if "://" in name and not storage.is_local(name):
         return _remote(name)
@@ -66,9 +66,9 @@ def local_model(name: str, revision: str | None = None) -> Path:
 
 @contextlib.contextmanager
 def written_folder(uri: str) -> Iterator[Path]:
-    """Where to write a folder that is to be at `uri`: there, or (remote) a temporary place that is then sent.
+    """A local folder to write: the one at `uri`, or a temporary one that is uploaded to a remote `uri` afterwards.
 
-    What a killed run left at a remote place is removed first.
+    A partial upload of a killed run is removed first.
     """
     if storage.is_local(uri):
         yield storage.local_path(uri)
@@ -79,7 +79,7 @@ def written_folder(uri: str) -> Iterator[Path]:
         storage.remove(uri)
         fs, root = storage.filesystem(uri)
         for path in sorted(folder.rglob("*")):
-            if path.is_file():  # one by one: what a recursive put makes of an existing target differs between stores
+            if path.is_file():  # one by one: stores differ in a recursive put to an existing target
                 fs.put_file(str(path), f"{root}/{path.relative_to(folder).as_posix()}")
 
 
@@ -105,7 +105,7 @@ def _remote(uri: str) -> Path:
     with _locked(key):
         if target.is_dir():
             return target
-        part = cache_root() / f"{key}.part"  # only the holder of the lock touches it: what is there was left by a kill
+        part = cache_root() / f"{key}.part"  # written under the lock only: an existing one is of a killed process
         shutil.rmtree(part, ignore_errors=True)
         started = time.monotonic()
         try:
@@ -122,20 +122,20 @@ def _remote(uri: str) -> Path:
 def _hub(name: str, revision: str | None) -> Path:
     key = storage.hash_json([os.environ.get("HF_ENDPOINT", ""), os.environ.get("HF_HOME", ""), name, revision])[:32]
     marker = cache_root() / f"{key}.json"
-    found = _known(marker, revision)
-    if found is not None:
-        return found
+    folder = _known(marker, revision)
+    if folder is not None:
+        return folder
     with _locked(key):
-        found = _known(marker, revision)  # the one that held the lock before may have fetched it
-        if found is not None:
-            return found
+        folder = _known(marker, revision)  # the previous holder of the lock may have fetched it
+        if folder is not None:
+            return folder
         folder = _snapshot(name, revision)
         storage.write_json(str(marker), {"name": name, "revision": revision, "folder": str(folder)})
     return folder
 
 
 def _known(marker: Path, revision: str | None) -> Path | None:
-    """The folder of an earlier, whole fetch; one of a name that may have moved on counts for some minutes only."""
+    """The folder of an earlier, complete fetch; that of a name without a commit counts for `FRESH_SECONDS`."""
     try:
         fixed = revision is not None and len(revision) == 40
         if not fixed and time.time() - marker.stat().st_mtime > FRESH_SECONDS:
@@ -162,7 +162,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
 
 @contextlib.contextmanager
 def _locked(key: str) -> Iterator[None]:
-    """The node's lock of an entry: a kernel lock, gone with its holder however that ends."""
+    """The node's lock of an entry: a kernel lock, released when its holder ends for any reason."""
     root = cache_root()
     root.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(root / f"{key}.lock", os.O_CREAT | os.O_RDWR, 0o644)

@@ -1,1 +1,1 @@
-"""Layer 5: teacher vectors to shards, and the student that learns from them."""
+"""Teacher embeddings as shards, and the comparison of a student with its teacher."""

@@ -7,9 +7,9 @@ from nvembed.types import Config
 
 
 class TeacherEmbeddingsConfig(Config):
-    """The `teacher_embeddings` step: the teacher's vectors of training queries and documents, written once to shards.
+    """The `teacher_embeddings` step: the teacher's embeddings of training queries and documents, written once.
 
-    `holdout_share` of the texts is kept out of the student's stream to measure the cosine to the teacher.
+    `holdout_share` of the texts is left out of the student's stream to measure the cosine to the teacher.
     """
 
     encode: EncodeConfig = EncodeConfig()
@@ -19,9 +19,11 @@ class TeacherEmbeddingsConfig(Config):
 
 
 class CompareConfig(Config):
-    """The `compare_student` step: held-out cosine, sizes, and CPU seconds of encoding the same texts in turns."""
+    """The `compare_student` step: cosine on the holdout, sizes, and CPU seconds of encoding the same texts in turns."""
 
-    holdout_texts: int = Field(2000, ge=8, description="Held-out texts whose cosine to the teacher is taken, at most.")
+    holdout_texts: int = Field(
+        2000, ge=8, description="Most texts of the holdout whose cosine to the teacher is taken."
+    )
     texts: int = Field(256, ge=8, description="Texts encoded by teacher and student in the cost measurement.")
     repeats: int = Field(3, ge=1, description="Interleaved rounds; the median counts.")
     threads: int = Field(1, ge=1)

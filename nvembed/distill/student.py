@@ -1,7 +1,7 @@
-"""The `compare_student` step: what the student kept, and what it costs, against its teacher.
+"""The `compare_student` step: similarity, size and cost of the student against its teacher.
 
-`comparison.json`: cosine to the teacher on texts the student never saw, before and after training; parameters, bytes of
-weights; CPU seconds to encode the same texts, teacher and student taking turns in one process.
+`comparison.json`: cosine to the teacher on texts outside the student's training, before and after it; parameters, bytes
+of weights; CPU seconds to encode the same texts, teacher and student in turns in one process.
 
 Shapes: N texts, S student width, T teacher width.
 """
@@ -39,7 +39,7 @@ PROJECTION = "projections."
 
 def _build(config: CompareConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
     rows, teacher_NT = read_part(inputs["teacher_embeddings"], "holdout", config.holdout_texts)
-    texts, instructions = [row["text"] for row in rows], [row["instruction"] for row in rows]
+    texts, prompts = [row["text"] for row in rows], [row["instruction"] for row in rows]
     folders = {name: local_model(inputs[name].path("model")) for name in ("teacher", "before", "student")}
     with _threads(config.threads):
         encoders = {
@@ -47,14 +47,14 @@ def _build(config: CompareConfig, inputs: Mapping[str, Artifact], work_uri: str)
         }
         cosine: dict[str, Any] = {"texts": len(rows)}
         for name, key in (("before", "before"), ("student", "after")):
-            vector_NS = encoders[name].encode(texts, instructions)
+            vector_NS = encoders[name].encode(texts, prompts)
             cosine[key] = cosine_to_teacher(vector_NS, teacher_NT, read_projections(inputs[name]), config)
             widths = {width: row for width, row in cosine[key].items() if width != "through"}
             listed = ", ".join(f"{row['value']:.3f} at width {width}" for width, row in widths.items())
             logger.info("cosine to the teacher %s training: %s (%s)", key, listed, cosine[key]["through"])
         del encoders["before"]
         sample = slice(0, config.texts)
-        cost = encode_cost(encoders, texts[sample], instructions[sample], config)
+        cost = encode_cost(encoders, texts[sample], prompts[sample], config)
     sizes = {name: folder_size(folders[name]) for name in ("teacher", "student")}
     comparison = {
         "cosine_to_teacher": cosine,
@@ -115,10 +115,10 @@ def cosine_to_teacher(
     """
     student_S = student_NS.shape[1]
     if projections:
-        found: dict[str, Any] = {"through": "the projection learned in training"}
+        cosines: dict[str, Any] = {"through": "the projection learned in training"}
         for width, weight_TW in sorted(projections.items(), reverse=True):
-            found[str(width)] = _mean_cosine(student_NS[:, :width] @ weight_TW.T, teacher_NT, config)
-        return found
+            cosines[str(width)] = _mean_cosine(student_NS[:, :width] @ weight_TW.T, teacher_NT, config)
+        return cosines
     if student_S == teacher_NT.shape[1]:
         return {
             "through": "no projection: the student's vector as it is, of the teacher's width",
@@ -138,7 +138,7 @@ def _mean_cosine(a_ND: np.ndarray, b_ND: np.ndarray, config: CompareConfig) -> d
 
 
 def encode_cost(
-    encoders: Mapping[str, Encoder], texts: Sequence[str], instructions: Sequence[str], config: CompareConfig
+    encoders: Mapping[str, Encoder], texts: Sequence[str], prompts: Sequence[str], config: CompareConfig
 ) -> dict[str, Any]:
     """CPU seconds per 1,000 texts, the median of `repeats` rounds in which the models take turns, after a warm-up.
 
@@ -149,7 +149,7 @@ def encode_cost(
     for round_number in range(config.repeats + 1):
         for name, encoder in encoders.items():
             started = clock()
-            encoder.encode(texts, instructions)
+            encoder.encode(texts, prompts)
             if round_number > 0:
                 seconds[name].append((clock() - started) * 1000 / len(texts))
     median = {name: statistics.median(values) for name, values in seconds.items()}

@@ -1,10 +1,11 @@
-"""The `teacher_embeddings` step: embeddings of the training-side texts by the teacher, each text embedded once.
+"""The `teacher_embeddings` step: embeddings of the training texts by the teacher, each text embedded once.
 
-`vectors/part-*.parquet` is what the student learns from, `holdout/part-*.parquet` what its cosine to the teacher is
-measured on. Rows: `key, text, instruction, vector`. Train queries carry the data set's instruction; documents are
-bare; texts of classes and graded pairs carry it on both sides. Nothing held out goes in (see `held_out_texts`).
-Which texts are taken under `max_texts`, and which are the holdout, is a seeded hash of the text. A killed run keeps
-the vector shards it has; they lie under `checkpoints/` until the step is complete.
+`vectors/part-*.parquet` is the student's training data; on `holdout/part-*.parquet` its cosine to the teacher is
+measured. Rows: `key, text, instruction, vector`, the column `instruction` being the rendered prompt. Train queries have
+the data set's prompt; documents have none; both texts of classes and graded pairs have it. Texts of the dev and test
+splits are left out (see `held_out_texts`).
+Which texts are taken under `max_texts`, and which are the holdout, is a seeded hash of the text. A killed run reuses
+its vector shards, which are under `checkpoints/` until the step is complete.
 """
 
 from __future__ import annotations
@@ -85,27 +86,27 @@ def held_out_texts(prepare: Artifact) -> frozenset[int]:
     """Hashes of the texts that must not reach the student, over all data sets of a `prepare` artifact.
 
     Held-out queries; texts of held-out classes and pairs; documents that answer held-out queries only. Case and white
-    space do not count, so a held-out text stays out whichever data set it turns up in.
+    space do not count, so such a text is left out of every data set.
     """
-    found: set[int] = set()
+    hashes: set[int] = set()
     for dataset in dataset_info(prepare):
         answers = {split: _positives(prepare, dataset, split) for split in SPLITS}
         held_out_only = {key for split in HELD_OUT for key in answers[split]} - answers["train"]
         for split in HELD_OUT:
-            found.update(folded_hash(query) for query in _queries(prepare, dataset, split))
-        for key, text, side in _corpus(prepare, dataset):
-            if side in HELD_OUT or key in held_out_only:
-                found.add(folded_hash(text))
-    return frozenset(found)
+            hashes.update(folded_hash(query) for query in _queries(prepare, dataset, split))
+        for key, text, own_split in _corpus(prepare, dataset):
+            if own_split in HELD_OUT or key in held_out_only:
+                hashes.add(folded_hash(text))
+    return frozenset(hashes)
 
 
 def training_texts(
     prepare: Artifact, held_out: frozenset[int], counts: Counter[str] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """(text, instruction) of everything a student may learn from, repeats included; streamed.
+    """(text, instruction) of every training text of a student, repeats included; streamed.
 
     Args:
-        counts: gets how many texts were taken and how many were left out for being held out.
+        counts: gets how many texts were taken and how many were left out as dev or test texts.
     """
     counts = Counter() if counts is None else counts
     return ((text, instruction) for _, text, instruction in _named_texts(prepare, held_out, counts))
@@ -169,7 +170,7 @@ def choose_texts(digest_N: np.ndarray, config: TeacherEmbeddingsConfig) -> Choic
     ordered = unique_U[np.lexsort((unique_U, hash_U))][: config.max_texts]
     if len(ordered) < 2:
         raise UserError(
-            f"teacher_embeddings: the training side has {len(ordered)} texts; a student needs some to learn from."
+            f"teacher_embeddings: the training split has {len(ordered)} texts; a student needs some to learn from."
         )
     count = min(max(1, round(config.holdout_share * len(ordered))), len(ordered) - 1)
     return Choice(np.sort(ordered[count:]), np.sort(ordered[:count]), len(unique_U))
@@ -198,9 +199,9 @@ def _join(texts_uri: str, vectors_uri: str, out_uri: str) -> None:
     texts = read_table(texts_uri, ["key", "text", "instruction"])
     vectors = read_table(vectors_uri)
     assert texts.column("key").equals(vectors.column("key"))
-    # always fp32 here, whatever the working shards and the cache hold
-    taught = vector_table(vectors.column("key"), table_matrix(vectors))
-    table = texts.append_column("vector", taught.column("vector"))
+    # always fp32 here, in whatever type the working shards and the cache store them
+    teacher = vector_table(vectors.column("key"), table_matrix(vectors))
+    table = texts.append_column("vector", teacher.column("vector"))
     write_shard(table.replace_schema_metadata(None), out_uri)
 
 

@@ -1,10 +1,10 @@
-"""The `baselines` step: what a trained score is compared with, on the same held-out sets.
+"""The `baselines` step: scores to compare a trained model with, on the same held-out sets.
 
 - `bm25`: no training at all.
 - `minilm`: an off-the-shelf embedder (the recipe's `reference`), used in its own form.
 - `untrained`: the backbone before training *at its best*: mean or last-token pooling, bidirectional or causal, with the
   same instruction as the trained model. The best variant of each data set is chosen on a small dev comparison, then
-  scored once on the reported split. All dev numbers stand in `scores.json` under `untrained_variants`.
+  scored once on the reported split. All dev numbers are in `scores.json` under `untrained_variants`.
 """
 
 from __future__ import annotations
@@ -131,9 +131,9 @@ def _dev_scores(
     places: dict[tuple[str, str], tuple[list[str], list[int]]] = {}
     for index, label in enumerate(keys):
         dataset, role, key = label.split("/", 2)
-        found = places.setdefault((dataset, role), ([], []))
-        found[0].append(key)
-        found[1].append(index)
+        rows_of_role = places.setdefault((dataset, role), ([], []))
+        rows_of_role[0].append(key)
+        rows_of_role[1].append(index)
     settings = replace(settings_of(config.evaluate), samples=1)  # no interval is taken from the choice
     return {
         held_out.dataset: {

@@ -95,14 +95,14 @@ def knn_labels(
 
     Equal similarities are taken in the order of the reference.
     """
-    found: list[str | None] = []
+    labels: list[str | None] = []
     reference = reference_MD.astype(np.float64)
     for start in range(0, len(query_ND), _BLOCK):
         similarity_BM = query_ND[start : start + _BLOCK].astype(np.float64) @ reference.T
         nearest_BK = np.argsort(-similarity_BM, axis=1, kind="stable")[:, :k]
         for row, nearest in zip(similarity_BM, nearest_BK, strict=True):
-            found.append(vote([reference_labels[index] for index in nearest], row[nearest].tolist()))
-    return found
+            labels.append(vote([reference_labels[index] for index in nearest], row[nearest].tolist()))
+    return labels
 
 
 def contingency(label_N: np.ndarray, cluster_N: np.ndarray) -> np.ndarray:
@@ -141,11 +141,11 @@ def spearman(a_SN: np.ndarray, b_SN: np.ndarray) -> np.ndarray:
     """Rank correlation of each row of `a_SN` with the same row of `b_SN`; ties share their mean rank.
 
     Returns:
-        float64 [S], -1 to 1; 0 where a side is constant and the correlation is not defined.
+        float64 [S], -1 to 1; 0 where one of them is constant and the correlation is not defined.
     """
     from scipy.stats import rankdata  # takes a second to import, and the report needs only the names of metrics
 
-    ranks_a_SN, ranks_b_SN = (rankdata(side_SN, axis=1) for side_SN in (a_SN, b_SN))
+    ranks_a_SN, ranks_b_SN = (rankdata(value_SN, axis=1) for value_SN in (a_SN, b_SN))
     centred_a_SN = ranks_a_SN - ranks_a_SN.mean(axis=1, keepdims=True)
     centred_b_SN = ranks_b_SN - ranks_b_SN.mean(axis=1, keepdims=True)
     norm_S = np.sqrt((centred_a_SN**2).sum(axis=1) * (centred_b_SN**2).sum(axis=1))

@@ -35,7 +35,7 @@ TASKS = {
     "FiQA2018": "financial_question",
     "QuoraRetrieval": "duplicates",
 }
-# where neither we nor the task's own metadata have a sentence
+# where neither the catalogue nor the task's own metadata has a sentence
 TYPES = {
     "Retrieval": "web_search",
     "Reranking": "web_search",

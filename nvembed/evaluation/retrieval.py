@@ -40,7 +40,7 @@ def evaluate_retrieval(
     """Score a model on a retrieval task: exact search of every query in the whole corpus.
 
     Args:
-        model: as in `encode_texts`: a folder, a hub name, a retriever's config, a loaded `Embedder` or an encoder.
+        model: see `encode_texts`.
         corpus: document id -> text, or `{"title": ..., "text": ...}`, which is embedded as "title text".
         queries: query id -> text.
         qrels: query id -> {document id: grade}; a grade of 0 is not relevant. Queries without a relevant document are
@@ -56,8 +56,7 @@ def evaluate_retrieval(
         scored queries; with `intervals` each `{"value": ..., "low": ..., "high": ...}`.
 
     Raises:
-        UserError: a text that cannot be embedded, a judgement of an unknown query or document, no query with a relevant
-            document, an unknown key, a k below 1, or a missing model.
+        UserError: a text that cannot be embedded, a judgement of an unknown query or document, an unknown key, ...
 
     Example:
         >>> from nvembed.evaluation import evaluate_retrieval
@@ -72,10 +71,7 @@ def evaluate_retrieval(
     """
     if k < 1:
         raise UserError(f"k is {k}; at least one rank has to count.")
-    documents = {
-        key: row if isinstance(row, str) else document_text(row.get("title") or "", row["text"])
-        for key, row in corpus.items()
-    }
+    documents = {key: _document(row) for key, row in corpus.items()}
     gains = _gains(queries, documents, qrels)
     _check_texts("document", documents)
     _check_texts("query", {key: queries[key] for key in gains})
@@ -83,19 +79,26 @@ def evaluate_retrieval(
     query_QD = encode_texts([queries[key] for key in gains], encoder, instruction=instruction or "")
     document_ND = encode_texts(list(documents.values()), encoder)
     ranked, _ = search_exact(query_QD, [(list(documents), document_ND)], max(k, RECALL_DEPTH))
-    scores: dict[str, Any] = {}
-    for metric, values in retrieval_values(ranked, list(gains.values()), k).items():
-        interval = bootstrap(mean_statistic(np.array(values)), len(values), _SAMPLES if intervals else 1, _SEED)
-        scores[metric] = interval if intervals else interval["value"]
-    return scores
+    values = retrieval_values(ranked, list(gains.values()), k)
+    scores = {
+        metric: bootstrap(mean_statistic(np.array(row)), len(row), _SAMPLES if intervals else 1, _SEED)
+        for metric, row in values.items()
+    }
+    return dict(scores) if intervals else {metric: interval["value"] for metric, interval in scores.items()}
+
+
+def _document(row: str | Mapping[str, str]) -> str:
+    if isinstance(row, Mapping) and isinstance(row.get("text"), str):
+        return document_text(row.get("title") or "", row["text"])
+    return "" if isinstance(row, Mapping) else row
 
 
 def _gains(
     queries: Mapping[str, str], documents: Mapping[str, str], qrels: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
     """The grades above 0 of each query that has any."""
-    judged = {document for grades in qrels.values() for document in grades}
-    for kind, known, names in (("queries", queries, set(qrels)), ("documents", documents, judged)):
+    judged_documents = {document for grades in qrels.values() for document in grades}
+    for kind, known, names in (("queries", queries, set(qrels)), ("documents", documents, judged_documents)):
         if unknown := sorted(names - known.keys()):
             listed = ", ".join(map(repr, unknown[:_LISTED]))
             raise UserError(f"qrels name {len(unknown)} {kind} that are not given: {listed}. Remove them or add them.")

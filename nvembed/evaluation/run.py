@@ -2,7 +2,7 @@
 
 All texts of all sets are encoded in one actor pool; the scores of every Matryoshka prefix come from the same vectors.
 Writes `scores.json` (values with intervals) and `items.parquet` (per-item values, for paired comparisons). A killed run
-continues with the vector shards under `checkpoints/` that still match.
+reuses the vector shards under `checkpoints/` that still match.
 """
 
 from __future__ import annotations
@@ -56,21 +56,21 @@ def settings_of(config: EvaluateConfig) -> Settings:
 
 
 def load_sets(prepare: Artifact, split: str, caps: Caps | None = None, *, required: bool = True) -> list[HeldOut]:
-    """The held-out side of every data set that has one, in the recipe's order.
+    """The held-out examples of every data set that has some, in the recipe's order.
 
     Raises:
         UserError: none has, although `required`.
     """
-    found = []
+    sets = []
     for dataset, info in dataset_info(prepare).items():
         held_out = load_held_out(prepare, dataset, info, split, caps)
         if held_out is None:
             logger.warning("%s has no %s examples and is not scored", dataset, split)
         else:
-            found.append(held_out)
-    if required and not found:
+            sets.append(held_out)
+    if required and not sets:
         raise UserError(f"no data set of {prepare.uri} has {split} examples; nothing can be scored.")
-    return found
+    return sets
 
 
 def lay_out_texts(sets: Sequence[HeldOut], uri: str, shard_rows: int) -> int:
@@ -90,17 +90,17 @@ def stored_vectors(uri: str, dataset: str, dim: int | None = None) -> Vectors:
 def write_scores(work_uri: str, systems: Systems, prepare: Artifact, extra: Mapping[str, Any]) -> StepResult:
     """Write `scores.json` and `items.parquet`."""
     info = dataset_info(prepare)
-    scored = {dataset for found in systems.values() for dataset in found}
+    scored = {dataset for of_system in systems.values() for dataset in of_system}
     scores = {
-        system: {dataset: {row.metric: row.interval for row in rows} for dataset, rows in found.items()}
-        for system, found in systems.items()
+        system: {dataset: {row.metric: row.interval for row in rows} for dataset, rows in of_system.items()}
+        for system, of_system in systems.items()
     }
     content = {
         "evaluation_hash": {dataset: info[dataset]["evaluation_hash"] for dataset in info if dataset in scored},
         "scores": scores,
         **extra,
     }
-    # Not storage.write_json: the order of the metrics says which is the primary one.
+    # Not storage.write_json, which sorts keys: the first metric is the primary one.
     storage.write_bytes(
         storage.join(work_uri, SCORES), (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     )
@@ -108,30 +108,31 @@ def write_scores(work_uri: str, systems: Systems, prepare: Artifact, extra: Mapp
     columns = dict(zip(ITEMS_SCHEMA.names, zip(*rows, strict=True), strict=True)) if rows else {}
     table = pa.table({name: list(values) for name, values in columns.items()}, schema=ITEMS_SCHEMA)
     write_table(table, storage.join(work_uri, ITEMS))
-    for system, found in scores.items():
+    for system, of_system in scores.items():
         listed = (
-            f"{dataset} {next(iter(rows))} {next(iter(rows.values()))['value']:.3f}" for dataset, rows in found.items()
+            f"{dataset} {next(iter(rows))} {next(iter(rows.values()))['value']:.3f}"
+            for dataset, rows in of_system.items()
         )
         logger.info("%s: %s", system, ", ".join(listed))
     values = {
-        system: {dataset: {metric: row["value"] for metric, row in rows.items()} for dataset, rows in found.items()}
-        for system, found in scores.items()
+        system: {dataset: {metric: row["value"] for metric, row in rows.items()} for dataset, rows in of_system.items()}
+        for system, of_system in scores.items()
     }
     return StepResult(rows={"items": table.num_rows}, metrics={"scores": values})
 
 
 def _item_rows(systems: Systems) -> Iterator[tuple[Any, ...]]:
     for system, datasets in systems.items():
-        for dataset, found in datasets.items():
-            for scored in found:
+        for dataset, metrics in datasets.items():
+            for scored in metrics:
                 gold = scored.gold if scored.gold is not None else [None] * len(scored.values)
                 for item_id, value, truth in zip(scored.item_ids, scored.values, gold, strict=True):
                     yield system, dataset, scored.metric, item_id, value, truth
 
 
 def notes(config: EvaluateConfig, sets: Sequence[HeldOut]) -> dict[str, str]:
-    """How the numbers were taken, in words; part of `scores.json`."""
-    found = {
+    """Description of each number in words; part of `scores.json`."""
+    descriptions = {
         "split": f"held-out examples of the {config.split} split; tune on dev, report on test",
         "interval": f"95 % percentile bootstrap over items, {config.bootstrap_samples} draws, seed {config.seed}",
         "retrieval": "exact search in the whole corpus; queries carry the data set's instruction, documents are bare; "
@@ -141,13 +142,13 @@ def notes(config: EvaluateConfig, sets: Sequence[HeldOut]) -> dict[str, str]:
     for held_out in sets:
         if isinstance(held_out, LabelledSet):
             reference, test = held_out.halves()
-            found[held_out.dataset] = (
+            descriptions[held_out.dataset] = (
                 f"accuracy: {len(test)} texts labelled by their {config.neighbours} nearest (cosine) of "
                 f"{len(reference)} reference texts, both held out and halved by hash class by class, with the "
                 f"instruction; v_measure: k-means over all {len(reference) + len(test)}, as many clusters as classes, "
                 f"mean of {config.clusterings} seeds, its interval centred on the value"
             )
-    return found
+    return descriptions
 
 
 def _build(config: EvaluateConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
@@ -157,7 +158,7 @@ def _build(config: EvaluateConfig, inputs: Mapping[str, Artifact], work_uri: str
     texts, vectors = (storage.join(work_uri, "checkpoints", name) for name in ("texts", "vectors"))
     count = lay_out_texts(sets, texts, config.encode.shard_rows)
     logger.info("evaluate: %d texts of %d data sets", count, len(sets))
-    # a document without a vector is never found; queries and compared texts must all have one
+    # a document without a vector ranks nowhere; queries and compared texts must all have one
     report = encode_shards(texts, model, vectors, config.encode, may_reject=("documents",))
     systems: dict[str, dict[str, list[Scored]]] = {}
     for dim in (None, *config.dims):
@@ -167,7 +168,7 @@ def _build(config: EvaluateConfig, inputs: Mapping[str, Artifact], work_uri: str
             for held_out in sets
         }
     result = write_scores(work_uri, systems, prepare, {"split": config.split, "notes": notes(config, sets)})
-    # Which process did what differs from run to run; hence here and not in a file of the artifact.
+    # The share of each process differs from run to run: in the manifest's metrics, not in a file of the artifact.
     result.metrics["encode"] = {**report.counts(), "workers": len(report.workers)}
     return result
 

@@ -1,7 +1,7 @@
 """95 % intervals by the bootstrap, and paired differences of two systems over the same items.
 
 Items (queries, texts, pairs) are drawn with replacement by a seeded generator and the metric is taken again on each
-draw; the interval lies between the 2.5 % and the 97.5 % quantile. In a paired difference both systems are judged on the
+draw; the interval lies between the 2.5 % and the 97.5 % quantile. In a paired difference both systems are scored on the
 same draws, so it is the interval of the difference, not of two scores. In a mean over data sets, each set is drawn on
 its own (stratified).
 
@@ -80,7 +80,7 @@ def bootstrap_v_measure(label_N: np.ndarray, cluster_RN: np.ndarray, samples: in
 
     def statistic(index_SN: np.ndarray) -> np.ndarray:
         weight_SN = np.stack([np.bincount(row, minlength=len(label_N)) for row in index_SN]).astype(np.float64)
-        found = []
+        measures = []
         for table, cluster_N in zip(tables, cluster_RN, strict=True):
             cell_N = label_N * table.shape[1] + cluster_N
             used, position_N = np.unique(cell_N, return_inverse=True)
@@ -88,8 +88,8 @@ def bootstrap_v_measure(label_N: np.ndarray, cluster_RN: np.ndarray, samples: in
             member_NX[np.arange(len(cell_N)), position_N] = 1.0
             counts_SCK = np.zeros((len(weight_SN), table.size))
             counts_SCK[:, used] = weight_SN @ member_NX
-            found.append(v_measure(counts_SCK.reshape(-1, *table.shape)))
-        return np.mean(found, axis=0)
+            measures.append(v_measure(counts_SCK.reshape(-1, *table.shape)))
+        return np.mean(measures, axis=0)
 
     drawn_S = draw(statistic, len(label_N), samples, seed)
     return interval(value, np.clip(drawn_S - drawn_S.mean() + value, 0.0, 1.0))
@@ -172,10 +172,10 @@ def compare(
 
     Returns:
         `{name, dataset, metric, delta: {value, low, high}}`, delta = a - b: a row for each data set both have, and for
-        nDCG@10 one more, `mean of retrieval sets`. Data sets that only one side has are left out.
+        nDCG@10 one more, `mean of retrieval sets`. Data sets that only one of them has are left out.
 
     Raises:
-        UserError: no such system, or a data set was not the same on both sides.
+        UserError: no such system, or a data set was not the same in both evaluations.
     """
     pairs = list(paired_items(a, b, (a_system, b_system), metrics, datasets))
     rows = [_row(name, pair.dataset, pair.metric, paired_bootstrap(pair, samples, seed)) for pair in pairs]
@@ -195,14 +195,14 @@ def retrieval_mean(a: Artifact, system: str = "model", samples: int = 1000, seed
     Raises:
         UserError: no such system.
     """
-    found = [
+    values = [
         (dataset, np.array([items[item][0] for item in sorted(items)]))
         for (dataset, metric), items in read_items(a, system).items()
         if metric == RETRIEVAL_METRIC
     ]
-    if not found:
+    if not values:
         return None
-    pairs = [PairedItems(dataset, RETRIEVAL_METRIC, value_N, np.zeros_like(value_N)) for dataset, value_N in found]
+    pairs = [PairedItems(dataset, RETRIEVAL_METRIC, value_N, np.zeros_like(value_N)) for dataset, value_N in values]
     return paired_bootstrap_mean(pairs, samples, seed)
 
 
@@ -216,14 +216,14 @@ def read_items(artifact: Artifact, system: str) -> dict[tuple[str, str], Items]:
         UserError: the artifact has no such system.
     """
     table = read_table(artifact.path(ITEMS))
-    found: dict[tuple[str, str], dict[str, tuple[float, float | None]]] = {}
+    items: dict[tuple[str, str], dict[str, tuple[float, float | None]]] = {}
     for row in table.to_pylist():
         if row["system"] == system:
-            found.setdefault((row["dataset"], row["metric"]), {})[row["item_id"]] = (row["value"], row["gold"])
-    if not found:
+            items.setdefault((row["dataset"], row["metric"]), {})[row["item_id"]] = (row["value"], row["gold"])
+    if not items:
         known = sorted(set(table.column("system").to_pylist()))
         raise UserError(f"{artifact.uri} has no scores of {system!r}; it has {', '.join(known)}.")
-    return dict(found)
+    return dict(items)
 
 
 def paired_items(
@@ -236,7 +236,7 @@ def paired_items(
     """The items both evaluations scored, data set by data set and metric by metric.
 
     Raises:
-        UserError: no such system, or a data set was not the same on both sides.
+        UserError: no such system, or a data set was not the same in both evaluations.
     """
     hashes = [storage.read_json(artifact.path(SCORES))["evaluation_hash"] for artifact in (a, b)]
     ours, theirs = read_items(a, systems[0]), read_items(b, systems[1])
@@ -249,6 +249,6 @@ def paired_items(
                 f"{a.uri} and {b.uri} were not scored on the same items of {dataset}; evaluate both on one `prepare`."
             )
         ids = sorted(ours[key])
-        a_N, b_N = (np.array([side[key][item][0] for item in ids]) for side in (ours, theirs))
+        a_N, b_N = (np.array([items[key][item][0] for item in ids]) for items in (ours, theirs))
         gold_N = np.array([ours[key][item][1] for item in ids], dtype=np.float64) if metric == "spearman" else None
         yield PairedItems(dataset, metric, a_N, b_N, gold_N)

@@ -1,7 +1,7 @@
-"""What is held out of a data set, which texts of it need vectors, and how vectors become scores.
+"""Held-out sets of the three kinds of tasks: their texts, and scores from the texts' vectors.
 
-- retrieval: each held-out query, with its instruction, searched exactly in the *whole* corpus, documents bare.
-- classification: held-out classes never occur in training, so the held-out texts are cut into two halves by hash,
+- retrieval: each query, with its instruction, searched exactly in the *whole* corpus, documents bare.
+- classification: held-out classes never occur in training, so their texts are cut into two halves by hash,
   class by class: one is the reference, the other is labelled by its k nearest neighbours (cosine). v-measure: k-means
   over both halves, as many clusters as classes, averaged over several seeds. Texts carry the instruction.
 - sts: cosine of both texts, both with the instruction, against the gold score.
@@ -37,7 +37,7 @@ from nvembed.retrieval.exact.search import search_exact
 from nvembed.text.identity import stable_hash
 from nvembed.types import Artifact, TaskType, TrainingExample, UserError
 
-Row = tuple[str, str, str]  # key, text, instruction
+Row = tuple[str, str, str]  # key, text, prompt
 Vectors = Callable[[str], Iterator[tuple[list[str], np.ndarray]]]  # role -> shards of (keys, float32 [N, D])
 
 _BM25_BLOCK = 1024
@@ -45,7 +45,7 @@ _BM25_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Settings:
-    """How scores are taken from vectors; see `EvaluateConfig`."""
+    """Settings of the metrics; see `EvaluateConfig`."""
 
     samples: int
     seed: int
@@ -55,7 +55,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Caps:
-    """Sizes of a small comparison; documents a query needs are always kept."""
+    """Sizes of a small comparison; the positives of its queries are always in it."""
 
     documents: int
     queries: int
@@ -80,11 +80,11 @@ class Scored:
 
 
 class HeldOut(ABC):
-    """The held-out side of one data set."""
+    """The held-out examples of one data set."""
 
-    def __init__(self, dataset: str, instruction: str, examples: list[TrainingExample]) -> None:
+    def __init__(self, dataset: str, prompt: str, examples: list[TrainingExample]) -> None:
         self.dataset = dataset
-        self.instruction = instruction
+        self.prompt = prompt
         self.examples = examples
 
     @abstractmethod
@@ -101,28 +101,28 @@ class HeldOut(ABC):
 
     def _per_item(self, metric: str, ids: Sequence[str], values: Sequence[float], settings: Settings) -> Scored:
         value_N = np.asarray(values, dtype=np.float64)
-        found = bootstrap(mean_statistic(value_N), len(value_N), settings.samples, settings.seed)
-        return Scored(metric, found, ids, value_N.tolist())
+        interval = bootstrap(mean_statistic(value_N), len(value_N), settings.samples, settings.seed)
+        return Scored(metric, interval, ids, value_N.tolist())
 
 
 class RetrievalSet(HeldOut):
-    """Held-out queries against a corpus; `keep` names the documents of a capped corpus."""
+    """Queries against a corpus; `keep` names the documents of a capped corpus."""
 
     def __init__(
         self,
         dataset: str,
-        instruction: str,
+        prompt: str,
         examples: list[TrainingExample],
         corpus_uri: str,
         keep: frozenset[str] | None = None,
     ) -> None:
-        super().__init__(dataset, instruction, examples)
+        super().__init__(dataset, prompt, examples)
         self._corpus_uri = corpus_uri
         self._keep = keep
 
     def roles(self) -> Mapping[str, Callable[[], Iterator[Row]]]:
         return {
-            "queries": lambda: ((row.id, row.query, self.instruction) for row in self.examples),
+            "queries": lambda: ((row.id, row.query, self.prompt) for row in self.examples),
             "documents": lambda: ((key, text, "") for key, text in self._documents()),
         }
 
@@ -150,22 +150,22 @@ class RetrievalSet(HeldOut):
 
 
 def _gains(example: TrainingExample) -> dict[str, float]:
-    """Judgement of each positive; one without a score above 0 (not judged, or a teacher's logit) counts as 1."""
+    """Judgement of each positive; one without a score above 0 (no judgement, or a teacher's logit) counts as 1."""
     return {item.id: item.score if item.score is not None and item.score > 0 else 1.0 for item in example.positives}
 
 
 class LabelledSet(HeldOut):
-    """Held-out texts with classes."""
+    """Texts with classes."""
 
     def roles(self) -> Mapping[str, Callable[[], Iterator[Row]]]:
-        return {"texts": lambda: ((row.id, row.query, self.instruction) for row in self.examples)}
+        return {"texts": lambda: ((row.id, row.query, self.prompt) for row in self.examples)}
 
     def score(self, vectors: Vectors, settings: Settings) -> list[Scored]:
         vector_ND = _rows_of(vectors("texts"), [row.id for row in self.examples])
         reference, test = self.halves()
         labels = [str(self.examples[index].label) for index in reference]
-        found = knn_labels(vector_ND[test], vector_ND[reference], labels, settings.neighbours)
-        return [self._accuracy(test, found, settings), self._v_measure(vector_ND, settings)]
+        predicted = knn_labels(vector_ND[test], vector_ND[reference], labels, settings.neighbours)
+        return [self._accuracy(test, predicted, settings), self._v_measure(vector_ND, settings)]
 
     def score_bm25(self, settings: Settings) -> list[Scored]:
         reference, test = self.halves()
@@ -173,8 +173,10 @@ class LabelledSet(HeldOut):
         labels = {self.examples[index].id: str(self.examples[index].label) for index in reference}
         queries = [self.examples[index].query for index in test]
         ranked, scores = search_bm25(list(texts), list(texts.values()), queries, settings.neighbours)
-        found = [vote([labels[key] for key in keys], row.tolist()) for keys, row in zip(ranked, scores, strict=True)]
-        return [self._accuracy(test, found, settings)]
+        predicted = [
+            vote([labels[key] for key in keys], row.tolist()) for keys, row in zip(ranked, scores, strict=True)
+        ]
+        return [self._accuracy(test, predicted, settings)]
 
     def halves(self) -> tuple[list[int], list[int]]:
         """Positions of the reference texts and of the test texts: of each class, by hash of the id, in turns.
@@ -189,11 +191,11 @@ class LabelledSet(HeldOut):
             turns[label] = turns.get(label, -1) + 1
             halves[turns[label] % 2].append(index)
         if not halves[1]:
-            raise UserError(f"data set {self.dataset}: no held-out class has two texts; k-NN needs some.")
+            raise UserError(f"data set {self.dataset}: no class of the split has two texts; k-NN needs some.")
         return halves
 
-    def _accuracy(self, test: list[int], found: Sequence[str | None], settings: Settings) -> Scored:
-        right = [float(self.examples[index].label == label) for index, label in zip(test, found, strict=True)]
+    def _accuracy(self, test: list[int], predicted: Sequence[str | None], settings: Settings) -> Scored:
+        right = [float(self.examples[index].label == label) for index, label in zip(test, predicted, strict=True)]
         return self._per_item("accuracy", [self.examples[index].id for index in test], right, settings)
 
     def _v_measure(self, vector_ND: np.ndarray, settings: Settings) -> Scored:
@@ -210,22 +212,20 @@ class LabelledSet(HeldOut):
 
 
 class GradedSet(HeldOut):
-    """Held-out pairs with a gold similarity; a pair is (query, text of its positive)."""
+    """Pairs with a gold similarity; a pair is (query, text of its positive)."""
 
-    def __init__(
-        self, dataset: str, instruction: str, examples: list[TrainingExample], texts: Mapping[str, str]
-    ) -> None:
-        super().__init__(dataset, instruction, examples)
+    def __init__(self, dataset: str, prompt: str, examples: list[TrainingExample], texts: Mapping[str, str]) -> None:
+        super().__init__(dataset, prompt, examples)
         self._pairs = [(row.query, texts[row.positives[0].id]) for row in examples]
         self._gold = np.array([row.positives[0].score for row in examples], dtype=np.float64)
 
     def roles(self) -> Mapping[str, Callable[[], Iterator[Row]]]:
-        return {"texts": lambda: ((_text_key(text), text, self.instruction) for text in self._texts())}
+        return {"texts": lambda: ((_text_key(text), text, self.prompt) for text in self._texts())}
 
     def score(self, vectors: Vectors, settings: Settings) -> list[Scored]:
         a_ND, b_ND = (
-            _rows_of(vectors("texts"), [_text_key(pair[side]) for pair in self._pairs]).astype(np.float64)
-            for side in (0, 1)
+            _rows_of(vectors("texts"), [_text_key(pair[place]) for pair in self._pairs]).astype(np.float64)
+            for place in (0, 1)
         )
         return [self._spearman((a_ND * b_ND).sum(axis=1), settings)]
 
@@ -237,28 +237,32 @@ class GradedSet(HeldOut):
         for a, b in self._pairs:
             partners.setdefault(a, set()).add(b)
             partners.setdefault(b, set()).add(a)
-        found: dict[tuple[str, str], float] = {}
+        score_of_pair: dict[tuple[str, str], float] = {}
         for start in range(0, len(texts), _BM25_BLOCK):
             block = texts[start : start + _BM25_BLOCK]
             for query, ids, scores in zip(block, *search_bm25(keys, texts, block, len(texts)), strict=True):
                 score_of = dict(zip(ids, scores.tolist(), strict=True))
-                found.update({(query, other): score_of.get(_text_key(other), 0.0) for other in partners[query]})
-        return [self._spearman(np.array([(found[a, b] + found[b, a]) / 2 for a, b in self._pairs]), settings)]
+                score_of_pair.update({(query, other): score_of.get(_text_key(other), 0.0) for other in partners[query]})
+        return [
+            self._spearman(
+                np.array([(score_of_pair[a, b] + score_of_pair[b, a]) / 2 for a, b in self._pairs]), settings
+            )
+        ]
 
     def _texts(self) -> list[str]:
         return list(dict.fromkeys(text for pair in self._pairs for text in pair))
 
     def _spearman(self, value_N: np.ndarray, settings: Settings) -> Scored:
         statistic = spearman_statistic(value_N, self._gold)
-        found = bootstrap(statistic, len(value_N), settings.samples, settings.seed)
+        interval = bootstrap(statistic, len(value_N), settings.samples, settings.seed)
         ids = [example.id for example in self.examples]
-        return Scored("spearman", found, ids, value_N.tolist(), self._gold.tolist())
+        return Scored("spearman", interval, ids, value_N.tolist(), self._gold.tolist())
 
 
 def load_held_out(
     prepare: Artifact, dataset: str, info: Mapping[str, Any], split: str, caps: Caps | None = None
 ) -> HeldOut | None:
-    """The held-out side of a data set; None if the split has no example.
+    """The held-out examples of a data set; None if the split has none.
 
     Args:
         info: the data set's entry of `dataset_info`.
@@ -269,27 +273,27 @@ def load_held_out(
         examples = cap_examples(examples, caps.queries, caps.seed)
     if not examples:
         return None
-    task, instruction, corpus = TaskType(info["task"]), info["instruction"], prepare.path(dataset, CORPUS)
+    task, prompt, corpus = TaskType(info["task"]), info["instruction"], prepare.path(dataset, CORPUS)
     if task is TaskType.RETRIEVAL:
-        kept = None if caps is None else _kept(corpus, examples, caps)
-        return RetrievalSet(dataset, instruction, examples, corpus, kept)
+        keep = None if caps is None else _capped_corpus(corpus, examples, caps)
+        return RetrievalSet(dataset, prompt, examples, corpus, keep)
     if task is TaskType.STS:
         table = read_table(corpus, ["id", "title", "text"])
         return GradedSet(
             dataset,
-            instruction,
+            prompt,
             examples,
             {row["id"]: document_text(row["title"], row["text"]) for row in table.to_pylist()},
         )
-    return LabelledSet(dataset, instruction, examples)
+    return LabelledSet(dataset, prompt, examples)
 
 
-def _kept(corpus_uri: str, examples: list[TrainingExample], caps: Caps) -> frozenset[str]:
-    kept = {item.id for example in examples for item in example.positives}
+def _capped_corpus(corpus_uri: str, examples: list[TrainingExample], caps: Caps) -> frozenset[str]:
+    needed = {item.id for example in examples for item in example.positives}
     ids = (key for table in iter_parquet(corpus_uri, ["id"]) for key in table.column("id").to_pylist())
-    others = (key for key in ids if key not in kept)
-    room = max(0, caps.documents - len(kept))
-    return frozenset(kept.union(heapq.nsmallest(room, others, key=lambda key: stable_hash(caps.seed, key))))
+    others = (key for key in ids if key not in needed)
+    room = max(0, caps.documents - len(needed))
+    return frozenset(needed.union(heapq.nsmallest(room, others, key=lambda key: stable_hash(caps.seed, key))))
 
 
 def prefix_vectors(

@@ -1,4 +1,4 @@
-"""Which arithmetic a device is good at; bf16 is autocast over float32 weights.
+"""Precision of a forward: fp32, or bf16 as autocast over float32 weights, where the device has bf16 products.
 
 Never `.to(bfloat16)` a decoder: that casts RoPE's frequencies too, and every position turns by the wrong angle.
 """
@@ -19,7 +19,7 @@ def resolve_precision(precision: str, device: torch.device | str = "cpu") -> Pre
     """`auto` becomes bf16 where the processor has instructions for it (1.7x on avx512_bf16), else fp32.
 
     Raises:
-        UserError: another word than auto, fp32, bf16.
+        UserError: another value than auto, fp32, bf16.
     """
     if precision in ("fp32", "bf16"):
         return cast(Precision, precision)

@@ -1,4 +1,4 @@
-"""Layer 3: encoding in actor pools, exact and approximate search, BM25.
+"""Encoding in actor pools, the vector cache, exact and approximate search, BM25.
 
 `encode_texts` and `search_vectors` work on plain lists and arrays, without a recipe; they are imported when first used.
 """

@@ -1,7 +1,7 @@
 """FAISS as the approximate (or flat) alternative to the exact search; `pip install 'nvembed[faiss]'`.
 
 An index is built over each part of the corpus and proposes candidates; they are scored again in fp64 like the exact
-search's, so scores mean the same. What is missing is whatever FAISS did not propose: the audit reports the recall.
+search's, so scores mean the same. Documents that FAISS does not propose are missing: the audit reports the recall.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nvembed.retrieval.exact.topk import Best, gathered_scores
 from nvembed.types import UserError
 
 _TRAIN_PER_LIST = 64
-_POINTS_PER_LIST = 39  # what FAISS asks for at least
+_POINTS_PER_LIST = 39  # the minimum of FAISS
 
 
 def check_faiss(index: ExactIndex | FaissFlat | FaissIvf | FaissHnsw) -> None:
@@ -60,7 +60,7 @@ class FaissPart:
 
     Args:
         ids_N: N ids.
-        document_ND: float32 vectors, kept for the scores; FAISS has its own copy.
+        document_ND: float32 vectors, for the scores; FAISS has its own copy.
     """
 
     def __init__(

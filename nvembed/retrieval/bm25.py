@@ -49,12 +49,12 @@ class Bm25Index:
     def search(
         self, queries: Sequence[str], k: int, wanted: Sequence[Sequence[str]] = ()
     ) -> tuple[list[list[str]], list[np.ndarray], list[list[float]]]:
-        """The best k documents per query, and the scores of documents that are asked about.
+        """The best k documents per query, and the scores of named documents.
 
         Documents that share no word with the query (score 0) are not results, so a row may be shorter than k or empty.
 
         Args:
-            wanted: for each query ids whose scores are asked for; none by default.
+            wanted: for each query the ids whose scores are returned too; none by default.
 
         Returns:
             ids [Q][<= k], one float32 array of scores per query, and the wanted scores.
@@ -65,7 +65,7 @@ class Bm25Index:
         query_tokens = bm25s.tokenize(parted, stopwords=STOP_WORDS, return_ids=False, show_progress=False)
         if wanted and self._place is None:
             self._place = {self._ids[position]: place for place, position in enumerate(self._order)}
-        ids, scores, asked = [], [], []
+        ids, scores, wanted_scores = [], [], []
         for number, words in enumerate(query_tokens):
             known = self._index.get_tokens_ids(words)
             score_N = self._index.get_scores_from_ids(known) if len(known) else np.zeros(len(self._order), np.float32)
@@ -73,8 +73,8 @@ class Bm25Index:
             ids.append([self._ids[self._order[hit]] for hit in hits])
             scores.append(score_N[hits])
             if wanted and self._place is not None:
-                asked.append([float(score_N[self._place[key]]) for key in wanted[number]])
-        return ids, scores, asked
+                wanted_scores.append([float(score_N[self._place[key]]) for key in wanted[number]])
+        return ids, scores, wanted_scores
 
 
 def _best(score_N: np.ndarray, k: int) -> np.ndarray:

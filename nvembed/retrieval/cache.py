@@ -1,19 +1,19 @@
-"""Vectors of earlier runs, found again by what they were made from.
+"""The vector cache: vectors of earlier runs by the hash of model, prompt, text and length.
 
     <cache>/<fingerprint of model, precision, stored type>/part-<xxh3 of its bytes>.parquet
 
 A part has the columns key (16 bytes), vector and cut.
 
-A row's key is a hash of (most tokens, what the model puts before the text, text); `cut` says whether the text had more
-tokens than that (older parts do not). A part is written once, whole, under
-a name that its bytes decide; reading checks them, and a part that does not fit its name is left out, told and computed
-anew. Nothing but finite vectors is kept. Many small parts become large ones (`cache_merge.py`).
+A row's key is a hash of (most tokens, prompt, text); `cut` is 1 where the text had more tokens than that (older parts
+lack the column). A part is written once, whole, and named by the hash of its bytes. Reading checks the bytes; a part
+that does not fit its name is reported, left out, and its texts are embedded again. Only finite vectors are stored. Many
+small parts are merged into large ones (`cache_merge.py`).
 
-What is promised: a vector from the cache is the one that an earlier run computed, rounded to the stored type. Against
-a run without the cache it differs by that rounding and by float noise (which texts shared its forward; about 1e-6 in
-fp32, 1e-2 in bf16).
+Guarantee: a vector from the cache is the one that an earlier run computed, rounded to the stored type. Against a run
+without the cache it differs by that rounding and by float noise (which texts shared its forward; about 1e-6 in fp32,
+1e-2 in bf16).
 
-A process holds 24 bytes per cached row to find them, and a few parts' vectors.
+Memory of a process: 24 bytes per cached row for the index, and the vectors of a few parts.
 """
 
 from __future__ import annotations
@@ -38,56 +38,60 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 KEY_BYTES = 16
-_HELD_PARTS = 8
-UNKNOWN = -1  # whether a text was cut
+_OPEN_PARTS = 8
+UNKNOWN = -1  # it is not recorded whether a text was cut
 
 
-def row_key(text: str, prefix: str, max_length: int) -> bytes:
-    """The 16 bytes that name a text under an instruction and a cut."""
-    head = f"{max_length}:{len(prefix)}:{prefix}"
+def row_key(text: str, prompt: str, max_length: int) -> bytes:
+    """The 16-byte key of a text under a prompt and a cut."""
+    head = f"{max_length}:{len(prompt)}:{prompt}"
     return hashlib.blake2b((head + text).encode("utf-8"), digest_size=KEY_BYTES).digest()
 
 
 def fingerprint(model: str, precision: str, kind: VectorType) -> str:
-    """Directory of the vectors of one model (the hash of its files and settings) in one arithmetic and stored type."""
+    """Name of the directory of one model's vectors in one precision and stored type.
+
+    Args:
+        model: hash of the model's files and settings.
+    """
     parts = {"model": model, "precision": precision, "kind": kind, "format": FORMAT_VERSION}
     return storage.hash_json(parts)[:32]
 
 
-def parts_at_start(cache_uri: str, found: Sequence[str], note_uri: str, work: str) -> dict[str, list[str]]:
+def parts_at_start(cache_uri: str, fingerprints: Sequence[str], note_uri: str, work: str) -> dict[str, list[str]]:
     """Parts by fingerprint as they were when a piece of work first started.
 
-    A restart that looked in what the killed run had added would take vectors from there that the killed run computed
-    in other company; its bytes would depend on when the kill came.
+    Vectors that a killed run added were batched differently from those of an uninterrupted run; with them the bytes of
+    a restart would depend on the moment of the kill.
 
     Args:
-        found: the fingerprints to list.
-        note_uri: where the first start writes them down.
+        fingerprints: the directories to list.
+        note_uri: file in which the first start records them.
         work: hash of the work; other work at the same place starts anew.
     """
-    started = storage.hash_json({"work": work, "cache": cache_uri, "found": list(found)})
+    started = storage.hash_json({"work": work, "cache": cache_uri, "found": list(fingerprints)})
     if storage.exists(note_uri):
         noted = storage.read_json(note_uri)
         if noted.get("started") == started:
             parts: dict[str, list[str]] = noted["parts"]
             return parts
-    parts = {name: list_parts(storage.join(cache_uri, name)) for name in found}
+    parts = {name: list_parts(storage.join(cache_uri, name)) for name in fingerprints}
     storage.write_json(note_uri, {"started": started, "parts": parts})
     return parts
 
 
 def remove_damaged(part_uri: str) -> None:
-    """Delete a part that does not fit its name; one that was computed again under the same name stays."""
+    """Delete a part whose bytes do not fit its name."""
     if storage.exists(part_uri) and not part_uri.endswith(f"/{part_name(storage.read_bytes(part_uri))}"):
         storage.remove(part_uri)
 
 
 class VectorCache:
-    """The vectors of one fingerprint, as they stood when it was opened.
+    """The vectors of one fingerprint that were stored when it was opened.
 
     Args:
         cache_uri: directory of the whole cache.
-        found: see `fingerprint`.
+        fingerprint_name: see `fingerprint`.
         kind: how its vectors are stored.
         parts: the parts to look in; None for all that are there.
 
@@ -95,13 +99,15 @@ class VectorCache:
         damaged: names of parts that could not be read.
     """
 
-    def __init__(self, cache_uri: str, found: str, kind: VectorType, parts: Sequence[str] | None = None) -> None:
-        self._uri, self._kind = storage.join(cache_uri, found), kind
+    def __init__(
+        self, cache_uri: str, fingerprint_name: str, kind: VectorType, parts: Sequence[str] | None = None
+    ) -> None:
+        self._uri, self._kind = storage.join(cache_uri, fingerprint_name), kind
         self._parts = list(list_parts(self._uri) if parts is None else parts)
         self._merged: dict[str, Section] | None = None  # read when a part is gone
         self._lock = Lock()
         self.damaged: list[str] = []
-        self._held: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
+        self._open_parts: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
         with readers(self._uri) as pool:
             keys = list(pool.map(self._read_keys, range(len(self._parts))))
         self.damaged.sort()
@@ -109,7 +115,7 @@ class VectorCache:
         for number, part_keys in enumerate(keys):
             rows = np.arange(len(part_keys))
             places.append(np.stack([np.full_like(rows, number), rows], axis=1).astype(np.int32))
-        # Of a row that stands in several parts the first counts; names are sorted, so every process takes the same.
+        # Of a row in several parts the first counts; names are sorted, so every process takes the same.
         key_R2 = np.concatenate(keys) if keys else np.empty((0, 2), dtype=np.uint64)
         order = np.lexsort((key_R2[:, 1], key_R2[:, 0]))
         self._key_R2 = key_R2[order]
@@ -123,7 +129,7 @@ class VectorCache:
         return [storage.join(self._uri, name) for name in self.damaged]
 
     def find(self, keys: Sequence[bytes]) -> dict[int, tuple[np.ndarray, int]]:
-        """Positions in `keys` that the cache has -> float32 [D], and whether the text was cut (1, 0, `UNKNOWN`)."""
+        """Positions in `keys` of cached rows -> float32 [D], and whether the text was cut (1, 0, `UNKNOWN`)."""
         if not len(self) or not keys:
             return {}
         wanted_K2 = _numbers(b"".join(keys))
@@ -137,7 +143,7 @@ class VectorCache:
                     by_part.setdefault(int(part), []).append((position, int(place)))
                     break
                 row += 1
-        found: dict[int, tuple[np.ndarray, int]] = {}
+        cached: dict[int, tuple[np.ndarray, int]] = {}
         for part, pairs in sorted(by_part.items()):
             loaded = self._load(part)
             if loaded is None:
@@ -145,11 +151,11 @@ class VectorCache:
             part_keys, matrix_ND, cut_N = loaded
             for position, place in pairs:
                 if (part_keys[place] == wanted_K2[position]).all():
-                    found[position] = matrix_ND[place], int(cut_N[place])
-        return found
+                    cached[position] = matrix_ND[place], int(cut_N[place])
+        return cached
 
     def add(self, keys: Sequence[bytes], matrix_ND: np.ndarray, cut_N: np.ndarray) -> None:
-        """Publish rows as one part; this object does not look in it.
+        """Publish rows as one part; `find` of this object does not see it.
 
         Args:
             cut_N: int8, whether each text was cut; see `find`.
@@ -162,7 +168,7 @@ class VectorCache:
         storage.write_bytes(storage.join(self._uri, part_name(data)), data)
 
     def settle(self) -> None:
-        """To be called when nothing more is added: many small parts become large ones."""
+        """Merge many small parts into large ones; called when nothing more is added."""
         merge_small(self._uri)
 
     def _read_keys(self, number: int) -> np.ndarray:
@@ -170,26 +176,26 @@ class VectorCache:
         try:
             return _key_numbers(self._rows_of(number, self._only_keys))
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            self._tell(number, error)
+            self._report(number, error)
             return np.empty((0, 2), dtype=np.uint64)
 
     def _load(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Keys, float32 vectors and `cut` of a part whose bytes are those its name states."""
-        if number in self._held:
-            self._held.move_to_end(number)
-            return self._held[number]
+        """Keys, float32 vectors and `cut` of a part; None where its bytes do not fit its name."""
+        if number in self._open_parts:
+            self._open_parts.move_to_end(number)
+            return self._open_parts[number]
         name = self._parts[number]
         if name in self.damaged:
             return None
         try:
             table = self._rows_of(number, lambda part: read_part(self._uri, part))
-            self._held[number] = _key_numbers(table), table_matrix(table), _cut(table)
+            self._open_parts[number] = _key_numbers(table), table_matrix(table), _cut(table)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            self._tell(number, error)
+            self._report(number, error)
             return None
-        while len(self._held) > _HELD_PARTS:
-            self._held.popitem(last=False)
-        return self._held[number]
+        while len(self._open_parts) > _OPEN_PARTS:
+            self._open_parts.popitem(last=False)
+        return self._open_parts[number]
 
     def _only_keys(self, name: str) -> pa.Table:
         with storage.open_reader(storage.join(self._uri, name)) as file:
@@ -206,10 +212,10 @@ class VectorCache:
             return read(name)
         except FileNotFoundError:
             for again in (False, True):  # what was merged may be merged once more
-                found = self._section(name, again)
-                if found is not None:
+                section = self._section(name, again)
+                if section is not None:
                     with suppress(FileNotFoundError):
-                        return read(found[0]).slice(*found[1:])
+                        return read(section[0]).slice(*section[1:])
             raise
 
     def _section(self, name: str, again: bool) -> Section | None:
@@ -218,7 +224,7 @@ class VectorCache:
                 self._merged = sections(self._uri)
             return self._merged.get(name)
 
-    def _tell(self, number: int, error: Exception) -> None:
+    def _report(self, number: int, error: Exception) -> None:
         name = self._parts[number]
         if name not in self.damaged:
             self.damaged.append(name)

@@ -1,8 +1,8 @@
-"""Small parts of a vector cache made into large ones, so that looking in it does not slow down with every addition.
+"""Merging of a vector cache's small parts into large ones, so that a look-up does not slow down with every addition.
 
-A merged part is a part like any other, and says in its metadata which parts it was made from and where their rows are.
-It is written before they are deleted; whoever still knows one of them by name finds its rows there, so a run that was
-killed and goes on, or goes on beside the merging, sees the same parts as before.
+A merged part is a part like any other; its metadata names the parts it was made from and where their rows are. It is
+written before they are deleted. A process that knows a merged part by its old name reads its rows there, so a run that
+is resumed, or runs during the merging, sees the same parts as before.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def list_parts(uri: str) -> list[str]:
 
 
 def readers(uri: str) -> ThreadPoolExecutor:
-    """Threads that read parts side by side where each is a wait; on a disk they would stand in each other's way."""
+    """Threads that read parts: many for a remote store, where each read waits; one for a disk."""
     return ThreadPoolExecutor(1 if storage.is_local(uri) else _READERS)
 
 
 def part_name(data: bytes) -> str:
-    """The name that a part's bytes decide."""
+    """The name of a part: the hash of its bytes."""
     return f"part-{xxhash.xxh3_128_hexdigest(data)}.parquet"
 
 
 def read_part(uri: str, name: str) -> pa.Table:
-    """A part whose bytes are those its name states.
+    """A part, its bytes checked against its name.
 
     Raises:
-        ValueError: they are not. FileNotFoundError: it is not there; see `sections`.
+        ValueError: they do not fit. FileNotFoundError: it is not there; see `sections`.
     """
     data = storage.read_bytes(storage.join(uri, name))
     if name != part_name(data):
@@ -65,10 +65,14 @@ def sections(uri: str) -> dict[str, Section]:
 
     def made_of(name: str) -> list[tuple[str, Section]]:
         try:
-            found = (read_schema(storage.join(uri, name)).metadata or {}).get(_MADE_OF)
+            made_from = (read_schema(storage.join(uri, name)).metadata or {}).get(_MADE_OF)
         except (pa.ArrowException, OSError, ValueError):
             return []
-        return [] if found is None else [(source, (name, first, rows)) for source, first, rows in json.loads(found)]
+        return (
+            []
+            if made_from is None
+            else [(source, (name, first, rows)) for source, first, rows in json.loads(made_from)]
+        )
 
     with readers(uri) as pool:
         return dict(pair for pairs in pool.map(made_of, list_parts(uri)) for pair in pairs)
@@ -105,8 +109,8 @@ def _sizes(uri: str) -> dict[str, int]:
     fs.invalidate_cache()
     if not fs.exists(path):
         return {}
-    found = (item for item in fs.ls(path, detail=True) if item["type"] == "file")
-    return {str(item["name"]).rsplit("/", 1)[-1]: int(item["size"]) for item in found}
+    files = (item for item in fs.ls(path, detail=True) if item["type"] == "file")
+    return {str(item["name"]).rsplit("/", 1)[-1]: int(item["size"]) for item in files}
 
 
 def _tables(uri: str, names: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
@@ -114,7 +118,7 @@ def _tables(uri: str, names: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
         try:
             return read_part(uri, name)
         except (pa.ArrowException, OSError, ValueError):
-            return None  # whoever looks in it will tell
+            return None  # reported when it is opened
 
     with readers(uri) as pool:
         for start in range(0, len(names), MANY):

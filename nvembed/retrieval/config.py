@@ -21,7 +21,7 @@ class EncodeConfig(Config):
     vector_type: VectorType = Field("fp32", description="How vectors are stored; readers give float32 back.")
     max_query_length: int | None = Field(None, ge=8, description="Tokens of a query; null: the model's own.")
     max_document_length: int | None = Field(None, ge=8, description="Tokens of a document; null: the model's own.")
-    cache: str | None = Field(None, description="Directory (any URI) where vectors are kept and looked up.")
+    cache: str | None = Field(None, description="Directory (any URI) where vectors are stored and looked up.")
     max_text_bytes: int = Field(1_000_000, ge=1, description="Longer texts are rejected.")
     max_rejected_share: float = Field(0.05, ge=0, le=1, description="More rejected texts fail the step.")
 
@@ -95,7 +95,7 @@ class CrossEncoderModel(Config):
     type: Literal["cross_encoder"] = "cross_encoder"
     name: str
     revision: str | None = None
-    instruction: bool = Field(False, description="Whether the instruction stands before the query.")
+    instruction: bool = Field(False, description="Whether queries get the prompt of their data set.")
     max_length: int | None = Field(None, ge=8, description="Tokens of a pair; null: the model's own.")
     batch_pairs: int = Field(32, ge=1, description="Pairs of one forward.")
 

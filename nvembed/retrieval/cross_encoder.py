@@ -1,6 +1,6 @@
-"""A cross-encoder: a model that reads query and document together and gives their pair one number.
+"""Cross-encoder rerankers: query and document in one input, one score for the pair.
 
-Slower than comparing vectors by the number of pairs, and stricter; used where few pairs are left (mining's judge).
+One forward for each pair; more accurate than comparing vectors, and used where few pairs remain (mining's filters).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CrossScorer:
         if not documents:
             return np.empty(0)
         pairs = [(query, document) for document in documents]
-        found = self._model.predict(
+        scores = self._model.predict(
             pairs, batch_size=self._batch, show_progress_bar=False, activation_fn=torch.nn.Sigmoid()
         )
-        return np.asarray(found, dtype=np.float64).reshape(-1)
+        return np.asarray(scores, dtype=np.float64).reshape(-1)

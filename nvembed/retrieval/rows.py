@@ -1,4 +1,4 @@
-"""Rows of texts to rows of vectors: equal rows once, known ones from the cache, poisoned ones named and left out.
+"""Rows of texts to rows of vectors: equal rows once, cached ones from the cache, unusable ones named and left out.
 
 Shapes: N rows, A accepted rows, U different ones, D width.
 """
@@ -19,7 +19,7 @@ NOT_FINITE = "has a vector with NaN or infinity"
 
 @dataclass
 class Encoded:
-    """What came of N rows.
+    """Result of encoding N rows.
 
     Attributes:
         matrix_AD: float32, unit vectors of the accepted rows, in order.
@@ -27,7 +27,7 @@ class Encoded:
         rejected: place -> why, as the end of a sentence.
         embedded: texts the model ran on.
         cached: different texts whose vectors came from the cache.
-        cut_A: int8, 1 where a text had more tokens than were embedded, 0 where not, -1 where nobody knows.
+        cut_A: int8, 1 where a text had more tokens than were embedded, 0 where not, -1 where it is not known.
     """
 
     matrix_AD: np.ndarray
@@ -81,8 +81,8 @@ def encode_checked(
         cut_U[rows] = cut_R
     finite_U: np.ndarray = np.asarray(np.isfinite(matrix_UD).all(axis=1))
     if cache is not None:
-        kept = [row for row in new if finite_U[row]]
-        cache.add([keys[row] for row in kept], matrix_UD[kept], cut_U[kept])
+        finite = [row for row in new if finite_U[row]]
+        cache.add([keys[row] for row in finite], matrix_UD[finite], cut_U[finite])
     rejected |= {index: NOT_FINITE for index, row in inverse.items() if not finite_U[row]}
     accepted = np.array([index for index in inverse if index not in rejected], dtype=np.int64)
     rows = [inverse[int(index)] for index in accepted]

@@ -96,7 +96,7 @@ def search(job: SearchJob, report_progress: Callable[[str], None]) -> list[Hit]:
 
 
 def _key(number: int) -> str:
-    """Ids of a corpus may repeat; a row's number does not, and sorts as it counts."""
+    """A row number as an id of the search: unique where a corpus repeats ids, and in numerical order."""
     return f"{number:012d}"
 
 

@@ -70,7 +70,7 @@ def check_rows(texts: TextFile) -> int:
         listed = "\n  ".join(line for line in bad if line)
         raise UserError(
             f"{texts.uri}: {len(bad)} of {count} rows cannot be embedded, nothing was written:\n  {listed}\n"
-            "Mend or remove them."
+            "Correct or remove them."
         )
     return count
 
@@ -89,8 +89,8 @@ def _identified(row: Any, number: int, texts: TextFile) -> tuple[str, str]:
     text = _usable(row.get(texts.text_column), texts.text_column)
     if texts.title_column is not None:
         text = _titled(row.get(texts.title_column), text, texts.title_column)
-    found = next((row[key] for key in ("id", "_id") if row.get(key) is not None), number)
-    return str(found), text
+    row_id = next((row[key] for key in ("id", "_id") if row.get(key) is not None), number)
+    return str(row_id), text
 
 
 def _usable(text: Any, where: str) -> str:
@@ -98,8 +98,7 @@ def _usable(text: Any, where: str) -> str:
         raise BadRow(f"no {where}")
     if (problem := text_problem(text)) is not None:
         raise BadRow(f"{where} {problem}")
-    found: str = text
-    return found
+    return str(text)
 
 
 def _titled(title: Any, text: str, where: str) -> str:
@@ -111,7 +110,7 @@ def _titled(title: Any, text: str, where: str) -> str:
 
 
 def _numbered(texts: TextFile) -> Iterator[tuple[int, Any]]:
-    """Rows with their numbers from 1: a text, a mapping, or the BadRow that stands for a line that is none."""
+    """Rows with their numbers from 1: a text, a mapping, or a BadRow."""
     kind = file_suffix(texts.uri, SUFFIXES, "input")
     fs, path = storage.filesystem(texts.uri)
     if not fs.exists(path) or fs.isdir(path):

@@ -44,6 +44,7 @@ def publish_file(target: str) -> Iterator[IO[bytes]]:
 
 
 def vector_writer(kind: str, file: IO[bytes], rows: int, dim: int) -> _ParquetWriter | _NpyWriter:
+    """A writer of blocks `(ids, float32 [N, dim])`, `rows` in all, to a file of this suffix."""
     return _ParquetWriter(file, dim) if kind == ".parquet" else _NpyWriter(file, rows, dim)
 
 
@@ -84,6 +85,11 @@ class _NpyWriter:
 
 
 def iter_vector_file(uri: str) -> Iterator[tuple[list[str] | None, np.ndarray]]:
+    """`(ids, float32 [N, D])` of a file that `nvembed embed` wrote, block by block; an npy file has no ids (None).
+
+    Raises:
+        UserError: there is no such file, or it is none that `nvembed embed` wrote.
+    """
     if not storage.exists(uri):
         raise UserError(f"--vectors {uri}: no such file.")
     if uri.endswith(".npy"):

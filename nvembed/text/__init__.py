@@ -1,1 +1,1 @@
-"""Layer 1: instructions (the only home of prompts), tokenising with the instruction mask, token-budget batching."""
+"""Instructions (the only home of prompts), tokenising with the instruction mask, token-budget batching."""

@@ -57,23 +57,23 @@ class Tokeniser:
         assert pad_id is not None, "BOS or EOS is there, checked above"
         self.pad_id = int(pad_id)
 
-    def encode(self, texts: Sequence[str], instructions: Sequence[str], max_length: int | None = None) -> list[Tokens]:
-        """Token ids and pooling mask of each `instruction + text`, not padded.
+    def encode(self, texts: Sequence[str], prompts: Sequence[str], max_length: int | None = None) -> list[Tokens]:
+        """Token ids and pooling mask of each `prompt + text`, not padded.
 
         Each is at most `max_length` long, or the config's where that is None.
         """
         return encode_with_mask(
             self.tokenizer.backend_tokenizer,
             texts,
-            instructions,
+            prompts,
             max_length or self.config.max_length,
             self.specials,
             self.config.mask_instruction,
         )
 
-    def lengths(self, texts: Sequence[str], instructions: Sequence[str], *, cut: bool = True) -> np.ndarray:
+    def lengths(self, texts: Sequence[str], prompts: Sequence[str], *, cut: bool = True) -> np.ndarray:
         """int32 [N]: tokens of each input, BOS/EOS included, as `encode` would cut it (or whole)."""
-        joined = [instruction + text for instruction, text in zip(instructions, texts, strict=True)]
+        joined = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
         longest = self.config.max_length if cut else int(np.iinfo(np.int32).max)
         counted = count_tokens(self.tokenizer.backend_tokenizer, joined, longest, self.specials)
         return np.array(counted, dtype=np.int32)

@@ -106,11 +106,11 @@ def test_another_seed_chooses_others() -> None:
 
 
 @pytest.fixture(scope="module")
-def taught(
+def embedded(
     prepare: Artifact, teacher: Artifact, ray_session: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Artifact:
     """Built in two runs: the first dies after encoding, before anything is joined."""
-    uri = str(tmp_path_factory.mktemp("taught") / "teacher_embeddings")
+    uri = str(tmp_path_factory.mktemp("embedded") / "teacher_embeddings")
     inputs = {"prepare": prepare, "model": teacher}
 
     def die(*_: Any) -> None:
@@ -128,16 +128,16 @@ def taught(
 
 
 @pytest.mark.ray
-def test_shards_hold_each_training_text_once_and_nothing_held_out(prepare: Artifact, taught: Artifact) -> None:
-    parts = {part: read_part(taught, part)[0] for part in ("vectors", "holdout")}
+def test_shards_hold_each_training_text_once_and_nothing_held_out(prepare: Artifact, embedded: Artifact) -> None:
+    parts = {part: read_part(embedded, part)[0] for part in ("vectors", "holdout")}
     rows = [*parts["vectors"], *parts["holdout"]]
     assert {(row["text"], row["instruction"]) for row in rows} == expected(prepare)
-    assert len(rows) == len(expected(prepare)) == taught.manifest["metrics"]["unique_texts"]
+    assert len(rows) == len(expected(prepare)) == embedded.manifest["metrics"]["unique_texts"]
     assert len(parts["holdout"]) == round(0.2 * len(rows))
     assert not {fold(row["text"]) for row in rows} & forbidden(prepare)
     assert all(row["key"] == text_key(row["text"], row["instruction"]) for row in rows)
-    assert all(name.split("/")[0] in ("vectors", "holdout") for name in taught.manifest["files"])
-    counted = taught.manifest["metrics"]["datasets"]
+    assert all(name.split("/")[0] in ("vectors", "holdout") for name in embedded.manifest["files"])
+    counted = embedded.manifest["metrics"]["datasets"]
     assert {part: sum(found.values()) for part, found in counted.items()} == {
         part: len(found) for part, found in parts.items()
     }
@@ -147,25 +147,25 @@ def test_shards_hold_each_training_text_once_and_nothing_held_out(prepare: Artif
 
 
 @pytest.mark.ray
-def test_vectors_are_the_teachers(taught: Artifact, teacher: Artifact) -> None:
+def test_vectors_are_the_teachers(embedded: Artifact, teacher: Artifact) -> None:
     embedder = load_embedder(teacher.path("model"))
     for part in ("vectors", "holdout"):
-        rows, matrix = read_part(taught, part)
+        rows, matrix = read_part(embedded, part)
         assert matrix.dtype == np.float32 and np.linalg.norm(matrix, axis=1) == pytest.approx(1, abs=1e-5)
         found = embedder.encode([row["text"] for row in rows], prompt=[row["instruction"] for row in rows])
         assert np.abs(found - matrix).max() < 1e-6
-    some, _ = read_part(taught, "vectors", limit=3)
-    assert some == read_part(taught, "vectors")[0][:3]
+    some, _ = read_part(embedded, "vectors", limit=3)
+    assert some == read_part(embedded, "vectors")[0][:3]
 
 
 @pytest.mark.ray
-def test_a_resumed_run_computes_nothing_again(taught: Artifact, prepare: Artifact, teacher: Artifact) -> None:
-    metrics = taught.manifest["metrics"]
+def test_a_resumed_run_computes_nothing_again(embedded: Artifact, prepare: Artifact, teacher: Artifact) -> None:
+    metrics = embedded.manifest["metrics"]
     assert metrics["encode_rows"] == 0 and metrics["encode_reused_rows"] == metrics["unique_texts"] > 0
-    assert not Path(taught.uri, "checkpoints").exists()
-    again = TEACHER_EMBEDDINGS.run(CONFIG, {"prepare": prepare, "model": teacher}, taught.uri)
-    assert json.dumps(again.manifest) == json.dumps(load_artifact(taught.uri).manifest)
+    assert not Path(embedded.uri, "checkpoints").exists()
+    again = TEACHER_EMBEDDINGS.run(CONFIG, {"prepare": prepare, "model": teacher}, embedded.uri)
+    assert json.dumps(again.manifest) == json.dumps(load_artifact(embedded.uri).manifest)
     with pytest.raises(UserError, match="max_texts: null -> 12"):
         TEACHER_EMBEDDINGS.run(
-            CONFIG.model_copy(update={"max_texts": 12}), {"prepare": prepare, "model": teacher}, taught.uri
+            CONFIG.model_copy(update={"max_texts": 12}), {"prepare": prepare, "model": teacher}, embedded.uri
         )

@@ -68,6 +68,7 @@ def test_queries_without_a_relevant_document_are_not_scored():
         ("1 queries that are not given: 'nobody'", {"qrels": {**QRELS, "nobody": {"d1": 1}}}),
         ("1 documents that are not given: 'd9'", {"qrels": {"first": {"d9": 1}}}),
         ("document 'd3' is empty", {"corpus": {**CORPUS, "d3": " "}}),
+        ("document 'd3' is empty", {"corpus": {**CORPUS, "d3": {"title": "no text"}}}),
         ("query 'first' is empty", {"queries": {**QUERIES, "first": ""}}),
         ("k is 0", {"k": 0}),
         ("Did you mean 'cwe'", {"instruction": "cew"}),

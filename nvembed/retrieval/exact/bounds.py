@@ -1,4 +1,4 @@
-"""How far a bf16 or fp32 inner product can lie from the exact one: proven bounds, and which products a machine has.
+"""Proven bounds on the error of bf16 and fp32 inner products, and a check that a device keeps to them.
 
 Let q^, d^ be the bf16 roundings of q, d and r_q = q - q^, r_d = d - d^ (both exact in fp32). Then
 `q.d - q^.d^ = r_q.d + q^.r_d`; by Cauchy-Schwarz the *input rounding* costs at most `|r_q||d| + |q^||r_d|`: norms that
@@ -6,8 +6,8 @@ are computed from the vectors themselves, not guessed (about 0.0033 for unit vec
 The *products* of bf16 numbers have 16 significant bits and are exact in fp32. *Accumulation* in fp32, in any order,
 costs at most `D * u * |q^||d^|` (Higham, Accuracy and Stability of Numerical Algorithms, 3.1) with u = 2^-24; u = 2^-22
 is allowed for, because tensor cores cut instead of rounding. Inputs flushed as denormals cost at most 2^-126 times the
-other side, each. The last rounding of the sum to bf16 is monotone, so a cut that is itself rounded down loses nothing;
-read backwards, a bf16 value v stands for a sum within `2^-8 |v|`.
+other factor, each. The last rounding of the sum to bf16 is monotone, so a cut that is itself rounded down loses
+nothing; conversely, the sum behind a bf16 value v is within `2^-8 |v|` of it.
 
 In fp32 there is no input rounding: `D * 2^-24 * |q||d|`, 1 % added for the norms' own rounding.
 """
@@ -34,7 +34,7 @@ _TINY = 2.0**-124
 
 @dataclass(frozen=True)
 class Sizes:
-    """Lengths of vectors and of what bf16 takes off them, float64 [N], rounded up."""
+    """Lengths of vectors and of their bf16 residuals, float64 [N], rounded up."""
 
     norm_N: np.ndarray
     residual_N: np.ndarray
@@ -69,7 +69,7 @@ def halved(matrix_ND: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, Sizes]:
 
 
 def as_tensor(matrix_ND: np.ndarray) -> torch.Tensor:
-    """The same memory, or a copy of what is read-only, as maps of files are: torch promises nothing about it."""
+    """A tensor over the same memory; over a copy where it is read-only (memory maps), which torch does not support."""
     return torch.from_numpy(matrix_ND if matrix_ND.flags.writeable else matrix_ND.copy())
 
 
@@ -101,7 +101,7 @@ def has_bounded_bf16(device: str) -> bool:
 
 
 def _keeps_the_bound(device: str = "cpu") -> bool:
-    """A product of every shape that matters, against fp64: sums with partial results in bf16 would show here."""
+    """Products of two widths against fp64; partial sums in bf16 would exceed the bound."""
     generator = np.random.default_rng(0)
     for dim in (384, 4096):
         left = generator.uniform(0.5, 1.5, (64, dim)).astype(np.float32)  # same signs: the largest partial sums

@@ -1,9 +1,9 @@
-"""What the exact search does with vectors on their device: operands, hits of a tile, fp64 scores of pairs.
+"""Operations of the exact search on a device: operands, hits of a tile, fp64 scores of pairs.
 
 The numbers are the same on every device: products only propose, and the fp64 scores are elementwise products and sums
 in one fixed order, which a GPU rounds as a CPU does.
 
-Shapes: Q queries of a block, N documents of a tile (or vectors of a side), D dimensions, P (query, document) pairs.
+Shapes: Q queries of a block, N documents of a tile (or vectors of either), D dimensions, P (query, document) pairs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TERMS = 1 << 25  # fp64 terms of pairs that a device holds at once
 
 
 class Vectors:
-    """The queries or the documents of a search: fp32 rows, what the products read, and lengths for the bounds."""
+    """The queries or the documents of a search: fp32 rows, the operand of the products, and lengths for the bounds."""
 
     def __init__(self, matrix_ND: np.ndarray, precision: str, device: str) -> None:
         self.matrix_ND = matrix_ND
@@ -40,7 +40,7 @@ class Vectors:
 
 
 def scores_of_pairs(queries: Vectors, rows_P: np.ndarray, documents: Vectors, columns_P: np.ndarray) -> np.ndarray:
-    """`search_merge.gathered_scores`, float64 [P], on the vectors' device; the same bits on any."""
+    """`topk.gathered_scores`, float64 [P], on the vectors' device; the same bits on any."""
     left_QD, right_ND = queries.full_ND, documents.full_ND
     if left_QD is None or right_ND is None:
         return gathered_scores(queries.matrix_ND, rows_P, documents.matrix_ND, columns_P)
@@ -78,15 +78,15 @@ def kth_largest(approx_QN: torch.Tensor, k: int, below_Q: np.ndarray | None) -> 
 
 
 def hits(approx_QN: torch.Tensor, cut_Q: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(rows, columns, values) of what reaches the cut or more, rows ascending; cuts are rounded down."""
+    """(rows, columns, values) of scores at or above the cut, rows ascending; cuts are rounded down."""
     floor_Q = _float32_below(cut_Q)
     if approx_QN.dtype == torch.bfloat16:
         floor_Q = _bf16_below(floor_Q)
     if approx_QN.device.type != "cpu":
         floor_Q1 = torch.from_numpy(floor_Q)[:, None].to(approx_QN.device)
         at_rows, at_columns = (approx_QN >= floor_Q1.to(approx_QN.dtype)).nonzero(as_tuple=True)
-        found = approx_QN[at_rows, at_columns].float()
-        yield at_rows.cpu().numpy(), at_columns.int().cpu().numpy(), found.cpu().numpy()
+        values = approx_QN[at_rows, at_columns].float()
+        yield at_rows.cpu().numpy(), at_columns.int().cpu().numpy(), values.cpu().numpy()
     elif approx_QN.dtype == torch.bfloat16:
         bits_QN = approx_QN.view(torch.int16).numpy()
         if (floor_Q > 0).all():  # then bf16 numbers order as their bits do
@@ -115,7 +115,7 @@ def _positions(mask_QN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _float32_below(values_Q: np.ndarray) -> np.ndarray:
-    """The next fp32 number below each fp64 value: rounding never moves a cut to the wrong side."""
+    """The next fp32 number below each fp64 value: rounding never raises a cut."""
     with np.errstate(over="ignore"):
         rounded = np.asarray(values_Q, dtype=np.float64).astype(np.float32)
     return np.nextafter(rounded, np.float32(-np.inf))

@@ -1,9 +1,9 @@
 """The exact search's inner loop: a block of queries against one segment of documents.
 
 bf16 products (fp32 where the processor has no bf16) only *propose*. A running lower bound of each query's k-th score
-gives a cut; what lies below the cut, widened by the proven error (`search_bounds.py`), cannot belong to the result and
+gives a cut; what lies below the cut, widened by the proven error (`bounds.py`), cannot belong to the result and
 is dropped; the rest is scored again in fp64. A query whose band of doubt holds more documents than `_LIMIT` allows is
-not rescored whole: its best proposals are, and the best possible score of the others stands against its certificate.
+not rescored whole: its best proposals are, and its certificate takes the best possible score of the others.
 Certificates that fail are searched again with fp32 products, whose band is about a thousand times thinner.
 
 Two lists at once: the plain best `plain`, and the best `under` strictly below a ceiling of each query's own; with it
@@ -29,7 +29,7 @@ TILE = 8192
 DEVICE_TILE = 1 << 16
 FIRST_TILE = 2048
 _LIMIT = (4, 256)  # proposals rescored per query and segment: 4 k + 256
-_HELD = 1 << 21  # proposals held before they are settled in between: what bounds memory when everything ties
+_SETTLE_AT = 1 << 21  # proposals that wait before they are settled in between: bounds memory when everything ties
 
 
 class Segment:
@@ -108,7 +108,7 @@ class QueryBlock:
     # -- one segment --------------------------------------------------------------------------------------------------
 
     def add(self, segment: Segment) -> None:
-        """Search a segment and merge what it holds."""
+        """Search a segment and merge its results."""
         if len(segment) == 0 or len(self.query_QD) == 0:
             return
         bound_Q = self._error(segment)
@@ -147,19 +147,19 @@ class _Scan:
         self.output = 1.02 * BF16_OUTPUT_ROUNDOFF if block.precision == "bf16" else 0.0
         self.proposals = Proposals()
         self.settled = 0  # documents of the segment before this one are merged
-        self.above_before_Q = block.above_Q.copy()  # what was counted of them
+        self.above_before_Q = block.above_Q.copy()  # the count over them
         queries = len(block.query_QD)
         ceiling_Q = np.full(queries, np.inf) if block.ceiling_Q is None else block.ceiling_Q
         # approximate scores beyond these are surely at or above, surely below, the ceiling
         size_Q = np.where(np.isfinite(ceiling_Q), np.abs(ceiling_Q), 0.0)
         doubt_Q = bound_Q + self.output * (size_Q + bound_Q)
         self.over_Q, self.below_Q = ceiling_Q + doubt_Q, ceiling_Q - doubt_Q
-        # lower bounds of the k best scores so far, plain and under the ceiling; the k-th stands first
+        # lower bounds of the k best scores so far, plain and under the ceiling; the k-th first
         self.plain_QK = None if block.plain is None else block.plain.scores_QK[:, ::-1].copy()
         self.under_QK = None if block.under is None else block.under.scores_QK[:, ::-1].copy()
 
     def tile(self, start: int, stop: int) -> None:
-        """Multiply, and keep the pairs that may matter."""
+        """Multiply, and collect the pairs that may belong to the result."""
         block = self.block
         approx_QN = block.vectors.fast_ND @ self.segment.vectors.fast_ND[start:stop].T
         self._first_bounds(approx_QN)
@@ -168,7 +168,7 @@ class _Scan:
             cuts.append(block.ceiling_Q)
         for rows_P, columns_P, values_P in hits(approx_QN, np.minimum.reduce(cuts) - self.bound_Q):
             self._take(rows_P, columns_P + np.int32(start), values_P)
-        if self.proposals.count > _HELD:
+        if self.proposals.count > _SETTLE_AT:
             self.settle(stop)
 
     def _first_bounds(self, approx_QN: torch.Tensor) -> None:
@@ -189,7 +189,7 @@ class _Scan:
             lows_QK[open_q] = np.maximum(lows_QK[open_q], self._low(kth_q, self.bound_Q[open_q])[:, None])
 
     def _low(self, value_P: np.ndarray, bound_P: np.ndarray) -> np.ndarray:
-        """What the exact score behind an approximate one reaches at least."""
+        """Lower bound of the exact score, from the approximate one."""
         return value_P - np.where(np.isfinite(value_P), np.abs(value_P), 0.0) * self.output - bound_P
 
     def _take(self, rows_P: np.ndarray, columns_P: np.ndarray, values_P: np.ndarray) -> None:
@@ -263,7 +263,7 @@ class _Scan:
                 block.above_Q += np.bincount(rows_P[counted_P], minlength=len(block.above_Q))
 
     def _within_limit(self, needed: np.ndarray, rows_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What is rescored, and the queries whose band of doubt holds so much that it would certify nothing cheaply."""
+        """The proposals that are rescored, and the queries whose band of doubt has more than the limit."""
         block = self.block
         if block.precision == "fp32":
             return needed, np.empty(0, dtype=np.int64)
@@ -292,7 +292,9 @@ class _Scan:
         for best, other in lists:
             if best is not None and other is not None:
                 best.scores_QK[crowded_q], best.ids_QK[crowded_q] = other.scores_QK, other.ids_QK
-        block.above_Q[crowded_q] = self.above_before_Q[crowded_q] + again.above_Q  # what bf16 counted here is void
+        block.above_Q[crowded_q] = (
+            self.above_before_Q[crowded_q] + again.above_Q
+        )  # the count of the bf16 pass is dropped
         for mine_Q, theirs_q in ((block.dropped_Q, again.dropped_Q), (block.dropped_under_Q, again.dropped_under_Q)):
             mine_Q[crowded_q] = np.maximum(mine_Q[crowded_q], theirs_q)
         block.again_Q[crowded_q] = True

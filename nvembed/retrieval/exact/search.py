@@ -1,8 +1,8 @@
 """Exact inner-product top-k over document shards, in bounded memory, the same bytes for any division of the work.
 
 Documents stream through in segments, queries stay. Products in bf16 (fp32 where the processor has no bf16) propose;
-what counts is the fp64 dot of each pair, added up in a fixed order. A document is left out only on proof
-(`search_bounds.py`), every query carries a certificate of that, and ties of any number are settled by id.
+the score is the fp64 dot of each pair, added up in a fixed order. A document is left out only on proof
+(`bounds.py`), every query carries a certificate of that, and ties of any number are settled by id.
 
 Shapes: Q queries, N documents, D dimensions, k results.
 """
@@ -29,10 +29,10 @@ Shards = Iterable[tuple[Sequence[str] | np.ndarray, np.ndarray]]
 
 @dataclass
 class Found:
-    """What a search found for Q queries.
+    """Result of a search for Q queries.
 
     Attributes:
-        plain: the best documents; None when none were asked for.
+        plain: the best documents; None where only documents below a ceiling were searched.
         under: the best strictly below each query's ceiling; None without ceilings.
         above_Q: int64 [Q], documents at or above the ceiling; zeros when they were not counted.
         certificate_Q: float64 [Q], the k-th score less the best possible score of anything left out. Never negative;
@@ -92,7 +92,7 @@ def search_vectors(
     ceiling_Q = None if ceiling is None else np.asarray(ceiling, dtype=np.float64)
     if ceiling_Q is not None and ceiling_Q.shape != (len(query_QD),):
         raise UserError(f"ceiling has shape {ceiling_Q.shape}; one number per query, ({len(query_QD)},), is needed")
-    found = search_shards(
+    result = search_shards(
         query_QD,
         numbered(documents),
         plain=k if ceiling_Q is None else 0,
@@ -102,7 +102,7 @@ def search_vectors(
         device=device,
         id_type=np.int64,
     )
-    best = found.plain or found.under
+    best = result.plain or result.under
     assert best is not None
     return np.where(np.isfinite(best.scores_QK), best.ids_QK, -1), best.scores_QK
 
@@ -123,7 +123,7 @@ def search_exact(
         ids [Q][<= k] best first, and float64 scores [Q, k], -inf where fewer than k documents exist (k is cut to the
         number of documents).
     """
-    found = search_shards(
+    result = search_shards(
         query_QD,
         shards,
         plain=k if below_Q is None else 0,
@@ -131,9 +131,9 @@ def search_exact(
         ceiling_Q=below_Q,
         tile=block,
     )
-    best = found.plain or found.under
+    best = result.plain or result.under
     assert best is not None
-    width = min(k, found.documents)
+    width = min(k, result.documents)
     scores_QK = best.scores_QK[:, :width]
     ids = [list(row[: int(count)]) for row, count in zip(best.ids_QK, np.isfinite(scores_QK).sum(axis=1), strict=True)]
     return ids, scores_QK
@@ -199,10 +199,10 @@ def search_shards(
 
 
 def choose_precision(precision: str, device: str) -> str:
-    """bf16 or fp32 for the products that propose, and torch told to keep to them.
+    """bf16 or fp32 for the products that propose; torch's settings are set so that it uses no other.
 
     Raises:
-        UserError: bf16 was asked for and the device has none; another device than cpu or cuda.
+        UserError: bf16 on a device without it; another device than cpu or cuda.
     """
     if device != "cpu":
         if not device.startswith("cuda") or not torch.cuda.is_available():
@@ -219,7 +219,7 @@ def choose_precision(precision: str, device: str) -> str:
 
 
 def as_matrix(vectors: np.ndarray, name: str) -> np.ndarray:
-    """float32 [Q, D] of what a user hands in.
+    """A user's vectors as float32 [Q, D].
 
     Raises:
         UserError: not two-dimensional.
@@ -231,7 +231,7 @@ def as_matrix(vectors: np.ndarray, name: str) -> np.ndarray:
 
 
 def numbered(documents: np.ndarray | Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`(row numbers, vectors)` of an array or of a stream of arrays; what was read of a map of a file is let go."""
+    """`(row numbers, vectors)` of an array or a stream of arrays; pages of a memory map are released once read."""
     parts = [documents] if isinstance(documents, np.ndarray) else documents
     first = 0
     for part in parts:
@@ -241,12 +241,12 @@ def numbered(documents: np.ndarray | Iterable[np.ndarray]) -> Iterator[tuple[np.
         for start in range(0, len(part), rows):
             piece = part[start : start + rows]
             yield np.arange(first + start, first + start + len(piece)), piece
-            _let_go(part)
+            _release(part)
         first += len(part)
 
 
-def _let_go(array: np.ndarray) -> None:
-    """Pages of a memory-mapped file count as ours until the kernel wants them back; hand them back at once."""
+def _release(array: np.ndarray) -> None:
+    """Release the pages of a memory map, which else count as this process's until the kernel reclaims them."""
     mapped = getattr(array, "_mmap", None)
     if isinstance(array, np.memmap) and array.mode == "r" and isinstance(mapped, mmap.mmap):
         mapped.madvise(mmap.MADV_DONTNEED)

@@ -1,6 +1,6 @@
-"""What is kept of a search: fp64 scores in a fixed order, the best k with ties by id, lists merged pairwise.
+"""Results of a search: fp64 scores in a fixed order, the best k with ties by id, lists merged pairwise.
 
-Shapes: Q queries, K kept results, P (query, document) pairs, D dimensions.
+Shapes: Q queries, K results, P (query, document) pairs, D dimensions.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class Best:
         rows = np.concatenate([old_row, position_P])
         scores = np.concatenate([self.scores_QK[touched][old], scores_P])
         ids = np.concatenate([self.ids_QK[touched][old_row, old_column], ids_P])
-        kept = contenders(rows, scores, self.k, len(touched))
-        rows, scores, ids = rows[kept], scores[kept], ids[kept]
+        reaching = contenders(rows, scores, self.k, len(touched))
+        rows, scores, ids = rows[reaching], scores[reaching], ids[reaching]
         order = order_by_score(rows, scores, ids)
         rows, scores, ids = rows[order], scores[order], ids[order]
         rank = np.arange(len(rows)) - np.searchsorted(rows, rows, side="left")

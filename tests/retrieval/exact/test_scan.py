@@ -166,7 +166,7 @@ def test_near_ties_that_bf16_cannot_tell_apart_are_searched_again_and_counted(mo
 
 def test_everything_ties(monkeypatch):
     """Identical documents: ids alone decide, and what is held is settled in between."""
-    monkeypatch.setattr(scan, "_HELD", 100)
+    monkeypatch.setattr(scan, "_SETTLE_AT", 100)
     documents = np.ones((500, 8), dtype=np.float32)
     ceiling = np.array([8.0, 9.0])
     query = np.ones((2, 8), dtype=np.float32)
