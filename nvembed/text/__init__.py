@@ -1,1 +1,1 @@
-"""Layer 1: instructions (the only home of prompts), tokenising with the instruction mask, token-budget batching."""
+"""Texts: instructions (the only home of prompts), tokenising with the instruction mask, token-budget batching."""

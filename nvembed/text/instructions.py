@@ -1,7 +1,7 @@
 """Instructions: the only home of prompts.
 
 A query is embedded as `Instruct: {task}\\nQuery: {query}` (NV-Embed 4.2, wording of E5-Mistral 3.2); documents are
-bare. Symmetric tasks put the same prefix on both sides.
+bare. Symmetric tasks put the same prefix on both texts.
 """
 
 from __future__ import annotations
