@@ -1,4 +1,4 @@
-"""Rank, world size and the gather with gradient; right with one process and no process group (layer 0).
+"""Rank, world size and the gather with gradient; right with one process and no process group.
 
 torch is imported inside the functions so that layers which only need the words stay light.
 """
@@ -24,7 +24,7 @@ class WorkerContext(Protocol):
         ...
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        """Tell the launcher about a checkpoint. A barrier: every rank calls it equally often."""
+        """Report a checkpoint to the launcher. A barrier: every rank calls it equally often."""
         ...
 
     def check_lease(self) -> None:

@@ -1,4 +1,4 @@
-"""Versions of what is written to last: who wrote it, and may this nvembed read it (layer 0).
+"""Format versions of stored files: which nvembed wrote a file, and whether this one reads it.
 
 Artifacts, checkpoints, model folders, recipes and exports each carry the number of their format and the nvembed that
 wrote them. A reader takes every format from the oldest it can convert to its own; a newer one is refused with the
@@ -47,19 +47,19 @@ def check_format(record: Mapping[str, Any], where: str, *, newest: int, oldest: 
     Raises:
         FormatError: no whole number, a newer format (with the nvembed to install), or one no longer read.
     """
-    found = record.get("format_version")
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise FormatError(f"{where} has format version {found!r}, which no nvembed wrote. The file is damaged.")
+    number = record.get("format_version")
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise FormatError(f"{where} has format version {number!r}, which no nvembed wrote. The file is damaged.")
     span = f"{newest}" if oldest == newest else f"{oldest} to {newest}"
     reads = f"nvembed {own_version()} reads {span}"
-    if found > newest:
+    if number > newest:
         writer = record.get(WRITER)
         made = f"nvembed {writer}" if writer else "a newer nvembed"
         upgrade = f"nvembed>={writer}" if writer else "--upgrade nvembed"
-        raise FormatError(f"{where} has format version {found}, made by {made}; {reads}. Run: pip install '{upgrade}'")
-    if found < oldest:
-        raise FormatError(f"{where} has format version {found}; {reads}. Build it again.")
-    return found
+        raise FormatError(f"{where} has format version {number}, made by {made}; {reads}. Run: pip install '{upgrade}'")
+    if number < oldest:
+        raise FormatError(f"{where} has format version {number}; {reads}. Build it again.")
+    return number
 
 
 def with_defaults(record: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
@@ -69,5 +69,5 @@ def with_defaults(record: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
     """
     try:
         return {**record, "config": kind.model_validate(record["config"]).model_dump(mode="json")}
-    except (KeyError, ValidationError):  # told by the comparison that follows
+    except (KeyError, ValidationError):  # the comparison that follows reports it
         return record

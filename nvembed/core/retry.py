@@ -1,8 +1,8 @@
-"""Storage that answers badly for a while is asked again (layer 0): what counts as such, how often, how long.
+"""Retries of transient storage errors: which errors count as transient, how often and how long to retry.
 
-s3fs and its kin retry what they know to be passing; this is one layer above, for what they hand on: answers of 5xx,
-throttling, connections that break, bodies that end early. What is wrong for good (not found, not allowed, disk full) is
-never tried again; a full disk is named.
+s3fs and its kin retry the errors they know to be transient; this is one layer above, for those they pass on: answers of
+5xx, throttling, broken connections, truncated bodies. A permanent error (missing, forbidden, disk full) is never
+retried; a full disk is named.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PASSING_NAMES = {  # of the HTTP clients below fsspec, which are not OSErrors
 
 
 def passing(error: BaseException) -> bool:
-    """Whether trying again may help: 5xx (as s3fs tells it, by errno), throttling, broken connections, cut answers."""
+    """Whether an error is transient: 5xx (an errno of s3fs), throttling, broken connections, truncated bodies."""
     if isinstance(
         error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | FileExistsError
     ):
@@ -53,7 +53,7 @@ def passing(error: BaseException) -> bool:
 
 
 def retried(function: Callable[P, R]) -> Callable[P, R]:
-    """Call again, with growing waits, while storage answers badly; the last error is raised as it came.
+    """Call again, with growing waits, while storage has transient errors; the last error is raised as it came.
 
     Only for functions that may run twice: each leaves the same thing behind however often it is called.
     """
@@ -89,7 +89,7 @@ def _again(function: Callable[P, R], first: Exception, *args: P.args, **kwargs: 
 
 
 class RetriedFile(io.RawIOBase):
-    """A file that is read again from where it stood when storage answers badly; put an `io.BufferedReader` around it.
+    """A file whose reads are repeated at the same offset after a transient error; wrap it in an `io.BufferedReader`.
 
     Args:
         file: open for reading, seekable; closed with this one.
@@ -108,7 +108,7 @@ class RetriedFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Where the next byte is read."""
+        """Offset of the next byte to read."""
         return self._place
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -143,7 +143,7 @@ def _short(error: BaseException | None) -> str:
 
 @contextmanager
 def placed(uri: str) -> Iterator[None]:
-    """A full disk does not say which one it is; inside, the error names the file."""
+    """Inside the block, the error of a full disk names the file; the operating system's does not."""
     try:
         yield
     except OSError as error:

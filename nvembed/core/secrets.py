@@ -1,4 +1,4 @@
-"""Secrets: recognised by name, by value and inside URLs; masked where text is said or stored (layer 0).
+"""Secrets: recognised by name, by value and inside URLs; masked where text is logged or stored.
 
 A secret comes from the environment and stays there. Nothing here reads one for any other purpose than to find it
 where it must not be.
@@ -35,13 +35,13 @@ def is_secret_name(name: str) -> bool:
 
 def secret_values(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """Value -> name of the secrets in an environment (by default this process's), passwords inside URLs included."""
-    found = {}
+    secrets = {}
     for name, value in (os.environ if environment is None else environment).items():
         if is_secret_name(name) and len(value) >= SHORTEST:
-            found[value] = name
+            secrets[value] = name
         elif "://" in value and (inside := _PASSWORD.search(value)) and len(inside.group(2)) >= SHORTEST:
-            found[inside.group(2)] = f"{name} (its password)"
-    return found
+            secrets[inside.group(2)] = f"{name} (its password)"
+    return secrets
 
 
 def mask(text: str, environment: Mapping[str, str] | None = None) -> str:

@@ -46,14 +46,14 @@ def describe_files(uri: str) -> dict[str, dict[str, Any]]:
     fs, root = storage.filesystem(uri)
     fs.invalidate_cache()
     prefix = root.rstrip("/") + "/"
-    found = {}
+    files = {}
     for path in sorted(fs.find(root)):
         relative = str(path)[len(prefix) :]
         if relative == MANIFEST or relative.split("/", 1)[0] in WORKING or relative.endswith(".tmp"):
             continue
         full = storage.join(uri, relative)
-        found[relative] = {"size": int(fs.size(path)), "xxh3_128": storage.checksum(full)}
-    return found
+        files[relative] = {"size": int(fs.size(path)), "xxh3_128": storage.checksum(full)}
+    return files
 
 
 @retried
@@ -102,17 +102,17 @@ def load_artifact(uri: str, *, verify: bool = True) -> Artifact:
 def _read_record(uri: str) -> dict[str, Any]:
     """A manifest or start file; anything but a JSON object is corruption."""
     try:
-        found = storage.read_json(uri)
+        record = storage.read_json(uri)
     except ValueError as error:
         raise CorruptArtifactError(f"{uri} cannot be read ({error}). Move the directory away.") from error
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise CorruptArtifactError(f"{uri} is not a JSON object. Move the directory away.")
-    return found
+    return record
 
 
 @dataclass
 class StepResult:
-    """What a step tells beyond its files."""
+    """What a step records in its manifest beside its files."""
 
     rows: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -123,10 +123,10 @@ class Step:
     """A named kind of pipeline step.
 
     Attributes:
-        kind: what it does ("mine"); a road may hold several steps of one kind under different names.
+        kind: what it does ("mine"); a pipeline may have several steps of one kind under different names.
         logic_version: bumped when the meaning of the result changes; part of the fingerprint.
         build: `build(config, inputs, work_uri) -> StepResult`, writes its files under `work_uri`, which is the final
-            directory: until the manifest is there, nobody reads it. Must cope with what a killed run left behind.
+            directory: without a manifest it is not read. Must cope with what a killed run left behind.
         cleared: True to empty the directory before building (steps without resumable working files).
     """
 
@@ -158,8 +158,8 @@ class Step:
         identity = self._identity(config, inputs)
         for name in (MANIFEST, STARTED):
             if storage.exists(storage.join(uri, name)):
-                found = with_defaults(_read_record(storage.join(uri, name)), type(config))
-                _refuse_other_identity(found, identity, uri)
+                stored = with_defaults(_read_record(storage.join(uri, name)), type(config))
+                _refuse_other_identity(stored, identity, uri)
         return load_artifact(uri) if storage.exists(storage.join(uri, MANIFEST)) else None
 
     def run(
@@ -228,8 +228,8 @@ def _prepare_directory(uri: str, *, clear: bool) -> None:
     storage.make_directory(uri)
 
 
-def _refuse_other_identity(found: Mapping[str, Any], expected: Mapping[str, Any], uri: str) -> None:
-    changes = differences({key: found.get(key) for key in expected}, expected)
+def _refuse_other_identity(stored: Mapping[str, Any], expected: Mapping[str, Any], uri: str) -> None:
+    changes = differences({key: stored.get(key) for key in expected}, expected)
     if changes:
         listed = "\n  ".join(changes)
         raise ChangedRecipeError(

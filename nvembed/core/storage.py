@@ -1,8 +1,6 @@
-"""Files at any fsspec URI, and the publication of pipeline steps (layer 0).
+"""Files at any fsspec URI: reading, writing whole files, hashes.
 
-A pipeline step turns a config and input artifacts into a directory. `manifest.json` is written last: only it makes the
-artifact exist. A step whose manifest carries the expected fingerprint is skipped; one with another fingerprint is
-refused with the difference; what has no manifest is never read as a result.
+A written file appears whole or not at all; transient errors of remote stores are retried (`core/retry.py`).
 """
 
 from __future__ import annotations
@@ -205,6 +203,3 @@ def checksum(uri: str) -> str:
 def hash_json(value: Any) -> str:
     """SHA-256 of a JSON value in canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()).hexdigest()
-
-
-# -- artifacts ------------------------------------------------------------------------------------------------------

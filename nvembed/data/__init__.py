@@ -1,1 +1,1 @@
-"""Layer 2: sources, splits without leakage, and the training stream."""
+"""Data sets: sources, deduplication, splits without leakage, the `prepare` step, writers of other formats."""

@@ -50,7 +50,7 @@ class StdlibCodeSource(Source):
 
 
 class OwnedSource(Source):
-    """A source whose texts are the user's, or somebody's the user knows."""
+    """A source of texts that the user brings; licence and caps are the user's to state."""
 
     licence: str = Field(
         "as given by its owner", description="Of the texts, SPDX where there is one; goes into card and registry."
@@ -63,12 +63,12 @@ class BeirSource(OwnedSource):
     type: Literal["beir"] = "beir"
     uri: str
     qrels: dict[Literal["train", "dev", "test"], tuple[str, ...]] | None = Field(
-        None, description="Side -> files under qrels/, without .tsv; null: train, dev, test as far as they are there."
+        None, description="Split -> files under qrels/, without .tsv; null: train, dev, test as far as they are there."
     )
 
 
 class RowSource(OwnedSource):
-    """Rows with columns: what they mean is `task`, their shape is told by the columns' names.
+    """Rows with columns: `task` says what they mean, the columns' names say which format they have.
 
     retrieval: sentence-transformers (anchor/query, positive, negative[_n]), FlagEmbedding (query, pos[], neg[]) or
     Tevatron (query, positive_passages[], negative_passages[]). classification, clustering: text, label (label_text).
@@ -96,7 +96,7 @@ class RowSource(OwnedSource):
 
 class FilesSource(RowSource):
     """jsonl, csv, tsv (also .gz, .zst, ...), parquet files, or folders of them, at any fsspec URI. Split by hash of the
-    texts: rows that share a query or a positive stand on one side."""
+    texts: rows that share a query or a positive are in one split."""
 
     type: Literal["files"] = "files"
     uris: tuple[str, ...]
@@ -149,9 +149,9 @@ class DecontaminateConfig(Config):
     (as `contained_words` says).
     """
 
-    against: tuple[SourceConfig, ...] = Field(min_length=1, description="Only their held-out sides are read.")
+    against: tuple[SourceConfig, ...] = Field(min_length=1, description="Only their held-out splits are read.")
     on_leak: Literal["fail", "drop"] = Field("fail", description="drop: leave leaking training examples out.")
-    allow: tuple[str, ...] = Field((), description="Training sets whose leaks are counted and kept.")
+    allow: tuple[str, ...] = Field((), description="Training sets whose leaks are counted and not dropped.")
 
 
 class PrepareConfig(Config):
@@ -163,8 +163,8 @@ class PrepareConfig(Config):
     contained_words: int | None = Field(
         8,
         ge=1,
-        description="A query of so many words or more that stands whole in a text of another side is as bad as a near "
-        "copy; null: not looked for.",
+        description="A query of so many words or more that occurs whole in a text of another split counts as a near "
+        "duplicate; null: not checked.",
     )
     deduplicate: DeduplicateConfig | None = None
     decontaminate: DecontaminateConfig | None = None

@@ -8,24 +8,24 @@ from dataclasses import replace
 
 import numpy as np
 
-from nvembed.data.documents import SIDES, Documents, sides_of
+from nvembed.data.documents import SPLIT_CODES, Documents, split_codes
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.tables import HELD_OUT, SPLITS
 from nvembed.text.identity import stable_hash
 from nvembed.types import ScoredId, TaskType, TrainingExample
 
-_RANK = np.zeros(len(SIDES), np.int8)  # which of equal texts stays: one that is held out, by the document's side
-_RANK[sides_of(SPLITS[::-1])] = range(len(SPLITS))
+_RANK = np.zeros(len(SPLIT_CODES), np.int8)  # which of equal texts stays: one that is held out, by the document's split
+_RANK[split_codes(SPLITS[::-1])] = range(len(SPLITS))
 
 
 def unique_texts(rows: SourceRows) -> None:
     """Make texts unique, in place: equal documents become one, and so do equal queries of one split.
 
-    A query that stands in several splits stays in the most held-out one only (test, then dev). For classes,
+    A query of several splits stays in the most held-out one only (test, then dev). For classes,
     where the text is the item, equal texts with different labels keep the first by id.
     """
     documents = rows.documents.taken(rows.documents.id_order())
-    order = np.argsort(_RANK[documents.side_N], kind="stable")
+    order = np.argsort(_RANK[documents.split_N], kind="stable")
     standing = np.empty(len(documents), np.int64)
     standing[order] = order[_first_of_equal(documents.digests()[order])]
     renamed = renamed_ids(documents, standing)
@@ -46,10 +46,10 @@ def unique_texts(rows: SourceRows) -> None:
 
 
 def merge_documents(rows: SourceRows, renamed: Mapping[str, str]) -> None:
-    """Leave out documents that another one stands for, in place; examples then name that one.
+    """Leave out duplicate documents, in place; examples then name the one that stays.
 
     Args:
-        renamed: document -> the one that stands for it, of those that leave.
+        renamed: duplicate -> the document that replaces it.
     """
     rows.documents = rows.documents.taken(~rows.documents.mask(renamed))
     for split in SPLITS:
@@ -57,10 +57,10 @@ def merge_documents(rows: SourceRows, renamed: Mapping[str, str]) -> None:
 
 
 def renamed_ids(documents: Documents, standing: np.ndarray) -> dict[str, str]:
-    """Document -> the one that stands for it, of those that do not stand for themselves.
+    """Duplicate -> the document that replaces it.
 
     Args:
-        standing: int64 [N], place of the document that stands for each.
+        standing: int64 [N], for each document the place of the one that stays; its own where it stays itself.
     """
     gone = np.flatnonzero(standing != np.arange(len(standing)))
     return dict(zip(documents.ids(gone), documents.ids(standing[gone]), strict=True))
@@ -122,32 +122,32 @@ def _group(example: TrainingExample) -> str:
 
 def fit_corpus(rows: SourceRows, cap: int | None, seed: int) -> None:
     """Fit the corpus under `cap`, in place: held-out documents always stay, then those of train examples in their
-    order, their given negatives, then (retrieval) others by seeded hash. Train examples whose document found no room
+    order, their given negatives, then (retrieval) others by seeded hash. Train examples whose document does not fit
     are dropped.
 
     Negatives that left the corpus leave the examples. Items of classification and sts corpora that belong to no
     example leave too.
     """
-    kept = {key for split in HELD_OUT for example in rows.examples[split] for key in _documents_of(example)}
+    retained = {key for split in HELD_OUT for example in rows.examples[split] for key in _documents_of(example)}
     limit = len(rows.documents) if cap is None else cap
     train = []
     for example in rows.examples["train"]:
-        new = _documents_of(example) - kept
-        if len(kept) + len(new) <= limit:
-            kept |= new
+        new = _documents_of(example) - retained
+        if len(retained) + len(new) <= limit:
+            retained |= new
             train.append(example)
     rows.examples["train"] = train
     if rows.task is TaskType.RETRIEVAL:
-        given = dict.fromkeys(item.id for example in train for item in example.negatives if item.id not in kept)
-        kept.update(list(given)[: max(0, limit - len(kept))])
-    kept_N = rows.documents.mask(kept)
+        given = dict.fromkeys(item.id for example in train for item in example.negatives if item.id not in retained)
+        retained.update(list(given)[: max(0, limit - len(retained))])
+    retained_N = rows.documents.mask(retained)
     if rows.task is TaskType.RETRIEVAL:
-        rest = np.flatnonzero(~kept_N)
-        if (room := max(0, limit - len(kept))) < len(rest):
+        rest = np.flatnonzero(~retained_N)
+        if (room := max(0, limit - len(retained))) < len(rest):
             hashes = np.fromiter((stable_hash(seed, key) for key in rows.documents.ids(rest)), np.uint64, len(rest))
             rest = rest[np.argsort(hashes, kind="stable")[:room]]
-        kept_N[rest] = True
-    rows.documents = rows.documents.taken(kept_N)
+        retained_N[rest] = True
+    rows.documents = rows.documents.taken(retained_N)
     _drop_absent_negatives(rows)
 
 

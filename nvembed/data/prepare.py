@@ -2,8 +2,8 @@
 
     <prepare>/<dataset>/corpus.parquet  examples-{train,dev,test}.parquet  [rejects.jsonl]
 
-Order: read all sources; make texts unique; cap the held-out sides; drop duplicates inside a set (where asked); drop
-near duplicates of the held-out sides from training; settle leaks of evaluation sets (where given); cap training; fit
+Order: read all sources; make texts unique; cap the held-out splits; drop duplicates inside a set (if configured); drop
+near duplicates of the held-out splits from training; settle leaks of evaluation sets (where given); cap training; fit
 the corpus under its cap. Every choice is by hash of ids and the seed, so it depends on nothing else.
 """
 
@@ -25,7 +25,7 @@ from nvembed.core.parquet import ROW_GROUP_ROWS, write_tables
 from nvembed.core.steps import Step, StepResult
 from nvembed.data.config import PrepareConfig, SourceConfig
 from nvembed.data.dedup import decontaminate
-from nvembed.data.documents import sides_of
+from nvembed.data.documents import split_codes
 from nvembed.data.fit import cap_examples, fit_corpus, unique_texts
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.sources.beir import read_beir
@@ -65,7 +65,7 @@ def _build(config: PrepareConfig, inputs: Mapping[str, Artifact], work_uri: str)
         rows = datasets[source.name]
         rows.examples["train"] = cap_examples(rows.examples["train"], source.max_train, config.seed)
         fit_corpus(rows, source.max_documents, config.seed)
-        _check_sides(source, rows)
+        _check_splits(source, rows)
     left = decontaminate.count_left(datasets, config.near_duplicates, work_uri)
     metrics: dict[str, dict[str, Any]] = {}
     for source in config.sources:
@@ -109,7 +109,7 @@ def _check_names(config: PrepareConfig) -> None:
 
 
 def _read(source: SourceConfig, config: PrepareConfig, work_uri: str) -> SourceRows:
-    """One source with malformed rows checked, texts unique, held-out sides capped."""
+    """One source with malformed rows checked, texts unique, held-out splits capped."""
     started = time.perf_counter()
     rows = SOURCES[source.type](source)
     if rows.rejects.listed:
@@ -134,11 +134,11 @@ def _deduplicate(rows: SourceRows, config: PrepareConfig, work_uri: str) -> dict
 
 def _settle_leaks(datasets: dict[str, SourceRows], config: PrepareConfig, work_uri: str) -> dict[str, dict[str, Any]]:
     """What the evaluation sets have in common with training; dropped or refused, as the recipe says."""
-    asked = config.decontaminate
-    if asked is None:
+    decontamination = config.decontaminate
+    if decontamination is None:
         return {name: {} for name in datasets}
     evaluation = {}
-    for source in asked.against:
+    for source in decontamination.against:
         rows = SOURCES[source.type](source)
         rows.rejects.check(source.name, config.max_reject_share)
         unique_texts(rows)
@@ -147,30 +147,30 @@ def _settle_leaks(datasets: dict[str, SourceRows], config: PrepareConfig, work_u
             "evaluation set %s: %d held-out examples", source.name, sum(len(rows.examples[s]) for s in HELD_OUT)
         )
     leaks = decontaminate.find_leaks(datasets, evaluation, config.near_duplicates, config.contained_words, work_uri)
-    dropped = decontaminate.settle_leaks(datasets, leaks, asked)
-    found = {name: {"leaks": leaks.of(name), "leaks_dropped": dropped[name]} for name in datasets}
-    for name, row in found.items():
+    dropped = decontaminate.settle_leaks(datasets, leaks, decontamination)
+    reports = {name: {"leaks": leaks.of(name), "leaks_dropped": dropped[name]} for name in datasets}
+    for name, row in reports.items():
         if row["leaks"]:
             logger.warning("%s: leaks of evaluation sets: %s; %d dropped", name, row["leaks"], dropped[name])
-    return found
+    return reports
 
 
 def _characters(rows: SourceRows, long: int) -> dict[str, dict[str, float]]:
     """Lengths of queries and documents; `long_share` is the share of texts longer than `long` characters."""
     queries = [len(example.query) for split in SPLITS for example in rows.examples[split]]
-    found = {}
+    described = {}
     for role, lengths in (("queries", queries), ("documents", rows.documents.lengths())):
         length_N = np.array(lengths if len(lengths) else [0])
-        found[role] = {
+        described[role] = {
             "mean": round(float(length_N.mean()), 1),
             "p99": float(np.quantile(length_N, 0.99, method="lower")),
             "max": float(length_N.max()),
             "long_share": round(float((length_N > long).mean()), 6),
         }
-    return found
+    return described
 
 
-def _check_sides(source: SourceConfig, rows: SourceRows) -> None:
+def _check_splits(source: SourceConfig, rows: SourceRows) -> None:
     if not rows.examples["test"]:
         raise UserError(f"data set {source.name}: no held-out example is left; raise max_test or give more rows.")
     wanted = sum(len(rows.examples[split]) for split in HELD_OUT)
@@ -182,18 +182,18 @@ def _check_sides(source: SourceConfig, rows: SourceRows) -> None:
 
 
 def mark_held_out_documents(rows: SourceRows) -> None:
-    """Put each retrieval document that answers held-out queries only on their side, in place.
+    """Put each retrieval document that answers held-out queries only into their split, in place.
 
-    Evaluation searches the whole corpus; mining and teaching leave the held-out side out, so that no text that is an
-    answer in the test is seen in training, not even as a negative. Distractors and shared documents belong to no side.
+    Evaluation searches the whole corpus; mining and distillation leave the held-out splits out, so that no answer of
+    the test is seen in training, not even as a negative. Distractors and shared documents belong to no split.
     """
     if rows.task is not TaskType.RETRIEVAL:
         return
-    side_N = sides_of([None]).repeat(len(rows.documents))
+    split_N = split_codes([None]).repeat(len(rows.documents))
     for split in (*HELD_OUT, "train"):
         answers = rows.documents.mask(item.id for example in rows.examples[split] for item in example.positives)
-        side_N[answers] = sides_of([None if split == "train" else split])
-    rows.documents = rows.documents.on_sides(side_N)
+        split_N[answers] = split_codes([None if split == "train" else split])
+    rows.documents = rows.documents.with_splits(split_N)
 
 
 def _write(rows: SourceRows, uri: str) -> None:
@@ -236,6 +236,6 @@ def _line(name: str, row: Mapping[str, Any]) -> str:
     return (
         f"{name} ({kind}): {row['train']} train, {row['dev']} dev, {row['test']} test examples, {row['documents']} "
         f"documents; near duplicates across the split: {row['near_duplicates_dropped']} dropped, "
-        f"{row['near_duplicates_left']} left; {row['documents_shared']} documents shared by both sides; "
-        f"{row['rejected']} rows rejected"
+        f"{row['near_duplicates_left']} left; {row['documents_shared']} documents shared by train and "
+        f"held-out examples; {row['rejected']} rows rejected"
     )

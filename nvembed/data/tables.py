@@ -47,7 +47,7 @@ EXAMPLE_SCHEMA = pa.schema(
 class Document:
     """One row of `corpus.parquet`.
 
-    `split` is the side of a text that is itself an item (classification, sts) or answers held-out queries only
+    `split` is that of a text that is itself an item (classification, sts) or answers held-out queries only
     (retrieval); other retrieval documents leave it null.
     """
 

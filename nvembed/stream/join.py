@@ -1,12 +1,13 @@
 """Rows of large tables for many shards of a stream, each table read once however many shards there are.
 
-The keys that the shards ask for are sorted; then one task per part of a table (`spread.py`) reads that part, keeps the
-rows somebody asked for and writes them by shard:
+The keys that the shards need are sorted; then one task per part of a table reads that part and writes the
+requested rows by shard:
 
-    asked.parquet         (key, shard), sorted
-    found/part-*          of one part of the table: the asked rows, one row group per shard
+    requests.parquet      (key, shard), sorted
+    rows/part-*           of one part of the table: the requested rows, one row group per shard
 
-A shard then reads its row group of each part. Memory of a task is what was asked of its part; of the caller, the keys.
+A shard then reads its row group of each part. Memory of a task is the requested rows of its part, memory of the caller
+the keys.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from nvembed.core.retry import retried
 PART_ROWS = 1 << 20
 MAX_PARTS = 64  # a shard opens each of them
 
-_ASKED = pa.schema([("key", pa.large_string()), ("shard", pa.int32())])
+_REQUESTS = pa.schema([("key", pa.large_string()), ("shard", pa.int32())])
 
 
 @dataclass(frozen=True)
@@ -56,25 +57,25 @@ class Gather:
     key: str
     columns: tuple[str, ...]
 
-    def run(self, asks: Iterable[Iterable[str]]) -> None:
-        """Find rows for every shard.
+    def run(self, keys_of_shards: Iterable[Iterable[str]]) -> None:
+        """Gather the rows of every shard.
 
         Args:
-            asks: the keys each shard wants, the first shard's first. A key that is nowhere is not found, nor missed.
+            keys_of_shards: the keys each shard wants, the first shard's first. A key that the table lacks gives no row.
         """
-        keys = [pa.array(sorted(set(wanted)), pa.large_string()) for wanted in asks]
+        keys = [pa.array(sorted(set(wanted)), pa.large_string()) for wanted in keys_of_shards]
         whose = np.repeat(np.arange(len(keys), dtype=np.int32), [len(column) for column in keys])
-        asked = pa.table([pa.chunked_array(keys, pa.large_string()), whose], schema=_ASKED)
-        write_table(asked.sort_by([("key", "ascending"), ("shard", "ascending")]), self._asked)
+        requests = pa.table([pa.chunked_array(keys, pa.large_string()), whose], schema=_REQUESTS)
+        write_table(requests.sort_by([("key", "ascending"), ("shard", "ascending")]), self._requests)
         parts = self._parts()
         storage.write_json(storage.join(self.uri, "parts.json"), {"parts": len(parts)})
-        run_tasks(functools.partial(_find, self, parts), len(parts), self.uri, "parts of a table")
+        run_tasks(functools.partial(_gather_part, self, parts), len(parts), self.uri, "parts of a table")
 
     def rows(self, shard: int) -> pa.Table:
-        """The rows a shard asked for, in the order of the table; text columns are `large_string`."""
+        """The rows of a shard, in the order of the table; text columns are `large_string`."""
         parts = storage.read_json(storage.join(self.uri, "parts.json"))["parts"]
         mine, names = pc.field("shard") == shard, self.schema().names
-        return pa.concat_tables([read_where(part_uri(self.uri, "found", part), mine, names) for part in range(parts)])
+        return pa.concat_tables([read_where(part_uri(self.uri, "rows", part), mine, names) for part in range(parts)])
 
     def schema(self) -> pa.Schema:
         """Columns of the rows; text columns are `large_string`, of which a part may have more than 2 GB."""
@@ -85,8 +86,8 @@ class Gather:
         )
 
     @property
-    def _asked(self) -> str:
-        return storage.join(self.uri, "asked.parquet")
+    def _requests(self) -> str:
+        return storage.join(self.uri, "requests.parquet")
 
     def _parts(self) -> list[list[tuple[str, list[int]]]]:
         """Row groups of each part, by file: contiguous, of about the same number of rows."""
@@ -101,24 +102,26 @@ class Gather:
 
 
 @retried
-def _find(job: Gather, parts: Sequence[list[tuple[str, list[int]]]], part: int) -> None:
-    """The asked rows of one part, by shard."""
+def _gather_part(job: Gather, parts: Sequence[list[tuple[str, list[int]]]], part: int) -> None:
+    """The requested rows of one part, by shard."""
     schema = job.schema()
-    kept, asked = [schema.empty_table()], [_ASKED.empty_table()]
+    tables, requests = [schema.empty_table()], [_REQUESTS.empty_table()]
     for uri, groups in parts[part]:
         with open_parquet(uri) as file:
-            here = _asked_between(job._asked, _bounds(file, groups, job.key))
+            here = _requests_between(job._requests, _bounds(file, groups, job.key))
             keys = pc.unique(here.column("key"))
-            kept += [rows.cast(schema) for rows in matching_rows(file, job.key, keys, (job.key, *job.columns), groups)]
-            asked.append(here)
-    rows, whose = pa.concat_tables(kept), pa.concat_tables(asked).group_by(["key", "shard"]).aggregate([])
-    with_shard = pa.schema([_ASKED.field("shard"), *schema])
-    write_tables(lambda: _by_shard(rows, whose, job.key, with_shard), with_shard, part_uri(job.uri, "found", part))
+            tables += [
+                rows.cast(schema) for rows in matching_rows(file, job.key, keys, (job.key, *job.columns), groups)
+            ]
+            requests.append(here)
+    rows, whose = pa.concat_tables(tables), pa.concat_tables(requests).group_by(["key", "shard"]).aggregate([])
+    with_shard = pa.schema([_REQUESTS.field("shard"), *schema])
+    write_tables(lambda: _by_shard(rows, whose, job.key, with_shard), with_shard, part_uri(job.uri, "rows", part))
 
 
 def _bounds(file: pq.ParquetFile, groups: Sequence[int], key: str) -> tuple[str, str] | None:
     """Smallest and largest key of row groups, where their statistics tell: where a table is sorted by its key, each
-    part needs few of the asks."""
+    part needs few of the requests."""
     names = [file.schema.column(place).path for place in range(len(file.schema))]  # nested columns have several
     column = names.index(key)
     lowest, highest = [], []
@@ -131,17 +134,17 @@ def _bounds(file: pq.ParquetFile, groups: Sequence[int], key: str) -> tuple[str,
     return (min(lowest), max(highest)) if lowest else None
 
 
-def _asked_between(uri: str, bounds: tuple[str, str] | None) -> pa.Table:
+def _requests_between(uri: str, bounds: tuple[str, str] | None) -> pa.Table:
     key = pc.field("key")
     between = None if bounds is None else (key >= bounds[0]) & (key <= bounds[1])
-    return read_where(uri, between).cast(_ASKED)
+    return read_where(uri, between).cast(_REQUESTS)
 
 
-def _by_shard(rows: pa.Table, asked: pa.Table, key: str, schema: pa.Schema) -> Iterator[pa.Table]:
+def _by_shard(rows: pa.Table, requests: pa.Table, key: str, schema: pa.Schema) -> Iterator[pa.Table]:
     """One table per shard that has a row, in the order of the shards; inside, in the order of the rows."""
-    index = pc.index_in(asked.column("key"), value_set=rows.column(key).combine_chunks())
-    found = index.is_valid().to_numpy()
-    shard_F = asked.column("shard").to_numpy()[found]
+    index = pc.index_in(requests.column("key"), value_set=rows.column(key).combine_chunks())
+    hit = index.is_valid().to_numpy()
+    shard_F = requests.column("shard").to_numpy()[hit]
     row_F = index.drop_null().to_numpy().astype(np.int64)
     order = np.lexsort((row_F, shard_F))
     shard_F, row_F = shard_F[order], row_F[order]

@@ -1,9 +1,9 @@
 """Laying out shards: joining texts to a plan of ids, counting tokens, writing one row group per optimiser step.
 
-A plan says who stands where (`order.py`); it lies in small parquet files, one per shard. What the plans need of
-examples, mined rows and corpora is gathered first (`gather.py`), each table read once. `lay_out_shards` then turns each
-plan into `shards/part-*.parquet`: by Ray Data where a cluster is connected and there is more than one shard, else in
-this process. Both run `lay_out_shard`, which depends on its plan and the inputs alone, so the bytes are the same.
+A plan says which example gets which slot (`sampling.py`): small parquet files, one per shard. The rows of examples,
+mined examples and corpora that the plans need are gathered first (`join.py`), each table read once. `lay_out_shards`
+then turns each plan into `shards/part-*.parquet`: by Ray Data where a cluster is connected and there is more than one
+shard, else in this process. Both run `lay_out_shard`, which depends on its plan and the inputs alone: the same bytes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ STREAM_SCHEMA = pa.schema(
 )
 
 
-_ASKED_SCHEMA = pa.schema([("dataset", pa.string()), ("id", pa.string())])
+_DOCUMENTS_SCHEMA = pa.schema([("dataset", pa.string()), ("id", pa.string())])
 
 Cut = dict[str, dict[str, list[int]]]
 
@@ -134,7 +134,7 @@ def lay_out_shards(job: Job, num_shards: int) -> None:
         _gather(job, num_shards)
     else:
         plans = (read_table(plan_uri(job.work_uri, shard), ["key"]) for shard in range(num_shards))
-        _taught(job).run(plan.column("key").to_pylist() for plan in plans)
+        _teacher_rows(job).run(plan.column("key").to_pylist() for plan in plans)
     run_tasks(functools.partial(lay_out_shard, job), num_shards, job.work_uri, "shards of the stream")
 
 
@@ -186,26 +186,26 @@ def _gather(job: ContrastiveJob, num_shards: int) -> None:
         ids = [plan.filter(pc.equal(plan.column("dataset"), name)).column("example_id").to_pylist() for plan in plans]
         for kind in ("examples", "mined"):
             _gathers(name, job)[kind].run(ids)
-    run_tasks(functools.partial(_ask_documents, job), num_shards, job.work_uri, "shards' lists of documents")
-    asked = [read_table(_asked_uri(job.work_uri, shard)) for shard in range(num_shards)]
+    run_tasks(functools.partial(_list_documents, job), num_shards, job.work_uri, "shards' lists of documents")
+    listed = [read_table(_documents_uri(job.work_uri, shard)) for shard in range(num_shards)]
     for name in job.datasets:
-        wanted = (table.filter(pc.equal(table.column("dataset"), name)).column("id").to_pylist() for table in asked)
+        wanted = (table.filter(pc.equal(table.column("dataset"), name)).column("id").to_pylist() for table in listed)
         _gathers(name, job)["corpus"].run(wanted)
 
 
-def _asked_uri(work_uri: str, shard: int) -> str:
-    return part_uri(work_uri, ".tmp", "asked", shard)
+def _documents_uri(work_uri: str, shard: int) -> str:
+    return part_uri(work_uri, ".tmp", "documents", shard)
 
 
-def _ask_documents(job: ContrastiveJob, shard: int) -> None:
+def _list_documents(job: ContrastiveJob, shard: int) -> None:
     """The documents one shard needs."""
     rows = read_table(plan_uri(job.work_uri, shard)).to_pylist()
     wanted: list[tuple[str, str]] = []
     for name, places in _places_by_dataset(rows).items():
-        found = _join_examples([rows[place] for place in places], name, job, shard)
-        wanted += [(name, key) for key in sorted(_documents_of(found))]
+        examples = _join_examples([rows[place] for place in places], name, job, shard)
+        wanted += [(name, key) for key in sorted(_documents_of(examples))]
     columns = {"dataset": [name for name, _ in wanted], "id": [key for _, key in wanted]}
-    write_table(pa.table(columns, schema=_ASKED_SCHEMA), _asked_uri(job.work_uri, shard))
+    write_table(pa.table(columns, schema=_DOCUMENTS_SCHEMA), _documents_uri(job.work_uri, shard))
 
 
 def _places_by_dataset(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
@@ -223,9 +223,9 @@ def _contrastive_rows(plan: pa.Table, job: ContrastiveJob, shard: int) -> tuple[
     joined: dict[int, _Joined] = {}
     texts: dict[tuple[str, str], str] = {}
     for name, places in _places_by_dataset(rows).items():
-        found = _join_examples([rows[place] for place in places], name, job, shard)
-        joined.update(zip(places, found, strict=True))
-        texts.update(((name, key), text) for key, text in _document_texts(found, name, job, shard).items())
+        examples = _join_examples([rows[place] for place in places], name, job, shard)
+        joined.update(zip(places, examples, strict=True))
+        texts.update(((name, key), text) for key, text in _document_texts(examples, name, job, shard).items())
     columns: dict[str, list[Any]] = {field: [] for field in STREAM_SCHEMA.names}
     for place, row in enumerate(rows):
         item, name, files = joined[place], row["dataset"], job.datasets[row["dataset"]]
@@ -269,11 +269,11 @@ def _join_examples(rows: Sequence[Mapping[str, Any]], name: str, job: Contrastiv
 def _document_texts(joined: Iterable[_Joined], name: str, job: ContrastiveJob, shard: int) -> dict[str, str]:
     """Texts of a shard's documents of one data set, by id."""
     table = _gathers(name, job)["corpus"].rows(shard)
-    found = {row["id"]: document_text(row["title"], row["text"]) for row in table.to_pylist()}
-    if missing := sorted(_documents_of(joined) - found.keys()):
+    texts = {row["id"]: document_text(row["title"], row["text"]) for row in table.to_pylist()}
+    if missing := sorted(_documents_of(joined) - texts.keys()):
         uri = job.datasets[name].corpus_uri
         raise UserError(f"{uri}: lacks {len(missing)} documents that were mined, {missing[0]} first.")
-    return found
+    return texts
 
 
 def _group_lengths(
@@ -296,13 +296,13 @@ def _group_lengths(
 
 def _count_cut(datasets: Sequence[str], lengths: Sequence[Sequence[int]], longest: int) -> Cut:
     """[texts, texts longer than `longest`] of queries and of documents, by data set; each use counts."""
-    found: Cut = {}
+    cut: Cut = {}
     for name, (query, *documents) in zip(datasets, lengths, strict=True):
-        roles = found.setdefault(name, {"queries": [0, 0], "documents": [0, 0]})
+        roles = cut.setdefault(name, {"queries": [0, 0], "documents": [0, 0]})
         for role, group in (("queries", [query]), ("documents", [length for length in documents if length])):
             roles[role][0] += len(group)
             roles[role][1] += sum(length > longest for length in group)
-    return found
+    return cut
 
 
 def _cut_uri(work_uri: str, shard: int) -> str:
@@ -325,26 +325,26 @@ def truncated_shares(work_uri: str, num_shards: int) -> dict[str, dict[str, floa
 # -- (text, instruction, teacher vector) ------------------------------------------------------------------------------
 
 
-def _taught(job: DistillJob) -> Gather:
-    folder = storage.join(job.work_uri, ".tmp", "gathered", "taught")
+def _teacher_rows(job: DistillJob) -> Gather:
+    folder = storage.join(job.work_uri, ".tmp", "gathered", "teacher")
     return Gather(folder, job.parts, "key", ("text", "instruction", "vector"))
 
 
 def _distill_rows(plan: pa.Table, job: DistillJob, shard: int) -> pa.Table:
     """Rows of `distill_schema` for a plan."""
-    found = _taught(job).rows(shard)
-    place = pc.index_in(plan.column("key").cast(pa.large_string()), value_set=found.column("key").combine_chunks())
-    taught = found.take(place)
-    vector_ND = table_matrix(taught)
+    gathered = _teacher_rows(job).rows(shard)
+    place = pc.index_in(plan.column("key").cast(pa.large_string()), value_set=gathered.column("key").combine_chunks())
+    rows = gathered.take(place)
+    vector_ND = table_matrix(rows)
     lengths = open_tokeniser(job.model_uri).lengths(
-        taught.column("text").to_pylist(), taught.column("instruction").to_pylist()
+        rows.column("text").to_pylist(), rows.column("instruction").to_pylist()
     )
     columns = {
         "step": plan.column("step"),
         "slot": plan.column("slot"),
-        "example_id": taught.column("key"),
-        "text": taught.column("text"),
-        "instruction": taught.column("instruction"),
+        "example_id": rows.column("key"),
+        "text": rows.column("text"),
+        "instruction": rows.column("instruction"),
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(vector_ND.ravel()), job.teacher_dim),
         "token_lengths": [[int(length)] for length in lengths],
     }

@@ -1,4 +1,4 @@
-"""Who stands where in a training stream: pure functions of ids, weights and seed.
+"""Deterministic sampling: which example gets which slot of a training stream, from ids, weights and seed alone.
 
 Every data set has an endless sequence of its examples: a permutation by seeded hash for each epoch, one after the
 other. A batch takes from it in order, but passes over (for now) an example whose positive document it already holds.
@@ -41,7 +41,7 @@ def draw(count: int, key: int, *parts: object) -> int:
 
 
 def sample(candidates: Sequence[str], count: int, key: int, *parts: object) -> list[str]:
-    """`count` of the candidates (all, when there are fewer), by hash; kept in their own order."""
+    """`count` of the candidates (all, when there are fewer), by hash, in their own order."""
     chosen = sorted(range(len(candidates)), key=lambda place: signed_hash(key, place, *parts))[:count]
     return [candidates[place] for place in sorted(chosen)]
 
@@ -60,21 +60,21 @@ class Sequencer:
         self._epoch = -1
         self._waiting: list[int] = []
 
-    def take(self, count: int, held: set[int]) -> list[tuple[int, int, int]]:
+    def take(self, count: int, used_keys: set[int]) -> list[tuple[int, int, int]]:
         """The next `count` examples for one batch: (example, epoch, place of its positive).
 
         Args:
-            held: keys of the examples and positive documents already in the batch; those taken are added.
+            used_keys: keys of the examples and positive documents already in the batch; those taken are added.
         """
         taken: list[tuple[int, int, int]] = []
         while len(taken) < count:
             if not self._waiting:
                 self._epoch += 1
                 self._waiting = permutation(self._keys, self._seed, self._epoch)[::-1].tolist()
-            taken += self._take_from_epoch(count - len(taken), held)
+            taken += self._take_from_epoch(count - len(taken), used_keys)
         return taken
 
-    def _take_from_epoch(self, count: int, held: set[int]) -> list[tuple[int, int, int]]:
+    def _take_from_epoch(self, count: int, used_keys: set[int]) -> list[tuple[int, int, int]]:
         """Take from the running epoch only: all of it goes before any example comes again."""
         window = [self._waiting.pop() for _ in range(min(len(self._waiting), LOOK_AHEAD * count))]
         first: list[tuple[int, int, int]] = []
@@ -82,8 +82,8 @@ class Sequencer:
         for example in window:
             place = self._place(example)
             keys = {int(self._keys[example]), int(self._positives[example][place])}
-            if len(first) < count and not keys & held:
-                held |= keys
+            if len(first) < count and not keys & used_keys:
+                used_keys |= keys
                 first.append((example, self._epoch, place))
             else:
                 repeats.append(example)
@@ -152,22 +152,22 @@ def slots(
     total = sum(shares)
     for population, share in zip(populations, shares, strict=True):
         needed = batch_size if batching == "homogeneous" else int(np.ceil(batch_size * share / total))
-        if (found := len(population.keys)) < needed:
+        if (usable := len(population.keys)) < needed:
             raise UserError(
-                f"data set {population.name}: {found} usable training examples, but one {batching} batch takes "
+                f"data set {population.name}: {usable} usable training examples, but one {batching} batch takes "
                 f"{needed}. Lower global_batch_size or its weight, or prepare more examples (max_train, "
                 "max_documents)."
             )
     sequencers = [Sequencer(item.keys, item.positives, signed_hash("order", seed, item.name)) for item in populations]
     order = interleave(shares)
     while True:
-        held: set[int] = set()
+        used_keys: set[int] = set()
         batch: list[Slot] = []
         if batching == "homogeneous":
             chosen = next(order)
-            batch = [Slot(chosen, *taken) for taken in sequencers[chosen].take(batch_size, held)]
+            batch = [Slot(chosen, *taken) for taken in sequencers[chosen].take(batch_size, used_keys)]
         else:
             places = [next(order) for _ in range(batch_size)]
-            queues = {item: iter(sequencers[item].take(places.count(item), held)) for item in sorted(set(places))}
+            queues = {item: iter(sequencers[item].take(places.count(item), used_keys)) for item in sorted(set(places))}
             batch = [Slot(item, *next(queues[item])) for item in places]
         yield batch

@@ -54,10 +54,10 @@ def _build_stream(config: StreamConfig, inputs: Mapping[str, Artifact], work_uri
     candidates = {name: _read_candidates(files[name].mined_uri) for name in config.weights}
     candidates = {name: _capped(name, rows, config) for name, rows in candidates.items()}
     populations = [_population(name, candidates[name]) for name in config.weights]
-    asked = mixture(config.weights, {item.name: len(item.keys) for item in populations}, config.size_exponent)
+    shares = mixture(config.weights, {item.name: len(item.keys) for item in populations}, config.size_exponent)
     batches = slots(
         populations,
-        list(asked.values()),
+        list(shares.values()),
         batch_size=config.global_batch_size,
         batching=config.batching,
         seed=config.seed,
@@ -85,7 +85,7 @@ def _build_stream(config: StreamConfig, inputs: Mapping[str, Artifact], work_uri
             "usable": len(item.keys),
             "rows": taken[item.name],
             "epochs": taken[item.name] / len(item.keys),
-            "asked": asked[item.name] / sum(asked.values()),
+            "asked": shares[item.name] / sum(shares.values()),
             "realised": taken[item.name] / taken.total(),
             **cut.get(item.name, {}),
         }

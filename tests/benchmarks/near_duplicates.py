@@ -47,7 +47,7 @@ def ours(texts: list[str], shard_rows: int = 65536) -> set[int]:
     """Texts that nearly copy an earlier one."""
     with tempfile.TemporaryDirectory() as folder:
         shards = write_texts(((0, False, text) for text in texts), folder, shard_rows)
-        found = near_pairs(shards, CONFIG, sides=((0, 0),))
+        found = near_pairs(shards, CONFIG, split_pairs=((0, 0),))
     copied = set(found.pairs[:, 1].tolist())
     first = found.first_same.tolist()
     return {place for place in range(len(texts)) if first[place] != place or place in copied}

@@ -138,6 +138,23 @@ def test_choices_of_documents(rows: list[Document], data: st.DataObject) -> None
     assert list(found.documents) == [row for row in rows if row.id not in asked]
 
 
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(1, 12), st.integers(1, 30), st.data())
+def test_pieces_are_as_long_as_they_may_be(sizes: list[int], rows: int, most: int, data: st.DataObject) -> None:
+    """Whatever ends a record batch and a block: the rows in their order, no block over the limit but of one row."""
+    texts = [f"{number}" * size for number, size in enumerate(sizes)]
+    order = data.draw(st.permutations(range(len(sizes))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nvembed.data.documents._CHARACTERS", most)
+        patch.setattr("nvembed.data.documents._BATCH_ROWS", rows)
+        patch.setattr("nvembed.data.documents._BLOCK_ROWS", rows + 1)
+        documents = Documents.of(Document(f"d{number}", "", text) for number, text in enumerate(texts))
+        tables = list(documents.taken(np.array(order)).tables(7))
+    assert [text for table in tables for text in table.column("text").to_pylist()] == [texts[i] for i in order]
+    assert [table.num_rows for table in tables[:-1]] == [7] * (len(tables) - 1)
+    for chunk in (chunk for table in tables for chunk in table.column("text").chunks):
+        assert len(chunk) <= rows + 1 and (len(chunk) == 1 or sum(map(len, chunk.to_pylist())) <= most)
+
+
 @given(st.lists(st.sampled_from("abc"), max_size=9))
 def test_ids_that_come_again(ids: list[str]) -> None:
     expected = [key in ids[:place] for place, key in enumerate(ids)]

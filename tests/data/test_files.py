@@ -277,7 +277,7 @@ def test_two_texts_with_one_id_are_refused(tmp_path: Path, monkeypatch: pytest.M
 
 def test_rows_that_cannot_be_divided(tmp_path: Path) -> None:
     rows = [{"anchor": f"q{i}", "positive": "the same for all"} for i in range(50)]
-    with pytest.raises(UserError, match="a side is empty"):
+    with pytest.raises(UserError, match="a split is empty"):
         read_files(files_source(write_lines(tmp_path / "rows.jsonl", rows)))
 
 

@@ -1,7 +1,7 @@
-"""Queries that stand whole inside other texts: by hash of their first words, confirmed word by word.
+"""Queries that occur whole inside other texts: by hash of their first words, confirmed word by word.
 
 Words are compared case-folded, symbols count as words. The keys of the queries, 8 bytes each, go to every task; a task
-holds them and one shard of texts (`near.py`). Queries shorter than the wanted number of words are not looked for.
+holds them and one shard of texts (`near.py`). Queries shorter than the wanted number of words are left out.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from nvembed.core import storage
 from nvembed.core.parquet import part_uri, read_rows, read_table, write_table
 from nvembed.core.ray_tasks import run_tasks
 from nvembed.data.dedup.minhash import WordHashes, runs
-from nvembed.data.dedup.near import Sides, TextShards
+from nvembed.data.dedup.near import SplitPairs, TextShards
 
 _BATCH_TEXTS = 2048
 _QUERIES = pa.schema(
-    [("key", pa.uint64()), ("query", pa.int64()), ("side", pa.int8()), ("words", pa.list_(pa.uint64()))]
+    [("key", pa.uint64()), ("query", pa.int64()), ("split", pa.int8()), ("words", pa.list_(pa.uint64()))]
 )
 _PAIRS = pa.schema([("query", pa.int64()), ("text", pa.int64())])
 
@@ -29,43 +29,43 @@ _PAIRS = pa.schema([("query", pa.int64()), ("text", pa.int64())])
 class _Job:
     texts: TextShards
     words: int
-    sides: Sides
+    split_pairs: SplitPairs
 
 
-def contained_pairs(texts: TextShards, words: int, *, sides: Sides) -> np.ndarray:
+def contained_pairs(texts: TextShards, words: int, *, split_pairs: SplitPairs) -> np.ndarray:
     """int64 [K, 2]: (query, text) numbers, where the query's words stand in the text, one after the other.
 
     Args:
         texts: what to compare; queries are those marked so.
         words: shorter queries are left out.
-        sides: (side of the query, side of the text) to compare.
+        split_pairs: (split of the query, split of the text) to compare, as codes.
     """
-    if not len(texts.side):
+    if not len(texts.split):
         return np.zeros((0, 2), np.int64)
-    job = _Job(texts, words, sides)
+    job = _Job(texts, words, split_pairs)
     run_tasks(functools.partial(_keys, job), texts.shards, texts.uri, "shards of queries")
     run_tasks(functools.partial(_look, job), texts.shards, texts.uri, "shards of texts that may hold a query")
-    found = pa.concat_tables([read_table(part_uri(texts.uri, "contained", shard)) for shard in range(texts.shards)])
+    matches = pa.concat_tables([read_table(part_uri(texts.uri, "contained", shard)) for shard in range(texts.shards)])
     for folder in ("queries", "contained"):
         storage.remove(storage.join(texts.uri, folder))
-    pairs = np.stack([found.column(name).to_numpy() for name in _PAIRS.names], axis=1)
+    pairs = np.stack([matches.column(name).to_numpy() for name in _PAIRS.names], axis=1)
     return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
 
 def _keys(job: _Job, shard: int) -> None:
     """The queries of a shard that are long enough: hash of the first words, and all words."""
     table = read_table(part_uri(job.texts.uri, "texts", shard))
-    asked = np.flatnonzero(table.column("query").to_numpy())
+    query_rows = np.flatnonzero(table.column("query").to_numpy())
     hasher = WordHashes()
     columns: dict[str, list[object]] = {name: [] for name in _QUERIES.names}
-    for start in range(0, len(asked), _BATCH_TEXTS):
-        rows = asked[start : start + _BATCH_TEXTS]
+    for start in range(0, len(query_rows), _BATCH_TEXTS):
+        rows = query_rows[start : start + _BATCH_TEXTS]
         hashed = hasher.words(table.column("text").take(pa.array(rows)).to_pylist())
         first = runs(hashed, job.words)
         for place in np.flatnonzero(np.diff(hashed.starts) >= job.words).tolist():
             columns["key"].append(first.flat[first.starts[place]])
             columns["query"].append(shard * job.texts.shard_rows + int(rows[place]))
-            columns["side"].append(int(table.column("side")[int(rows[place])].as_py()))
+            columns["split"].append(int(table.column("split")[int(rows[place])].as_py()))
             columns["words"].append(hashed.row(place))
     write_table(pa.table(columns, schema=_QUERIES), part_uri(job.texts.uri, "queries", shard))
 
@@ -77,7 +77,7 @@ def _look(job: _Job, shard: int) -> None:
     table = read_table(part_uri(job.texts.uri, "texts", shard))
     hasher = WordHashes()
     hits: list[tuple[int, int, int]] = []  # key, row, place in the row
-    held: dict[int, np.ndarray] = {}  # words of the rows that were hit
+    words_of_row: dict[int, np.ndarray] = {}  # of the rows that were hit
     for start in range(0, table.num_rows if len(keys) else 0, _BATCH_TEXTS):
         hashed = hasher.words(table.column("text").slice(start, _BATCH_TEXTS).to_pylist())
         windows = runs(hashed, job.words)
@@ -85,26 +85,26 @@ def _look(job: _Job, shard: int) -> None:
         row_M = np.searchsorted(windows.starts, hit, side="right") - 1
         place_M = hit - windows.starts[row_M]
         hits += zip(windows.flat[hit].tolist(), (start + row_M).tolist(), place_M.tolist(), strict=True)
-        held.update({start + row: hashed.row(row).copy() for row in np.unique(row_M).tolist()})
-    found: list[tuple[int, int]] = []
-    asked = _queries_of(parts, {key for key, _, _ in hits}) if hits else {}
+        words_of_row.update({start + row: hashed.row(row).copy() for row in np.unique(row_M).tolist()})
+    matches: list[tuple[int, int]] = []
+    queries = _queries_of(parts, {key for key, _, _ in hits}) if hits else {}
     for key, row, place in hits:
         number = shard * job.texts.shard_rows + row
-        for query, side, words in asked[key]:
-            allowed = query != number and (side, int(job.texts.side[number])) in job.sides
-            if allowed and np.array_equal(held[row][place : place + len(words)], words):
-                found.append((query, number))
-    pairs = sorted(set(found))
+        for query, split, words in queries[key]:
+            allowed = query != number and (split, int(job.texts.split[number])) in job.split_pairs
+            if allowed and np.array_equal(words_of_row[row][place : place + len(words)], words):
+                matches.append((query, number))
+    pairs = sorted(set(matches))
     columns = [pa.array([pair[place] for pair in pairs], pa.int64()) for place in (0, 1)]
     write_table(pa.table(columns, schema=_PAIRS), part_uri(job.texts.uri, "contained", shard))
 
 
 def _queries_of(parts: list[str], keys: set[int]) -> dict[int, list[tuple[int, int, np.ndarray]]]:
-    """The queries of some keys: (number, side, hashes of all words)."""
+    """The queries of some keys: (number, split, hashes of all words)."""
     wanted = pa.array(sorted(keys), pa.uint64())
-    found: dict[int, list[tuple[int, int, np.ndarray]]] = {}
+    queries: dict[int, list[tuple[int, int, np.ndarray]]] = {}
     for part in parts:
         for row in read_rows(part, "key", wanted).to_pylist():
             words = np.array(row["words"], np.uint64)
-            found.setdefault(row["key"], []).append((row["query"], row["side"], words))
-    return found
+            queries.setdefault(row["key"], []).append((row["query"], row["split"], words))
+    return queries

@@ -1,4 +1,4 @@
-"""What stands on two sides: near duplicates across the splits, duplicates inside a set, leaks of evaluation sets.
+"""Texts that occur in two splits: near duplicates across the splits, duplicates inside a set, leaks of evaluation sets.
 
 A near duplicate is a pair of texts whose word shingles have a Jaccard similarity at or above the threshold (`near.py`).
 LSH only proposes pairs: it reports none that are not real, but can miss some. `count_left` looks again with other
@@ -27,7 +27,7 @@ from nvembed.types import TaskType, TrainingExample, UserError
 
 TRAIN, DEV, TEST, EVALUATION = 0, 1, 2, 3
 _ASCENDING = ((TRAIN, DEV), (TRAIN, TEST), (DEV, TEST))
-_SIDES = {"train": TRAIN, "dev": DEV, "test": TEST}
+_CODES = {"train": TRAIN, "dev": DEV, "test": TEST}
 
 
 @contextmanager
@@ -51,20 +51,20 @@ class _Owned:
     owners: list[tuple[str, str, int]] = field(default_factory=list)  # data set, split, place
 
     def texts(self, datasets: Mapping[str, SourceRows], splits: tuple[str, ...]) -> Iterator[Text]:
-        """Texts that must not stand on two sides of the same data sets."""
+        """Texts that must not be in two splits of the same data sets."""
         return self._texts(datasets, splits, None)
 
-    def leaking(self, datasets: Mapping[str, SourceRows], splits: tuple[str, ...], side: int) -> Iterator[Text]:
-        """Queries and positives, whoever else has the documents."""
-        return self._texts(datasets, splits, side)
+    def leaking(self, datasets: Mapping[str, SourceRows], splits: tuple[str, ...], code: int) -> Iterator[Text]:
+        """Queries and positives, also where all splits share the documents."""
+        return self._texts(datasets, splits, code)
 
-    def _texts(self, datasets: Mapping[str, SourceRows], splits: tuple[str, ...], side: int | None) -> Iterator[Text]:
+    def _texts(self, datasets: Mapping[str, SourceRows], splits: tuple[str, ...], code: int | None) -> Iterator[Text]:
         for split in splits:
             for name, rows in datasets.items():
-                for place, group in enumerate(_texts_by_example(rows, split, shared=side is not None)):
+                for place, group in enumerate(_texts_by_example(rows, split, shared=code is not None)):
                     for number, text in enumerate(group):
                         self.owners.append((name, split, place))
-                        yield _SIDES[split] if side is None else side, number == 0, text
+                        yield _CODES[split] if code is None else code, number == 0, text
 
 
 def drop_near_duplicates(
@@ -79,7 +79,7 @@ def drop_near_duplicates(
     Where documents stand apart, given negatives of train examples that are held-out positives go too.
 
     Args:
-        contained_words: a query of at least so many words that stands whole in a text of the other side counts too.
+        contained_words: a query of at least so many words that occurs whole in a text of the other split counts too.
 
     Returns:
         Examples dropped, by data set.
@@ -87,48 +87,50 @@ def drop_near_duplicates(
     owned = _Owned()
     with _working_folder(work_uri) as uri:
         shards = write_texts(owned.texts(datasets, ("test", "dev", "train")), uri)
-        found = near_pairs(shards, config, sides=_ASCENDING)
+        near = near_pairs(shards, config, split_pairs=_ASCENDING)
         contained = np.zeros((0, 2), np.int64)
         if contained_words is not None:
-            contained = contained_pairs(shards, contained_words, sides=(*_ASCENDING, *((b, a) for a, b in _ASCENDING)))
-    side_N = shards.side
-    contained = np.where((side_N[contained[:, 0]] < side_N[contained[:, 1]])[:, None], contained, contained[:, ::-1])
-    copied = _copied(found, contained, side_N, lambda lower, higher: (lower == DEV) & (higher == TEST))
+            contained = contained_pairs(
+                shards, contained_words, split_pairs=(*_ASCENDING, *((b, a) for a, b in _ASCENDING))
+            )
+    split_N = shards.split
+    contained = np.where((split_N[contained[:, 0]] < split_N[contained[:, 1]])[:, None], contained, contained[:, ::-1])
+    copied = _copied(near, contained, split_N, lambda lower, higher: (lower == DEV) & (higher == TEST))
     gone = {owned.owners[number] for number in np.flatnonzero(copied)}
     # what a dev example copied only matters to training while the example stays
     stays = np.array([owner not in gone for owner in owned.owners], bool)
-    copied = _copied(found, contained, side_N, lambda lower, higher: lower == TRAIN, stays)
+    copied = _copied(near, contained, split_N, lambda lower, higher: lower == TRAIN, stays)
     gone |= {owned.owners[number] for number in np.flatnonzero(copied)}
     dropped = Counter(name for name, _, _ in gone)
     for name, rows in datasets.items():
         for split in ("dev", "train"):
-            kept = enumerate(rows.examples[split])
-            rows.examples[split] = [row for place, row in kept if (name, split, place) not in gone]
+            numbered = enumerate(rows.examples[split])
+            rows.examples[split] = [row for place, row in numbered if (name, split, place) not in gone]
         if rows.documents_split:
             _drop_held_out_negatives(rows)
     return {name: dropped[name] for name in datasets}
 
 
 def _copied(
-    found: NearPairs,
+    duplicates: NearPairs,
     contained: np.ndarray,
-    side_N: np.ndarray,
+    split_N: np.ndarray,
     chosen: Callable[[np.ndarray, np.ndarray], np.ndarray],
     stays_N: np.ndarray | None = None,
 ) -> np.ndarray:
-    """bool [N]: texts that copy one of a higher side, of the pairs of sides that are chosen.
+    """bool [N]: texts that copy one of a higher split, of the pairs of splits that are chosen.
 
     Args:
         contained: int64 [K, 2], further pairs, of any texts.
         stays_N: whether a text still counts as one to be copied.
     """
-    stays_N = np.ones(len(side_N), bool) if stays_N is None else stays_N
-    alive, near = np.zeros(len(side_N), bool), np.zeros(len(side_N), bool)
-    alive[found.first_same[stays_N]] = True
-    pairs = found.pairs[chosen(side_N[found.pairs[:, 0]], side_N[found.pairs[:, 1]])]
+    stays_N = np.ones(len(split_N), bool) if stays_N is None else stays_N
+    alive, near = np.zeros(len(split_N), bool), np.zeros(len(split_N), bool)
+    alive[duplicates.first_same[stays_N]] = True
+    pairs = duplicates.pairs[chosen(split_N[duplicates.pairs[:, 0]], split_N[duplicates.pairs[:, 1]])]
     near[pairs[alive[pairs[:, 1]], 0]] = True
-    flags = near[found.first_same]
-    pairs = contained[chosen(side_N[contained[:, 0]], side_N[contained[:, 1]])]
+    flags = near[duplicates.first_same]
+    pairs = contained[chosen(split_N[contained[:, 0]], split_N[contained[:, 1]])]
     flags[pairs[stays_N[pairs[:, 1]], 0]] = True
     return flags
 
@@ -136,13 +138,13 @@ def _copied(
 def count_left(
     datasets: dict[str, SourceRows], config: NearDuplicateConfig, work_uri: str | None = None
 ) -> dict[str, int]:
-    """Train examples that still have a near duplicate among the held-out texts, by data set: LSH misses, found with
-    other permutations. Documents shared by all splits, which cannot be kept apart, are not compared."""
+    """Train examples that still have a near duplicate among the held-out texts, by data set: LSH misses, from
+    other permutations. Documents shared by all splits, which cannot be separated, are not compared."""
     owned = _Owned()
     with _working_folder(work_uri) as uri:
         shards = write_texts(owned.texts(datasets, ("test", "dev", "train")), uri)
-        found = near_pairs(shards, config, sides=((TRAIN, DEV), (TRAIN, TEST)), seed=2)
-    copied = _copied(found, np.zeros((0, 2), np.int64), shards.side, lambda lower, higher: lower == TRAIN)
+        near = near_pairs(shards, config, split_pairs=((TRAIN, DEV), (TRAIN, TEST)), seed=2)
+    copied = _copied(near, np.zeros((0, 2), np.int64), shards.split, lambda lower, higher: lower == TRAIN)
     left = Counter(name for name, _, _ in {owned.owners[number] for number in np.flatnonzero(copied)})
     return {name: left[name] for name in datasets}
 
@@ -181,12 +183,12 @@ def deduplicate(rows: SourceRows, config: DeduplicateConfig, work_uri: str | Non
 
 
 def _first_of_group(texts: Iterable[str], config: NearDuplicateConfig, work_uri: str | None) -> np.ndarray:
-    """int64 [N]: the place of the text that stands for each: itself, or the first kept one that it nearly copies."""
+    """int64 [N]: for each text the place of the one that stays: itself, or the first that it nearly copies."""
     with _working_folder(work_uri) as uri:
         shards = write_texts(((TRAIN, False, text) for text in texts), uri)
-        found = near_pairs(shards, config, sides=((TRAIN, TRAIN),))
-    first = found.first_same.copy()
-    for a, b in found.pairs[np.lexsort((found.pairs[:, 0], found.pairs[:, 1]))].tolist():
+        near = near_pairs(shards, config, split_pairs=((TRAIN, TRAIN),))
+    first = near.first_same.copy()
+    for a, b in near.pairs[np.lexsort((near.pairs[:, 0], near.pairs[:, 1]))].tolist():
         if first[a] == a and first[b] == b:
             first[b] = a
     return first[first]
@@ -201,7 +203,7 @@ class Leaks:
 
     Attributes:
         near: by near duplicates of queries or positives.
-        contained: by a query whole inside a text of the other side.
+        contained: by a query whole inside a text of the other split.
         examples: places in the training split, by training set, of both kinds.
     """
 
@@ -210,7 +212,7 @@ class Leaks:
     examples: dict[str, set[int]] = field(default_factory=dict)
 
     def of(self, dataset: str) -> dict[str, dict[str, int]]:
-        """What the manifest tells of one training set."""
+        """The leaks of one training set, for the manifest."""
         names = sorted({other for name, other in (*self.near, *self.contained) if name == dataset})
         return {
             other: {"near_duplicates": self.near[dataset, other], "contained": self.contained[dataset, other]}
@@ -232,26 +234,26 @@ def find_leaks(
             owned.leaking(evaluation, HELD_OUT, EVALUATION), owned.leaking(datasets, ("train",), TRAIN)
         )
         shards = write_texts(given, uri)
-        copies = near_pairs(shards, near, sides=((TRAIN, EVALUATION),))
+        copies = near_pairs(shards, near, split_pairs=((TRAIN, EVALUATION),))
         contained = np.zeros((0, 2), np.int64)
         if contained_words is not None:
-            contained = contained_pairs(shards, contained_words, sides=((TRAIN, EVALUATION), (EVALUATION, TRAIN)))
+            contained = contained_pairs(shards, contained_words, split_pairs=((TRAIN, EVALUATION), (EVALUATION, TRAIN)))
     leaks = Leaks()
     _count(leaks, leaks.near, _expanded(copies), owned)
-    swapped = shards.side[contained[:, 0]] == EVALUATION
+    swapped = shards.split[contained[:, 0]] == EVALUATION
     contained[swapped] = contained[swapped][:, ::-1]
     _count(leaks, leaks.contained, contained, owned)
     return leaks
 
 
-def _expanded(found: NearPairs) -> np.ndarray:
+def _expanded(near: NearPairs) -> np.ndarray:
     """int64 [K, 2]: pairs of the first texts, with every train text and one evaluation text of each set's owner."""
     same: dict[int, list[int]] = {}
-    wanted = set(found.pairs.ravel().tolist())
-    for number, first in enumerate(found.first_same.tolist()):
+    wanted = set(near.pairs.ravel().tolist())
+    for number, first in enumerate(near.first_same.tolist()):
         if first in wanted:
             same.setdefault(first, []).append(number)
-    pairs = [(a, b) for first, second in found.pairs.tolist() for a in same[first] for b in same[second]]
+    pairs = [(a, b) for first, second in near.pairs.tolist() for a in same[first] for b in same[second]]
     return np.array(pairs, np.int64).reshape(-1, 2)
 
 
@@ -276,20 +278,20 @@ def settle_leaks(datasets: dict[str, SourceRows], leaks: Leaks, config: Decontam
         raise UserError(f"prepare.decontaminate.allow names {', '.join(unknown)}; sources: {', '.join(datasets)}.")
     leaking = [name for name in datasets if leaks.examples.get(name) and name not in config.allow]
     if leaking and config.on_leak == "fail":
-        told = "; ".join(
+        listed = "; ".join(
             f"{name}: {row['near_duplicates']} near duplicates of {other}, {row['contained']} with a query contained"
             for name in leaking
             for other, row in leaks.of(name).items()
         )
         raise UserError(
-            f"evaluation sets leak into the training examples ({told}). Leave these examples out with "
+            f"evaluation sets leak into the training examples ({listed}). Leave these examples out with "
             "prepare.decontaminate.on_leak: drop, or keep them with prepare.decontaminate.allow: "
             f"[{', '.join(leaking)}]."
         )
     dropped = dict.fromkeys(datasets, 0)
     for name in leaking:
-        kept = enumerate(datasets[name].examples["train"])
-        rows = [row for place, row in kept if place not in leaks.examples[name]]
+        numbered = enumerate(datasets[name].examples["train"])
+        rows = [row for place, row in numbered if place not in leaks.examples[name]]
         dropped[name] = len(datasets[name].examples["train"]) - len(rows)
         datasets[name].examples["train"] = rows
     return dropped
@@ -299,7 +301,7 @@ def settle_leaks(datasets: dict[str, SourceRows], leaks: Leaks, config: Decontam
 
 
 def _texts_by_example(rows: SourceRows, split: str, *, shared: bool) -> Iterator[list[str]]:
-    """The texts of each example that must not stand on two sides, the query first.
+    """The texts of each example that must not be in two splits, the query first.
 
     Args:
         shared: positives too where all splits share the documents.
@@ -315,7 +317,7 @@ def _drop_held_out_negatives(rows: SourceRows) -> None:
     held_out = {item.id for split in HELD_OUT for example in rows.examples[split] for item in example.positives}
 
     def cleaned(example: TrainingExample) -> TrainingExample:
-        kept = tuple(item for item in example.negatives if item.id not in held_out)
-        return example if len(kept) == len(example.negatives) else replace(example, negatives=kept)
+        negatives = tuple(item for item in example.negatives if item.id not in held_out)
+        return example if len(negatives) == len(example.negatives) else replace(example, negatives=negatives)
 
     rows.examples["train"] = [cleaned(example) for example in rows.examples["train"]]

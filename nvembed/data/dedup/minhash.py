@@ -31,7 +31,7 @@ class Ragged(NamedTuple):
 
 
 class _Cache(dict[str, int]):
-    """64-bit hash of a word, kept."""
+    """64-bit hash of each word seen."""
 
     def __missing__(self, word: str) -> int:
         if len(self) >= _CACHED_WORDS:
@@ -82,10 +82,10 @@ def _rolled(word_M: np.ndarray, length: int) -> np.ndarray:
     """Hash of the run that starts at each word; runs over the end are left out."""
     total = len(word_M) - length + 1
     with np.errstate(over="ignore"):
-        found = _mixed(word_M[:total])
+        mixed = _mixed(word_M[:total])
         for offset in range(1, length):
-            found = _mixed(found * _FOLD + word_M[offset : offset + total])
-    return found
+            mixed = _mixed(mixed * _FOLD + word_M[offset : offset + total])
+    return mixed
 
 
 def _folded(word_M: np.ndarray) -> np.uint64:
@@ -108,13 +108,13 @@ def signatures(shingle_hashes: Ragged, num_perm: int, seed: int) -> np.ndarray:
     generator = np.random.RandomState(seed)  # the legacy generator, as datasketch draws
     factors = generator.randint(0, 1 << 31, num_perm, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
     offsets = generator.randint(0, 1 << 32, num_perm, dtype=np.uint32)
-    found = np.empty((len(shingle_hashes.starts) - 1, num_perm), np.uint32)
+    signature_NP = np.empty((len(shingle_hashes.starts) - 1, num_perm), np.uint32)
     with np.errstate(over="ignore"):
         hash_M = _mixed_32(shingle_hashes.flat.astype(np.uint32))
         for column in range(num_perm):
             permuted = hash_M * factors[column] + offsets[column]
-            found[:, column] = np.minimum.reduceat(permuted, shingle_hashes.starts[:-1])
-    return found
+            signature_NP[:, column] = np.minimum.reduceat(permuted, shingle_hashes.starts[:-1])
+    return signature_NP
 
 
 def _mixed_32(values: np.ndarray) -> np.ndarray:
@@ -140,11 +140,11 @@ def band_shape(threshold: float, num_perm: int) -> tuple[int, int]:
 
 def band_keys(signature_NP: np.ndarray, bands: int, rows: int) -> np.ndarray:
     """uint64 [N, bands]: equal where two texts agree in all rows of a band; different bands have different keys."""
-    found = np.empty((len(signature_NP), bands), np.uint64)
+    key_NB = np.empty((len(signature_NP), bands), np.uint64)
     with np.errstate(over="ignore"):
         for band in range(bands):
             key = np.full(len(signature_NP), band + 1, np.uint64) * _FOLD
             for column in range(band * rows, (band + 1) * rows):
                 key = _mixed(key * _FOLD + signature_NP[:, column].astype(np.uint64))
-            found[:, band] = key
-    return found
+            key_NB[:, band] = key
+    return key_NB

@@ -2,14 +2,14 @@
 
 The texts lie in shards, and every pass is one task per shard (`spread.py`), handing on through files:
 
-    texts/        side, is it a query, text               written by the caller, `SHARD_ROWS` a shard
+    texts/        split, is it a query, text              written by the caller, `SHARD_ROWS` a shard
     sketch   ->   hashes/ (shingle hashes of each text), bands/<partition of the band's key>/
     pair     ->   candidates/<shard of the first>/        texts that agree in a band, once
     fetch    ->   fetched/<shard of the second>/          candidates with the first one's shingles
-    verify   ->   found/                                  pairs at or above the threshold
+    verify   ->   verified/                               pairs at or above the threshold
 
-A task holds one shard and what was handed to it; this process holds 24 bytes a text and the pairs found. Texts of equal
-words are found as such first, and only the first of them takes part.
+A task holds one shard and what was handed to it; this process holds 24 bytes a text and the near duplicates. Of texts
+with equal words only the first takes part.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ SHARD_ROWS = 65536
 _BATCH_TEXTS = 2048
 _FLUSH_PAIRS = 1 << 22
 
-TEXT_SCHEMA = pa.schema([("side", pa.int8()), ("query", pa.bool_()), ("text", pa.string())])
+TEXT_SCHEMA = pa.schema([("split", pa.int8()), ("query", pa.bool_()), ("text", pa.string())])
 _HASHES = pa.schema([("digest", pa.uint64()), ("hashes", pa.list_(pa.uint64()))])
-_BANDS = pa.schema([("key", pa.uint64()), ("text", pa.int64()), ("side", pa.int8()), ("digest", pa.uint64())])
+_BANDS = pa.schema([("key", pa.uint64()), ("text", pa.int64()), ("split", pa.int8()), ("digest", pa.uint64())])
 _PAIRS = pa.schema([("first", pa.int64()), ("second", pa.int64())])
 _FETCHED = pa.schema([*_PAIRS, ("hashes", pa.list_(pa.uint64()))])
 
-Sides = tuple[tuple[int, int], ...]
-Text = tuple[int, bool, str]  # side, is it a query, text
+SplitPairs = tuple[tuple[int, int], ...]
+Text = tuple[int, bool, str]  # code of the split, is it a query, text
 
 
 @dataclass(frozen=True)
@@ -50,26 +50,26 @@ class TextShards:
 
     Attributes:
         uri: folder; `texts/part-*.parquet` below it.
-        side: int8 [N], the side of each text.
+        split: int8 [N], code of each text's split.
     """
 
     uri: str
-    side: np.ndarray
+    split: np.ndarray
     shard_rows: int
 
     @property
     def shards(self) -> int:
         """How many files."""
-        return -(-len(self.side) // self.shard_rows)
+        return -(-len(self.split) // self.shard_rows)
 
 
 @dataclass(frozen=True)
 class NearPairs:
-    """What was found.
+    """Near duplicates among `TextShards`.
 
     Attributes:
-        first_same: int64 [N], the first text of the same side with the same words (itself, where there is none).
-        pairs: int64 [K, 2], near duplicates among the first ones, lower side first (lower number on the same side).
+        first_same: int64 [N], the first text of the same split with the same words (itself, where there is none).
+        pairs: int64 [K, 2], near duplicates among the first ones, lower split first (lower number on the same split).
     """
 
     first_same: np.ndarray
@@ -78,47 +78,47 @@ class NearPairs:
 
 def write_texts(texts: Iterable[Text], uri: str, shard_rows: int = SHARD_ROWS) -> TextShards:
     """Write texts as shards; memory is one shard."""
-    sides: list[np.ndarray] = []
+    codes: list[np.ndarray] = []
     rest = iter(texts)
     while block := list(itertools.islice(rest, shard_rows)):
-        columns = {"side": [row[0] for row in block], "query": [row[1] for row in block]}
+        columns = {"split": [row[0] for row in block], "query": [row[1] for row in block]}
         # a lone surrogate cannot be stored; it is no word character, so replacing it changes no word
         columns["text"] = [row[2].encode("utf-8", "replace").decode() for row in block]
-        write_table(pa.table(columns, TEXT_SCHEMA), part_uri(uri, "texts", len(sides)))
-        sides.append(np.array(columns["side"], np.int8))
-    return TextShards(uri, np.concatenate([np.zeros(0, np.int8), *sides]), shard_rows)
+        write_table(pa.table(columns, TEXT_SCHEMA), part_uri(uri, "texts", len(codes)))
+        codes.append(np.array(columns["split"], np.int8))
+    return TextShards(uri, np.concatenate([np.zeros(0, np.int8), *codes]), shard_rows)
 
 
-def near_pairs(texts: TextShards, config: NearDuplicateConfig, *, sides: Sides, seed: int = 1) -> NearPairs:
+def near_pairs(texts: TextShards, config: NearDuplicateConfig, *, split_pairs: SplitPairs, seed: int = 1) -> NearPairs:
     """Pairs of texts whose shingle sets have a Jaccard similarity at or above the threshold.
 
     Args:
         texts: what to compare.
         config: threshold, permutations, shingle size.
-        sides: which sides are compared, lower first; a side with itself finds duplicates inside it.
+        split_pairs: which splits are compared, the lower code first; a split with itself gives duplicates inside it.
         seed: which permutations. LSH misses 1 pair in 5,000 at 64 permutations and threshold 0.8 (the net is cast at
             half the threshold); another seed misses others.
     """
-    if not len(texts.side):
+    if not len(texts.split):
         return NearPairs(np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
-    job = _Job(texts.uri, texts.shards, texts.shard_rows, config, sides, seed)
+    job = _Job(texts.uri, texts.shards, texts.shard_rows, config, split_pairs, seed)
     for task in (_sketch, _pair, _fetch, _verify):
         run_tasks(
             functools.partial(task, job), texts.shards, job.uri, f"shards of near duplicates ({task.__name__[1:]})"
         )
     hashed = [read_table(part_uri(job.uri, "hashes", shard), ["digest"]) for shard in range(job.shards)]
-    found = [read_table(part_uri(job.uri, "found", shard)) for shard in range(job.shards)]
-    pairs = np.stack([pa.concat_tables(found).column(name).to_numpy() for name in _PAIRS.names], axis=1)
-    first_same = _first_same(texts.side, pa.concat_tables(hashed).column("digest").to_numpy())
-    for folder in ("hashes", "bands", "candidates", "fetched", "found"):
+    verified = [read_table(part_uri(job.uri, "verified", shard)) for shard in range(job.shards)]
+    pairs = np.stack([pa.concat_tables(verified).column(name).to_numpy() for name in _PAIRS.names], axis=1)
+    first_same = _first_same(texts.split, pa.concat_tables(hashed).column("digest").to_numpy())
+    for folder in ("hashes", "bands", "candidates", "fetched", "verified"):
         storage.remove(storage.join(job.uri, folder))
     return NearPairs(first_same, pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))])
 
 
-def _first_same(side_N: np.ndarray, digest_N: np.ndarray) -> np.ndarray:
-    order = np.lexsort((np.arange(len(side_N)), digest_N, side_N))
+def _first_same(split_N: np.ndarray, digest_N: np.ndarray) -> np.ndarray:
+    order = np.lexsort((np.arange(len(split_N)), digest_N, split_N))
     new = np.ones(len(order), bool)
-    new[1:] = (side_N[order][1:] != side_N[order][:-1]) | (digest_N[order][1:] != digest_N[order][:-1])
+    new[1:] = (split_N[order][1:] != split_N[order][:-1]) | (digest_N[order][1:] != digest_N[order][:-1])
     first = np.empty(len(order), np.int64)
     first[order] = order[np.flatnonzero(new)][np.cumsum(new) - 1]
     return first
@@ -133,7 +133,7 @@ class _Job:
     shards: int
     shard_rows: int
     config: NearDuplicateConfig
-    sides: Sides
+    split_pairs: SplitPairs
     seed: int
 
 
@@ -146,29 +146,29 @@ def _sketch(job: _Job, shard: int) -> None:
     """Shingle hashes of a shard's texts, and its band keys, divided by key."""
     table = read_table(part_uri(job.uri, "texts", shard))
     hasher, shape = WordHashes(), band_shape(job.config.threshold / 2, job.config.num_perm)
-    side_N = table.column("side").to_numpy()
+    split_N = table.column("split").to_numpy()
     hashed, keys, digests = [], [], []
     for start in range(0, table.num_rows, _BATCH_TEXTS):
         words = hasher.words(table.column("text").slice(start, _BATCH_TEXTS).to_pylist())
-        found = runs(words, job.config.shingle_words)
-        hashed.append(pa.ListArray.from_arrays(found.starts.astype(np.int32), found.flat))
+        shingles = runs(words, job.config.shingle_words)
+        hashed.append(pa.ListArray.from_arrays(shingles.starts.astype(np.int32), shingles.flat))
         digests.append(
             np.array(
                 [xxhash.xxh3_64_intdigest(words.row(row).tobytes()) for row in range(len(words.starts) - 1)], np.uint64
             )
         )
-        keys.append(band_keys(signatures(found, job.config.num_perm, job.seed), *shape))
+        keys.append(band_keys(signatures(shingles, job.config.num_perm, job.seed), *shape))
     digest_N, key_NB = np.concatenate(digests), np.concatenate(keys)
     write_table(
         pa.table([pa.array(digest_N), pa.chunked_array(hashed)], schema=_HASHES), part_uri(job.uri, "hashes", shard)
     )
-    _, first = np.unique(np.stack([side_N.astype(np.uint64), digest_N]), axis=1, return_index=True)
-    first.sort()  # of equal texts on one side only the first is compared
+    _, first = np.unique(np.stack([split_N.astype(np.uint64), digest_N]), axis=1, return_index=True)
+    first.sort()  # of equal texts on one split only the first is compared
     number_N = shard * job.shard_rows + first
     partition_NB = key_NB[first] % np.uint64(job.shards)
     for partition in range(job.shards):
         row, band = np.nonzero(partition_NB == partition)
-        columns = [key_NB[first[row], band], number_N[row], side_N[first[row]], digest_N[first[row]]]
+        columns = [key_NB[first[row], band], number_N[row], split_N[first[row]], digest_N[first[row]]]
         write_table(
             pa.table([pa.array(column) for column in columns], schema=_BANDS),
             part_uri(job.uri, "bands", partition, shard),
@@ -178,26 +178,26 @@ def _sketch(job: _Job, shard: int) -> None:
 def _pair(job: _Job, partition: int) -> None:
     """Candidate pairs of one partition of the keys, divided by the shard of the first text."""
     table = pa.concat_tables([read_table(part) for part in _parts(job.uri, "bands", partition)])
-    key, text, side, digest = (table.column(name).to_numpy() for name in _BANDS.names)
-    order = np.lexsort((text, digest, side, key))
-    key, text, side, digest = key[order], text[order], side[order], digest[order]
-    first = np.ones(len(key), bool)  # of equal texts of one side in one band
-    first[1:] = (key[1:] != key[:-1]) | (side[1:] != side[:-1]) | (digest[1:] != digest[:-1])
-    key, text, side = key[first], text[first], side[first]
+    key, text, split, digest = (table.column(name).to_numpy() for name in _BANDS.names)
+    order = np.lexsort((text, digest, split, key))
+    key, text, split, digest = key[order], text[order], split[order], digest[order]
+    first = np.ones(len(key), bool)  # of equal texts of one split in one band
+    first[1:] = (key[1:] != key[:-1]) | (split[1:] != split[:-1]) | (digest[1:] != digest[:-1])
+    key, text, split = key[first], text[first], split[first]
     allowed = np.zeros((128, 128), bool)
-    for a, b in job.sides:
+    for a, b in job.split_pairs:
         allowed[a, b] = True
     pending: list[np.ndarray] = []
     size, written = 0, 0
     place = np.arange(len(key) - 1)
-    for distance in itertools.count(1):  # sorted by side inside a band, so the lower side comes first
+    for distance in itertools.count(1):  # sorted by split inside a band, so the lower split comes first
         place = place[place + distance < len(key)]
         place = place[key[place] == key[place + distance]]
         if not len(place):
             break
-        chosen = place[allowed[side[place], side[place + distance]]]
+        chosen = place[allowed[split[place], split[place + distance]]]
         pairs = np.stack([text[chosen], text[chosen + distance]], axis=1)
-        same = side[chosen] == side[chosen + distance]
+        same = split[chosen] == split[chosen + distance]
         pairs[same] = np.sort(pairs[same], axis=1)
         pending.append(pairs)
         size += len(pairs)
@@ -247,7 +247,7 @@ def _fetch(job: _Job, shard: int) -> None:
 
 def _verify(job: _Job, shard: int) -> None:
     """Exact Jaccard of the candidates whose second text is of this shard."""
-    found: list[tuple[int, int]] = []
+    pairs: list[tuple[int, int]] = []
     parts = list(_parts(job.uri, "fetched", shard))
     own = _ragged(read_table(part_uri(job.uri, "hashes", shard), ["hashes"]).column("hashes")) if parts else None
     sets: dict[int, np.ndarray] = {}
@@ -263,9 +263,9 @@ def _verify(job: _Job, shard: int) -> None:
                             sets.clear()
                         sets[b] = np.unique(own.row(b - shard * job.shard_rows))
                     if _jaccard(np.unique(first.row(row)), sets[b]) >= job.config.threshold:
-                        found.append((a, b))
-    columns = [pa.array([pair[place] for pair in found], pa.int64()) for place in (0, 1)]
-    write_table(pa.table(columns, schema=_PAIRS), part_uri(job.uri, "found", shard))
+                        pairs.append((a, b))
+    columns = [pa.array([pair[place] for pair in pairs], pa.int64()) for place in (0, 1)]
+    write_table(pa.table(columns, schema=_PAIRS), part_uri(job.uri, "verified", shard))
 
 
 def _ragged(column: pa.ChunkedArray | pa.Array) -> Ragged:

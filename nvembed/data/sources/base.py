@@ -1,4 +1,4 @@
-"""What every source hands to `prepare`, and the few helpers sources share."""
+"""What every source gives to `prepare`, and the few helpers sources share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_LISTED = 100  # rejects written out per data set; all are counted
 
 @dataclass
 class RejectLog:
-    """Malformed rows of one data set: counted by reason, the first `MAX_LISTED` kept by place. Never their text."""
+    """Malformed rows of one data set: counted by reason, the places of the first `MAX_LISTED`. Never their text."""
 
     rows: int = 0
     by_reason: Counter[str] = field(default_factory=Counter)
@@ -57,8 +57,8 @@ class SourceRows:
     """A data set as its source gives it, before near duplicates are dropped and caps applied.
 
     Attributes:
-        split_rule: one sentence: how train, dev and test are kept apart.
-        documents_split: True where the documents of held-out examples stand on their side too; False for a corpus
+        split_rule: one sentence: how train, dev and test are separated.
+        documents_split: True where the documents of held-out examples are in their split too; False for a corpus
             that all splits share, as in most retrieval tasks.
         synthetic: True where labels were computed rather than given by people.
         positives_from: of classes and clusters: "examples" (mining draws them) or "labels" (the label's text).
@@ -82,7 +82,7 @@ def empty_splits() -> dict[str, list[TrainingExample]]:
 
 
 def split_by_hash(key: str, *, salt: str, test_share: float, dev_share: float) -> str:
-    """Side of a key: the same key stands on the same side whatever else is in the data."""
+    """Split of a key: the same key has the same split whatever else is in the data."""
     position = unit_hash(salt, key)
     if position < test_share:
         return "test"

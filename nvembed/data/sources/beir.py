@@ -34,21 +34,21 @@ def read_beir(config: BeirSource) -> SourceRows:
     rejects = RejectLog()
     documents = _unique(config.uri, "corpus.jsonl", rejects)
     queries = {document.id: document.text for document in _unique(config.uri, "queries.jsonl", rejects)}
-    judged = _judged(config, queries, documents, rejects)
+    qrels = _read_qrels(config, queries, documents, rejects)
     examples = empty_splits()
     taken: set[str] = set()
     for split in reversed(SPLITS):
-        for key, judgements in judged.get(split, {}).items():
+        for key, judgements in qrels.get(split, {}).items():
             if key in taken or not any(score > 0 for score in judgements.values()):
                 continue
             taken.add(key)
-            side = split
-            if split == "train" and "dev" not in judged:
-                side = split_by_hash(key, salt="beir", test_share=0.0, dev_share=DEV_SHARE)
-            examples[side].append(_example(config.name, key, queries[key], judgements))
+            target = split
+            if split == "train" and "dev" not in qrels:
+                target = split_by_hash(key, salt="beir", test_share=0.0, dev_share=DEV_SHARE)
+            examples[target].append(_example(config.name, key, queries[key], judgements))
     if not examples["test"] and rejects.total < rejects.rows:
         raise UserError(f"{config.uri}: the test qrels give no query a document.")
-    dev = "" if "dev" in judged else f" ({DEV_SHARE:.0%} of the training queries, by hash, as dev)"
+    dev = "" if "dev" in qrels else f" ({DEV_SHARE:.0%} of the training queries, by hash, as dev)"
     return SourceRows(
         task=TaskType.RETRIEVAL,
         split_rule=SPLIT_RULE.format(dev=dev),
@@ -72,39 +72,39 @@ def _example(dataset: str, key: str, query: str, judgements: dict[str, float]) -
     )
 
 
-def _judged(
+def _read_qrels(
     config: BeirSource, queries: dict[str, str], documents: Documents, rejects: RejectLog
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Judgements by side; files that one side joins add up, later ones deciding where they disagree."""
+    """Judgements by split; those of a split's files are merged, a later file overrides an earlier one."""
     files = _qrels(config)
-    known = set(documents.places(key for uris in files.values() for uri in uris for key in _judged_documents(uri)))
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    known = set(documents.places(key for uris in files.values() for uri in uris for key in _named_documents(uri)))
+    by_split: dict[str, dict[str, dict[str, float]]] = {}
     for split, uris in files.items():
-        judged = found.setdefault(split, {})
+        scores_of = by_split.setdefault(split, {})
         for uri in uris:
             for key, scores in _judgements(uri, queries, known, rejects).items():
-                judged.setdefault(key, {}).update(scores)
-    return found
+                scores_of.setdefault(key, {}).update(scores)
+    return by_split
 
 
 def _qrels(config: BeirSource) -> dict[str, list[str]]:
-    """URIs of the qrels files of each side."""
+    """URIs of the qrels files of each split."""
     wanted: dict[str, tuple[str, ...]] = (
         {split: (split,) for split in SPLITS} if config.qrels is None else {str(k): v for k, v in config.qrels.items()}
     )
-    found: dict[str, list[str]] = {}
+    uris: dict[str, list[str]] = {}
     for split, names in wanted.items():
         for name in names:
             uri = storage.join(config.uri, "qrels", f"{name}.tsv")
             if not storage.exists(uri) and storage.exists(as_json := uri.removesuffix(".tsv") + ".jsonl"):
                 uri = as_json
             if storage.exists(uri):
-                found.setdefault(split, []).append(uri)
+                uris.setdefault(split, []).append(uri)
             elif split == "test" or config.qrels is not None:
                 raise UserError(f"{uri}: no such file; a BEIR folder needs qrels/test.tsv, or say which with `qrels`.")
-    if "test" not in found:
+    if "test" not in uris:
         raise UserError(f"{config.uri}: `qrels` names no file for test.")
-    return found
+    return uris
 
 
 def _unique(folder: str, name: str, rejects: RejectLog) -> Documents:
@@ -154,7 +154,7 @@ def _rows(uri: str, name: str) -> Iterator[tuple[int, list[str]]]:
         yield from _json_fields(file, name) if uri.endswith(".jsonl") else _fields(file)
 
 
-def _judged_documents(uri: str) -> set[str]:
+def _named_documents(uri: str) -> set[str]:
     return {fields[1] for _, fields in _rows(uri, "") if len(fields) == 3}
 
 
@@ -162,7 +162,7 @@ def _judgements(
     uri: str, queries: dict[str, str], documents: set[str], rejects: RejectLog
 ) -> dict[str, dict[str, float]]:
     """Scores by query and document of a qrels file."""
-    found: dict[str, dict[str, float]] = defaultdict(dict)
+    scores: dict[str, dict[str, float]] = defaultdict(dict)
     name = "qrels/" + uri.rsplit("/", 1)[-1]
     for number, fields in _rows(uri, name):
         rejects.rows += 1
@@ -175,8 +175,8 @@ def _judgements(
         elif (score := _number(fields[2])) is None:
             rejects.add(name, number, "score is not a number")
         else:
-            found[fields[0]][fields[1]] = score
-    return dict(found)
+            scores[fields[0]][fields[1]] = score
+    return dict(scores)
 
 
 def _number(text: str) -> float | None:

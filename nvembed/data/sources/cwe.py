@@ -19,8 +19,8 @@ from nvembed.types import ScoredId, TaskType, TrainingExample
 PACKAGE, FILE = "cwe2", "cwe2/database_v49/cwec_v4.14.xml"
 TEST_SHARE, DEV_SHARE = 0.2, 0.1
 SPLIT_RULE = (
-    "by hash of the CVE id (20 % test, 10 % dev), so all descriptions of one CVE stand on one side; the 938 weakness "
-    "documents are shared by all sides, as in any retrieval task"
+    "by hash of the CVE id (20 % test, 10 % dev), so all descriptions of one CVE are in one split; the 938 weakness "
+    "documents are shared by all splits, as in any retrieval task"
 )
 LICENCE = "CWE content (c) The MITRE Corporation, free to use under the CWE Terms of Use with attribution"
 

@@ -43,7 +43,7 @@ def read_files(config: FilesSource) -> SourceRows:
     """Read every file (`*` in a URI lists many, a folder all its files of a known kind).
 
     Raises:
-        UserError: a file is missing, of another kind, or its columns are of no known shape; a side stays empty.
+        UserError: a file is missing, of another kind, or its columns are of no known shape; a split is empty.
     """
     check = column_check(config)
     return rows_of_task((row for uri in config.uris for file in _expand(uri) for row in read_file(file, check)), config)
@@ -55,13 +55,13 @@ def column_check(config: RowSource) -> CheckColumns:
     ours = {theirs: name for name, theirs in config.columns.items()}
 
     def checked(names: Iterable[str], place: str) -> None:
-        found = list(names)
-        if missing := [theirs for theirs in ours if theirs not in found]:
+        given = list(names)
+        if missing := [theirs for theirs in ours if theirs not in given]:
             raise UserError(
-                f"{place} has the columns {', '.join(found) or '(none)'}; `columns` maps {', '.join(missing)}, which "
+                f"{place} has the columns {', '.join(given) or '(none)'}; `columns` maps {', '.join(missing)}, which "
                 "is not there."
             )
-        check([ours.get(name, name) for name in found], place)
+        check([ours.get(name, name) for name in given], place)
 
     return checked
 
@@ -70,7 +70,7 @@ def rows_of_task(raw_rows: Iterable[RawRow], config: RowSource) -> SourceRows:
     """Rows turned into the examples of the source's task.
 
     Raises:
-        UserError: a side stays empty.
+        UserError: a split is empty.
     """
     raw_rows = renamed_columns(raw_rows, config.columns)
     if config.task == "retrieval":
@@ -96,14 +96,14 @@ def _expand(uri: str) -> list[str]:
         if not fs.exists(path):
             raise UserError(f"{uri}: no such file. Give the uris of a files source as paths or fsspec URIs.")
         return [uri]
-    found = sorted(str(name) for name in fs.glob(path))
-    if not found:
+    names = sorted(str(name) for name in fs.glob(path))
+    if not names:
         raise UserError(f"{uri}: the pattern matches no file.")
-    return [fs.unstrip_protocol(name) for name in found]
+    return [fs.unstrip_protocol(name) for name in names]
 
 
 def _kind(name: str) -> str | None:
-    """The ending that tells the format, a compression's ending aside."""
+    """The ending that names the format, without a compression's ending."""
     base = next((name.removesuffix(ending) for ending in COMPRESSIONS if name.endswith(ending)), name)
     return next((ending for ending in FORMATS if base.endswith(ending)), None)
 

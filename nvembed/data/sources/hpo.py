@@ -20,7 +20,7 @@ SIMILARITY_BINS = 10
 
 
 def read_hpo_retrieval(config: HpoRetrievalSource) -> SourceRows:
-    """Lay synonym -> definition. A synonym of terms on two sides belongs to neither and is left out."""
+    """Lay synonym -> definition. A synonym of terms in two splits is left out."""
     ontology = load_ontology()
     defined = [term for term in ontology.terms.values() if term.definition]
     meanings: dict[str, list[str]] = defaultdict(list)
@@ -33,11 +33,11 @@ def read_hpo_retrieval(config: HpoRetrievalSource) -> SourceRows:
     for term in defined:
         for number, synonym in enumerate(term.lay_synonyms):
             key = synonym.casefold()
-            sides = {ontology.terms[meaning].side for meaning in meanings[key]}
-            if key in seen or len(sides) > 1:
+            splits = {ontology.terms[meaning].split for meaning in meanings[key]}
+            if key in seen or len(splits) > 1:
                 continue
             seen.add(key)
-            examples[term.side].append(
+            examples[term.split].append(
                 TrainingExample(
                     id=f"{term.id}/{number}",
                     dataset=config.name,
@@ -48,7 +48,7 @@ def read_hpo_retrieval(config: HpoRetrievalSource) -> SourceRows:
             )
     return SourceRows(
         task=TaskType.RETRIEVAL,
-        split_rule=BRANCH_RULE + "; queries and the definitions they ask for stand on the same side",
+        split_rule=BRANCH_RULE + "; queries and their definitions are in the same split",
         licence=f"{LICENCE} ({ontology.version})",
         documents=Documents.of(Document(term.id, "", term.definition) for term in defined),
         examples=examples,
@@ -72,7 +72,7 @@ def read_hpo_classes(config: HpoClassesSource) -> SourceRows:
             examples[split].append(TrainingExample(identifier, config.name, TaskType.CLASSIFICATION, text, label=name))
     return SourceRows(
         task=TaskType.CLASSIFICATION,
-        split_rule=BRANCH_RULE + "; held-out classes never occur in training (k-NN refers to the held-out side only)",
+        split_rule=BRANCH_RULE + "; held-out classes never occur in training (k-NN refers to the held-out split only)",
         licence=f"{LICENCE} ({ontology.version})",
         documents=Documents.of(documents),
         examples=examples,
@@ -92,10 +92,10 @@ def read_hpo_similarity(config: HpoSimilaritySource) -> SourceRows:
                 examples[split].append(_pair(config.name, ontology, b, a, score))
     return SourceRows(
         task=TaskType.STS,
-        split_rule=BRANCH_RULE + "; both names of a pair stand on the pair's side",
+        split_rule=BRANCH_RULE + "; both names of a pair are in the pair's split",
         licence=f"{LICENCE} ({ontology.version})",
         documents=Documents.of(
-            Document(term, "", ontology.terms[term].name, split=side) for term, side in sorted(used.items())
+            Document(term, "", ontology.terms[term].name, split=split) for term, split in sorted(used.items())
         ),
         examples=examples,
         documents_split=True,
@@ -113,13 +113,13 @@ def _pair(dataset: str, ontology: Ontology, a: str, b: str, score: float) -> Tra
     )
 
 
-def _spread_pairs(ontology: Ontology, side: str, count: int) -> list[tuple[str, str, float]]:
-    """Distinct pairs of one side, as evenly over `SIMILARITY_BINS` score bins as the graph allows."""
+def _spread_pairs(ontology: Ontology, split: str, count: int) -> list[tuple[str, str, float]]:
+    """Distinct pairs of one split, as evenly over `SIMILARITY_BINS` score bins as the graph allows."""
     wanted = count // SIMILARITY_BINS
     bins: dict[int, list[tuple[str, str, float]]] = defaultdict(list)
     seen: set[tuple[str, str]] = set()
-    generator = random.Random(stable_hash("hpo_similarity", side))
-    tries = _walk_pairs(ontology, side, generator)
+    generator = random.Random(stable_hash("hpo_similarity", split))
+    tries = _endless_pairs(ontology, split, generator)
     for _ in range(count * 20):
         if sum(map(len, bins.values())) == wanted * SIMILARITY_BINS:
             break
@@ -135,12 +135,12 @@ def _spread_pairs(ontology: Ontology, side: str, count: int) -> list[tuple[str, 
     return [pair for place in sorted(bins) for pair in bins[place]]
 
 
-def _walk_pairs(ontology: Ontology, side: str, generator: random.Random) -> Iterator[tuple[str, str]]:
-    """Endless pairs: a term, one of its ancestors (or itself) at any height, any term of the side below that.
+def _endless_pairs(ontology: Ontology, split: str, generator: random.Random) -> Iterator[tuple[str, str]]:
+    """Endless pairs: a term, one of its ancestors (or itself) at any height, any term of the split below that.
 
     Uniform pairs would nearly all share only the root; choosing the height first spreads the scores.
     """
-    members = sorted(term.id for term in ontology.terms.values() if term.side == side)
+    members = sorted(term.id for term in ontology.terms.values() if term.split == split)
     lineage = {term: sorted(ontology.ancestors[term] | {term}) for term in members}
     below: dict[str, list[str]] = defaultdict(list)
     for term in members:

@@ -19,14 +19,14 @@ def read_hub(config: HubSource) -> SourceRows:
     """Read one split: streamed from the hub, memory-mapped from a saved folder. Class numbers become their names.
 
     Raises:
-        UserError: it cannot be loaded, its columns are of no known shape, or a side stays empty.
+        UserError: it cannot be loaded, its columns are of no known shape, or a split is empty.
     """
     place = f"hub:{config.path}"
     try:
         loaded = _load(config)
         records = iter(loaded)
         first = next(records, None)
-    except Exception as error:  # `datasets` raises many unrelated kinds: not found, offline, bad split, bad config
+    except Exception as error:  # `datasets` raises many unrelated kinds: missing, offline, bad split, bad config
         raise UserError(
             f"{place} (config {config.config_name}, split {config.split}) cannot be loaded: "
             f"{type(error).__name__}: {error}. Check the name, the split and the connection."
@@ -49,9 +49,9 @@ def _load(config: HubSource) -> Iterable[dict[str, Any]]:
 
     if any(storage.exists(storage.join(config.path, name)) for name in SAVED if _is_place(config.path)):
         saved = datasets.load_from_disk(config.path)
-        found = saved[config.split] if isinstance(saved, datasets.DatasetDict) else saved
-        assert isinstance(found, datasets.Dataset)
-        return found
+        split = saved[config.split] if isinstance(saved, datasets.DatasetDict) else saved
+        assert isinstance(split, datasets.Dataset)
+        return split
     streamed: Iterable[dict[str, Any]] = datasets.load_dataset(
         config.path, config.config_name, split=config.split, revision=config.revision, streaming=True
     )
@@ -59,7 +59,7 @@ def _load(config: HubSource) -> Iterable[dict[str, Any]]:
 
 
 def _is_place(path: str) -> bool:
-    """False for what can only be a name on the hub, so that no remote store is asked for it."""
+    """False for what can only be a name on the hub, so that no remote store is queried."""
     return "://" in path or storage.exists(path)
 
 
@@ -72,8 +72,8 @@ def _class_names(loaded: Any) -> dict[str, list[str]]:
 def _named(record: Mapping[str, Any], names: Mapping[str, list[str]]) -> Mapping[str, Any]:
     if not names:
         return record
-    told = {}
+    named = {}
     for key, kinds in names.items():
-        number = record.get(key)  # -1 stands for "not told" in data sets with hidden labels
-        told[key] = kinds[number] if isinstance(number, int) and number >= 0 else None
-    return {**record, **told}
+        number = record.get(key)  # -1 means "no label" in data sets with hidden labels
+        named[key] = kinds[number] if isinstance(number, int) and number >= 0 else None
+    return {**record, **named}

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 from nvembed.data.config import RowSource
 from nvembed.data.documents import Documents
 from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, split_by_hash
-from nvembed.data.sources.rows import MalformedRowError, RawRow, check_text, good_rows, linked_sides
+from nvembed.data.sources.rows import MalformedRowError, RawRow, check_text, good_rows, linked_splits
 from nvembed.data.tables import Document
 from nvembed.text.identity import stable_hash
 from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
-LABELLED_RULE = "by hash of the text ({share:.0%} test, {share:.0%} dev); all classes stand on all sides"
+LABELLED_RULE = "by hash of the text ({share:.0%} test, {share:.0%} dev); all classes are in all splits"
 GRADED_RULE = (
-    "by hash of both texts: pairs that share a text form one group, and a group stands on one side ({share:.0%} test, "
+    "by hash of both texts: pairs that share a text form one group, and a group is in one split ({share:.0%} test, "
     "{share:.0%} dev)"
 )
 
@@ -53,10 +53,10 @@ def check_graded_columns(names: Iterable[str], place: str) -> None:
 
 
 def _check_columns(names: Iterable[str], place: str, wanted: tuple[str, ...]) -> None:
-    found = list(names)
-    if not set(wanted) <= set(found):
+    given = list(names)
+    if not set(wanted) <= set(given):
         raise UserError(
-            f"{place} has the columns {', '.join(found) or '(none)'}. Needed: {', '.join(wanted)}. Where they have "
+            f"{place} has the columns {', '.join(given) or '(none)'}. Needed: {', '.join(wanted)}. Where they have "
             "other names, map them with `columns`."
         )
 
@@ -128,17 +128,17 @@ def labelled_to_rows(raw_rows: Iterable[RawRow], config: RowSource) -> SourceRow
     for text in sorted(texts):
         label = texts[text]
         key = f"t-{stable_hash(text):016x}"
-        side = split_by_hash(text, salt="files", test_share=config.test_share, dev_share=config.test_share)
-        documents.append(Document(key, "", text, label=label, split=side))
-        taught = by_label and side == "train"
-        examples[side].append(
+        split = split_by_hash(text, salt="files", test_share=config.test_share, dev_share=config.test_share)
+        documents.append(Document(key, "", text, label=label, split=split))
+        labelled = by_label and split == "train"
+        examples[split].append(
             TrainingExample(
                 id=key,
                 dataset=config.name,
                 task=task,
                 query=text,
-                positives=(ScoredId(ids[label]),) if taught else (),
-                negatives=tuple(ScoredId(ids[other]) for other in ids if other != label) if taught else (),
+                positives=(ScoredId(ids[label]),) if labelled else (),
+                negatives=tuple(ScoredId(ids[other]) for other in ids if other != label) if labelled else (),
                 label=label,
             )
         )
@@ -165,7 +165,7 @@ def _check_labels(config: RowSource, labels: Mapping[str, str]) -> None:
     if len(set(labels.values())) < len(labels):
         raise UserError(f"data set {config.name}: two labels have one text; give each its own with label_texts.")
     if len(labels) == 1:
-        raise UserError(f"data set {config.name}: all rows have one label; there is nothing to tell it from.")
+        raise UserError(f"data set {config.name}: all rows have one label; a classifier needs two.")
 
 
 def graded_to_rows(raw_rows: Iterable[RawRow], config: RowSource) -> SourceRows:
@@ -187,18 +187,18 @@ def graded_to_rows(raw_rows: Iterable[RawRow], config: RowSource) -> SourceRows:
     linked: dict[str, list[str]] = {}
     for first, second in pairs:
         linked.setdefault(first, []).append(second)
-    sides = linked_sides(linked, config.test_share)
+    splits = linked_splits(linked, config.test_share)
     examples, used = empty_splits(), {}
     for (smaller, _), (first, second, score) in sorted(pairs.items()):
-        side = sides[smaller]
-        used[first] = used[second] = side
-        for a, b in ((first, second), (second, first)) if side == "train" else ((first, second),):
-            examples[side].append(_graded(config.name, a, b, score))
+        split = splits[smaller]
+        used[first] = used[second] = split
+        for a, b in ((first, second), (second, first)) if split == "train" else ((first, second),):
+            examples[split].append(_graded(config.name, a, b, score))
     return SourceRows(
         task=TaskType.STS,
         split_rule=GRADED_RULE.format(share=config.test_share),
         licence=config.licence,
-        documents=Documents.of(Document(_text_id(text), "", text, split=side) for text, side in sorted(used.items())),
+        documents=Documents.of(Document(_text_id(text), "", text, split=split) for text, split in sorted(used.items())),
         examples=examples,
         documents_split=True,
         rejects=rejects,

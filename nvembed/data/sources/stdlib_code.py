@@ -109,5 +109,5 @@ def _without_docstrings(function: Function, lines: list[str]) -> str | None:
         if docstring.lineno == node.lineno or following == end:
             return None
         dropped.update(range(docstring.lineno, end + 1))
-    kept = [lines[number - 1].rstrip() for number in range(first, last + 1) if number not in dropped]
-    return textwrap.dedent("\n".join(line for line in kept if line))
+    code = [lines[number - 1].rstrip() for number in range(first, last + 1) if number not in dropped]
+    return textwrap.dedent("\n".join(line for line in code if line))

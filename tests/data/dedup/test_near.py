@@ -104,7 +104,7 @@ def test_pairs_are_those_of_datasketch_confirmed(tmp_path: Path) -> None:
         for a in lsh.query(sketch)
         if a < b and jaccard(sets[a], sets[b]) >= CONFIG.threshold
     }
-    found = near_pairs(write_texts(((0, False, text) for text in texts), str(tmp_path)), CONFIG, sides=((0, 0),))
+    found = near_pairs(write_texts(((0, False, text) for text in texts), str(tmp_path)), CONFIG, split_pairs=((0, 0),))
     first = found.first_same.tolist()
     ours = {(a, b) for a, b in found.pairs.tolist()}
     distinct = {(a, b) for a, b in oracle if first[a] == a and first[b] == b}
@@ -122,7 +122,7 @@ def test_any_number_of_shards_finds_what_all_against_all_finds(
     texts: list[Text] = [(place % 3, False, text) for place, text in enumerate(some_texts(200, 5))]
     shards = write_texts(iter(texts), str(tmp_path), shard_rows)
     assert shards.shards == -(-200 // shard_rows)
-    found = near_pairs(shards, CONFIG, sides=sides)
+    found = near_pairs(shards, CONFIG, split_pairs=sides)
     first = found.first_same.tolist()
     assert all(first[place] <= place and texts[first[place]][0] == texts[place][0] for place in range(200))
     expanded = {
@@ -142,11 +142,11 @@ def test_any_number_of_shards_finds_what_all_against_all_finds(
 
 def test_nothing_and_odd_texts(tmp_path: Path) -> None:
     nothing = write_texts(iter(()), str(tmp_path / "none"))
-    assert len(near_pairs(nothing, CONFIG, sides=((0, 1),)).pairs) == 0
-    assert len(contained_pairs(nothing, 3, sides=((0, 1),))) == 0
+    assert len(near_pairs(nothing, CONFIG, split_pairs=((0, 1),)).pairs) == 0
+    assert len(contained_pairs(nothing, 3, split_pairs=((0, 1),))) == 0
     odd = ["", " ", "\ud800", "!!", "one", "日本語", "x" * 200_000]
     texts = write_texts(((side, True, text) for side in (0, 1) for text in odd), str(tmp_path / "odd"))
-    found = near_pairs(texts, CONFIG, sides=((0, 1),))
+    found = near_pairs(texts, CONFIG, split_pairs=((0, 1),))
     assert {(a, b - len(odd)) for a, b in found.pairs.tolist()} >= {(place, place) for place in (0, 2, 3, 4, 5, 6)}
     assert found.first_same.tolist()[1] == 0  # both have no word
 
@@ -170,7 +170,7 @@ def test_contained_queries_are_all_found(
 ) -> None:
     shards = write_texts(iter(texts), str(tmp_path_factory.mktemp("contained")), shard_rows)
     for sides in (((0, 1),), ((0, 1), (1, 0))):
-        found = contained_pairs(shards, words, sides=sides)
+        found = contained_pairs(shards, words, split_pairs=sides)
         assert {(a, b) for a, b in found.tolist()} == plain_contained(texts, words, sides)
         assert len(found) == len(np.unique(found, axis=0))
 
@@ -185,8 +185,8 @@ def test_ray_data_finds_the_same(ray_session: None, tmp_path: Path, monkeypatch:
     shards = write_texts(iter(texts), str(tmp_path), 40)
 
     def both() -> tuple[list[list[int]], list[list[int]]]:
-        found = near_pairs(shards, CONFIG, sides=((0, 1),)).pairs
-        return found.tolist(), contained_pairs(shards, 4, sides=((0, 1),)).tolist()
+        found = near_pairs(shards, CONFIG, split_pairs=((0, 1),)).pairs
+        return found.tolist(), contained_pairs(shards, 4, split_pairs=((0, 1),)).tolist()
 
     with monkeypatch.context() as disconnected:
         disconnected.setattr(ray, "is_initialized", lambda: False)
