@@ -131,7 +131,7 @@ class CandidateChecks:
 
 
 class PickedRows:
-    """Some rows of a data set's shards by key, read in one pass and kept in a temporary file.
+    """Some rows of a data set's shards by key, read in one pass into a temporary file.
 
     Args:
         uri: directory of shards; a key is in them once.
