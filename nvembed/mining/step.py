@@ -148,7 +148,7 @@ def _metrics(
 
 
 def _check(config: MineConfig, prepare: Artifact, searched: bool) -> None:
-    """Refuse what can be refused before anything is laid out."""
+    """Refuse wrong settings before any text is written."""
     if not searched:
         return
     if config.reuse is not None:

@@ -53,7 +53,7 @@ def sets(draw):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("capping")
+    return tmp_path_factory.mktemp("finish")
 
 
 @given(sets())
