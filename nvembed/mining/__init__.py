@@ -1,4 +1,4 @@
-"""Layer 4: hard negatives: pure selection rules, the step that runs them, the audit.
+"""Hard negatives: selection rules, the `mine` step, the audit.
 
 `mine_vectors` works on plain arrays, without a recipe; it is imported when first used.
 """

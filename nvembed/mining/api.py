@@ -67,8 +67,7 @@ def mine_vectors(
         num_negatives: K, wanted per query.
         rule: a rule of `nvembed.mining.config`, or its keys as in a recipe; with p the lowest positive's score:
             {"type": "topk"}: any; {"type": "topk_shifted", "shift": 10}: ranks behind the tenth;
-            {"type": "topk_abs", "max_score": 0.7}: s < 0.7;
-            {"type": "topk_margin_pos", "margin": 0.05}: s < p - 0.05;
+            {"type": "topk_abs", "max_score": 0.7}: s < 0.7; {"type": "topk_margin_pos", "margin": 0.05}: s < p - 0.05;
             {"type": "topk_perc_pos", "max_negative_to_positive_ratio": 0.95}: s < p - 0.05 |p|;
             {"type": "rank_window", "first": 30, "last": 100}: those ranks, positives counted;
             {"type": "sampled_topk", "top": 10, "temperature": 0.1, "ceiling": {...}}: a draw from the best ten under a
@@ -83,8 +82,7 @@ def mine_vectors(
         where fewer qualify.
 
     Raises:
-        UserError: an unknown rule, shapes that do not fit, a query without a positive, a row number that no document
-            has, a vector with NaN or infinity.
+        UserError: an unknown rule, wrong shapes, a query without a positive or with one that is no row, NaN, infinity.
 
     Example:
         >>> vectors = np.eye(4, dtype=np.float32) + 0.1 * np.arange(4, dtype=np.float32)
@@ -102,8 +100,7 @@ def mine_vectors(
         raise UserError(f"max_per_document needs candidates in order of preference; {config.type} draws them")
     if isinstance(config, RandomNegatives):
         return _random(known, num_negatives, seed)
-    limits = rule_limits(config, known.lowest(config))
-    mining = _Mining(known, config, limits, num_negatives, seed, precision, device)
+    mining = _Mining(known, config, rule_limits(config, known.lowest(config)), num_negatives, seed, precision, device)
     return mining.run() if max_per_document is None else mining.run_capped(max_per_document)
 
 

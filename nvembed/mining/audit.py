@@ -1,4 +1,4 @@
-"""What mining did, in numbers: counts, refused shares by reason, histograms. Sums only, so parts can be merged."""
+"""The numbers of mining: counts, refused shares by reason, histograms. Sums only, so parts can be merged."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 from nvembed.core.parquet import read_rows
 from nvembed.data.tables import document_text
 from nvembed.mining.config import CeilingRule, TopKAbs, TopKMarginPos, TopKPercPos
+from nvembed.mining.layout import DatasetLayout
 from nvembed.mining.rules import ceilings
-from nvembed.mining.selection import CODE, KEPT, Reason
+from nvembed.mining.selection import CODE, NEGATIVE, Reason
 from nvembed.text.identity import jaccard, word_triples
 from nvembed.types import Artifact
 
@@ -29,6 +30,17 @@ COMPARED_RULES: tuple[CeilingRule, ...] = (
 )
 NEAR = 0.8  # shared word triples (Jaccard) from which two texts count as near duplicates in the audit
 HUBS = 20
+_KINDS = {
+    "topk": "mined, best-scored",
+    "topk_shifted": "mined, ranks passed over",
+    "topk_abs": "mined, below a fixed score",
+    "topk_margin_pos": "mined, positive-aware",
+    "topk_perc_pos": "mined, positive-aware",
+    "rank_window": "mined, a window of ranks",
+    "sampled_topk": "mined, drawn from the best",
+    "random": "random",
+}
+_EXAMPLE_BASED = "example-based: positive of the same class, negatives of other classes, drawn at random"
 _NO_HUBS = pa.table({"id": pa.array([], pa.string()), "count": pa.array([], pa.int64())})
 
 
@@ -55,7 +67,7 @@ class Audit:
     def add_scores(self, name: str, scores: Iterable[float]) -> None:
         """Count scores into the histogram `positives`, `negatives` or `rejected`."""
         numbers = scores if isinstance(scores, np.ndarray) else np.fromiter(scores, dtype=np.float64)
-        bins = np.searchsorted(_INNER_EDGES, numbers, side="right")  # what is outside counts at the ends
+        bins = np.searchsorted(_INNER_EDGES, numbers, side="right")  # scores outside count at the ends
         self.histograms[name] += np.bincount(bins, minlength=len(SCORE_EDGES) - 1)
 
     def add_ranks(self, rank_N: np.ndarray, depth: int) -> None:
@@ -72,8 +84,8 @@ class Audit:
         """Count what was decided about queries' candidates: `selection.CODE` and score of each."""
         count_R = np.bincount(code_P, minlength=max(CODE.values()) + 1)
         self.rejected.update({reason.value: int(count_R[code]) for reason, code in CODE.items() if count_R[code]})
-        self.counts["candidates_decided"] += int(count_R[KEPT:].sum())
-        self.add_scores("rejected", score_P[code_P > KEPT])
+        self.counts["candidates_decided"] += int(count_R[NEGATIVE:].sum())
+        self.add_scores("rejected", score_P[code_P > NEGATIVE])
 
     def add_rules(
         self, start_Q: np.ndarray, score_P: np.ndarray, lowest_Q: np.ndarray, at_H: np.ndarray, owner_H: np.ndarray
@@ -93,13 +105,13 @@ class Audit:
             refused -= np.count_nonzero(score_P[at_H] >= ceiling_Q[owner_H])
             self.refused_by[rule_name(rule)] += int(refused)
 
-    def add_examples(self, negatives: pa.ListArray, asked: int) -> None:
+    def add_examples(self, negatives: pa.ListArray, wanted: int) -> None:
         """Count mined examples by their negatives (`SCORED_IDS`)."""
         length_Q = np.asarray(negatives.value_lengths())
         values = negatives.flatten()
         self.counts["mined"] += len(length_Q)
         self.counts["negatives"] += int(length_Q.sum())
-        self.counts["with_fewer"] += int(np.count_nonzero(length_Q < asked))
+        self.counts["with_fewer"] += int(np.count_nonzero(length_Q < wanted))
         for length, count in enumerate(np.bincount(length_Q)):
             if count:
                 self.per_example[str(length)] += int(count)
@@ -139,14 +151,22 @@ class Audit:
         for name, counts in dumped["histograms"].items():
             self.histograms[name] += np.array(counts, dtype=np.int64)
 
-    def summary(self, *, task: str, kind: str, examples: int, dropped: Mapping[str, int]) -> dict[str, Any]:
+    def summary(self, rule: str, task: str, layout: DatasetLayout | None) -> dict[str, Any]:
         """One data set's part of `audit.json`.
 
         Args:
-            kind: how the negatives were chosen, in words.
-            examples: training examples of the data set.
-            dropped: examples that could not be mined, by reason.
+            rule: its type.
+            task: of the data set.
+            layout: counts of its examples; None for classes and clusters.
         """
+        if layout is None:
+            alone = self.counts["alone_in_its_class"]
+            dropped: Mapping[str, int] = {"alone_in_its_class": alone} if alone else {}
+            examples = self.counts["mined"] + alone
+        else:
+            dropped, examples = layout.dropped, layout.examples
+            if self.counts["inconsistent"]:
+                dropped = {**dropped, "positive_ranks_too_low": self.counts["inconsistent"]}
         decided = self.counts["candidates_decided"]
         mined = self.counts["mined"]
         ranks = sorted(
@@ -154,7 +174,7 @@ class Audit:
         )
         return {
             "task": task,
-            "way": kind,
+            "way": _EXAMPLE_BASED if layout is None else _KINDS[rule],
             "examples": examples,
             "mined": mined,
             "dropped": dict(dropped),
@@ -207,16 +227,14 @@ def rule_name(rule: CeilingRule) -> str:
 
 def near_duplicates(prepare: Artifact, dataset: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How many negatives nearly repeat a positive, or another negative, of their query, among some mined rows."""
-    wanted = [item["id"] for row in rows for item in row["positives"] + row["negatives"]]
-    table = read_rows(prepare.path(dataset, "corpus.parquet"), "id", wanted, ["id", "title", "text"])
-    triples = {row["id"]: word_triples(document_text(row["title"], row["text"])) for row in table.to_pylist()}
+    triples = {key: word_triples(text) for key, text in _texts(prepare, dataset, rows).items()}
     of_positive = of_negative = negatives = 0
     for row in rows:
-        positives, kept = ([triples[item["id"]] for item in row[role]] for role in ("positives", "negatives"))
-        negatives += len(kept)
-        for place, found in enumerate(kept):
-            of_positive += any(jaccard(found, other) >= NEAR for other in positives)
-            of_negative += any(jaccard(found, other) >= NEAR for other in kept[:place])
+        positives, others = ([triples[item["id"]] for item in row[role]] for role in ("positives", "negatives"))
+        negatives += len(others)
+        for place, negative in enumerate(others):
+            of_positive += any(jaccard(negative, other) >= NEAR for other in positives)
+            of_negative += any(jaccard(negative, other) >= NEAR for other in others[:place])
     return {
         "examples": len(rows),
         "negatives": negatives,
@@ -226,30 +244,11 @@ def near_duplicates(prepare: Artifact, dataset: str, rows: list[dict[str, Any]])
     }
 
 
-def short_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a data set's audit stands in the manifest."""
-    return {
-        "mined": summary["mined"],
-        "negatives": summary["negatives"],
-        "with_fewer_share": summary["with_fewer_share"],
-        "rejected_share": {reason: value["share"] for reason, value in summary["rejected"].items()},
-        "dropped": summary["dropped"],
-    }
-
-
 def samples(prepare: Artifact, dataset: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Texts of some mined rows, for reading by a person. Only written when the recipe asks (`audit_samples`)."""
-    queries = {
-        row["id"]: row["query"]
-        for row in read_rows(
-            prepare.path(dataset, "examples-train.parquet"), "id", [row["example_id"] for row in rows], ["id", "query"]
-        ).to_pylist()
-    }
-    wanted = [item["id"] for row in rows for item in row["positives"] + row["negatives"]]
-    texts = {
-        row["id"]: document_text(row["title"], row["text"])
-        for row in read_rows(prepare.path(dataset, "corpus.parquet"), "id", wanted, ["id", "title", "text"]).to_pylist()
-    }
+    """Texts of some mined rows, for a person to read; written only with `audit_samples`."""
+    examples, ids = prepare.path(dataset, "examples-train.parquet"), [row["example_id"] for row in rows]
+    queries = {row["id"]: row["query"] for row in read_rows(examples, "id", ids, ["id", "query"]).to_pylist()}
+    texts = _texts(prepare, dataset, rows)
     return [
         {
             "example_id": row["example_id"],
@@ -260,3 +259,21 @@ def samples(prepare: Artifact, dataset: str, rows: list[dict[str, Any]]) -> list
         }
         for row in rows
     ]
+
+
+def _texts(prepare: Artifact, dataset: str, rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Texts of the positives and negatives of some mined rows, by id."""
+    wanted = [item["id"] for row in rows for item in row["positives"] + row["negatives"]]
+    table = read_rows(prepare.path(dataset, "corpus.parquet"), "id", wanted, ["id", "title", "text"])
+    return {row["id"]: document_text(row["title"], row["text"]) for row in table.to_pylist()}
+
+
+def short_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a data set's audit that goes into the manifest."""
+    return {
+        "mined": summary["mined"],
+        "negatives": summary["negatives"],
+        "with_fewer_share": summary["with_fewer_share"],
+        "rejected_share": {reason: value["share"] for reason, value in summary["rejected"].items()},
+        "dropped": summary["dropped"],
+    }

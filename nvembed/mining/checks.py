@@ -9,6 +9,7 @@ Shapes: Q queries of a group, K candidates that are checked, N positives.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,7 @@ from nvembed.retrieval.exact.topk import gathered_scores
 from nvembed.text.identity import jaccard, word_triples
 
 _KEY = "key"
+_AT_ONCE = 512  # queries whose candidates' texts or second vectors are in memory together
 
 
 class CandidateChecks:
@@ -71,7 +73,13 @@ class CandidateChecks:
 
     def of(self, rankings: Rankings) -> Check:
         """The check of rankings of these queries."""
-        return lambda owner_K, at_K: self._codes(owner_K, rankings.ids(at_K))
+
+        def check(owner_K: np.ndarray, at_K: np.ndarray) -> np.ndarray:
+            ids, first_U = rankings.ids(at_K), np.unique(owner_K, return_index=True)[1]
+            edges = itertools.pairwise([*first_U[::_AT_ONCE].tolist(), len(owner_K)])
+            return np.concatenate([self._codes(owner_K[first:last], ids[first:last]) for first, last in edges])
+
+        return check
 
     def _codes(self, owner_K: np.ndarray, ids: pa.Array) -> np.ndarray:
         """int8 [K]: 0, or the code of the reason that refuses the candidate of its query."""
@@ -132,7 +140,7 @@ class CandidateChecks:
 
 
 class PickedRows:
-    """Some rows of a data set's shards by key, read in one pass and kept in a temporary file.
+    """Some rows of a data set's shards by key, read in one pass into a temporary file.
 
     Args:
         uri: directory of shards; a key is in them once.

@@ -9,7 +9,7 @@ from nvembed.types import Config
 
 
 class TopK(Config):
-    """The best-scored documents, known positives excluded: what every other rule is compared with."""
+    """The best-scored documents, known positives excluded: the baseline of the other rules."""
 
     type: Literal["topk"] = "topk"
 
@@ -60,9 +60,9 @@ CeilingRule = Annotated[TopKAbs | TopKMarginPos | TopKPercPos, Field(discriminat
 
 
 class SampledTopK(Config):
-    """A draw without replacement from the best `top` candidates under a ceiling, seeded by query and document.
+    """A seeded draw without replacement from the best `top` candidates under a ceiling.
 
-    `temperature` weighs them by softmax(score / temperature); without it every one is as likely as the next.
+    `temperature` weighs them by softmax(score / temperature); without it all are equally likely.
     """
 
     type: Literal["sampled_topk"] = "sampled_topk"
@@ -82,9 +82,9 @@ RuleConfig = Annotated[SearchedRule | RandomNegatives, Field(discriminator="type
 
 
 class CandidateFilter(Config):
-    """A second model with a say: a candidate it scores above the ceiling on its own scale is refused.
+    """A second model: candidates that it scores at or above the ceiling, on its own scale, are refused.
 
-    An embedder encodes everything once; a cross-encoder (scores from 0 to 1) reads every candidate with its query.
+    An embedder encodes every text once; a cross-encoder (scores from 0 to 1) reads each candidate with its query.
     """
 
     model: Annotated[RetrieverConfig | CrossEncoderModel, Field(discriminator="type")]
@@ -102,14 +102,14 @@ class MineConfig(Config):
 
     retriever: RetrieverConfig = PackageModel()
     more_retrievers: tuple[Annotated[RetrieverConfig | Bm25Retriever, Field(discriminator="type")], ...] = Field(
-        (), description="Their candidates are merged with the first retriever's, rank by rank."
+        (), description="Further retrievers; their candidates are merged with the first one's, rank by rank."
     )
     rule: RuleConfig = TopKPercPos()
-    num_negatives: int = Field(8, ge=1, description="Kept per example.")
+    num_negatives: int = Field(8, ge=1, description="Negatives per example.")
     depth: int = Field(50, ge=1, description="Candidates searched per query.")
     max_per_document: int | None = Field(None, ge=1, description="Queries a document may be a negative of.")
     near_duplicate: float | None = Field(
-        None, gt=0, le=1, description="Refuse texts that share this much (Jaccard, word triples) with a positive."
+        None, gt=0, le=1, description="Refuse documents whose Jaccard of word triples with a positive is at least this."
     )
     max_positive_rank: int | None = Field(None, ge=1, description="Drop examples whose positive ranks below this.")
     candidate_filter: CandidateFilter | None = None
@@ -124,19 +124,19 @@ class MineConfig(Config):
 
     @property
     def cross_encoder(self) -> CrossEncoderModel | None:
-        """The judge, where it is one."""
+        """The candidate filter, where it is a cross-encoder."""
         model = self.candidate_filter.model if self.candidate_filter is not None else None
         return model if isinstance(model, CrossEncoderModel) else None
 
     def embedders(self) -> tuple[tuple[str, RetrieverConfig], ...]:
-        """Every model that the step opens, by its place in the section."""
-        found: list[tuple[str, RetrieverConfig]] = [("retriever", self.retriever)]
+        """The embedders that the step opens, by their place in the section."""
+        models: list[tuple[str, RetrieverConfig]] = [("retriever", self.retriever)]
         for number, retriever in enumerate(self.more_retrievers):
             if not isinstance(retriever, Bm25Retriever):
-                found.append((f"more_retrievers.{number}", retriever))
+                models.append((f"more_retrievers.{number}", retriever))
         if self.candidate_filter is not None and not isinstance(self.candidate_filter.model, CrossEncoderModel):
-            found.append(("candidate_filter.model", self.candidate_filter.model))
-        return tuple(found)
+            models.append(("candidate_filter.model", self.candidate_filter.model))
+        return tuple(models)
 
     @model_validator(mode="after")
     def _reachable(self) -> "MineConfig":
@@ -146,7 +146,7 @@ class MineConfig(Config):
             "sampled_topk": lambda rule: rule.top,
         }.get(self.rule.type, lambda rule: 0)(self.rule)
         if needed > self.depth:
-            raise ValueError(f"rule {self.rule.type} asks for {needed} ranks; only depth = {self.depth} are searched")
+            raise ValueError(f"rule {self.rule.type} needs {needed} ranks; only depth = {self.depth} are searched")
         if self.max_positive_rank is not None and self.max_positive_rank > self.depth:
             raise ValueError(f"max_positive_rank = {self.max_positive_rank} lies below depth = {self.depth}")
         drawn = self.rule.type in ("random", "sampled_topk")
@@ -154,6 +154,6 @@ class MineConfig(Config):
             raise ValueError(f"max_per_document needs candidates in order of preference; {self.rule.type} draws them")
         if self.reuse is not None and (self.rule.type == "random" or self.more_retrievers or self.candidate_filter):
             raise ValueError(
-                "reuse selects again from one retriever's search: no random rule, more_retrievers or judge"
+                "reuse selects again from one retriever's search: no random rule, more_retrievers or candidate_filter"
             )
         return self

@@ -110,7 +110,7 @@ def best_rank(rank_N: np.ndarray, start_Q: np.ndarray) -> np.ndarray:
 
 
 def mined_table(
-    queries: pa.Table, positives: pa.ListArray, kept: pa.ListArray, limit: int, *, capped: bool
+    queries: pa.Table, positives: pa.ListArray, mined: pa.ListArray, limit: int, *, capped: bool
 ) -> tuple[pa.Table, int]:
     """Rows of `MINED_SCHEMA`, and how many of their negatives the data set itself gives.
 
@@ -120,10 +120,10 @@ def mined_table(
     Args:
         queries: columns `key`, `never`, `given`.
         positives: the examples' own.
-        kept: mined candidates, best first.
+        mined: candidates, best first.
         limit: negatives wanted per query.
     """
-    negatives, given = _with_given(queries, kept, limit)
+    negatives, given = _with_given(queries, mined, limit)
     if not capped:
         start_Q, values = flat(negatives)
         if np.diff(start_Q).max(initial=0) > limit:
@@ -134,20 +134,20 @@ def mined_table(
     return pa.table(columns, schema=MINED_SCHEMA), given
 
 
-def _with_given(queries: pa.Table, kept: pa.ListArray, limit: int) -> tuple[pa.ListArray, int]:
+def _with_given(queries: pa.Table, mined: pa.ListArray, limit: int) -> tuple[pa.ListArray, int]:
     given_Q, given = flat(queries.column("given"))
     if not len(given):
-        return kept, 0
+        return mined, 0
     never_Q, never = flat(queries.column("never"))
-    kept_Q, values = flat(kept)
+    mined_Q, values = flat(mined)
     (code_G, code_N, code_K), above = codes(given, never, values.field("id"))
-    pair_G, pair_K = owners(given_Q) * above + code_G, owners(kept_Q) * above + code_K
+    pair_G, pair_K = owners(given_Q) * above + code_G, owners(mined_Q) * above + code_K
     good_G = np.zeros(len(pair_G), dtype=bool)
     good_G[np.unique(pair_G, return_index=True)[1]] = True  # the first of each
     good_G &= ~np.isin(pair_G, owners(never_Q) * above + code_N)
     good_G = first_of_each(good_G, given_Q, limit)
     new_K = ~np.isin(pair_K, pair_G[good_G])
-    owner_P = np.concatenate([owners(given_Q)[good_G], owners(kept_Q)[new_K]])
+    owner_P = np.concatenate([owners(given_Q)[good_G], owners(mined_Q)[new_K]])
     order_P, count = pa.array(np.argsort(owner_P, kind="stable")), int(good_G.sum())
     new = values.filter(pa.array(new_K))
     ids = pa.concat_arrays([given.filter(pa.array(good_G)), new.field("id")])
@@ -157,7 +157,7 @@ def _with_given(queries: pa.Table, kept: pa.ListArray, limit: int) -> tuple[pa.L
 
 
 def _sorted_sets(column: pa.ChunkedArray) -> pa.Array:
-    """Each list sorted, every id once; they are laid out like that."""
+    """Each list sorted, every id once, as layout writes them already."""
     start_Q, ids = flat(column)
     owner_N = owners(start_Q)
     rising_N = np.asarray(pc.less(ids.slice(0, max(len(ids) - 1, 0)), ids.slice(1)))
@@ -319,7 +319,7 @@ def check_reuse(config: MineConfig, prepare: Artifact) -> None:
     """Refuse to select again from a search of something else.
 
     Raises:
-        UserError: the earlier step is no mine step of the same data, had other settings, or kept no search.
+        UserError: the earlier step is no mine step of the same data, had other settings, or wrote no search.
     """
     assert config.reuse is not None
     earlier = load_artifact(config.reuse)

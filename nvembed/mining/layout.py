@@ -184,7 +184,7 @@ def _documents(uri: str, instruction: str) -> Iterator[pa.Table]:
     for table in iter_parquet(uri, ["id", "title", "text", "split"]):
         rows = []
         for row in table.to_pylist():
-            if row["split"] not in (None, "train"):  # a held-out text is no negative
+            if row["split"] not in (None, "train"):  # a text of the dev or test split is no negative
                 continue
             text = document_text(row["title"], row["text"])
             rows.append({"key": row["id"], "text": text, "instruction": instruction, "hash": text_hash(text)})
@@ -220,7 +220,7 @@ class Rejected:
     def __len__(self) -> int:
         return len(self.queries) + len(self.documents)
 
-    def kept(self, queries: pa.Table) -> np.ndarray:
+    def usable(self, queries: pa.Table) -> np.ndarray:
         """bool [Q]: examples that have a query and a positive of their own (columns `NEEDED`)."""
         has_query_Q, _, own_Q = self._left(queries)
         return has_query_Q & (own_Q > 0)

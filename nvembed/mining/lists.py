@@ -1,6 +1,6 @@
 """Lists of scored documents as flat arrays, in Arrow columns and out of them, without a Python object per candidate.
 
-Shapes: Q queries, P candidates of all queries together, C candidates of a query (padded), K kept of a query.
+Shapes: Q queries, P candidates of all queries together, C candidates of a query (padded), K selected.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Selection rules as numbers: ceilings on the score, windows of ranks, seeded draws, the cap on documents.
 
 Every rule comes down to a ceiling on the score, a window of ranks and perhaps a draw. The ceilings are those of
-NV-Retriever (arXiv 2407.15831, section 3): a candidate close to the positive is probably a positive nobody labelled.
+NV-Retriever (arXiv 2407.15831, section 3): a candidate close to the positive is probably a positive without a label.
 The paper's `s < ratio * p` only means that for p > 0; here `s < p - (1 - ratio) * |p|`, the same there and still
 stricter than p itself elsewhere.
 
@@ -35,7 +35,7 @@ ABSENT = -1  # a column behind the last candidate that qualifies
 
 @dataclass(frozen=True)
 class Limits:
-    """What a rule asks of a candidate.
+    """The ceilings and ranks that a rule sets.
 
     Attributes:
         ceiling_Q: float64 [Q]; a negative's score lies strictly below; +inf where the rule has no ceiling.
@@ -146,9 +146,10 @@ def cap_documents(
 ) -> np.ndarray:
     """Give every query up to `count` of its candidates so that no document serves more than `cap` queries.
 
-    Deferred acceptance (Gale and Shapley 1962, the colleges' version on both sides): each query asks for its next best
-    candidates, a document keeps the `cap` queries that score it highest and sends the others on. The outcome is the
-    same in whatever order the queries ask, and no query could do better without another's loss of a better score.
+    Deferred acceptance (Gale and Shapley 1962, with several places for queries and documents): each query asks for its
+    next best candidates, a document accepts the `cap` queries that score it highest and refuses the others. The outcome
+    is the same in whatever order the queries ask, and no query could do better without another's loss of a better
+    score.
 
     Args:
         documents_QC: int64 [Q, C], candidates that qualify, in the query's order of preference; -1 behind the last.
@@ -156,7 +157,7 @@ def cap_documents(
         order_Q: int64 [Q], settles equal scores (smaller wins); by default the row number.
 
     Returns:
-        int64 [Q, count]: columns kept, in the query's order, then -1. Memory: about 60 bytes per candidate.
+        int64 [Q, count]: columns, in the query's order, then -1. Memory: about 60 bytes per candidate.
     """
     queries, width = documents_QC.shape
     order_Q = np.arange(queries) if order_Q is None else np.asarray(order_Q)
@@ -215,8 +216,8 @@ def draw_order(generator: np.random.Generator, population: int, count: int) -> l
 def draw_accepted(
     generator: np.random.Generator, population: int, count: int, accept: Callable[[list[int]], list[int]]
 ) -> list[int]:
-    """Up to `count` positions of `range(population)` that `accept` keeps of a random order; more are drawn as long as
-    too few were kept."""
+    """Up to `count` positions of `range(population)` that `accept` lets through of a random order; more are drawn while
+    too few qualify."""
     drawn = first_draw(count)
     while True:
         order = draw_order(generator, population, drawn)
@@ -276,12 +277,12 @@ def example_based(
         return None
 
     def other_class(order: list[int]) -> list[int]:
-        used, kept = {digest, texts.hashes[positive[0]]}, []
+        used, others = {digest, texts.hashes[positive[0]]}, []
         for index in order:
             if texts.labels[index] != label and texts.hashes[index] not in used:
                 used.add(texts.hashes[index])
-                kept.append(index)
-        return kept
+                others.append(index)
+        return others
 
     negatives = draw_accepted(generator, len(texts.ids), count, other_class)
     return texts.ids[positive[0]], [texts.ids[index] for index in negatives]

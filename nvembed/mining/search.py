@@ -1,7 +1,7 @@
 """The search of a mining actor: a group of queries against one part of the corpus, by every retriever, into files.
 
 Under `<work>/checkpoints/search/<dataset>/<group>/`: `retriever-0-positives.parquet`, the scores of the group's
-positives by the first retriever, and `retriever-0-segment-00000.parquet`, ..., what it found in each part of the
+positives by the first retriever, and `retriever-0-segment-00000.parquet`, ..., its candidates in each part of the
 corpus (`PART_SCHEMA`). A file that exists is complete; the worker that writes the last one of a group selects.
 """
 
@@ -172,7 +172,7 @@ class Searcher:
     def lowest(self, positives: pa.ChunkedArray) -> np.ndarray:
         """float64 [Q], the lowest score among each query's positives."""
         start_Q, values = flat(positives)
-        assert (np.diff(start_Q) > 0).all(), "a query without a positive was laid out"
+        assert (np.diff(start_Q) > 0).all(), "a query without a positive"
         score_P = np.asarray(values.field("score").to_numpy(zero_copy_only=False))
         return np.minimum.reduceat(score_P, start_Q[:-1]) if len(score_P) else np.empty(0)
 
@@ -328,7 +328,7 @@ class Searcher:
         return table.append_column("ceiling", pa.array(ceiling_q))
 
     def searched(self, task: SearchTask, queries: pa.Table, retriever: int) -> pa.Table:
-        """What a retriever found for the group in all parts of the corpus: `SEARCHED_SCHEMA` and `PART_SCHEMA`."""
+        """The results of a retriever for the group in all parts of the corpus: `SEARCHED_SCHEMA` and `PART_SCHEMA`."""
         files = (self._segment_file(task, retriever, segment) for segment in range(task.segments))
         positives = self.positives(task, retriever)
         table = merge_parts((read_table(uri) for uri in files), self.config.depth)

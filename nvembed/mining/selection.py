@@ -1,4 +1,4 @@
-"""The selection of negatives over whole arrays: which candidates of each query a rule keeps, and why not the others.
+"""The selection of negatives over whole arrays: which candidates of each query a rule allows, and why not the others.
 
 `decide` is the one selection; `select` applies it to what a search stored, `mine_vectors` to what it searches itself.
 A search stores the best documents, the number of documents at or above the ceiling that was searched, and the best
@@ -6,7 +6,7 @@ documents below it. Together they are the ranking with at most one gap, between 
 ceiling. Another rule can be applied without searching again as long as it depends neither on the gap nor on what lies
 behind the end.
 
-Shapes: Q queries of a group, B of a block, C candidates of a query (padded), P of all queries, K kept of all, H equal
+Shapes: Q queries of a group, B of a block, C candidates of a query (padded), P of all queries, K selected, H equal
 to a text that is never a negative.
 """
 
@@ -39,7 +39,7 @@ class Reason(enum.StrEnum):
     FILTERED = "candidate_filter_finds_too_close"
 
 
-UNDECIDED, KEPT = 0, 1
+UNDECIDED, NEGATIVE = 0, 1
 CODE = {reason: 2 + place for place, reason in enumerate(Reason)}
 # A costly check of candidates, two arrays of equal length that name them: int8, 0 or the code of the reason.
 Check = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -76,10 +76,11 @@ def decide(block: Block, limits: Limits, count: int, check: Check | None = None)
 
     Args:
         limits: the rule's, of these queries.
-        check: by row and column; called only for candidates that would be kept.
+        check: by row and column; called only for candidates that nothing else refuses.
 
     Returns:
-        int8 [B, C]: `UNDECIDED` behind the last one kept, `KEPT`, or the `CODE` of a reason; and bool [B, C]: kept.
+        int8 [B, C]: `NEGATIVE`, the `CODE` of a reason, or `UNDECIDED` behind the last negative;
+        and bool [B, C]: negatives.
     """
     free_BC = (block.score_BC < limits.ceiling_Q[:, None]) & block.present_BC
     free_BC &= ~block.never_BC
@@ -110,7 +111,7 @@ def decide(block: Block, limits: Limits, count: int, check: Check | None = None)
     if refused_BC is not None:
         code_BC = np.where(refused_BC > 0, refused_BC, code_BC)
     code_BC[block.never_BC] = CODE[Reason.DUPLICATE_TEXT]
-    code_BC[kept_BC] = KEPT
+    code_BC[kept_BC] = NEGATIVE
     code_BC[~(block.present_BC & ((place_BC < count) | kept_BC))] = UNDECIDED
     return code_BC, kept_BC
 
@@ -206,12 +207,12 @@ class Rankings:
 
     def ids(self, at_K: np.ndarray) -> pa.StringArray:
         """Ids of candidates by their place among all plain and then all under candidates."""
-        behind_K = at_K >= len(self.plain.score_P)
-        order_K = np.argsort(behind_K, kind="stable")
-        at_K = at_K[order_K] - len(self.plain.score_P) * behind_K[order_K]
-        cut = len(at_K) - np.count_nonzero(behind_K)
-        ids = [self.plain.ids.take(pa.array(at_K[:cut])), self.under.ids.take(pa.array(at_K[cut:]))]
-        return pa.concat_arrays(ids).take(pa.array(np.argsort(order_K)))
+        count = len(self.plain.score_P)
+        front, back = np.flatnonzero(at_K < count), np.flatnonzero(at_K >= count)
+        order_K = np.empty(len(at_K), dtype=np.int64)
+        order_K[np.concatenate([front, back])] = np.arange(len(at_K))
+        ids = [self.plain.ids.take(pa.array(at_K[front])), self.under.ids.take(pa.array(at_K[back] - count))]
+        return pa.concat_arrays(ids).take(pa.array(order_K))
 
     def values(self, name: str, at: np.ndarray) -> np.ndarray:
         """Scores (`score_P`) or text hashes (`hash_P`) of candidates by their place, as for `ids`."""
@@ -286,15 +287,15 @@ class Selection:
     """Candidates of a group by `select`.
 
     Attributes:
-        code_P: int8, of every plain candidate: `UNDECIDED`, `KEPT` or the `CODE` of a reason, without the check.
-        plain_Q: int64, how many of each plain list were kept without the check.
-        kept: the kept candidates. Sampled rules: the pool to draw from.
+        code_P: int8, of every plain candidate: `UNDECIDED`, `NEGATIVE` or the `CODE` of a reason, without the check.
+        plain_Q: int64, negatives of each plain list, without the check.
+        selected: the negatives. Sampled rules: the pool to draw from.
         missing_Q: a message for each query whose selection depends on what was not searched, else "".
     """
 
     code_P: np.ndarray
     plain_Q: np.ndarray
-    kept: ScoredLists
+    selected: ScoredLists
     missing_Q: np.ndarray
 
 
@@ -338,10 +339,10 @@ def select(
                 missing_b[enough_b] = ""
             missing_Q[rows_b] = missing_b
     order_K = np.argsort(np.concatenate(owner_K), kind="stable")
-    kept = rankings.take(np.concatenate(owner_K)[order_K], np.concatenate(at_K)[order_K])
+    selected = rankings.take(np.concatenate(owner_K)[order_K], np.concatenate(at_K)[order_K])
     at_H = rankings.same_texts[0]
     code_P[at_H[(code_P[at_H] != UNDECIDED) & rankings.known_H]] = CODE[Reason.KNOWN_POSITIVE]
-    return Selection(code_P, plain_Q, kept, missing_Q)
+    return Selection(code_P, plain_Q, selected, missing_Q)
 
 
 def _by_place(check: Check, rows_b: np.ndarray, at_bC: np.ndarray) -> Check:
@@ -355,7 +356,7 @@ def _missing(
 
     Args:
         decided_bC: the candidates that the selection examined.
-        enough_b: whether as many were kept as are wanted.
+        enough_b: whether as many were selected as are wanted.
     """
     out_b = np.full(len(rows_b), "", dtype=object)
     first_b, above_b = rankings.plain.length_Q[rows_b], rankings.above_Q[rows_b]
@@ -370,10 +371,10 @@ def _missing(
     whole_b = (first_b < rankings.depth) | (extended_b & (rankings.under.length_Q[rows_b] < rankings.depth))
     for row in np.flatnonzero(gap_b):
         out_b[row] = (
-            f"the rule asks about ranks {first_b[row] + 1} to {above_b[row]} (scores from {floor_b[row]:.4f} up), "
+            f"the rule needs ranks {first_b[row] + 1} to {above_b[row]} (scores from {floor_b[row]:.4f} up), "
             f"which were not searched. Search to depth {above_b[row]}, or with a rule whose ceiling is "
             f"{limits.ceiling_Q[row]:.4f} or more."
         )
     for row in np.flatnonzero(~gap_b & ~enough_b & ~whole_b & (end_b < last)):
-        out_b[row] = f"the rule asks about ranks behind {end_b[row]}, which were not searched."
+        out_b[row] = f"the rule needs ranks behind {end_b[row]}, which were not searched."
     return out_b

@@ -58,16 +58,6 @@ from nvembed.types import Artifact, TaskType, UserError
 logger = logging.getLogger(__name__)
 
 _AUDITED_TEXTS = 200  # examples whose texts are compared for the audit
-_KINDS = {
-    "topk": "mined, best-scored",
-    "topk_shifted": "mined, ranks passed over",
-    "topk_abs": "mined, below a fixed score",
-    "topk_margin_pos": "mined, positive-aware",
-    "topk_perc_pos": "mined, positive-aware",
-    "rank_window": "mined, a window of ranks",
-    "sampled_topk": "mined, drawn from the best",
-    "random": "random",
-}
 
 
 def mine_step(encode: Callable[..., EncodeReport] = encode_shards, pool: Callable[..., Any] = run_pool) -> Step:
@@ -119,7 +109,7 @@ def _build(
         for group in groups:
             audit.merge(storage.read_json(storage.join(paths.select, dataset, f"{group}.json")))
         rows[dataset] = join_groups(config, paths, dataset, groups, work_uri, audit)
-        summaries[dataset] = _summary(config, audit, info[dataset], layouts.get(dataset))
+        summaries[dataset] = audit.summary(config.rule.type, info[dataset]["task"], layouts.get(dataset))
         if dataset in layouts and reports:
             summaries[dataset]["encoded"] = {place: _counts(report, dataset) for place, report in reports.items()}
         rows_for_texts = _first_rows(work_uri, dataset, _AUDITED_TEXTS)
@@ -158,7 +148,7 @@ def _metrics(
 
 
 def _check(config: MineConfig, prepare: Artifact, searched: bool) -> None:
-    """Refuse what can be refused before anything is laid out."""
+    """Refuse wrong settings before any text is written."""
     if not searched:
         return
     if config.reuse is not None:
@@ -242,7 +232,7 @@ def query_groups(paths: MinePaths, dataset: str, config: MineConfig) -> list[Que
     root = storage.join(paths.texts, dataset, "queries")
     names, rejected = list_shards(root), Rejected.read(paths.searched, dataset)
     if len(rejected):
-        counts = [int(rejected.kept(read_table(storage.join(root, name), list(NEEDED))).sum()) for name in names]
+        counts = [int(rejected.usable(read_table(storage.join(root, name), list(NEEDED))).sum()) for name in names]
     else:
         counts = [_row_count(storage.join(root, name)) for name in names]
     limit = min(config.search.query_rows, max(-(-sum(counts) // config.encode.actors), 1))
@@ -389,19 +379,6 @@ def _write_audit(
             dataset: samples(prepare, dataset, _first_rows(work_uri, dataset, config.audit_samples)) for dataset in info
         }
     storage.write_json(storage.join(work_uri, "audit.json"), audit)
-
-
-def _summary(config: MineConfig, audit: Audit, info: Mapping[str, Any], layout: DatasetLayout | None) -> dict[str, Any]:
-    if layout is None:
-        alone = audit.counts["alone_in_its_class"]
-        dropped: Mapping[str, int] = {"alone_in_its_class": alone} if alone else {}
-        examples = audit.counts["mined"] + alone
-        kind = "example-based: positive of the same class, negatives of other classes, drawn at random"
-    else:
-        dropped, examples, kind = layout.dropped, layout.examples, _KINDS[config.rule.type]
-        if audit.counts["inconsistent"]:
-            dropped = {**dropped, "positive_ranks_too_low": audit.counts["inconsistent"]}
-    return audit.summary(task=info["task"], kind=kind, examples=examples, dropped=dropped)
 
 
 def _first_rows(work_uri: str, dataset: str, count: int) -> list[dict[str, Any]]:

@@ -161,14 +161,14 @@ def select_negatives(
     config, audit, positives = searcher.config, Audit(), tables[0].column("positives")
     rankings = Rankings.read(queries, tables[0], config.depth)
     selection, lists = _choices(searcher, task, queries, tables, rankings)
-    own, kept, rows = own_positives(queries, positives), lists.columns()[0], queries
+    own, negatives, rows = own_positives(queries, positives), lists.columns()[0], queries
     best_Q = _count(audit, config, rankings, positives, searcher.lowest(positives), selection, own)
     if config.max_positive_rank is not None:
         good_Q = consistent(best_Q, config.max_positive_rank)
         audit.counts["inconsistent"] += int(np.count_nonzero(~good_Q))
-        kept, own, rows = (each.filter(pa.array(good_Q)) for each in (kept, own, rows))
+        negatives, own, rows = (each.filter(pa.array(good_Q)) for each in (negatives, own, rows))
     capped = config.max_per_document is not None
-    mined, given = mined_table(rows, own, kept, config.num_negatives, capped=capped)
+    mined, given = mined_table(rows, own, negatives, config.num_negatives, capped=capped)
     audit.counts["given"] += given
     if not capped:
         audit.add_examples(one_array(mined.column("negatives")), config.num_negatives)
@@ -215,7 +215,7 @@ def _choices(
         ranked = Rankings.read(queries, table, config.depth) if retriever else rankings
         limits = rule_limits(rule, searcher.lowest(table.column("positives")))
         selections.append(_select(config, ranked, limits, checks))
-        pool = selections[-1].kept if retriever else _completed(searcher, task, queries, limits, selections[0])
+        pool = selections[-1].selected if retriever else _completed(searcher, task, queries, limits, selections[0])
         lists.append(_drawn(config, rule, task.dataset, queries, pool) if isinstance(rule, SampledTopK) else pool)
     count = config.num_negatives if config.max_per_document is None else config.depth
     return selections[0], take_turns(lists, count) if len(lists) > 1 else lists[0]
@@ -231,7 +231,7 @@ def _checks(
 
 
 def _select(config: MineConfig, rankings: Rankings, limits: Limits, checks: CandidateChecks | None) -> Selection:
-    """`select` by the recipe; with a cap, queries that lose a document need others: all that qualify are kept."""
+    """`select` by the recipe; with a cap, queries that lose a document need others: all that qualify are selected."""
     capped, enough = config.max_per_document is not None, config.num_negatives
     if isinstance(config.rule, SampledTopK):
         enough = config.rule.top
@@ -247,7 +247,7 @@ def _completed(
     Raises:
         NeedsSearchError: the lists are an earlier step's.
     """
-    config, pool = searcher.config, selection.kept
+    config, pool = searcher.config, selection.selected
     short = np.flatnonzero(selection.missing_Q != "")
     if len(short) and isinstance(task, ReuseTask):
         raise NeedsSearchError(f"example {queries.column('key')[short[0]].as_py()!r}: {selection.missing_Q[short[0]]}")
@@ -263,7 +263,7 @@ def _completed(
             table = searcher.deeper(task.dataset, few, query_QD[rows], limits.ceiling_Q[rows], depth)
             checks = _checks(searcher, task, few, rows, [table])
             deeper = _select(config, Rankings.read(few, table, depth), limits.of(rows), checks)
-            parts.append((rows, _of_queries(deeper.kept, deeper.missing_Q == "")))
+            parts.append((rows, _of_queries(deeper.selected, deeper.missing_Q == "")))
             rows = rows[deeper.missing_Q != ""]
     return ScoredLists.gather(parts, queries.num_rows)
 
@@ -302,8 +302,8 @@ def _key(name: str) -> int:
 def draw_negatives(searcher: Searcher, task: RandomTask) -> tuple[pa.Table, Audit]:
     """Rows of `MINED_SCHEMA` with uniform draws from the corpus, and their numbers."""
     config, audit, queries = searcher.config, Audit(), searcher.queries(task)
-    kept = random_lists(searcher, task, queries)
-    mined, given = mined_table(queries, own_positives(queries, None), kept, config.num_negatives, capped=False)
+    negatives = random_lists(searcher, task, queries)
+    mined, given = mined_table(queries, own_positives(queries, None), negatives, config.num_negatives, capped=False)
     audit.counts["given"] += given
     audit.add_examples(one_array(mined.column("negatives")), config.num_negatives)
     return mined, audit

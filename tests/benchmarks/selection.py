@@ -125,9 +125,9 @@ def main() -> None:
     pa.set_io_thread_count(1)
     from nvembed.core.vectors import write_shard
     from nvembed.mining.config import MineConfig, TopKPercPos
-    from nvembed.mining.layout import MinePaths
+    from nvembed.mining.layout import MinePaths, ReuseTask
     from nvembed.mining.search import Searcher
-    from nvembed.mining.worker import ReuseTask, select_negatives
+    from nvembed.mining.worker import select_negatives
 
     bench, oracle = sibling("search.py"), sibling("../mining/oracle.py")
     queries, searched, corpus = group(arguments.queries, arguments.documents, arguments.depth)

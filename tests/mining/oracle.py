@@ -1,8 +1,8 @@
 """Mining of a group of queries in plain Python, one query and one candidate at a time, written from the definitions of
 the rules: what the selection over arrays is compared with, and timed against. Imports nothing of `nvembed.mining`.
 
-A rule here is its keys: `{"type": "topk_perc_pos", "max_negative_to_positive_ratio": 0.95}`. A query is a row as it is
-laid out, a search result a row with `positives`, `plain`, `under`, `above`, `ceiling` and the hashes beside them.
+A rule here is its keys: `{"type": "topk_perc_pos", "max_negative_to_positive_ratio": 0.95}`. A query is a row of its
+shard, a search result a row with `positives`, `plain`, `under`, `above`, `ceiling` and the hashes beside them.
 """
 
 import math
@@ -58,12 +58,12 @@ def ranked(row, depth):
     return candidates + behind, gap, len(under) < depth
 
 
-def walk(candidates, query, hashes, rule, top, count, refuse=None):
+def first_negatives(candidates, query, hashes, rule, top, count, refuse=None):
     """Ids, scores and hashes of the first `count` that may be negatives; and by place why others are none."""
     first, last = allowed_ranks(rule)
-    kept, reasons = [], {}
+    chosen, reasons = [], {}
     for place, (rank, key, score, digest) in enumerate(candidates):
-        if len(kept) == count:
+        if len(chosen) == count:
             break
         if key in query["never"]:
             reasons[place] = "known_positive"
@@ -71,29 +71,29 @@ def walk(candidates, query, hashes, rule, top, count, refuse=None):
             reasons[place] = "duplicate_of_positive_or_query"
         elif not score < top:
             reasons[place] = "too_close_to_positive"
-        elif digest in [other for _, _, other in kept]:
+        elif digest in [other for _, _, other in chosen]:
             reasons[place] = "repeats_a_kept_negative"
         elif not first <= rank <= last:
             reasons[place] = "outside_the_ranks"
         elif refuse is not None and (why := refuse(query, key)):
             reasons[place] = why
         else:
-            kept.append((key, score, digest))
-    return kept, reasons
+            chosen.append((key, score, digest))
+    return chosen, reasons
 
 
 def missing(candidates, gap, whole, row, rule, top, enough, decided, who):
-    """Raise where the walk over the known candidates is not the walk over all."""
+    """Raise where the negatives among the known candidates may not be those among all."""
     first, last = allowed_ranks(rule)
     passed = not enough or (decided > 0 and gap is not None and candidates[decided - 1][0] > gap[0])
     if gap is not None and passed and top > row["ceiling"] and first <= gap[1] and gap[0] <= last:
         raise NeedsSearch(
-            f"{who}: the rule asks about ranks {gap[0]} to {gap[1]} (scores from {row['ceiling']:.4f} up), which were "
+            f"{who}: the rule needs ranks {gap[0]} to {gap[1]} (scores from {row['ceiling']:.4f} up), which were "
             f"not searched. Search to depth {gap[1]}, or with a rule whose ceiling is {top:.4f} or more."
         )
     end = candidates[-1][0] if candidates else 0
     if not enough and not whole and end < last:
-        raise NeedsSearch(f"{who}: the rule asks about ranks behind {end}, which were not searched.")
+        raise NeedsSearch(f"{who}: the rule needs ranks behind {end}, which were not searched.")
 
 
 def gumbel(left, right):
@@ -119,7 +119,7 @@ def draw(pool, rule, count, seed, dataset, key):
 
 
 def choice(config, query, rows, strict, refuse=None, dataset="set"):
-    """What is kept of a query: the retrievers' choices in turn, every text once.
+    """The choice for a query: the retrievers' choices in turn, every text once.
 
     Args:
         config: the recipe's section as JSON.
@@ -131,22 +131,22 @@ def choice(config, query, rows, strict, refuse=None, dataset="set"):
     for number, row in enumerate(rows):
         candidates, gap, whole = ranked(row, row.get("depth", config["depth"]))
         top = ceiling(rule, min(item["score"] for item in row["positives"]))
-        kept, reasons = walk(
+        chosen, reasons = first_negatives(
             candidates, query, row["never_hashes"], rule, top, config["depth"] if capped else wanted, refuse
         )
-        if strict and number == 0 and not (capped and len(kept) >= wanted):
-            decided = len(kept) + len(reasons)
-            missing(candidates, gap, whole, row, rule, top, len(kept) >= wanted, decided, f"example {query['key']!r}")
+        if strict and number == 0 and not (capped and len(chosen) >= wanted):
+            decided = len(chosen) + len(reasons)
+            missing(candidates, gap, whole, row, rule, top, len(chosen) >= wanted, decided, f"example {query['key']!r}")
         if rule["type"] == "sampled_topk":
-            kept = draw(kept, rule, config["num_negatives"], config["seed"], dataset, query["key"])
-        lists.append(kept)
+            chosen = draw(chosen, rule, config["num_negatives"], config["seed"], dataset, query["key"])
+        lists.append(chosen)
     if len(lists) == 1:
         return lists[0]
     out, limit = [], config["depth"] if capped else config["num_negatives"]
     for place in range(max(map(len, lists))):
-        for kept in lists:
-            if place < len(kept) and len(out) < limit and kept[place][2] not in [digest for _, _, digest in out]:
-                out.append(kept[place])
+        for chosen in lists:
+            if place < len(chosen) and len(out) < limit and chosen[place][2] not in [digest for _, _, digest in out]:
+                out.append(chosen[place])
     return out
 
 
@@ -173,7 +173,7 @@ def mine(config, queries, results, strict, refuse=None):
     """Mined rows and the audit's numbers of a group.
 
     Args:
-        queries: rows as they are laid out.
+        queries: rows of the shards of queries.
         results: for each retriever the queries' search results.
 
     Raises:
@@ -184,13 +184,13 @@ def mine(config, queries, results, strict, refuse=None):
     mined = []
     for query, *rows in zip(queries, *results, strict=True):
         row, rule = rows[0], config["rule"]
-        kept = choice(config, query, rows, strict, refuse)
+        chosen = choice(config, query, rows, strict, refuse)
         candidates = ranked(row, row.get("depth", config["depth"]))[0][: len(row["plain"])]
         by_id = {item["id"]: item["score"] for item in row["positives"]}
         capped = config["max_per_document"] is not None
         wanted = rule["top"] if rule["type"] == "sampled_topk" else config["num_negatives"]
         top, wanted = ceiling(rule, min(by_id.values())), config["depth"] if capped else wanted
-        in_plain, reasons = walk(candidates, query, row["never_hashes"], rule, top, wanted)
+        in_plain, reasons = first_negatives(candidates, query, row["never_hashes"], rule, top, wanted)
         rejected.update(reasons.values())
         counts["candidates_decided"] += len(in_plain) + len(reasons)
         scores["rejected"] += [candidates[place][2] for place in reasons]
@@ -207,7 +207,7 @@ def mine(config, queries, results, strict, refuse=None):
         if config["max_positive_rank"] is not None and best > config["max_positive_rank"]:
             counts["inconsistent"] += 1
             continue
-        mined.append(mined_row(config, query, by_id, own, kept, counts))
+        mined.append(mined_row(config, query, by_id, own, chosen, counts))
         if not capped:
             negatives = mined[-1]["negatives"]
             counts.update(mined=1, negatives=len(negatives), with_fewer=len(negatives) < config["num_negatives"])
@@ -218,11 +218,11 @@ def mine(config, queries, results, strict, refuse=None):
     return mined, {**numbers, "histograms": {name: histogram(values) for name, values in scores.items()}}
 
 
-def mined_row(config, query, by_id, own, kept, counts):
+def mined_row(config, query, by_id, own, chosen, counts):
     given = [key for key in dict.fromkeys(query["given"]) if key not in query["never"]][: config["num_negatives"]]
     counts["given"] += len(given)
     negatives = [{"id": key, "score": None} for key in given]
-    negatives += [{"id": key, "score": score} for key, score, _ in kept if key not in given]
+    negatives += [{"id": key, "score": score} for key, score, _ in chosen if key not in given]
     if config["max_per_document"] is None:
         negatives = negatives[: config["num_negatives"]]
     positives = [{"id": key, "score": by_id[key]} for key in own]

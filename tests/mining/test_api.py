@@ -38,21 +38,21 @@ def problem(seed, queries=20, documents=150, dim=16, noise=0.6):
 
 
 def naive(query, matrix, positives, count, allows, near=None):
-    """Row by row: sort everything, walk down, keep what is allowed."""
-    found = []
+    """Row by row: sort everything, take the first that are allowed."""
+    result = []
     for vector, rows in zip(query, positives, strict=True):
         scores = pair_scores(np.tile(vector, (len(matrix), 1)), matrix)
         lowest = min(scores[row] for row in rows)
-        kept = []
+        chosen = []
         for rank, row in enumerate(sorted(range(len(matrix)), key=lambda row: (-scores[row], row)), start=1):
             copy = any((matrix[row] == matrix[positive]).all() for positive in rows)
             close = near is not None and any(
                 pair_scores(matrix[[row]], matrix[[positive]])[0] >= near * 0.9999999 for positive in rows
             )
             if row not in rows and not copy and not close and allows(scores[row], rank, lowest):
-                kept.append(row)
-        found.append(kept[:count] + [-1] * (count - len(kept)))
-    return found
+                chosen.append(row)
+        result.append(chosen[:count] + [-1] * (count - len(chosen)))
+    return result
 
 
 @pytest.mark.parametrize(("rule", "allows"), RULES)
@@ -153,13 +153,13 @@ def test_vectors_that_are_not_finite_are_named(value):
     rng = np.random.default_rng(0)
     queries, documents = (rng.normal(size=(count, 8)).astype(np.float32) for count in (5, 40))
     rule = {"type": "topk_perc_pos", "max_negative_to_positive_ratio": 0.95}
-    for matrix, row, said in (
+    for matrix, row, message in (
         (queries, 2, "query 2 or its positive, document 2, is not finite"),
         (documents, 3, "query 3 or its positive, document 3, is not finite"),
         (documents, 30, "the document vector with id 30 is not finite"),
     ):
         before = matrix[row, 3]
         matrix[row, 3] = value
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             mine_vectors(queries, documents, [[number] for number in range(5)], 3, rule)
         matrix[row, 3] = before

@@ -115,11 +115,11 @@ def test_a_store_that_answers_5xx_changes_nothing(store, caplog):
     """Every seventh request of each kind is refused."""
     prepared = local.prepare("s3://bucket")
     local.MINE.run(local.CONFIG, {"prepare": prepared}, "s3://bucket/clean")
-    asked = {}
+    requests = {}
 
     def refuse(method, path):
-        asked[method] = asked.get(method, 0) + 1
-        return asked[method] % 7 == 0
+        requests[method] = requests.get(method, 0) + 1
+        return requests[method] % 7 == 0
 
     store.refuse = refuse
     with caplog.at_level("WARNING", "nvembed.core.retry"):

@@ -21,18 +21,18 @@ def plain(rows, count, cap):
     """Deferred acceptance, one request at a time; given negatives first and untouched."""
     left = {place: [item for item in row["negatives"] if item["score"] is not None] for place, row in enumerate(rows)}
     holds = {key: [] for key in IDS}  # (score, example, place of the query)
-    kept = {place: [] for place in left}
-    while asking := [place for place in left if left[place] and len(kept[place]) < count]:
+    chosen = {place: [] for place in left}
+    while asking := [place for place in left if left[place] and len(chosen[place]) < count]:
         item = left[asking[0]].pop(0)
-        kept[asking[0]].append(item)
+        chosen[asking[0]].append(item)
         holds[item["id"]].append((-item["score"], rows[asking[0]]["example_id"], asking[0], item))
         holds[item["id"]].sort(key=lambda request: request[:2])
         if len(holds[item["id"]]) > cap:
             *_, loser, lost = holds[item["id"]].pop()
-            kept[loser].remove(lost)
+            chosen[loser].remove(lost)
     out = []
     for place, row in enumerate(rows):
-        ranked = [item for item in row["negatives"] if item["score"] is not None and item in kept[place]]
+        ranked = [item for item in row["negatives"] if item["score"] is not None and item in chosen[place]]
         out.append(([item for item in row["negatives"] if item["score"] is None] + ranked)[:count])
     return out
 
@@ -53,7 +53,7 @@ def sets(draw):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("capping")
+    return tmp_path_factory.mktemp("finish")
 
 
 @given(sets())
@@ -66,9 +66,9 @@ def test_the_cap_keeps_what_a_plain_loop_keeps(folder, drawn):
         write_shard(pa.Table.from_pylist(rows[start : start + size], schema=MINED_SCHEMA), uris[-1])
     stays = capped_negatives(uris, MineConfig(num_negatives=count, max_per_document=cap))
     for _ in range(2):  # a second try at writing gets the same
-        found = [row for table in capped_tables(uris, stays) for row in table.to_pylist()]
-        expected = [{**row, "negatives": kept} for row, kept in zip(rows, plain(rows, count, cap), strict=True)]
-        assert found == expected
+        joined = [row for table in capped_tables(uris, stays) for row in table.to_pylist()]
+        expected = [{**row, "negatives": chosen} for row, chosen in zip(rows, plain(rows, count, cap), strict=True)]
+        assert joined == expected
 
 
 def test_a_joined_file_depends_on_its_rows_alone(tmp_path):

@@ -41,7 +41,7 @@ def negatives(rows):
 
 def test_selecting_again_equals_mining_anew(tmp_path, prepared):
     _, rows, audit = mine(prepared, tmp_path / "first", depth=30)
-    assert {len(found) for key, found in negatives(rows).items() if key != "far"} == {3}
+    assert {len(ids) for key, ids in negatives(rows).items() if key != "far"} == {3}
     assert audit["hubs"]["documents"] > 10 and audit["hubs"]["largest"][0]["queries"] >= 3
     assert set(audit["refused_by_rule"]) == {"topk_abs 0.7", "topk_margin_pos 0.05", "topk_perc_pos 0.95"}
     assert audit["near_duplicates"]["examples"] == 41
@@ -54,18 +54,18 @@ def test_selecting_again_equals_mining_anew(tmp_path, prepared):
         )
     ):
         _, expected, _ = mine(prepared, tmp_path / f"anew{number}", rule=rule, depth=30)
-        again, found, _ = mine(
+        again, selected, _ = mine(
             prepared, tmp_path / f"again{number}", rule=rule, depth=30, reuse=str(tmp_path / "first")
         )
-        assert found == expected, rule
-        assert negatives(found) != negatives(rows)
+        assert selected == expected, rule
+        assert negatives(selected) != negatives(rows)
         assert "set/searched.parquet" not in again.manifest["files"]
 
 
 def test_selecting_again_refuses_what_was_not_searched(tmp_path, prepared):
     mine(prepared, tmp_path / "first", rule={"type": "topk_abs", "max_score": 0.2})
     reuse = {"reuse": str(tmp_path / "first")}
-    with pytest.raises(UserError, match=r"example 'q\d+': the rule asks about ranks 11 to"):
+    with pytest.raises(UserError, match=r"example 'q\d+': the rule needs ranks 11 to"):
         mine(prepared, tmp_path / "a", rule={"type": "topk_abs", "max_score": 0.5}, **reuse)
     with pytest.raises(UserError, match="searched with depth = 10, the recipe says 20"):
         mine(prepared, tmp_path / "b", depth=20, **reuse)
@@ -220,7 +220,7 @@ def test_faiss_flat_gives_the_same_and_the_audit_has_the_recall(tmp_path, prepar
     _, exact, audit = mine(prepared, tmp_path / "exact")
     assert "index_recall" not in audit
     _, flat, audit = mine(prepared, tmp_path / "flat", search=SearchConfig(index=FaissFlat()).model_dump())
-    exact.pop("far"), flat.pop("far")  # below the twenty candidates that FAISS is asked for
+    exact.pop("far"), flat.pop("far")  # below the twenty candidates that FAISS returns
     assert flat == exact and audit["index_recall"] == {"queries": 41, "depth": 10, "mean": 1.0, "min": 1.0}
     _, _, audit = mine(
         prepared, tmp_path / "hnsw", search=SearchConfig(index=FaissHnsw(links=2, search_width=1)).model_dump()

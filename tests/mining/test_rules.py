@@ -57,8 +57,8 @@ def candidates(draw):
     queries, width = draw(st.integers(1, 5)), draw(st.integers(1, 20))
     scores = np.full((queries, width), -np.inf)
     for row in range(queries):
-        found = draw(st.lists(SCORES, max_size=width))
-        scores[row, : len(found)] = sorted(found, reverse=True)
+        values = draw(st.lists(SCORES, max_size=width))
+        scores[row, : len(values)] = sorted(values, reverse=True)
     excluded = np.array(draw(st.lists(st.booleans(), min_size=queries * width, max_size=queries * width)))
     lowest = np.array(draw(st.lists(SCORES, min_size=queries, max_size=queries)))
     return scores, excluded.reshape(queries, width), lowest
@@ -69,15 +69,15 @@ def candidates(draw):
 def test_a_rule_keeps_the_first_candidates_it_allows(problem, rule, count):
     scores, excluded, lowest = problem
     block = Block(scores, np.isfinite(scores), excluded)
-    kept = first_allowed(decide(block, rule_limits(rule, lowest), count)[1], count)
-    assert kept.shape == (len(scores), count)
+    chosen = first_allowed(decide(block, rule_limits(rule, lowest), count)[1], count)
+    assert chosen.shape == (len(scores), count)
     for row in range(len(scores)):
         expected = [
             column
             for column, score in enumerate(scores[row])
             if np.isfinite(score) and not excluded[row, column] and allows(rule, score, column + 1, lowest[row])
         ][:count]
-        assert kept[row].tolist() == expected + [ABSENT] * (count - len(expected))
+        assert chosen[row].tolist() == expected + [ABSENT] * (count - len(expected))
 
 
 def test_ceilings_in_numbers():
@@ -99,8 +99,8 @@ def test_a_draw_takes_the_largest_noisy_weights_of_the_pool(problem, count, top,
     allowed = decide(block, rule_limits(rule, lowest), scores.shape[1])[1]
     queries = mix(np.arange(len(scores), dtype=np.uint64) + np.uint64(seed))
     documents = np.broadcast_to(np.arange(scores.shape[1], dtype=np.uint64), scores.shape)
-    found = draw_sampled(allowed, scores, count, rule, queries, documents)
-    assert found.shape == (len(scores), count)
+    columns = draw_sampled(allowed, scores, count, rule, queries, documents)
+    assert columns.shape == (len(scores), count)
     for row in range(len(scores)):
         pool = np.flatnonzero(allowed[row])[:top]
         weight = {
@@ -108,7 +108,7 @@ def test_a_draw_takes_the_largest_noisy_weights_of_the_pool(problem, count, top,
             for column in pool
         }
         expected = sorted(sorted(pool, key=lambda column: -weight[column])[:count])
-        assert found[row].tolist() == expected + [ABSENT] * (count - len(expected))
+        assert columns[row].tolist() == expected + [ABSENT] * (count - len(expected))
 
 
 def test_draws_follow_their_weights():
@@ -136,26 +136,26 @@ def preferences(draw):
 
 def one_at_a_time(lists, scores, count, cap, order, random):
     """Deferred acceptance as in the paper: any query with a free place asks next, in an order drawn at random."""
-    asked, held = [0] * len(lists), [set() for _ in lists]
+    requests, places = [0] * len(lists), [set() for _ in lists]
     serves = {}
     while True:
         free = [
             q
             for q in range(len(lists))
-            if len(held[q]) < count and asked[q] < len(lists[q]) and lists[q][asked[q]] != ABSENT
+            if len(places[q]) < count and requests[q] < len(lists[q]) and lists[q][requests[q]] != ABSENT
         ]
         if not free:
-            return [sorted(places) for places in held]
+            return [sorted(columns) for columns in places]
         query = random.choice(free)
-        column = asked[query]
-        asked[query] += 1
+        column = requests[query]
+        requests[query] += 1
         document = lists[query][column]
         serves.setdefault(document, []).append((-scores[query][column], order[query], query, column))
-        held[query].add(column)
+        places[query].add(column)
         if len(serves[document]) > cap:
             worst = max(serves[document])
             serves[document].remove(worst)
-            held[worst[2]].discard(worst[3])
+            places[worst[2]].discard(worst[3])
 
 
 @given(preferences())
@@ -164,15 +164,15 @@ def test_the_cap_is_deferred_acceptance_in_any_order(problem):
     lists, scores, count, cap, random = problem
     order = np.arange(len(lists))
     random.shuffle(order)
-    kept = cap_documents(lists, scores, count, cap, order)
+    chosen = cap_documents(lists, scores, count, cap, order)
     expected = one_at_a_time(lists, scores, count, cap, order, random)
-    assert [[column for column in row if column != ABSENT] for row in kept.tolist()] == expected
+    assert [[column for column in row if column != ABSENT] for row in chosen.tolist()] == expected
     served = [lists[row, column] for row, places in enumerate(expected) for column in places]
     assert all(served.count(document) <= cap for document in set(served))
     shuffled = random.sample(range(len(lists)), len(lists))
     assert (
         cap_documents(lists[shuffled], scores[shuffled], count, cap, order[shuffled]).tolist()
-        == kept[shuffled].tolist()
+        == chosen[shuffled].tolist()
     )
 
 
@@ -206,9 +206,9 @@ def test_draws_depend_on_the_example_and_are_uniform():
     counts = np.zeros(20)
     for example in range(2000):
         generator = example_generator(3, "set", f"e{example}")
-        kept = draw_accepted(generator, 20, 3, lambda order: [place for place in order if place > 1])
-        assert len(set(kept)) == 3
-        counts[kept] += 1
+        chosen = draw_accepted(generator, 20, 3, lambda order: [place for place in order if place > 1])
+        assert len(set(chosen)) == 3
+        counts[chosen] += 1
     assert counts[0] == counts[1] == 0
     expected = 2000 * 3 / 18
     assert np.abs(counts[2:] - expected).max() < 5 * np.sqrt(expected)

@@ -1,4 +1,4 @@
-"""The selection over arrays decides what a plain walk decides, counts alike, refuses alike; what may never happen."""
+"""The selection over arrays decides and counts what the plain oracle does, and refuses alike; what may never happen."""
 
 import importlib.util
 import math
@@ -25,7 +25,17 @@ from nvembed.mining.layout import QUERY_SCHEMA, MinePaths, ReuseTask, SearchTask
 from nvembed.mining.lists import PART_SCHEMA, SEARCHED_SCHEMA
 from nvembed.mining.rules import ceilings, rule_limits
 from nvembed.mining.search import Searcher
-from nvembed.mining.selection import CODE, KEPT, UNDECIDED, Block, NeedsSearchError, Rankings, Reason, decide, select
+from nvembed.mining.selection import (
+    CODE,
+    NEGATIVE,
+    UNDECIDED,
+    Block,
+    NeedsSearchError,
+    Rankings,
+    Reason,
+    decide,
+    select,
+)
 from nvembed.mining.worker import select_negatives
 from nvembed.retrieval.config import ExactIndex, FaissFlat, SearchConfig
 
@@ -67,17 +77,17 @@ def search_result(random, query, searched, depth, hashes):
         "ceiling": ceiling,
         "above": len(items) - len(below) if math.isfinite(ceiling) else 0,
         **lists,
-        **{f"{name}_hashes": [hashes[item["id"]] for item in kept] for name, kept in lists.items()},
+        **{f"{name}_hashes": [hashes[item["id"]] for item in items] for name, items in lists.items()},
         "never_hashes": [hashes[key] for key in query["never"] if key in hashes],
     }
 
 
 def one_query(random, number, hashes):
-    """A query as it is laid out."""
+    """A query as in its shard."""
     ids = sorted(hashes)
     positives = [random.choice(ids[-4:]) for _ in range(random.choice([1, 1, 2, 3]))]
     never = sorted({*positives, *random.choices([*ids, "held out", "gone"], k=random.choice([0, 0, 1, 3]))})
-    if random.random() < 0.1:  # layout writes them sorted; nothing depends on it
+    if random.random() < 0.1:  # shards have them sorted; nothing depends on it
         random.shuffle(never)
     return {
         "key": f"q{number}",
@@ -147,14 +157,14 @@ def check(config, rows, results):
 
 @given(groups())
 @settings(max_examples=120, deadline=None)
-def test_arrays_decide_what_a_plain_walk_decides(drawn):
+def test_arrays_decide_what_the_oracle_decides(drawn):
     check(*drawn)
 
 
 @pytest.mark.slow
 @given(groups())
 @settings(max_examples=3000, deadline=None)
-def test_arrays_decide_what_a_plain_walk_decides_in_many_cases(drawn):
+def test_arrays_decide_what_the_oracle_decides_in_many_cases(drawn):
     check(*drawn)
 
 
@@ -166,34 +176,36 @@ def test_more_queries_than_are_decided_together(rule):
 
 @given(groups(), st.integers(0, 9))
 @settings(max_examples=80, deadline=None)
-def test_a_check_is_asked_once_about_each_candidate_that_nothing_else_refuses(drawn, salt):
+def test_a_check_is_called_once_about_each_candidate_that_nothing_else_refuses(drawn, salt):
     config, rows, results = drawn
     queries, (searched, *_) = tables(rows, results)
     rankings = Rankings.read(queries, searched, config.depth)
     lowest = np.array([min(item["score"] for item in row["positives"]) for row in results[0]])
-    limits, asked, expected_asked, expected = rule_limits(config.rule, lowest), [], [], []
+    limits, checked, expected_checked, expected = rule_limits(config.rule, lowest), [], [], []
 
     def refused(number, key):
         return Random(f"{salt} {number} {key}").random() < 0.5
 
     def codes(owner_K, at_K):
         pairs = list(zip(owner_K.tolist(), rankings.ids(at_K).to_pylist(), strict=True))
-        asked.extend(pairs)
+        checked.extend(pairs)
         return np.array([CODE[Reason.FILTERED] * refused(*pair) for pair in pairs], dtype=np.int8)
 
     for number, (query, row) in enumerate(zip(rows, results[0], strict=True)):
 
         def refuse(query, key, number=number):
-            expected_asked.append((number, key))
+            expected_checked.append((number, key))
             return refused(number, key) and "refused"
 
         rule, top = config.rule.model_dump(), float(limits.ceiling_Q[number])
         candidates = oracle.ranked(row, config.depth)[0]
-        kept, _ = oracle.walk(candidates, query, row["never_hashes"], rule, top, config.num_negatives, refuse)
-        expected.append(kept)
+        chosen_places, _ = oracle.first_negatives(
+            candidates, query, row["never_hashes"], rule, top, config.num_negatives, refuse
+        )
+        expected.append(chosen_places)
     selection = select(rankings, limits, config.num_negatives, config.num_negatives, check=codes)
-    assert sorted(asked) == sorted(expected_asked)
-    scored, hashes = (column.to_pylist() for column in selection.kept.columns())
+    assert sorted(checked) == sorted(expected_checked)
+    scored, hashes = (column.to_pylist() for column in selection.selected.columns())
     assert [
         [(item["id"], item["score"], digest) for item, digest in zip(*lists, strict=True)]
         for lists in zip(scored, hashes, strict=True)
@@ -216,19 +228,19 @@ def stored(scores, searched, positive, depth):
         "ceiling": ceiling,
         "above": len(items) - len(below) if math.isfinite(ceiling) else 0,
         **lists,
-        **{f"{name}_hashes": [int(item["id"][1:]) for item in kept] for name, kept in lists.items()},
+        **{f"{name}_hashes": [int(item["id"][1:]) for item in items] for name, items in lists.items()},
         "never_hashes": [3],
     }
     return {**query, "text": "", "instruction": ""}, row
 
 
 def chosen(stored_row, rule, positive, count, depth):
-    """Ids kept, or the message that names what is missing."""
+    """Ids of the negatives, or the message that names what is missing."""
     query, row = stored_row
     queries, (searched,) = tables([query], [[row]])
     limits = rule_limits(rule, np.array([positive]))
     selection = select(Rankings.read(queries, searched, depth), limits, count, count)
-    return selection.missing_Q[0] or selection.kept.ids.to_pylist()
+    return selection.missing_Q[0] or selection.selected.ids.to_pylist()
 
 
 @given(
@@ -246,11 +258,11 @@ def test_another_rule_gets_the_truth_or_a_refusal(values, searched, rule, positi
     row = stored(scores, searched, positive, depth)
     candidates, gap, whole = oracle.ranked(row[1], depth)
     assert [scores[rank - 1] for rank, *_ in candidates] == [score for _, _, score, _ in candidates]
-    found = chosen(row, rule, positive, count, depth)
-    if isinstance(found, str):
+    result = chosen(row, rule, positive, count, depth)
+    if isinstance(result, str):
         assert gap is not None or not whole  # something was not searched
     else:
-        assert found == truth
+        assert result == truth
 
 
 def test_the_refusal_names_what_to_search():
@@ -258,7 +270,7 @@ def test_the_refusal_names_what_to_search():
     assert oracle.ranked(row[1], 10)[1:] == ((11, 41), False)
     assert chosen(row, TopKAbs(max_score=0.45), 0.95, 3, 10) == ["d46", "d47", "d48"]
     message = chosen(row, TopKAbs(max_score=0.7), 0.95, 3, 10)
-    assert message.startswith("the rule asks about ranks 11 to 41 ") and "depth 41" in message
+    assert message.startswith("the rule needs ranks 11 to 41 ") and "depth 41" in message
     assert "behind 51" in chosen(row, TopKAbs(max_score=0.4), 0.95, 3, 10)
 
 
@@ -282,7 +294,7 @@ def candidates(draw):
 
 
 def decided(scores, hashes, never, below, count):
-    """The decision about one query's candidates: places kept, and code by place."""
+    """The decision about one query's candidates: places of negatives, and code by place."""
     shape = 1, len(scores)
     block = Block(
         np.array(scores, dtype=np.float64).reshape(shape),
@@ -292,7 +304,7 @@ def decided(scores, hashes, never, below, count):
     )
     limits = rule_limits(TopKAbs(max_score=below), np.zeros(1))
     code_BC, kept_BC = decide(block, limits, count)
-    assert ((code_BC == KEPT) == kept_BC).all()
+    assert ((code_BC == NEGATIVE) == kept_BC).all()
     codes = {place: code for place, code in enumerate(code_BC[0].tolist()) if code != UNDECIDED}
     return np.flatnonzero(kept_BC[0]).tolist(), codes
 
@@ -301,20 +313,20 @@ def decided(scores, hashes, never, below, count):
 def test_kept_are_the_first_that_every_rule_allows(problem, share):
     scores, hashes, never, positives, count = problem
     below, lowest = ceiling(positives, share), min(positives)
-    kept, codes = decided(scores, hashes, never, below, count)
-    for place in kept:
+    chosen_places, codes = decided(scores, hashes, never, below, count)
+    for place in chosen_places:
         assert not never[place]
         assert scores[place] < lowest - (1 - share) * abs(lowest)
-    kept_hashes = [hashes[place] for place in kept]
+    kept_hashes = [hashes[place] for place in chosen_places]
     assert len(set(kept_hashes)) == len(kept_hashes) <= count
     assert sorted(codes) == list(range(len(codes)))  # a prefix: nothing better was passed over silently
-    if len(kept) < count:
+    if len(chosen_places) < count:
         assert len(codes) == len(scores)
-    for place in codes.keys() - set(kept):
+    for place in codes.keys() - set(chosen_places):
         reasons = {
             CODE[Reason.DUPLICATE_TEXT]: never[place],
             CODE[Reason.TOO_CLOSE]: scores[place] >= below,
-            CODE[Reason.REPEATED_TEXT]: hashes[place] in [hashes[other] for other in kept if other < place],
+            CODE[Reason.REPEATED_TEXT]: hashes[place] in [hashes[other] for other in chosen_places if other < place],
         }
         assert reasons[codes[place]]
 

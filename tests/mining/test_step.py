@@ -44,7 +44,7 @@ CONFIG = MineConfig(
 
 
 def datasets():
-    names = [(topic, name) for topic, found in TOPICS.items() for name in found]
+    names = [(topic, name) for topic, names in TOPICS.items() for name in names]
     documents = [Document(f"d{index:02d}", name, f"a weakness of kind {name}") for index, (_, name) in enumerate(names)]
     documents += [
         Document("copy", *(getattr(documents[0], part) for part in ("title", "text")))
@@ -66,7 +66,7 @@ def datasets():
         TrainingExample(f"s{index:02d}", "pairs", TaskType.STS, name, (ScoredId(f"c{(index + 1) % 15:02d}", score),))
         for index, ((_, name), score) in enumerate(zip(names, [0.9, 0.3, 0.6] * 5, strict=True))
     ]
-    held_out = Document("held", "", "heap buffer overflow again", None, "test")
+    held_out = Document("dev-text", "", "heap buffer overflow again", None, "test")
     return {
         "links": ("retrieval", documents, links),
         "classes": ("classification", texts, classes),
@@ -172,7 +172,7 @@ def _check_links(artifact, audit):
 
 def _check_classes(artifact, audit):
     topics = {
-        f"c{index:02d}": topic for index, topic in enumerate(topic for topic, found in TOPICS.items() for _ in found)
+        f"c{index:02d}": topic for index, topic in enumerate(topic for topic, names in TOPICS.items() for _ in names)
     }
     rows = mined_rows(artifact, "classes")
     assert set(rows) == set(topics)  # "alone" has no partner
@@ -190,7 +190,7 @@ def _check_pairs(artifact, audit):
     for key, row in rows.items():
         own = f"c{key[1:]}"
         keys = {item["id"] for item in row["negatives"]}
-        assert own not in keys and "held" not in keys and not keys & set(row["known_positives"])
+        assert own not in keys and "dev-text" not in keys and not keys & set(row["known_positives"])
     assert audit["datasets"]["pairs"]["dropped"] == {"graded_below_sts_positive": 10}
 
 
@@ -272,14 +272,14 @@ def files(out):
 @pytest.mark.timeout(1800)
 def test_any_number_of_actors_and_parts_gives_the_same_bytes(tmp_path, ray_session):
     prepare = build_prepare(tmp_path / "prepare")
-    found = []
+    written = []
     for actors, rows in ((1, 1 << 20), (2, 5), (4, 2)):
         encode = EncodeConfig(actors=actors, shard_rows=2, precision="fp32")
         config = CONFIG.model_copy(update={"encode": encode, "search": SearchConfig(document_rows=rows, query_rows=6)})
         artifact = MINE.run(config, {"prepare": prepare}, str(tmp_path / f"mine{actors}"))
         assert len(artifact.manifest["metrics"]["select_workers"]) >= min(actors, 2)
-        found.append(files(artifact.uri))
-    assert found[0] == found[1] == found[2] and len(found[0]) == 5
+        written.append(files(artifact.uri))
+    assert written[0] == written[1] == written[2] and len(written[0]) == 5
 
 
 @pytest.mark.slow

@@ -104,13 +104,13 @@ def naive(world, share, count):
         scores = document_ND.astype(np.float64) @ query.astype(np.float64)
         lowest = min(scores[ids.index(key)] for key in row["positives"])
         never = {row["hash"], *(hashes[ids.index(key)] for key in row["never"])}
-        kept = []
+        chosen = []
         for index in sorted(range(DOCUMENTS), key=lambda index: (-scores[index], ids[index])):
             free = ids[index] not in row["never"] and hashes[index] not in never
-            if free and scores[index] < lowest - (1 - share) * abs(lowest) and len(kept) < count:
-                kept.append((ids[index], scores[index]))
+            if free and scores[index] < lowest - (1 - share) * abs(lowest) and len(chosen) < count:
+                chosen.append((ids[index], scores[index]))
                 never.add(hashes[index])
-        result.append(kept)
+        result.append(chosen)
     return result
 
 
@@ -119,9 +119,9 @@ def test_negatives_equal_filtering_the_whole_ranking(tmp_path, world, depth, sha
     config = MineConfig(
         depth=depth, num_negatives=4, rule={"type": "topk_perc_pos", "max_negative_to_positive_ratio": share}
     )
-    found, audit = mine(tmp_path, world, config)
+    mined_rows, audit = mine(tmp_path, world, config)
     rows = world[3]
-    for row, mined, expected in zip(rows, found, naive(world, share, 4), strict=True):
+    for row, mined, expected in zip(rows, mined_rows, naive(world, share, 4), strict=True):
         assert mined["example_id"] == row["key"]
         assert mined["known_positives"] == sorted(row["never"])
         assert [item["id"] for item in mined["positives"]] == row["positives"][:1]
@@ -133,7 +133,7 @@ def test_negatives_equal_filtering_the_whole_ranking(tmp_path, world, depth, sha
         assert [item["id"] for item in negatives] == [key for key, _ in expected]
         np.testing.assert_allclose([item["score"] for item in negatives], [score for _, score in expected], atol=1e-12)
     assert audit["counts"]["mined"] == QUERIES
-    assert audit["counts"]["negatives"] == sum(len(row["negatives"]) for row in found)
+    assert audit["counts"]["negatives"] == sum(len(row["negatives"]) for row in mined_rows)
     assert sum(audit["histograms"]["positives"]) == QUERIES == sum(audit["positive_ranks"].values())
     assert audit["rejected"]["too_close_to_positive"] > 0
     assert (audit["counts"]["deepened"] > 10) == (depth == 5)
@@ -216,18 +216,18 @@ def test_selection_needs_nothing_of_the_corpus(tmp_path, world):
 
 def test_random_rule_draws_other_documents_and_knows_the_positives(tmp_path, world):
     config = MineConfig(rule=RandomNegatives(), num_negatives=6, seed=1)
-    found, audit = mine(tmp_path / "one", world, config)
+    mined_rows, audit = mine(tmp_path / "one", world, config)
     ids, hashes, _, rows, _ = world
-    for row, mined in zip(rows, found, strict=True):
+    for row, mined in zip(rows, mined_rows, strict=True):
         keys = [item["id"] for item in mined["negatives"]]
         drawn = {hashes[ids.index(key)] for key in keys}
         assert len(drawn) == len(keys) == 6
         assert not drawn & {row["hash"], *(hashes[ids.index(key)] for key in row["never"])}
-    assert len({item["id"] for mined in found for item in mined["negatives"]}) > 60
+    assert len({item["id"] for mined in mined_rows for item in mined["negatives"]}) > 60
     assert sum(audit["rejected"].values()) == 0
     other = config.model_copy(update={"seed": 2})
-    assert mine(tmp_path / "two", world, other)[0] != found
-    assert mine(tmp_path / "three", world, config, shard_rows=5)[0] == found
+    assert mine(tmp_path / "two", world, other)[0] != mined_rows
+    assert mine(tmp_path / "three", world, config, shard_rows=5)[0] == mined_rows
 
 
 def test_a_positive_that_is_not_in_the_corpus_is_named(tmp_path, world):
@@ -246,12 +246,12 @@ def alone(config, row, documents):
     never = {row["hash"], *(by_id[key] for key in row["never"] if key in by_id)}
 
     def accept(order):
-        kept, used = [], set(never)
+        chosen, used = [], set(never)
         for place in order:
-            if by_id[ids[place]] not in used and len(kept) < config.num_negatives:
-                kept.append(place)
+            if by_id[ids[place]] not in used and len(chosen) < config.num_negatives:
+                chosen.append(place)
                 used.add(by_id[ids[place]])
-        return kept
+        return chosen
 
     drawn = draw_accepted(example_generator(config.seed, "set", row["key"]), len(ids), config.num_negatives, accept)
     return [ids[place] for place in drawn]
