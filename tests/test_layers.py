@@ -304,3 +304,14 @@ def test_light_commands_load_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_the_report_loads_neither_torch_nor_scipy() -> None:
+    """Every run ends with it: they would take most of its time."""
+    script = (
+        "import importlib, pkgutil, sys\nfrom nvembed import report\n"
+        "for part in pkgutil.iter_modules(report.__path__): importlib.import_module(f'nvembed.report.{part.name}')\n"
+        f"assert not set(sys.modules) & {{'scipy', *{HEAVY!r}}}"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
