@@ -25,6 +25,7 @@ SHORT = {
     "nvembed/cli.py": "the entry point: loads a command only when it is given",
     "nvembed/core/ray_cluster.py": "the one place that starts or joins Ray",
     "nvembed/core/runtime.py": "the process itself: revision, freed memory, progress bars",
+    "nvembed/jobs/submit.py": "imports every backend, and every backend imports backend.py",
     "nvembed/losses/distillation.py": "one objective; torch only",
     "nvembed/losses/matryoshka.py": "prefixes of embeddings, shared by all objectives; torch only",
     "nvembed/modeling/bidirectional.py": "goes into exported model folders as code",
@@ -32,6 +33,8 @@ SHORT = {
     "nvembed/modeling/pooling.py": "goes into exported model folders as code",
     "nvembed/modeling/precision.py": "the one home of bf16 detection and autocast; needs torch",
     "nvembed/pipeline/steps.py": "pipeline files list steps by it without loading torch",
+    "nvembed/recipe/diff.py": "shared by a command and the report",
+    "nvembed/report/attempts.py": "read here, below the pipeline that writes the file",
     "nvembed/preflight/findings.py": "imports nothing: jobs, pipeline and all checks share it",
     "nvembed/training/errors.py": "shared by the loop and by the launcher, which loads no torch",
 }

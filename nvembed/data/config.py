@@ -81,7 +81,9 @@ class RowSource(OwnedSource):
         "examples",
         description="Classes and clusters: another text of the class (NV-Embed v2 4.3), or the label's own text (v1).",
     )
-    label_texts: dict[str, str] = Field({}, description="Label -> text that is embedded for it; others stand for it.")
+    label_texts: dict[str, str] = Field(
+        {}, description="Label -> text embedded for it; a label without one is its own text."
+    )
     score_range: tuple[float, float] = Field((0.0, 1.0), description="sts: scores that mean 0 and 1 in the source.")
     test_share: float = Field(0.1, gt=0, lt=0.5)
 

@@ -19,7 +19,6 @@ from nvembed.core import storage
 from nvembed.core.runtime import git_revision
 from nvembed.core.secrets import mask_all
 from nvembed.core.steps import METRICS, STARTS
-from nvembed.modeling.precision import resolve_precision
 from nvembed.registry.step import REGISTRATION
 from nvembed.registry.versions import primary_metric
 from nvembed.report.schema import (
@@ -238,7 +237,14 @@ def _precision(config: Mapping[str, Any]) -> str | None:
     if configured is None or config.get("gpus_per_worker"):
         return configured
 
-    return resolve_precision(configured, "cpu")
+    return _resolved(configured)
+
+
+def _resolved(precision: str) -> str:
+    """Precision on this machine's processor."""
+    from nvembed.modeling.precision import resolve_precision  # torch, which importing the report must not load
+
+    return resolve_precision(precision, "cpu")
 
 
 def _lineage(artifact: Artifact) -> LineageEntry:
@@ -335,7 +341,7 @@ def describe_environment() -> Environment:
         processor=_processor(),
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
-        bf16=resolve_precision("auto", "cpu") == "bf16",
+        bf16=_resolved("auto") == "bf16",
         git_revision=git_revision(),
         packages={name: version for name in PACKAGES if (version := _version(name)) is not None},
     )
