@@ -47,7 +47,7 @@ class Gather:
 
     Attributes:
         uri: working folder.
-        tables: parquet files that together are the table; a key stands in it once.
+        tables: parquet files that together are the table; a key occurs in it once.
         key: its column of keys.
         columns: what is wanted beside the key.
     """

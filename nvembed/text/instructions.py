@@ -89,7 +89,7 @@ def task_sentence(task: str) -> str:
 
 
 def instruction_prefix(task: str) -> str:
-    """What stands before a query: `Instruct: {task}\\nQuery: `, with the trailing space.
+    """The prefix of a query: `Instruct: {task}\\nQuery: `, with the trailing space.
 
     Args:
         task: a key of `CATALOGUE` or a sentence of one's own.
