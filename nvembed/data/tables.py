@@ -100,7 +100,7 @@ def examples_file(split: str) -> str:
 
 
 def dataset_info(artifact: Artifact) -> dict[str, dict[str, Any]]:
-    """Records of the data sets in `prepare`'s manifest, in the recipe's order: task, instruction, split rule, counts."""
+    """Records of data sets in `prepare`'s manifest, in the recipe's order: task, instruction, split rule, counts."""
     recorded: Mapping[str, Any] = artifact.manifest["metrics"]["datasets"]
     order = [source["name"] for source in artifact.manifest["config"]["sources"]]
     return {name: dict(recorded[name]) for name in sorted(recorded, key=order.index)}
