@@ -15,7 +15,7 @@ _EXPORTS = {
     "evaluate_retrieval": "nvembed.evaluation.retrieval",
     "load_embedder": "nvembed.modeling.folder",
     "mine_vectors": "nvembed.mining.api",
-    "run_pipeline": "nvembed.pipeline.command_line",
+    "run_pipeline": "nvembed.pipeline.execution",
     "search_vectors": "nvembed.retrieval.exact.search",
 }
 __all__ = sorted(_EXPORTS)

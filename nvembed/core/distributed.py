@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class WorkerContext(Protocol):
-    """What the training loop knows about its process; implemented for Ray Train and for one plain process."""
+    """The training loop's view of its process; implemented for Ray Train and for one plain process."""
 
     rank: int
     world_size: int

@@ -19,7 +19,7 @@ WRITER = "nvembed_version"  # the key beside `format_version`
 
 
 class FormatError(UserError):
-    """A format that this nvembed does not read; the message says what to do."""
+    """The format of a file is not one this nvembed reads; the message names the remedy."""
 
 
 def own_version() -> str:

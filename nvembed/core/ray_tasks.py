@@ -37,7 +37,7 @@ Task = dict[str, Any]  # JSON-like, as is what comes back
 
 
 class Worker(Protocol):
-    """What runs inside an actor: built once per process, called once per task."""
+    """The work of one actor: built once per process, called once per task."""
 
     def work(self, task: Task) -> Task:
         """Do one task and return counters."""

@@ -93,7 +93,7 @@ def without_credentials(uri: str) -> str:
 
 
 def why_refused(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """Why a value must not stand in a recipe or an address that is stored; "" where it may."""
+    """Why a value must not be stored in a recipe or an address; "" where it may."""
     for value, name in secret_values(environment).items():
         if value in text:
             return f"holds the value of {name}, a secret of your environment. Leave it there, out of what is stored"

@@ -112,7 +112,7 @@ def _read_record(uri: str) -> dict[str, Any]:
 
 @dataclass
 class StepResult:
-    """What a step records in its manifest beside its files."""
+    """Row counts and metrics that a step records in its manifest."""
 
     rows: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -209,15 +209,15 @@ class Step:
 
 
 def remove_working_files(uri: str) -> None:
-    """Delete what a published step no longer needs (also what a run killed right after publication left)."""
+    """Delete the working files of a published step, also those of a run killed right after publication."""
     for name in WORKING:
         storage.remove(storage.join(uri, name))
 
 
 def _prepare_directory(uri: str, *, clear: bool) -> None:
-    """Make a step's directory, or take over what a killed run of ours left; refuse one that no run of ours started.
+    """Make a step's directory, or take over that of a killed run; refuse one that no run started.
 
-    The start file goes last: killed half-way through, the rest is still known to be ours.
+    The start file goes last: killed half-way through, the directory is still known to be a run's.
     """
     names = storage.list_directory(uri)
     if names and STARTED not in names:

@@ -65,7 +65,7 @@ def join(uri: str, *parts: str) -> str:
 
 @retried
 def exists(uri: str) -> bool:
-    """Whether something is at the URI."""
+    """Whether the URI exists."""
     fs, path = filesystem(uri)
     return bool(fs.exists(path))
 

@@ -8,7 +8,7 @@ from nvembed.types import Config
 
 
 class Source(Config):
-    """What all sources share. `name` is the data set's name everywhere; `instruction` a key of the catalogue."""
+    """Options of every source. `name` is the data set's name everywhere; `instruction` a key of the catalogue."""
 
     name: str
     instruction: str

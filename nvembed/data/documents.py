@@ -1,7 +1,7 @@
 """The documents of a data set while it is prepared: an Arrow IPC file on disk, some 50 bytes of memory a document.
 
 The file (in `TMPDIR`) has no name, so nothing is left behind however the process ends, and is read back through the
-page cache, memory-mapped. What is decided about documents is decided over arrays of their places.
+page cache, memory-mapped. Decisions about documents are made over arrays of their places.
 """
 
 from __future__ import annotations
@@ -216,12 +216,12 @@ class Documents:
     # -- texts --------------------------------------------------------------------------------------------------------
 
     def texts(self) -> Iterator[str]:
-        """What is embedded of each document (`document_text`)."""
+        """The embedded text of each document (`document_text`)."""
         for table in self.tables():
             yield from map(document_text, table.column("title").to_pylist(), table.column("text").to_pylist())
 
     def texts_of(self, ids: Iterable[str]) -> dict[str, str]:
-        """What is embedded of some documents, by id."""
+        """The embedded texts of some documents, by id."""
         places = self.places(ids)
         return dict(zip(places, self.taken(np.array(list(places.values()), np.int64)).texts(), strict=True))
 
@@ -237,7 +237,7 @@ class Documents:
         return digest_N2
 
     def lengths(self) -> np.ndarray:
-        """int64 [N]: characters of what is embedded."""
+        """int64 [N]: characters of the embedded texts."""
         return np.fromiter(map(len, self.texts()), np.int64, len(self))
 
 

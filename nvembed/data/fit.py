@@ -77,7 +77,7 @@ def _first_of_equal(digest_N2: np.ndarray) -> np.ndarray:
 
 
 def _key(example: TrainingExample) -> object:
-    """What makes an example the same as another: its query, and for graded pairs its partner too."""
+    """Key of equal examples: the query, for graded pairs with its partner."""
     return (example.query, example.positives[0].id) if example.task is TaskType.STS else example.query
 
 

@@ -133,7 +133,7 @@ def _deduplicate(rows: SourceRows, config: PrepareConfig, work_uri: str) -> dict
 
 
 def _settle_leaks(datasets: dict[str, SourceRows], config: PrepareConfig, work_uri: str) -> dict[str, dict[str, Any]]:
-    """What the evaluation sets have in common with training; dropped or refused, as the recipe says."""
+    """Leaks of the evaluation sets into training; dropped or refused, as the recipe says."""
     decontamination = config.decontaminate
     if decontamination is None:
         return {name: {} for name in datasets}
@@ -205,7 +205,7 @@ def _write(rows: SourceRows, uri: str) -> None:
 
 
 def _examples(examples: list[TrainingExample]) -> Iterator[pa.Table]:
-    """Row groups: the examples as Python objects take less than as what Arrow is made from."""
+    """Row groups one by one: rows as dicts, from which Arrow is made, take more memory than the examples."""
     for start in range(0, max(len(examples), 1), ROW_GROUP_ROWS):
         yield examples_table(examples[start : start + ROW_GROUP_ROWS])
 

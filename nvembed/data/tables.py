@@ -59,7 +59,7 @@ class Document:
 
 
 def document_text(title: str, text: str) -> str:
-    """What is embedded and searched for a corpus row: title and text with one space between, as BEIR does."""
+    """The text of a corpus row that is embedded and searched: title and text with one space between, as BEIR does."""
     return f"{title} {text}".strip() if title else text
 
 
@@ -100,7 +100,7 @@ def examples_file(split: str) -> str:
 
 
 def dataset_info(artifact: Artifact) -> dict[str, dict[str, Any]]:
-    """What `prepare` recorded of each data set: task, instruction, split rule, counts (in the recipe's order)."""
+    """Records of data sets in `prepare`'s manifest, in the recipe's order: task, instruction, split rule, counts."""
     recorded: Mapping[str, Any] = artifact.manifest["metrics"]["datasets"]
     order = [source["name"] for source in artifact.manifest["config"]["sources"]]
     return {name: dict(recorded[name]) for name in sorted(recorded, key=order.index)}

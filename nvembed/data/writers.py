@@ -59,7 +59,7 @@ def write_beir(
 ) -> None:
     """Write `corpus.jsonl`, `queries.jsonl` and `qrels/<split>.tsv` for every split given.
 
-    Positives are judged with their score, rounded down to at least 1 (1 without a score), given negatives with 0.
+    The grade of a positive is its score, rounded down to at least 1 (1 without a score), that of a given negative 0.
     """
     _check((row for rows in examples.values() for row in rows), TaskType.RETRIEVAL)
     corpus = ({"_id": row.id, "title": row.title, "text": row.text} for row in documents)

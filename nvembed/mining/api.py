@@ -85,6 +85,8 @@ def mine_vectors(
         UserError: an unknown rule, wrong shapes, a query without a positive or with one that is no row, NaN, infinity.
 
     Example:
+        >>> import numpy as np
+        >>> from nvembed import mine_vectors
         >>> vectors = np.eye(4, dtype=np.float32) + 0.1 * np.arange(4, dtype=np.float32)
         >>> mine_vectors(vectors, vectors, [[0], [1], [2], [3]], 1, {"type": "topk"}).tolist()
         [[3], [3], [3], [2]]

@@ -44,6 +44,12 @@ class Embedder(nn.Module):
 
     Raises:
         UserError: latent attention whose heads do not divide the width; texts longer than the backbone's positions.
+
+    Example:
+        >>> from nvembed import load_embedder
+        >>> model = load_embedder("model")
+        >>> model.encode(["heap overflow", "sort a list"], instruction="web_search").shape == (2, model.dim)
+        True
     """
 
     embedding_model: Any  # a transformers decoder; their types are of no help

@@ -47,7 +47,7 @@ class Gather:
 
     Attributes:
         uri: working folder.
-        tables: parquet files that together are the table; a key stands in it once.
+        tables: parquet files that together are the table; a key occurs in it once.
         key: its column of keys.
         columns: what is wanted beside the key.
     """
@@ -120,7 +120,7 @@ def _gather_part(job: Gather, parts: Sequence[list[tuple[str, list[int]]]], part
 
 
 def _bounds(file: pq.ParquetFile, groups: Sequence[int], key: str) -> tuple[str, str] | None:
-    """Smallest and largest key of row groups, where their statistics tell: where a table is sorted by its key, each
+    """Smallest and largest key of row groups, where they have statistics: where a table is sorted by its key, each
     part needs few of the requests."""
     names = [file.schema.column(place).path for place in range(len(file.schema))]  # nested columns have several
     column = names.index(key)

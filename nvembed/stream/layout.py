@@ -84,7 +84,7 @@ def distill_schema(dim: int) -> pa.Schema:
 
 @dataclass(frozen=True)
 class DatasetFiles:
-    """Where the texts and ids of one data set lie, and what `prepare` recorded of it."""
+    """Files with the texts and ids of one data set, and its record in `prepare`."""
 
     task: str
     symmetric: bool
@@ -119,17 +119,17 @@ Job = ContrastiveJob | DistillJob
 
 
 def plan_uri(work_uri: str, shard: int) -> str:
-    """Where the plan of a shard lies until the stream is published."""
+    """URI of the plan of a shard, a working file."""
     return part_uri(work_uri, ".tmp", "plan", shard)
 
 
 def shard_uri(work_uri: str, shard: int) -> str:
-    """Where a shard lies."""
+    """URI of a shard."""
     return part_uri(work_uri, "shards", shard)
 
 
 def lay_out_shards(job: Job, num_shards: int) -> None:
-    """Write every shard whose plan was written; order and bytes do not depend on who does it."""
+    """Write every shard whose plan was written; order and bytes do not depend on the worker."""
     if isinstance(job, ContrastiveJob):
         _gather(job, num_shards)
     else:
@@ -166,7 +166,7 @@ class _Joined:
 
 
 def _gathers(name: str, job: ContrastiveJob) -> dict[str, Gather]:
-    """What is gathered of one data set's tables for the shards."""
+    """The gathers of one data set's tables."""
     files = job.datasets[name]
     root = storage.join(job.work_uri, ".tmp", "gathered", name)
     return {
@@ -310,7 +310,7 @@ def _cut_uri(work_uri: str, shard: int) -> str:
 
 
 def truncated_shares(work_uri: str, num_shards: int) -> dict[str, dict[str, float]]:
-    """By data set: which share of the stream's queries and documents is cut at `max_length`."""
+    """By data set: the share of the stream's queries and documents is cut at `max_length`."""
     total: dict[tuple[str, str], np.ndarray] = {}
     for shard in range(num_shards):
         for name, roles in storage.read_json(_cut_uri(work_uri, shard)).items():

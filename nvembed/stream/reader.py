@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nvembed.core import storage
+from nvembed.core.parquet import part_uri
 from nvembed.core.retry import retried
 from nvembed.core.steps import CorruptArtifactError, load_artifact
 from nvembed.core.vectors import table_matrix
@@ -69,7 +70,7 @@ class StreamReader:
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of a stream of {self.num_steps}")
         shard, group = divmod(step, self._steps_per_shard)
-        table = self._shard(f"shards/part-{shard:05d}.parquet").read_row_group(group)
+        table = self._shard(part_uri("shards", shard)).read_row_group(group)
         steps = table.column("step").to_numpy()
         assert len(steps) == self.batch_size and (steps == step).all(), "shards and manifest disagree"
         return _distill_batch(table, step) if self.teacher_dim is not None else _contrastive_batch(table, step)
@@ -120,7 +121,7 @@ class StreamReader:
     def _check_sizes(self) -> None:
         problems = []
         last = (self.num_steps - 1) // self._steps_per_shard
-        for name in (f"shards/part-{shard:05d}.parquet" for shard in range(last + 1)):
+        for name in (part_uri("shards", shard) for shard in range(last + 1)):
             fs, path = storage.filesystem(self.artifact.path(name))
             if name not in self._files or not fs.exists(path):
                 problems.append(f"{name}: missing")

@@ -103,7 +103,7 @@ STREAM = Step("stream", 1, _build_stream)
 
 
 def _checked_datasets(config: StreamConfig, prepare: Artifact) -> dict[str, dict[str, Any]]:
-    """What `prepare` recorded, after checking the names and values of the weights."""
+    """The records of the data sets, after checking the names and values of the weights."""
     info = dataset_info(prepare)
     problems = []
     for name, weight in config.weights.items():

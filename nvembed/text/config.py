@@ -6,7 +6,7 @@ from nvembed.types import Config
 
 
 class TextConfig(Config):
-    """How a text becomes model input.
+    """From a text to model input.
 
     `add_bos`/`add_eos`: ids added once around the truncated text (NV-Embed adds both; GPT-2-style BPE has no BOS).
     `mask_instruction`: instruction (and BOS before it) left out of pooling; they still act through attention.

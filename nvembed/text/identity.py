@@ -1,4 +1,4 @@
-"""What makes two texts the same: hashes, word shingles, Jaccard similarity; and which texts can be embedded at all.
+"""Identity of texts: hashes, word shingles, Jaccard similarity; and which texts can be embedded.
 
 Every value is the same on every machine and Python: artifacts hold these hashes.
 """
@@ -20,7 +20,7 @@ def text_problem(text: object, max_bytes: int = MAX_TEXT_BYTES) -> str | None:
     """Why a text is not embedded; None where it is.
 
     Args:
-        text: what stands where a text should.
+        text: any value in the place of a text.
         max_bytes: most bytes of its UTF-8 form.
 
     Returns:

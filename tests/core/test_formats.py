@@ -27,9 +27,9 @@ ASSETS = Path(__file__).parents[1] / "assets" / "formats"
 
 
 def samples(kind):
-    found = sorted((ASSETS / kind).glob("v*"))
-    assert found, f"no sample of {kind}: run tests/assets/formats/make.py"
-    return found
+    result = sorted((ASSETS / kind).glob("v*"))
+    assert result, f"no sample of {kind}: run tests/assets/formats/make.py"
+    return result
 
 
 def test_every_format_of_today_has_a_sample():
@@ -61,16 +61,16 @@ def test_model_folders_are_read(sample):
     embedder = load_embedder(sample)  # with its probe vectors computed again
     vectors = load_file(sample / "probes.safetensors")["vectors"]
     rows = json.loads((sample / "probes.json").read_text())
-    found = embedder.encode([row["text"] for row in rows], prompt=[row["instruction"] for row in rows])
-    assert np.abs(found - vectors).max() <= 1e-5
+    result = embedder.encode([row["text"] for row in rows], prompt=[row["instruction"] for row in rows])
+    assert np.abs(result - vectors).max() <= 1e-5
     assert describe_folder(sample)["prompts"] == {"query": "Instruct: x\nQuery: "}
     assert len(read_adapter(sample / "adapter").tensors) == 2
 
 
 @pytest.mark.parametrize("sample", samples("adapter"), ids=lambda path: path.name)
 def test_adapters_are_read(sample):
-    kept = read_adapter(sample)
-    assert kept.base["name"] == "base" and kept.config["r"] == 2
+    remaining = read_adapter(sample)
+    assert remaining.base["name"] == "base" and remaining.config["r"] == 2
     assert describe_adapter_folder(sample)["embedder"]["pooling"]["type"] == "latent_attention"
 
 
@@ -80,10 +80,10 @@ def test_checkpoints_are_read_and_resumed_from(sample):
     config = TrainConfig.model_validate(state["config"])
     store = CheckpointStore(str(sample), Identity(config, state["inputs"], state["precision"], 1))
     assert store.preview() == 1
-    found = Checkpoint(storage.join(str(sample), "checkpoints", "step-000001"))
+    result = Checkpoint(storage.join(str(sample), "checkpoints", "step-000001"))
     name = "embedder.embedding_model.layers.0.self_attn.q_proj.lora_A.default.weight"
-    assert found.read("parameters", name).shape == (2, 8) and torch.equal(
-        found.read("exp_avg", name), torch.zeros(2, 8)
+    assert result.read("parameters", name).shape == (2, 8) and torch.equal(
+        result.read("exp_avg", name), torch.zeros(2, 8)
     )
 
 

@@ -82,8 +82,8 @@ def test_errors_of_tasks(ray_session: None, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
     with pytest.raises(UserError, match=r"^task 1 has bad input$"):
         run_tasks(functools.partial(refuse, folder), 3, folder, "files")
-    said: list[str] = []
+    messages: list[str] = []
     with pytest.raises(Exception) as raised:
         run_tasks(functools.partial(fill, folder), 2, folder, "files")
-    assert report_error(raised.value, said.append, folder) == 4
-    assert said[0] == f"error: OSError: [Errno 28] No space left on device: '{folder}/file'"
+    assert report_error(raised.value, messages.append, folder) == 4
+    assert messages[0] == f"error: OSError: [Errno 28] No space left on device: '{folder}/file'"

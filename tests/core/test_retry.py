@@ -81,11 +81,11 @@ def test_a_file_is_read_on_where_it_stood(monkeypatch: pytest.MonkeyPatch) -> No
         reads = 0
 
         def read(self, size: int | None = -1) -> bytes:
-            found = super().read(size)
+            result = super().read(size)
             self.reads += 1
             if self.reads % 2:
                 raise OSError(errno.EBUSY, "SlowDown")
-            return found
+            return result
 
     with io.BufferedReader(retry.RetriedFile(Flaky(data)), 512) as file:
         assert file.read() == data

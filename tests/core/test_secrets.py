@@ -1,4 +1,4 @@
-"""Secrets: found by name, by value, in URLs; never in what is said or stored."""
+"""Secrets: recognised by name, by value, in URLs; never in what is logged or stored."""
 
 import http.server
 import logging
@@ -105,8 +105,8 @@ def test_the_console_and_the_log_mask(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_the_file_of_an_error_masks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary/canary+canary")
-    said: list[str] = []
-    assert report_error(RuntimeError("denied: canary/canary+canary"), said.append, str(tmp_path)) == 4
+    messages: list[str] = []
+    assert report_error(RuntimeError("denied: canary/canary+canary"), messages.append, str(tmp_path)) == 4
     (file,) = (tmp_path / "logs").iterdir()
     assert "canary" not in file.read_text() and f"denied: {MASK}" in file.read_text()
 

@@ -29,13 +29,13 @@ class Counter:
 
     def __init__(self, *, logic_version: int = 1, cleared: bool = True, fail: bool = False) -> None:
         self.builds = 0
-        self.found: list[str] = []
+        self.result: list[str] = []
         self.fail = fail
         self.step = Step("count", logic_version, self.build, cleared)
 
     def build(self, config: Any, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:
         self.builds += 1
-        self.found = storage.list_directory(work_uri)
+        self.result = storage.list_directory(work_uri)
         storage.write_bytes(storage.join(work_uri, "deep", "values.bin"), bytes([config.value] * 1000))
         if self.fail:
             raise RuntimeError("killed here")
@@ -80,12 +80,12 @@ def test_another_identity_is_refused_with_the_difference(tmp_path: Path, change:
     config = Settings(value=2 if change == "config" else 1)
     with pytest.raises(ChangedRecipeError) as refused:
         step.run(config, {"in": other if change == "input" else source}, uri)
-    said = {
+    messages = {
         "config": "config.value: 1 -> 2",
         "version": "logic_version: 1 -> 2",
         "input": f'inputs.in: "{source.manifest_hash}" -> "{other.manifest_hash}"',
     }
-    assert said[change] in str(refused.value)
+    assert messages[change] in str(refused.value)
     assert load_artifact(uri).manifest["config"] == {"value": 1}, "nothing was touched"
 
 
@@ -116,7 +116,7 @@ def test_a_build_finds_the_files_of_a_killed_one_only_where_it_resumes(root: str
     counter.fail = False
     counter.step.run(Settings(), {}, uri)
     assert counter.builds == 2
-    assert ("deep" in counter.found) is not cleared
+    assert ("deep" in counter.result) is not cleared
 
 
 def test_a_directory_of_somebody_else_is_never_touched(tmp_path: Path) -> None:

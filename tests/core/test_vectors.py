@@ -48,9 +48,9 @@ def test_vectors_are_fixed_size_lists_and_come_back_bit_equal(tmp_path):
         write_shard(vector_table(pa.array(list("abcde")), matrix + number), f"{tmp_path}/part-0000{number}.parquet")
     kind = pq.read_schema(tmp_path / "part-00000.parquet").field("vector").type
     assert pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float32() and kind.list_size == 3
-    keys, found = read_vectors(str(tmp_path))
+    keys, result = read_vectors(str(tmp_path))
     assert keys == list("abcdeabcde")
-    assert found.tobytes() == np.concatenate([matrix, matrix + 1]).tobytes()
+    assert result.tobytes() == np.concatenate([matrix, matrix + 1]).tobytes()
     assert [len(keys) for keys, _ in iter_vectors(str(tmp_path))] == [5, 5]
 
 

@@ -74,48 +74,48 @@ def plain_unique(documents: list[Document]) -> tuple[list[Document], dict[str, s
 
 @given(retrieval_sets())
 def test_equal_texts_become_one_as_in_a_list(rows: Rows) -> None:
-    found = source(rows)
-    unique_texts(found)
+    result = source(rows)
+    unique_texts(result)
     documents, stands = plain_unique(rows[0])
-    assert list(found.documents) == documents
+    assert list(result.documents) == documents
     named = {item.id for split in SPLITS for row in rows[1][split] for item in row.positives}
-    left = {item.id for split in SPLITS for row in found.examples[split] for item in row.positives}
+    left = {item.id for split in SPLITS for row in result.examples[split] for item in row.positives}
     assert left <= {stands[key] for key in named}
 
 
 @given(retrieval_sets(), st.integers(1, 30), st.integers(0, 3))
 def test_the_cap_keeps_what_it_keeps_in_a_list(rows: Rows, cap: int, seed: int) -> None:
-    found = source(rows)
-    fit_corpus(found, cap, seed)
-    kept = {item.id for split in ("dev", "test") for row in rows[1][split] for item in row.positives}
+    result = source(rows)
+    fit_corpus(result, cap, seed)
+    remaining = {item.id for split in ("dev", "test") for row in rows[1][split] for item in row.positives}
     train = []
     for row in rows[1]["train"]:
-        new = {item.id for item in row.positives} - kept
-        if len(kept) + len(new) <= cap:
-            kept |= new
+        new = {item.id for item in row.positives} - remaining
+        if len(remaining) + len(new) <= cap:
+            remaining |= new
             train.append(row)
-    negatives = dict.fromkeys(item.id for row in train for item in row.negatives if item.id not in kept)
-    kept.update(list(negatives)[: max(0, cap - len(kept))])
-    rest = sorted((row.id for row in rows[0] if row.id not in kept), key=lambda key: stable_hash(seed, key))
-    kept.update(rest[: max(0, cap - len(kept))])
-    assert list(found.documents) == [row for row in rows[0] if row.id in kept]
+    negatives = dict.fromkeys(item.id for row in train for item in row.negatives if item.id not in remaining)
+    remaining.update(list(negatives)[: max(0, cap - len(remaining))])
+    rest = sorted((row.id for row in rows[0] if row.id not in remaining), key=lambda key: stable_hash(seed, key))
+    remaining.update(rest[: max(0, cap - len(remaining))])
+    assert list(result.documents) == [row for row in rows[0] if row.id in remaining]
     for split, items in {**rows[1], "train": train}.items():
-        assert found.examples[split] == [
-            dataclasses.replace(row, negatives=tuple(item for item in row.negatives if item.id in kept))
+        assert result.examples[split] == [
+            dataclasses.replace(row, negatives=tuple(item for item in row.negatives if item.id in remaining))
             for row in items
         ]
 
 
 @given(retrieval_sets())
 def test_sides_are_those_of_a_list(rows: Rows) -> None:
-    found = source(rows)
-    mark_held_out_documents(found)
+    result = source(rows)
+    mark_held_out_documents(result)
     answers = {split: {item.id for row in rows[1][split] for item in row.positives} for split in SPLITS}
     expected = []
     for row in rows[0]:
         sides = [split for split in SPLITS if row.id in answers[split]]
         expected.append(dataclasses.replace(row, split=sides[-1] if sides and "train" not in sides else None))
-    assert list(found.documents) == expected
+    assert list(result.documents) == expected
 
 
 @given(DOCUMENTS, st.data())
@@ -126,16 +126,16 @@ def test_choices_of_documents(rows: list[Document], data: st.DataObject) -> None
     rows, documents = [rows[place] for place in order], documents.taken(order)
     assert list(documents) == rows
     assert [rows[place] for place in documents.id_order()] == sorted(rows, key=lambda row: row.id)
-    asked = data.draw(st.lists(st.text("xyzé😀", min_size=1, max_size=3)))
-    assert documents.places(asked) == {row.id: place for place, row in enumerate(rows) if row.id in asked}
+    requested = data.draw(st.lists(st.text("xyzé😀", min_size=1, max_size=3)))
+    assert documents.places(requested) == {row.id: place for place, row in enumerate(rows) if row.id in requested}
     texts = {row.id: document_text(row.title, row.text) for row in rows}
     assert list(documents.texts()) == list(texts.values())
-    assert documents.texts_of(asked) == {key: texts[key] for key in texts if key in asked}
+    assert documents.texts_of(requested) == {key: texts[key] for key in texts if key in requested}
     assert documents.lengths().tolist() == [len(text) for text in texts.values()]
     assert list(documents.ids()) == list(texts)
-    found = source((rows, {split: [] for split in SPLITS}))
-    merge_documents(found, {row.id: "another" for row in rows if row.id in asked})
-    assert list(found.documents) == [row for row in rows if row.id not in asked]
+    result = source((rows, {split: [] for split in SPLITS}))
+    merge_documents(result, {row.id: "another" for row in rows if row.id in requested})
+    assert list(result.documents) == [row for row in rows if row.id not in requested]
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(1, 12), st.integers(1, 30), st.data())

@@ -292,7 +292,7 @@ def test_no_query_and_no_positive_stands_on_two_sides(numbers: list[tuple[int, i
             for text in (row.query, *(item.id for item in row.positives)):
                 sides.setdefault(text, set()).add(split)
             assert not {item.id for item in row.positives} & {item.id for item in row.negatives}
-    assert all(len(found) == 1 for found in sides.values())
+    assert all(len(result) == 1 for result in sides.values())
     assert {row.query for examples in rows.examples.values() for row in examples} == {f"q{q}" for q, _, _ in numbers}
 
 
@@ -335,7 +335,7 @@ def test_beir_without_dev_and_train(tmp_path: Path) -> None:
 
 
 def test_beir_splits_grades_and_shapes(tmp_path: Path) -> None:
-    """Several files join one side; TREC's four fields and jsonl count too; grades are kept."""
+    """Several files join one split; TREC's four fields and jsonl count too; grades stay."""
     documents, examples = beir_rows()
     write_beir(documents, examples, str(tmp_path))
     (tmp_path / "qrels" / "hard.tsv").write_text("q20\t0\td3\t3\nq21\t0\td4\t0\n")

@@ -54,7 +54,7 @@ def test_a_query_on_several_sides_stays_on_the_most_held_out() -> None:
         test=[retrieval("6", "q", ["c"])],
     )
     unique_texts(rows)
-    assert {split: [row.id for row in kept] for split, kept in rows.examples.items()} == {
+    assert {split: [row.id for row in remaining] for split, remaining in rows.examples.items()} == {
         "train": ["3"],
         "dev": ["5"],
         "test": ["6"],
@@ -82,8 +82,8 @@ def test_caps_keep_classes_even_and_pairs_together() -> None:
         for i in range(50)
         for a, b in ((i, i + 100), (i + 100, i))
     ]
-    kept = {row.id for row in cap_examples(pairs, 20, 0)}
-    assert len(kept) == 20 and {"~".join(reversed(key.split("~"))) for key in kept} == kept
+    remaining = {row.id for row in cap_examples(pairs, 20, 0)}
+    assert len(remaining) == 20 and {"~".join(reversed(key.split("~"))) for key in remaining} == remaining
 
 
 @given(st.integers(0, 40), st.integers(0, 50), st.integers(0, 3))
@@ -101,13 +101,13 @@ def test_the_corpus_cap(cap: int, seed: int) -> None:
     test = [retrieval(f"h{i}", f"h{i}", [f"d{i:02}", f"d{i + 1:02}"]) for i in range(0, 8, 2)]
     rows = source(documents, train=train, test=test)
     fit_corpus(rows, cap, seed)
-    kept = {row.id for row in rows.documents}
-    assert len(kept) == cap
-    assert {item.id for row in test for item in row.positives} <= kept
+    remaining = {row.id for row in rows.documents}
+    assert len(remaining) == cap
+    assert {item.id for row in test for item in row.positives} <= remaining
     assert len(rows.examples["test"]) == 4
     assert len(rows.examples["train"]) == min(20, cap - 8)
     for row in rows.examples["train"]:
-        assert {item.id for item in (*row.positives, *row.negatives)} <= kept
+        assert {item.id for item in (*row.positives, *row.negatives)} <= remaining
     if cap >= 48:
         assert all(row.negatives for row in rows.examples["train"])
 

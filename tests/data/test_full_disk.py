@@ -59,12 +59,12 @@ def test_a_full_temporary_folder_is_named(
 
 
 def test_a_file_that_does_not_fit_is_not_there(small_disk: Any) -> None:
-    kept = small_disk.place / "kept.jsonl"
-    write_rows([{"text": "kept"}], str(kept))
+    remaining = small_disk.place / "kept.jsonl"
+    write_rows([{"text": "kept"}], str(remaining))
     with pytest.raises(OSError) as raised:
         write_rows(({"text": "x" * 1000} for _ in range(2000)), str(small_disk.place / "rows.jsonl"))
     assert raised.value.errno == errno.ENOSPC
     with pytest.raises(OSError):
-        storage.write_bytes(str(kept), b"x" * (2 << 20))
+        storage.write_bytes(str(remaining), b"x" * (2 << 20))
     assert [path.name for path in small_disk.place.iterdir()] == ["kept.jsonl"]
-    assert json.loads(kept.read_text()) == {"text": "kept"}
+    assert json.loads(remaining.read_text()) == {"text": "kept"}

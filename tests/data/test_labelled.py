@@ -120,7 +120,7 @@ def test_graded_pairs_in_both_directions(tmp_path: Path) -> None:
     pairs = {split: {(r.query, texts[r.positives[0].id]) for r in rows.examples[split]} for split in SPLITS}
     assert {(b, a) for a, b in pairs["train"]} == pairs["train"]
     assert not {(b, a) for a, b in pairs["test"]} & pairs["test"]
-    assert sum(len(found) for found in pairs.values()) == 90 + len(pairs["train"]) // 2
+    assert sum(len(result) for result in pairs.values()) == 90 + len(pairs["train"]) // 2
     scores = {row.query: row.positives[0].score for row in everything(rows)}
     assert all(scores[row["sentence1"]] == row["score"] / 5 for row in GRADED)
 
@@ -151,8 +151,8 @@ def test_no_text_of_a_pair_stands_on_two_sides(numbers: list[tuple[int, int, flo
         for row in rows.examples[split]:
             for key in row.id.split("~"):
                 sides.setdefault(key, set()).add(split)
-    assert all(len(found) == 1 for found in sides.values())
-    assert {row.id: row.split for row in rows.documents} == {key: next(iter(found)) for key, found in sides.items()}
+    assert all(len(result) == 1 for result in sides.values())
+    assert {row.id: row.split for row in rows.documents} == {key: next(iter(result)) for key, result in sides.items()}
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.zst", "csv", "tsv.gz", "parquet", ""])

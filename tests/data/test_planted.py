@@ -104,7 +104,7 @@ def planted_leaks(name: str, rows: SourceRows) -> list[tuple[str, tuple[str, str
     """20 (id of the train example, evaluation pair that gives it away), five of each kind; the rest is harmless."""
     texts = {row.id: document_text(row.title, row.text) for row in rows.documents}
     train = cap_examples(rows.examples["train"], None, seed=5)
-    found: list[tuple[str, tuple[str, str]]] = []
+    result: list[tuple[str, tuple[str, str]]] = []
     used: set[str] = set()
 
     def take(fits: Callable[[TrainingExample], bool]) -> TrainingExample:
@@ -120,14 +120,14 @@ def planted_leaks(name: str, rows: SourceRows) -> list[tuple[str, tuple[str, str
 
     for number in range(PLANTED // 4):
         row = take(lambda row: len(row.query.split()) >= 3)
-        found.append((row.id, (other_case(row.query), harmless("document", number))))
+        result.append((row.id, (other_case(row.query), harmless("document", number))))
         row = take(lambda row: len(row.query.split()) >= (12 if name != "hpo" else 3))
-        found.append((row.id, (reworded(row.query, number), harmless("text", number))))
+        result.append((row.id, (reworded(row.query, number), harmless("text", number))))
         row = take(lambda row: len(document(row).split()) >= 14)
-        found.append((row.id, (harmless("query", number), reworded(document(row), number))))
+        result.append((row.id, (harmless("query", number), reworded(document(row), number))))
         row = take(lambda row: len(document(row).split()) >= 20)
-        found.append((row.id, (inner_words(document(row), 9), harmless("answer", number))))
-    return found
+        result.append((row.id, (inner_words(document(row), 9), harmless("answer", number))))
+    return result
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,28 +137,28 @@ def test_planted_leaks_are_found(name: str) -> None:
     assert len({key for key, _ in planted}) == PLANTED
     evaluation = evaluation_of([pair for _, pair in planted])
     leaks = find_leaks({name: rows}, {"benchmark": evaluation}, NEAR, contained_words=8)
-    found = {rows.examples["train"][place].id for place in leaks.examples[name]}
-    missed = [key for key, _ in planted if key not in found]
+    result = {rows.examples["train"][place].id for place in leaks.examples[name]}
+    missed = [key for key, _ in planted if key not in result]
     texts = {row.id: document_text(row.title, row.text) for row in rows.documents}
-    also = len(found) - (PLANTED - len(missed))
+    also = len(result) - (PLANTED - len(missed))
     print(
         f"{name}: {PLANTED - len(missed)} of {PLANTED} planted leaks found, {also} further examples: {leaks.of(name)}"
     )
     assert missed == []
-    others = [row for row in rows.examples["train"] if row.id in found and row.id not in dict(planted)]
+    others = [row for row in rows.examples["train"] if row.id in result and row.id not in dict(planted)]
     given = [text for _, pair in planted for text in pair]
     for row in others:  # real duplicates of what was planted; CWE has many queries a document
         assert any(
             plain_leak(text, other) for text in (row.query, *(texts[p.id] for p in row.positives)) for other in given
         )
     dropped = settle_leaks({name: rows}, leaks, DecontaminateConfig(against=(SOURCE,), on_leak="drop"))
-    assert dropped == {name: len(found)}
+    assert dropped == {name: len(result)}
     again = find_leaks({name: rows}, {"benchmark": evaluation}, NEAR, contained_words=8)
     assert again.examples == {} and again.of(name) == {}
 
 
 def plain_leak(a: str, b: str) -> bool:
-    """What counts as a leak, said once more without hashes."""
+    """An independent rule of what counts as a leak, without hashes."""
     if jaccard(shingles(a, NEAR.shingle_words), shingles(b, NEAR.shingle_words)) >= NEAR.threshold:
         return True
     short, long = sorted((words_of(a), words_of(b)), key=len)
@@ -175,8 +175,8 @@ def test_planted_duplicates_are_dropped(name: str) -> None:
     before = deduplicate(copy_of(real(name)), DeduplicateConfig())
     draw = random.Random(7)
     long = [row for row in sorted(rows.documents, key=lambda row: row.id) if len(row.text.split()) >= 14]
-    kept = [row for row in rows.examples["train"] if len(row.query.split()) >= (12 if name != "hpo" else 3)]
-    documents, queries = draw.sample(long, PLANTED), draw.sample(kept, PLANTED)
+    remaining = [row for row in rows.examples["train"] if len(row.query.split()) >= (12 if name != "hpo" else 3)]
+    documents, queries = draw.sample(long, PLANTED), draw.sample(remaining, PLANTED)
     planted = [Document(f"zz{number}", row.title, reworded(row.text, number)) for number, row in enumerate(documents)]
     rows.documents = Documents.of([*rows.documents, *planted])
     for number, row in enumerate(queries):
@@ -229,8 +229,8 @@ def test_a_leak_fails_the_run_unless_dropped_or_allowed(tmp_path: Path) -> None:
         PREPARE.run(config(allow=("cve",)), {}, str(tmp_path / "unknown"))
     dropped = PREPARE.run(config(on_leak="drop"), {}, str(tmp_path / "dropped"))
     allowed = PREPARE.run(config(allow=("cwe",)), {}, str(tmp_path / "allowed"))
-    info, kept = dataset_info(dropped)["cwe"], dataset_info(allowed)["cwe"]
-    assert info["leaks"] == kept["leaks"] and info["leaks"]["benchmark"]["contained"] >= PLANTED // 4
-    assert info["leaks_dropped"] >= PLANTED and kept["leaks_dropped"] == 0
-    assert kept["train"] - info["train"] == info["leaks_dropped"]
+    info, allowed_info = dataset_info(dropped)["cwe"], dataset_info(allowed)["cwe"]
+    assert info["leaks"] == allowed_info["leaks"] and info["leaks"]["benchmark"]["contained"] >= PLANTED // 4
+    assert info["leaks_dropped"] >= PLANTED and allowed_info["leaks_dropped"] == 0
+    assert allowed_info["train"] - info["train"] == info["leaks_dropped"]
     assert not {row.id for row in read_examples(dropped, "cwe", "train")} & {key for key, _ in planted}

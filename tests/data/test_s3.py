@@ -88,11 +88,11 @@ def test_answers_of_5xx_are_tried_again(store: Any, answer: str, caplog: pytest.
     """Every fifth request of each kind is refused; the result is that of a store in health."""
     put_rows("s3://bucket/rows.jsonl")
     healthy = prepare("s3://bucket/healthy")
-    asked: Counter[str] = Counter()
+    requested: Counter[str] = Counter()
 
     def refuse(method: str, path: str) -> bool:
-        asked[method] += 1
-        return asked[method] % 5 == 0
+        requested[method] += 1
+        return requested[method] % 5 == 0
 
     store.answer, store.refuse = answer, refuse
     with caplog.at_level("WARNING", "nvembed.core.retry"):
@@ -113,11 +113,11 @@ def test_answers_that_end_early_are_asked_for_again(
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     put_rows("s3://bucket/rows.jsonl")
     healthy = prepare("s3://bucket/healthy")
-    asked: Counter[str] = Counter()
+    requested: Counter[str] = Counter()
 
     def cut(method: str, path: str) -> bool:
-        asked[method] += method == "GET" and "." in path.rsplit("/", 1)[-1]
-        return method == "GET" and "." in path.rsplit("/", 1)[-1] and asked[method] % 3 == 0
+        requested[method] += method == "GET" and "." in path.rsplit("/", 1)[-1]
+        return method == "GET" and "." in path.rsplit("/", 1)[-1] and requested[method] % 3 == 0
 
     store.cut = cut
     with caplog.at_level("WARNING", "nvembed.core.retry"):

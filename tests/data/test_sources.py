@@ -61,7 +61,7 @@ def test_cwe_keeps_all_descriptions_of_a_cve_on_one_side(sources: dict[str, Sour
         for row in examples:
             sides.setdefault(row.id.split("#")[0], set()).add(split)
     assert len(sides) > 2000
-    assert all(len(found) == 1 for found in sides.values())
+    assert all(len(result) == 1 for result in sides.values())
 
 
 def test_one_assignment_of_phenotypes_to_sides_serves_all_hpo_sets(sources: dict[str, SourceRows]) -> None:
@@ -74,13 +74,13 @@ def test_one_assignment_of_phenotypes_to_sides_serves_all_hpo_sets(sources: dict
                 for term in touched | {item.id for item in row.positives}:
                     sides.setdefault(term, set()).add(split)
     assert len(sides) > 10_000
-    assert all(len(found) == 1 for found in sides.values())
-    held_out = {term for term, found in sides.items() if found == {"test"}}
+    assert all(len(result) == 1 for result in sides.values())
+    held_out = {term for term, result in sides.items() if result == {"test"}}
     assert held_out
     for term in held_out:
         assert (ontology.ancestors[term] | {term}) & set(TEST_BRANCHES)
-    for term, found in sides.items():
-        if found == {"train"}:
+    for term, result in sides.items():
+        if result == {"train"}:
             assert not (ontology.ancestors[term] | {term}) & set(TEST_BRANCHES + DEV_BRANCHES)
 
 
@@ -126,7 +126,7 @@ def test_code_documents_hold_no_docstring(sources: dict[str, SourceRows]) -> Non
     for split, examples in rows.examples.items():
         for row in examples:
             modules.setdefault(row.id.split(":")[0].split("/")[0], set()).add(split)
-    assert all(len(found) == 1 for found in modules.values())
+    assert all(len(result) == 1 for result in modules.values())
     assert not {"test", "site-packages"} & set(modules)
     parsed = 0
     for document in list(rows.documents)[::7]:
@@ -165,13 +165,13 @@ def test_code_without_docstrings_of_inner_definitions(tmp_path) -> None:
         def one_line(a): "a docstring beside the code"; return a
         ''')
     )
-    found = list(_documented_functions(path))
-    assert [(name, query) for name, _, query, _ in found] == [
+    result = list(_documented_functions(path))
+    assert [(name, query) for name, _, query, _ in result] == [
         ("outer", "Say what the outer one does."),
         ("inner", "The inner one says more here."),
     ]
     expected = "def outer(a):\n    def inner():\n        return a\n    class Kept:\n        size = 1\n    return inner"
-    assert found[0][3] == expected
+    assert result[0][3] == expected
 
 
 def test_missing_package_names_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

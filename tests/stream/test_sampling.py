@@ -1,4 +1,4 @@
-"""Order of the stream: exactly once an epoch, shares kept, prefixes equal, batches without repeats where possible."""
+"""Order of the stream: exactly once an epoch, shares as stated, prefixes equal, few repeats in a batch."""
 
 import itertools
 from collections import Counter

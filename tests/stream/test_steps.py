@@ -143,7 +143,7 @@ def test_rows_say_what_the_inputs_say(inputs: dict[str, Artifact], tmp_path: Pat
     rows = rows_of(artifact)
     assert [(row["step"], row["slot"]) for row in rows] == [(step, slot) for step in range(13) for slot in range(8)]
     given = {(name, row.id): row for name in TASKS for row in examples(name)}
-    found = {(name, row["example_id"]): row for name in TASKS for row in mined(name)}
+    result = {(name, row["example_id"]): row for name in TASKS for row in mined(name)}
     short = 0
     for row in rows:
         key = (row["dataset"], row["example_id"])
@@ -151,9 +151,9 @@ def test_rows_say_what_the_inputs_say(inputs: dict[str, Artifact], tmp_path: Pat
         assert (row["task"], row["symmetric"]) == (task.value, task is not TaskType.RETRIEVAL)
         assert row["instruction"] == PREFIX.format(row["dataset"])
         assert row["texts"][0] == given[key].query
-        positives = {document_key(row["dataset"], item["id"]) for item in found[key]["positives"]}
-        known = {document_key(row["dataset"], item) for item in found[key]["known_positives"]}
-        offered = {item["id"] for item in found[key]["negatives"]} | {item.id for item in given[key].negatives}
+        positives = {document_key(row["dataset"], item["id"]) for item in result[key]["positives"]}
+        known = {document_key(row["dataset"], item) for item in result[key]["known_positives"]}
+        offered = {item["id"] for item in result[key]["negatives"]} | {item.id for item in given[key].negatives}
         negatives = {document_key(row["dataset"], item) for item in offered} - known
         query_id, positive, *chosen = row["document_ids"]
         assert query_id == 0 and positive in positives
@@ -185,23 +185,23 @@ def test_sts_pairs_without_a_positive_are_not_used(inputs: dict[str, Artifact], 
     artifact = lay_out(inputs, tmp_path / "stream", weights={"pairs": 1}, steps=20)
     used = {row["example_id"] for row in rows_of(artifact)}
     assert used == {f"e{i}" for i in range(COUNT) if i % 6}
-    found = artifact.manifest["metrics"]["datasets"]["pairs"]
-    assert {key: found[key] for key in ("usable", "rows", "epochs")} == {"usable": 50, "rows": 160, "epochs": 3.2}
-    assert found["asked"] == found["realised"] == 1
+    result = artifact.manifest["metrics"]["datasets"]["pairs"]
+    assert {key: result[key] for key in ("usable", "rows", "epochs")} == {"usable": 50, "rows": 160, "epochs": 3.2}
+    assert result["asked"] == result["realised"] == 1
 
 
 def test_caps_and_sizes_decide_the_shares(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     """Usable: facts 60, capped to 15; pairs 50. With exponent 0.5 facts get sqrt(15) : sqrt(50)."""
     options: dict[str, Any] = {"weights": {"facts": 2, "pairs": 1}, "caps": {"facts": 15}, "steps": 40}
     artifact = lay_out(inputs, tmp_path / "stream", size_exponent=0.5, **options)
-    found = artifact.manifest["metrics"]["datasets"]
+    result = artifact.manifest["metrics"]["datasets"]
     wanted = 2 * 15**0.5 / (2 * 15**0.5 + 50**0.5)
-    assert found["facts"]["usable"] == 15 and found["pairs"]["usable"] == 50
-    assert found["facts"]["asked"] == pytest.approx(wanted)
-    assert found["facts"]["realised"] == pytest.approx(wanted, abs=1 / 320)
+    assert result["facts"]["usable"] == 15 and result["pairs"]["usable"] == 50
+    assert result["facts"]["asked"] == pytest.approx(wanted)
+    assert result["facts"]["realised"] == pytest.approx(wanted, abs=1 / 320)
     rows = rows_of(artifact)
     assert len({row["example_id"] for row in rows if row["dataset"] == "facts"}) == 15
-    assert sum(row["dataset"] == "facts" for row in rows) == found["facts"]["rows"]
+    assert sum(row["dataset"] == "facts" for row in rows) == result["facts"]["rows"]
     plain = lay_out(inputs, tmp_path / "plain", **options)
     assert plain.manifest["metrics"]["datasets"]["facts"]["asked"] == pytest.approx(2 / 3)
 
@@ -214,9 +214,9 @@ def test_the_truncated_share_is_that_of_the_stream(inputs: dict[str, Artifact], 
             if text is not None:
                 uncut += 1
                 cut += len(text.replace(":", " : ").split()) + 1 > MAX_LENGTH
-    found = artifact.manifest["metrics"]["datasets"]["facts"]
-    assert found["documents_truncated"] == pytest.approx(cut / uncut, abs=1e-6) and cut > 0
-    assert found["queries_truncated"] == 0
+    result = artifact.manifest["metrics"]["datasets"]["facts"]
+    assert result["documents_truncated"] == pytest.approx(cut / uncut, abs=1e-6) and cut > 0
+    assert result["queries_truncated"] == 0
 
 
 def test_caps_are_checked(inputs: dict[str, Artifact], tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_longer_stream_begins_with_the_same_rows(inputs: dict[str, Artifact], 
     other = rows_of(lay_out(inputs, tmp_path / "other", batching=batching, steps=4, seed=6))
     assert [row["example_id"] for row in other] != [row["example_id"] for row in short]
     datasets = [{row["dataset"] for row in long[start : start + 8]} for start in range(0, len(long), 8)]
-    assert all(len(found) == 1 for found in datasets) == (batching == "homogeneous")
+    assert all(len(result) == 1 for result in datasets) == (batching == "homogeneous")
 
 
 def test_the_same_recipe_gives_the_same_bytes_whatever_the_shards(

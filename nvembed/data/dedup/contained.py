@@ -33,7 +33,7 @@ class _Job:
 
 
 def contained_pairs(texts: TextShards, words: int, *, split_pairs: SplitPairs) -> np.ndarray:
-    """int64 [K, 2]: (query, text) numbers, where the query's words stand in the text, one after the other.
+    """int64 [K, 2]: (query, text) numbers, where the text contains the query's words, one after the other.
 
     Args:
         texts: what to compare; queries are those marked so.

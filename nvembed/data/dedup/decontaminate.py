@@ -32,7 +32,7 @@ _CODES = {"train": TRAIN, "dev": DEV, "test": TEST}
 
 @contextmanager
 def _working_folder(uri: str | None) -> Iterator[str]:
-    """A folder of its own below the step's, where Ray's workers reach it too; without one, on this machine."""
+    """A working folder below the step's, which Ray's workers reach too; without a step, on this machine."""
     if uri is None:
         with tempfile.TemporaryDirectory() as folder:
             yield folder
@@ -163,7 +163,7 @@ def deduplicate(rows: SourceRows, config: DeduplicateConfig, work_uri: str | Non
     """Drop near duplicates inside one data set, in place.
 
     Retrieval documents: the first by id stays, and where another was an answer it is the answer. Training queries
-    (graded pairs aside, where a text stands in many pairs): the first by id stays.
+    (graded pairs aside, where a text is part of many pairs): the first by id stays.
 
     Returns:
         Documents and training examples that left.
@@ -199,7 +199,7 @@ def _first_of_group(texts: Iterable[str], config: NearDuplicateConfig, work_uri:
 
 @dataclass
 class Leaks:
-    """Training examples that an evaluation set's texts stand in, by training set and evaluation set.
+    """Training examples that contain or nearly copy texts of evaluation sets, by both sets.
 
     Attributes:
         near: by near duplicates of queries or positives.

@@ -89,7 +89,7 @@ def _rolled(word_M: np.ndarray, length: int) -> np.ndarray:
 
 
 def _folded(word_M: np.ndarray) -> np.uint64:
-    """What `_rolled` gives for one run of all the words; 0 for none."""
+    """The value of `_rolled` for one run of all the words; 0 for none."""
     return np.uint64(_rolled(word_M, len(word_M))[0]) if len(word_M) else np.uint64(0)
 
 

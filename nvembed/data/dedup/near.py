@@ -21,11 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from nvembed.core import storage
-from nvembed.core.parquet import part_uri, read_table, write_table
+from nvembed.core.parquet import iter_parquet, part_uri, read_table, write_table
 from nvembed.core.ray_tasks import run_tasks
 from nvembed.data.config import NearDuplicateConfig
 from nvembed.data.dedup.minhash import Ragged, WordHashes, band_keys, band_shape, runs, signatures
@@ -253,17 +252,16 @@ def _verify(job: _Job, shard: int) -> None:
     sets: dict[int, np.ndarray] = {}
     for part in parts:
         assert own is not None
-        with storage.open_reader(part) as file:
-            for batch in pq.ParquetFile(file).iter_batches(_BATCH_TEXTS):
-                first = _ragged(batch.column("hashes"))
-                numbers = zip(batch.column("first").to_pylist(), batch.column("second").to_pylist(), strict=True)
-                for row, (a, b) in enumerate(numbers):
-                    if b not in sets:
-                        if len(sets) > _BATCH_TEXTS:
-                            sets.clear()
-                        sets[b] = np.unique(own.row(b - shard * job.shard_rows))
-                    if _jaccard(np.unique(first.row(row)), sets[b]) >= job.config.threshold:
-                        pairs.append((a, b))
+        for table in iter_parquet(part, batch_rows=_BATCH_TEXTS):
+            first = _ragged(table.column("hashes"))
+            numbers = zip(table.column("first").to_pylist(), table.column("second").to_pylist(), strict=True)
+            for row, (a, b) in enumerate(numbers):
+                if b not in sets:
+                    if len(sets) > _BATCH_TEXTS:
+                        sets.clear()
+                    sets[b] = np.unique(own.row(b - shard * job.shard_rows))
+                if _jaccard(np.unique(first.row(row)), sets[b]) >= job.config.threshold:
+                    pairs.append((a, b))
     columns = [pa.array([pair[place] for pair in pairs], pa.int64()) for place in (0, 1)]
     write_table(pa.table(columns, schema=_PAIRS), part_uri(job.uri, "verified", shard))
 

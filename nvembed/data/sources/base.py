@@ -1,4 +1,4 @@
-"""What every source gives to `prepare`, and the few helpers sources share."""
+"""The result of a source (`SourceRows`), and helpers that sources share."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def package_file(package: str, relative: str) -> Path:
 
 
 def is_unicode(text: str) -> bool:
-    """False for text with lone surrogates: what broken encodings and `\\ud800` escapes leave behind."""
+    """False for text with lone surrogates: as broken encodings and `\\ud800` escapes produce."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

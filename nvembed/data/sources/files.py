@@ -50,7 +50,7 @@ def read_files(config: FilesSource) -> SourceRows:
 
 
 def column_check(config: RowSource) -> CheckColumns:
-    """What refuses the wrong columns of a source; columns that the source maps count by our names."""
+    """A check of a source's columns, after the source's mapping to our names."""
     check = {"retrieval": check_columns, "sts": check_graded_columns}.get(config.task, check_labelled_columns)
     ours = {theirs: name for name, theirs in config.columns.items()}
 

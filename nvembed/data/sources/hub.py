@@ -59,7 +59,7 @@ def _load(config: HubSource) -> Iterable[dict[str, Any]]:
 
 
 def _is_place(path: str) -> bool:
-    """False for what can only be a name on the hub, so that no remote store is queried."""
+    """False for a path that can only be a name on the hub, so that no remote store is queried."""
     return "://" in path or storage.exists(path)
 
 

@@ -27,7 +27,7 @@ GRADED_RULE = (
 
 
 class LabelledRow(NamedTuple):
-    """A text and its class; `label_text` is what the source says in place of the label, where it says so."""
+    """A text and its class; `label_text` is the source's text for the label, if it has one."""
 
     text: str
     label: str

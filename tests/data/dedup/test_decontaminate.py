@@ -1,4 +1,4 @@
-"""Near duplicates: planted ones are found, others are left alone."""
+"""Near duplicates: planted ones are dropped, others are left alone."""
 
 import random
 
@@ -105,14 +105,14 @@ def test_queries_inside_other_texts_leave_too() -> None:
     """A test query inside a train document, a train query inside a test document; too short ones stay."""
     data = rows(documents_split=True)
     clean = drop_near_duplicates({"set": rows(documents_split=True)}, CONFIG)["set"]
-    holds, held = " ".join(sentence(30).split()[:9]), sentence(1035).split()
+    holds, holder = " ".join(sentence(30).split()[:9]), sentence(1035).split()
     data.examples["test"].append(example("inner", holds, "test39"))
     around = Document("around", "", f"before {sentence(30).upper()} after")
     data.documents = Documents.of([*data.documents, around])
     data.examples["train"] += [
         example("outer", "some other words of a query that nobody has", "around"),
-        example("within", " ".join(held[10:19]), "train50"),
-        example("short", " ".join(held[10:17]), "train51"),
+        example("within", " ".join(holder[10:19]), "train50"),
+        example("short", " ".join(holder[10:17]), "train51"),
     ]
     assert drop_near_duplicates({"set": data}, CONFIG, contained_words=8) == {"set": clean + 2}
     left = {row.id for row in data.examples["train"]}

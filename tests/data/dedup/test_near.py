@@ -30,16 +30,16 @@ def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 def some_texts(count: int, seed: int) -> list[str]:
     """Texts of 1 to 40 words, a third of them with one to three words of an earlier one changed."""
-    draw, found = random.Random(seed), list[str]()
+    draw, result = random.Random(seed), list[str]()
     vocabulary = [f"w{number}" for number in range(300)]
     for _ in range(count):
         words = draw.choices(vocabulary, k=draw.randint(1, 40))
-        if found and draw.random() < 0.33:
-            words = draw.choice(found).split()
+        if result and draw.random() < 0.33:
+            words = draw.choice(result).split()
             for _ in range(draw.randint(0, 3)):
                 words[draw.randrange(len(words))] = draw.choice(vocabulary)
-        found.append(" ".join(words))
-    return found
+        result.append(" ".join(words))
+    return result
 
 
 def plain_pairs(texts: list[Text], sides: tuple[tuple[int, int], ...], threshold: float) -> set[tuple[int, int]]:
@@ -75,11 +75,11 @@ def test_hashed_shingles_are_the_shingles(texts: list[str], words: int) -> None:
 @pytest.mark.parametrize(("num_perm", "seed"), [(64, 1), (64, 2), (128, 7)])
 def test_signatures_are_those_of_datasketch(num_perm: int, seed: int) -> None:
     hashed = WordHashes().shingles(some_texts(40, seed), 3)
-    found = signatures(hashed, num_perm, seed)
+    result = signatures(hashed, num_perm, seed)
     for row in range(40):
         sketch = MinHash(num_perm=num_perm, seed=seed, hashfunc=lambda value: int(value) & 0xFFFFFFFF)
         sketch.update_batch(list(hashed.row(row)))
-        assert (sketch.hashvalues == found[row]).all()
+        assert (sketch.hashvalues == result[row]).all()
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.4, 0.45])
@@ -104,9 +104,9 @@ def test_pairs_are_those_of_datasketch_confirmed(tmp_path: Path) -> None:
         for a in lsh.query(sketch)
         if a < b and jaccard(sets[a], sets[b]) >= CONFIG.threshold
     }
-    found = near_pairs(write_texts(((0, False, text) for text in texts), str(tmp_path)), CONFIG, split_pairs=((0, 0),))
-    first = found.first_same.tolist()
-    ours = {(a, b) for a, b in found.pairs.tolist()}
+    result = near_pairs(write_texts(((0, False, text) for text in texts), str(tmp_path)), CONFIG, split_pairs=((0, 0),))
+    first = result.first_same.tolist()
+    ours = {(a, b) for a, b in result.pairs.tolist()}
     distinct = {(a, b) for a, b in oracle if first[a] == a and first[b] == b}
     assert ours == distinct and len(ours) > 5
     assert {(a, b) for a, b in oracle if words_of(texts[a]) == words_of(texts[b])} == {
@@ -122,12 +122,12 @@ def test_any_number_of_shards_finds_what_all_against_all_finds(
     texts: list[Text] = [(place % 3, False, text) for place, text in enumerate(some_texts(200, 5))]
     shards = write_texts(iter(texts), str(tmp_path), shard_rows)
     assert shards.shards == -(-200 // shard_rows)
-    found = near_pairs(shards, CONFIG, split_pairs=sides)
-    first = found.first_same.tolist()
+    result = near_pairs(shards, CONFIG, split_pairs=sides)
+    first = result.first_same.tolist()
     assert all(first[place] <= place and texts[first[place]][0] == texts[place][0] for place in range(200))
     expanded = {
         (a, b)
-        for x, y in found.pairs.tolist()
+        for x, y in result.pairs.tolist()
         for a in range(200)
         for b in range(200)
         if first[a] == x and first[b] == y
@@ -146,21 +146,21 @@ def test_nothing_and_odd_texts(tmp_path: Path) -> None:
     assert len(contained_pairs(nothing, 3, split_pairs=((0, 1),))) == 0
     odd = ["", " ", "\ud800", "!!", "one", "日本語", "x" * 200_000]
     texts = write_texts(((side, True, text) for side in (0, 1) for text in odd), str(tmp_path / "odd"))
-    found = near_pairs(texts, CONFIG, split_pairs=((0, 1),))
-    assert {(a, b - len(odd)) for a, b in found.pairs.tolist()} >= {(place, place) for place in (0, 2, 3, 4, 5, 6)}
-    assert found.first_same.tolist()[1] == 0  # both have no word
+    result = near_pairs(texts, CONFIG, split_pairs=((0, 1),))
+    assert {(a, b - len(odd)) for a, b in result.pairs.tolist()} >= {(place, place) for place in (0, 2, 3, 4, 5, 6)}
+    assert result.first_same.tolist()[1] == 0  # both have no word
 
 
 def plain_contained(texts: list[Text], words: int, sides: tuple[tuple[int, int], ...]) -> set[tuple[int, int]]:
     tokens = [words_of(text) for _, _, text in texts]
-    found = set()
+    result = set()
     for a, (side, query, _) in enumerate(texts):
         for b, (other, _, _) in enumerate(texts):
             if not query or len(tokens[a]) < words or a == b or (side, other) not in sides:
                 continue
             if any(tokens[b][at : at + len(tokens[a])] == tokens[a] for at in range(len(tokens[b]))):
-                found.add((a, b))
-    return found
+                result.add((a, b))
+    return result
 
 
 @settings(max_examples=25)
@@ -170,9 +170,9 @@ def test_contained_queries_are_all_found(
 ) -> None:
     shards = write_texts(iter(texts), str(tmp_path_factory.mktemp("contained")), shard_rows)
     for sides in (((0, 1),), ((0, 1), (1, 0))):
-        found = contained_pairs(shards, words, split_pairs=sides)
-        assert {(a, b) for a, b in found.tolist()} == plain_contained(texts, words, sides)
-        assert len(found) == len(np.unique(found, axis=0))
+        result = contained_pairs(shards, words, split_pairs=sides)
+        assert {(a, b) for a, b in result.tolist()} == plain_contained(texts, words, sides)
+        assert len(result) == len(np.unique(result, axis=0))
 
 
 @pytest.mark.slow
@@ -185,8 +185,8 @@ def test_ray_data_finds_the_same(ray_session: None, tmp_path: Path, monkeypatch:
     shards = write_texts(iter(texts), str(tmp_path), 40)
 
     def both() -> tuple[list[list[int]], list[list[int]]]:
-        found = near_pairs(shards, CONFIG, split_pairs=((0, 1),)).pairs
-        return found.tolist(), contained_pairs(shards, 4, split_pairs=((0, 1),)).tolist()
+        result = near_pairs(shards, CONFIG, split_pairs=((0, 1),)).pairs
+        return result.tolist(), contained_pairs(shards, 4, split_pairs=((0, 1),)).tolist()
 
     with monkeypatch.context() as disconnected:
         disconnected.setattr(ray, "is_initialized", lambda: False)
