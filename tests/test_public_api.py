@@ -34,10 +34,11 @@ def run_examples(name: str, exported: Callable[..., object]) -> tuple[int, str]:
 def test_every_export_has_an_example_that_runs(
     name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An example starts in a folder that holds a small model folder, `model`, and imports what it uses."""
+    """An example starts in a folder with `pipelines/` and a small model folder, `model`, and imports what it uses."""
     exported = getattr(nvembed, name)
     assert "Example:" in (exported.__doc__ or ""), f"nvembed.{name} has no Example: section"
     (tmp_path / "model").symlink_to(model)
+    (tmp_path / "pipelines").symlink_to(Path(__file__).parents[1] / "pipelines")
     monkeypatch.chdir(tmp_path)
     lines, failures = run_examples(name, exported)
     assert failures == ""

@@ -182,20 +182,10 @@ def load_embedder(
         UserError: not a model folder of ours, damaged, or computed differently by the installed libraries.
 
     Example:
-        A folder of a tiny random model, written and loaded again:
-
-        >>> from tempfile import TemporaryDirectory
-        >>> from nvembed.modeling.assemble import build_embedder
-        >>> from nvembed.modeling.backbones import random_decoder, train_byte_level_bpe
-        >>> from nvembed.modeling.config import RandomBackbone
-        >>> tokenizer = train_byte_level_bpe(["sort a list in python"], 300)
-        >>> backbone = random_decoder(RandomBackbone(), tokenizer, seed=0)
-        >>> with TemporaryDirectory() as directory:
-        ...     folder = f"{directory}/model"
-        ...     save_embedder(build_embedder(backbone, tokenizer, EmbedderConfig(), seed=0), folder)
-        ...     embedder = load_embedder(folder)
-        >>> embedder.encode(["sort a list", "heap overflow"]).shape
-        (2, 64)
+        >>> from nvembed import load_embedder
+        >>> model = load_embedder("model", check_probes=False)
+        >>> model.encode(["sort a list", "heap overflow"], instruction="web_search").shape == (2, model.dim)
+        True
     """
     folder = Path(folder)
     description = describe_folder(folder)

@@ -94,7 +94,7 @@ def run_pipeline(
         KeyboardInterrupt: stopped; the same call resumes.
 
     Example:
-        >>> from nvembed.pipeline.execution import run_pipeline
+        >>> from nvembed import run_pipeline
         >>> plan = run_pipeline(
         ...     "pipelines/quickstart.py", "pipelines/recipes/tiny.yaml", out="runs/example", dry_run=True
         ... )
