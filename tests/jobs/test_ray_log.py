@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
-from nvembed.jobs.ray.log import follow_log
+from nvembed.jobs.ray.log import follow_log, is_lost
 
 
 class Gone:
@@ -24,6 +24,7 @@ class Gone:
 
 def test_giving_up_is_a_lost_connection() -> None:
     """The caller reports a ConnectionError as "cannot be reached" with exit code 3, not as a failed job."""
+    assert is_lost(ConnectionError()), "its modules are loaded here, not within the half second below"
     lines: list[str] = []
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1"):
         follow_log(Gone(), "job", lambda text: None, lines.append, 0.5)
