@@ -36,7 +36,7 @@ def embed_command(
 
     def action() -> int:
         from nvembed.registry.resolve import resolve_model
-        from nvembed.retrieval.encode_file import EmbedJob, ModelOptions, write_vectors
+        from nvembed.retrieval.encode_file import EmbedRequest, ModelOptions, write_vectors
         from nvembed.retrieval.text_file import TextFile
 
         if instruction is not None and prompt_name is not None:
@@ -45,9 +45,9 @@ def embed_command(
             raise UserError(f"--precision {precision}: choose fp32, bf16 or auto")
         folder = resolve_model(model, registry or (near_registry() if model.startswith("models:/") else None))
         options = ModelOptions(folder, instruction, prompt_name, dim, batch_tokens, precision, threads)
-        job = EmbedJob(options, TextFile(source, text_column, title_column), out, force=force, cache=cache)
+        request = EmbedRequest(options, TextFile(source, text_column, title_column), out, force=force, cache=cache)
         console = Console()
-        written = write_vectors(job, console.transient)
+        written = write_vectors(request, console.transient)
         console.clear()
         text = f"{out}: {written.rows:,} vectors of {written.dim} numbers"
         if written.truncated:

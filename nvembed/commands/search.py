@@ -43,7 +43,7 @@ def search_command(
     def action() -> int:
         from nvembed.registry.resolve import resolve_model
         from nvembed.retrieval.encode_file import ModelOptions, stored_prompts
-        from nvembed.retrieval.search_corpus import SearchJob, as_text, corpus_source, search
+        from nvembed.retrieval.search_corpus import SearchRequest, as_text, corpus_source, search
         from nvembed.retrieval.text_file import TextFile
 
         if instruction is not None and prompt_name is not None:
@@ -57,8 +57,8 @@ def search_command(
             console.line(f"no instruction; this model was trained with --prompt-name {' | '.join(prompts)}")
         source, title = corpus_source(corpus)
         options = ModelOptions(folder, instruction, prompt_name, dim, precision=precision, threads=threads)
-        job = SearchJob(options, TextFile(source, text_column, title_column or title), query, k, vectors)
-        hits = search(job, console.transient)
+        request = SearchRequest(options, TextFile(source, text_column, title_column or title), query, k, vectors)
+        hits = search(request, console.transient)
         console.clear()
         width = shutil.get_terminal_size((120, 24)).columns
         show([asdict(hit) for hit in hits], as_text(hits, width), as_json)

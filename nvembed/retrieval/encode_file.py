@@ -87,7 +87,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class EmbedJob:
+class EmbedRequest:
     """The work of `write_vectors`.
 
     Attributes:
@@ -118,29 +118,29 @@ class Written:
     max_length: int
 
 
-def write_vectors(job: EmbedJob, report_progress: Callable[[str], None]) -> Written:
+def write_vectors(request: EmbedRequest, report_progress: Callable[[str], None]) -> Written:
     """Embed a file.
 
     Raises:
         UserError: bad rows (with their lines), an unknown format, an existing target, an impossible `dim`, an unknown
             instruction or prompt name.
     """
-    prompt = job.model.prompt()
-    file_suffix(job.texts.uri, text_file.SUFFIXES, "input")
-    target_kind = file_suffix(job.target, vector_file.SUFFIXES, "output")
-    if storage.exists(job.target) and not job.force:
-        raise UserError(f"{job.target} exists. Choose another --out, or give --force to replace it.")
-    total = check_rows(job.texts)
-    encoder = job.model.open()
-    cache = _cache(job, encoder, prompt)
-    dim = job.model.width(encoder)
-    with publish_file(job.target) as file, closing(vector_writer(target_kind, file, total, dim)) as writer:
+    prompt = request.model.prompt()
+    file_suffix(request.texts.uri, text_file.SUFFIXES, "input")
+    target_kind = file_suffix(request.target, vector_file.SUFFIXES, "output")
+    if storage.exists(request.target) and not request.force:
+        raise UserError(f"{request.target} exists. Choose another --out, or give --force to replace it.")
+    total = check_rows(request.texts)
+    encoder = request.model.open()
+    cache = _cache(request, encoder, prompt)
+    dim = request.model.width(encoder)
+    with publish_file(request.target) as file, closing(vector_writer(target_kind, file, total, dim)) as writer:
         started = reported = time.monotonic()
         done = truncated = 0
-        rows = iter_rows(job.texts)
+        rows = iter_rows(request.texts)
         while block := list(islice(rows, BLOCK_ROWS)):
             ids, texts = zip(*block, strict=True)
-            encoded = _encoded(job, encoder, cache, prompt, ids, texts)
+            encoded = _encoded(request, encoder, cache, prompt, ids, texts)
             writer.write(ids, cut(encoded.matrix_AD, dim))
             truncated += int((encoded.cut_A == 1).sum())
             done += len(block)
@@ -169,17 +169,17 @@ def stored_prompts(folder: str) -> dict[str, str]:
     return prompts
 
 
-def _cache(job: EmbedJob, encoder: Encoder, prompt: str) -> VectorCache | None:
+def _cache(request: EmbedRequest, encoder: Encoder, prompt: str) -> VectorCache | None:
     from nvembed.retrieval.encode import open_cache
     from nvembed.retrieval.encoders import as_model_config
 
-    if job.cache is None:
+    if request.cache is None:
         return None
-    return open_cache(job.cache, as_model_config(job.model.folder, with_prompt=bool(prompt)), encoder.precision)
+    return open_cache(request.cache, as_model_config(request.model.folder, with_prompt=bool(prompt)), encoder.precision)
 
 
 def _encoded(
-    job: EmbedJob,
+    request: EmbedRequest,
     encoder: Encoder,
     cache: VectorCache | None,
     prompt: str,
@@ -196,5 +196,5 @@ def _encoded(
     encoded = encode_checked(encoder, texts, [prompt] * len(texts), cache=cache)
     if encoded.rejected:
         place, problem = next(iter(encoded.rejected.items()))
-        raise UserError(f"{job.texts.uri}: text {ids[place]!r} {problem}. Try --precision fp32.")
+        raise UserError(f"{request.texts.uri}: text {ids[place]!r} {problem}. Try --precision fp32.")
     return encoded

@@ -37,7 +37,7 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class SearchJob:
+class SearchRequest:
     """The work of `search`.
 
     Attributes:
@@ -62,7 +62,7 @@ def corpus_source(uri: str) -> tuple[str, str | None]:
     return uri, None
 
 
-def search(job: SearchJob, report_progress: Callable[[str], None]) -> list[Hit]:
+def search(request: SearchRequest, report_progress: Callable[[str], None]) -> list[Hit]:
     """The best documents, best first; ties by their place in the corpus.
 
     Raises:
@@ -70,25 +70,25 @@ def search(job: SearchJob, report_progress: Callable[[str], None]) -> list[Hit]:
     """
     from nvembed.retrieval.exact.search import search_exact
 
-    if not job.query.strip():
+    if not request.query.strip():
         raise UserError("the query is empty")
-    prompt = job.model.prompt()
-    total = check_rows(job.corpus)
+    prompt = request.model.prompt()
+    total = check_rows(request.corpus)
     if not total:
-        raise UserError(f"{job.corpus.uri} holds no text")
-    encoder = job.model.open()
-    dim = job.model.width(encoder)
+        raise UserError(f"{request.corpus.uri} holds no text")
+    encoder = request.model.open()
+    dim = request.model.width(encoder)
 
     def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
         return cut(encoder.encode(texts, [prompt] * len(texts)), dim)
 
-    query_1D = encode([job.query], prompt)
-    if job.vectors is None:
-        shards = _embedded(job.corpus, encode, total, report_progress)
+    query_1D = encode([request.query], prompt)
+    if request.vectors is None:
+        shards = _embedded(request.corpus, encode, total, report_progress)
     else:
-        shards = _stored(job.corpus, job.vectors, total, encoder.dim, dim)
-    ids, scores = search_exact(query_1D, shards, job.k)
-    rows = _texts(job.corpus, {int(key) for key in ids[0]})
+        shards = _stored(request.corpus, request.vectors, total, encoder.dim, dim)
+    ids, scores = search_exact(query_1D, shards, request.k)
+    rows = _texts(request.corpus, {int(key) for key in ids[0]})
     return [
         Hit(rank, float(score), *rows[int(key)])
         for rank, (key, score) in enumerate(zip(ids[0], scores[0], strict=False), start=1)

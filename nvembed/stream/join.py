@@ -102,21 +102,22 @@ class Gather:
 
 
 @retried
-def _gather_part(job: Gather, parts: Sequence[list[tuple[str, list[int]]]], part: int) -> None:
+def _gather_part(gather: Gather, parts: Sequence[list[tuple[str, list[int]]]], part: int) -> None:
     """The requested rows of one part, by shard."""
-    schema = job.schema()
+    schema = gather.schema()
     tables, requests = [schema.empty_table()], [_REQUESTS.empty_table()]
     for uri, groups in parts[part]:
         with open_parquet(uri) as file:
-            here = _requests_between(job._requests, _bounds(file, groups, job.key))
+            here = _requests_between(gather._requests, _bounds(file, groups, gather.key))
             keys = pc.unique(here.column("key"))
             tables += [
-                rows.cast(schema) for rows in matching_rows(file, job.key, keys, (job.key, *job.columns), groups)
+                rows.cast(schema)
+                for rows in matching_rows(file, gather.key, keys, (gather.key, *gather.columns), groups)
             ]
             requests.append(here)
     rows, whose = pa.concat_tables(tables), pa.concat_tables(requests).group_by(["key", "shard"]).aggregate([])
     with_shard = pa.schema([_REQUESTS.field("shard"), *schema])
-    write_tables(lambda: _by_shard(rows, whose, job.key, with_shard), with_shard, part_uri(job.uri, "rows", part))
+    write_tables(lambda: _by_shard(rows, whose, gather.key, with_shard), with_shard, part_uri(gather.uri, "rows", part))
 
 
 def _bounds(file: pq.ParquetFile, groups: Sequence[int], key: str) -> tuple[str, str] | None:

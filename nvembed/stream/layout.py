@@ -95,7 +95,7 @@ class DatasetFiles:
 
 
 @dataclass(frozen=True)
-class ContrastiveJob:
+class ContrastiveLayout:
     """All a worker needs for shards of (query, positive, negatives)."""
 
     work_uri: str
@@ -106,7 +106,7 @@ class ContrastiveJob:
 
 
 @dataclass(frozen=True)
-class DistillJob:
+class DistillLayout:
     """All a worker needs for shards of (text, instruction, teacher vector)."""
 
     work_uri: str
@@ -115,7 +115,7 @@ class DistillJob:
     parts: tuple[str, ...]
 
 
-Job = ContrastiveJob | DistillJob
+Layout = ContrastiveLayout | DistillLayout
 
 
 def plan_uri(work_uri: str, shard: int) -> str:
@@ -128,29 +128,29 @@ def shard_uri(work_uri: str, shard: int) -> str:
     return part_uri(work_uri, "shards", shard)
 
 
-def lay_out_shards(job: Job, num_shards: int) -> None:
+def lay_out_shards(layout: Layout, num_shards: int) -> None:
     """Write every shard whose plan was written; order and bytes do not depend on the worker."""
-    if isinstance(job, ContrastiveJob):
-        _gather(job, num_shards)
+    if isinstance(layout, ContrastiveLayout):
+        _gather(layout, num_shards)
     else:
-        plans = (read_table(plan_uri(job.work_uri, shard), ["key"]) for shard in range(num_shards))
-        _teacher_rows(job).run(plan.column("key").to_pylist() for plan in plans)
-    run_tasks(functools.partial(lay_out_shard, job), num_shards, job.work_uri, "shards of the stream")
+        plans = (read_table(plan_uri(layout.work_uri, shard), ["key"]) for shard in range(num_shards))
+        _teacher_rows(layout).run(plan.column("key").to_pylist() for plan in plans)
+    run_tasks(functools.partial(lay_out_shard, layout), num_shards, layout.work_uri, "shards of the stream")
 
 
 @retried
-def lay_out_shard(job: Job, shard: int) -> None:
+def lay_out_shard(layout: Layout, shard: int) -> None:
     """Join, count tokens, write: one shard, one row group per step."""
-    plan = read_table(plan_uri(job.work_uri, shard))
-    if isinstance(job, ContrastiveJob):
-        table, cut = _contrastive_rows(plan, job, shard)
-        storage.write_json(_cut_uri(job.work_uri, shard), cut)
+    plan = read_table(plan_uri(layout.work_uri, shard))
+    if isinstance(layout, ContrastiveLayout):
+        table, cut = _contrastive_rows(plan, layout, shard)
+        storage.write_json(_cut_uri(layout.work_uri, shard), cut)
     else:
-        table = _distill_rows(plan, job, shard)
+        table = _distill_rows(plan, layout, shard)
     steps = table.column("step").to_numpy()
     cuts = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
     groups = [table.slice(start, end - start) for start, end in itertools.pairwise(cuts)]
-    write_tables(lambda: groups, table.schema, shard_uri(job.work_uri, shard))
+    write_tables(lambda: groups, table.schema, shard_uri(layout.work_uri, shard))
 
 
 # -- (query, positive, negatives) -------------------------------------------------------------------------------------
@@ -165,10 +165,10 @@ class _Joined:
     known_positives: frozenset[str]
 
 
-def _gathers(name: str, job: ContrastiveJob) -> dict[str, Gather]:
+def _gathers(name: str, layout: ContrastiveLayout) -> dict[str, Gather]:
     """The gathers of one data set's tables."""
-    files = job.datasets[name]
-    root = storage.join(job.work_uri, ".tmp", "gathered", name)
+    files = layout.datasets[name]
+    root = storage.join(layout.work_uri, ".tmp", "gathered", name)
     return {
         "examples": Gather(storage.join(root, "examples"), (files.examples_uri,), "id", ("query", "negatives")),
         "mined": Gather(
@@ -178,34 +178,34 @@ def _gathers(name: str, job: ContrastiveJob) -> dict[str, Gather]:
     }
 
 
-def _gather(job: ContrastiveJob, num_shards: int) -> None:
+def _gather(layout: ContrastiveLayout, num_shards: int) -> None:
     """Examples by the plans' ids, then documents by the examples' ids, each table read once."""
     columns = ["dataset", "example_id"]
-    plans = [read_table(plan_uri(job.work_uri, shard), columns) for shard in range(num_shards)]
-    for name in job.datasets:
+    plans = [read_table(plan_uri(layout.work_uri, shard), columns) for shard in range(num_shards)]
+    for name in layout.datasets:
         ids = [plan.filter(pc.equal(plan.column("dataset"), name)).column("example_id").to_pylist() for plan in plans]
         for kind in ("examples", "mined"):
-            _gathers(name, job)[kind].run(ids)
-    run_tasks(functools.partial(_list_documents, job), num_shards, job.work_uri, "shards' lists of documents")
-    listed = [read_table(_documents_uri(job.work_uri, shard)) for shard in range(num_shards)]
-    for name in job.datasets:
+            _gathers(name, layout)[kind].run(ids)
+    run_tasks(functools.partial(_list_documents, layout), num_shards, layout.work_uri, "shards' lists of documents")
+    listed = [read_table(_documents_uri(layout.work_uri, shard)) for shard in range(num_shards)]
+    for name in layout.datasets:
         wanted = (table.filter(pc.equal(table.column("dataset"), name)).column("id").to_pylist() for table in listed)
-        _gathers(name, job)["corpus"].run(wanted)
+        _gathers(name, layout)["corpus"].run(wanted)
 
 
 def _documents_uri(work_uri: str, shard: int) -> str:
     return part_uri(work_uri, ".tmp", "documents", shard)
 
 
-def _list_documents(job: ContrastiveJob, shard: int) -> None:
+def _list_documents(layout: ContrastiveLayout, shard: int) -> None:
     """The documents one shard needs."""
-    rows = read_table(plan_uri(job.work_uri, shard)).to_pylist()
+    rows = read_table(plan_uri(layout.work_uri, shard)).to_pylist()
     wanted: list[tuple[str, str]] = []
     for name, places in _places_by_dataset(rows).items():
-        examples = _join_examples([rows[place] for place in places], name, job, shard)
+        examples = _join_examples([rows[place] for place in places], name, layout, shard)
         wanted += [(name, key) for key in sorted(_documents_of(examples))]
     columns = {"dataset": [name for name, _ in wanted], "id": [key for _, key in wanted]}
-    write_table(pa.table(columns, schema=_DOCUMENTS_SCHEMA), _documents_uri(job.work_uri, shard))
+    write_table(pa.table(columns, schema=_DOCUMENTS_SCHEMA), _documents_uri(layout.work_uri, shard))
 
 
 def _places_by_dataset(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
@@ -217,18 +217,18 @@ def _documents_of(joined: Iterable[_Joined]) -> set[str]:
     return {document for item in joined for document in item.documents if document is not None}
 
 
-def _contrastive_rows(plan: pa.Table, job: ContrastiveJob, shard: int) -> tuple[pa.Table, Cut]:
+def _contrastive_rows(plan: pa.Table, layout: ContrastiveLayout, shard: int) -> tuple[pa.Table, Cut]:
     """Rows of `STREAM_SCHEMA` for a plan, and the texts that are longer than the model takes."""
     rows = plan.to_pylist()
     joined: dict[int, _Joined] = {}
     texts: dict[tuple[str, str], str] = {}
     for name, places in _places_by_dataset(rows).items():
-        examples = _join_examples([rows[place] for place in places], name, job, shard)
+        examples = _join_examples([rows[place] for place in places], name, layout, shard)
         joined.update(zip(places, examples, strict=True))
-        texts.update(((name, key), text) for key, text in _document_texts(examples, name, job, shard).items())
+        texts.update(((name, key), text) for key, text in _document_texts(examples, name, layout, shard).items())
     columns: dict[str, list[Any]] = {field: [] for field in STREAM_SCHEMA.names}
     for place, row in enumerate(rows):
-        item, name, files = joined[place], row["dataset"], job.datasets[row["dataset"]]
+        item, name, files = joined[place], row["dataset"], layout.datasets[row["dataset"]]
         documents = [None if key is None else texts[name, key] for key in item.documents]
         known = sorted(document_key(name, key) for key in item.known_positives)
         columns["document_ids"].append([0, *(0 if key is None else document_key(name, key) for key in item.documents)])
@@ -238,16 +238,18 @@ def _contrastive_rows(plan: pa.Table, job: ContrastiveJob, shard: int) -> tuple[
             columns[field].append(value)
         for field in ("step", "slot", "example_id", "dataset"):
             columns[field].append(row[field])
-    tokeniser = open_tokeniser(job.model_uri)
+    tokeniser = open_tokeniser(layout.model_uri)
     whole = _group_lengths(columns["texts"], columns["instruction"], columns["symmetric"], tokeniser)
     longest = tokeniser.config.max_length
     columns["token_lengths"] = [[min(length, longest) for length in group] for group in whole]
     return pa.table(columns, schema=STREAM_SCHEMA), _count_cut(columns["dataset"], whole, longest)
 
 
-def _join_examples(rows: Sequence[Mapping[str, Any]], name: str, job: ContrastiveJob, shard: int) -> list[_Joined]:
+def _join_examples(
+    rows: Sequence[Mapping[str, Any]], name: str, layout: ContrastiveLayout, shard: int
+) -> list[_Joined]:
     """Queries, negatives and known positives of a shard's rows of one data set."""
-    files, gathers = job.datasets[name], _gathers(name, job)
+    files, gathers = layout.datasets[name], _gathers(name, layout)
     examples = {row["id"]: row for row in gathers["examples"].rows(shard).to_pylist()}
     mined = {row["example_id"]: row for row in gathers["mined"].rows(shard).to_pylist()}
     joined = []
@@ -259,19 +261,19 @@ def _join_examples(rows: Sequence[Mapping[str, Any]], name: str, job: Contrastiv
         offered = dict.fromkeys(item["id"] for item in (*examples[key]["negatives"], *mined[key]["negatives"]))
         candidates = [item for item in offered if item not in known]
         chosen: list[str | None] = list(
-            sample(candidates, job.num_negatives, signed_hash(row["dataset"], key), job.seed, row["epoch"])
+            sample(candidates, layout.num_negatives, signed_hash(row["dataset"], key), layout.seed, row["epoch"])
         )
-        chosen += [None] * (job.num_negatives - len(chosen))
+        chosen += [None] * (layout.num_negatives - len(chosen))
         joined.append(_Joined(examples[key]["query"], (row["positive_id"], *chosen), known))
     return joined
 
 
-def _document_texts(joined: Iterable[_Joined], name: str, job: ContrastiveJob, shard: int) -> dict[str, str]:
+def _document_texts(joined: Iterable[_Joined], name: str, layout: ContrastiveLayout, shard: int) -> dict[str, str]:
     """Texts of a shard's documents of one data set, by id."""
-    table = _gathers(name, job)["corpus"].rows(shard)
+    table = _gathers(name, layout)["corpus"].rows(shard)
     texts = {row["id"]: document_text(row["title"], row["text"]) for row in table.to_pylist()}
     if missing := sorted(_documents_of(joined) - texts.keys()):
-        uri = job.datasets[name].corpus_uri
+        uri = layout.datasets[name].corpus_uri
         raise UserError(f"{uri}: lacks {len(missing)} documents that were mined, {missing[0]} first.")
     return texts
 
@@ -325,18 +327,18 @@ def truncated_shares(work_uri: str, num_shards: int) -> dict[str, dict[str, floa
 # -- (text, instruction, teacher vector) ------------------------------------------------------------------------------
 
 
-def _teacher_rows(job: DistillJob) -> Gather:
-    folder = storage.join(job.work_uri, ".tmp", "gathered", "teacher")
-    return Gather(folder, job.parts, "key", ("text", "instruction", "vector"))
+def _teacher_rows(layout: DistillLayout) -> Gather:
+    folder = storage.join(layout.work_uri, ".tmp", "gathered", "teacher")
+    return Gather(folder, layout.parts, "key", ("text", "instruction", "vector"))
 
 
-def _distill_rows(plan: pa.Table, job: DistillJob, shard: int) -> pa.Table:
+def _distill_rows(plan: pa.Table, layout: DistillLayout, shard: int) -> pa.Table:
     """Rows of `distill_schema` for a plan."""
-    gathered = _teacher_rows(job).rows(shard)
+    gathered = _teacher_rows(layout).rows(shard)
     place = pc.index_in(plan.column("key").cast(pa.large_string()), value_set=gathered.column("key").combine_chunks())
     rows = gathered.take(place)
     vector_ND = table_matrix(rows)
-    lengths = open_tokeniser(job.model_uri).lengths(
+    lengths = open_tokeniser(layout.model_uri).lengths(
         rows.column("text").to_pylist(), rows.column("instruction").to_pylist()
     )
     columns = {
@@ -345,10 +347,10 @@ def _distill_rows(plan: pa.Table, job: DistillJob, shard: int) -> pa.Table:
         "example_id": rows.column("key"),
         "text": rows.column("text"),
         "instruction": rows.column("instruction"),
-        "vector": pa.FixedSizeListArray.from_arrays(pa.array(vector_ND.ravel()), job.teacher_dim),
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(vector_ND.ravel()), layout.teacher_dim),
         "token_lengths": [[int(length)] for length in lengths],
     }
-    return pa.table(columns, schema=distill_schema(job.teacher_dim))
+    return pa.table(columns, schema=distill_schema(layout.teacher_dim))
 
 
 # -- tokenizer --------------------------------------------------------------------------------------------------------

@@ -26,9 +26,9 @@ from nvembed.stream.config import DistillStreamConfig, StreamConfig
 from nvembed.stream.layout import (
     DISTILL_PLAN_SCHEMA,
     PLAN_SCHEMA,
-    ContrastiveJob,
+    ContrastiveLayout,
     DatasetFiles,
-    DistillJob,
+    DistillLayout,
     lay_out_shards,
     plan_uri,
     truncated_shares,
@@ -76,8 +76,8 @@ def _build_stream(config: StreamConfig, inputs: Mapping[str, Artifact], work_uri
 
     steps_per_shard = max(1, ROWS_PER_SHARD // config.global_batch_size)
     num_shards = _write_plan(plan(), PLAN_SCHEMA, steps_per_shard, work_uri)
-    job = ContrastiveJob(work_uri, inputs["model"].path("model"), config.num_negatives, config.seed, files)
-    lay_out_shards(job, num_shards)
+    layout = ContrastiveLayout(work_uri, inputs["model"].path("model"), config.num_negatives, config.seed, files)
+    lay_out_shards(layout, num_shards)
     cut = truncated_shares(work_uri, num_shards)
     storage.remove(storage.join(work_uri, ".tmp"))
     used = {
@@ -178,7 +178,7 @@ def _build_distill_stream(config: DistillStreamConfig, inputs: Mapping[str, Arti
     plan = ([(keys[slot.example],) for slot in batch] for batch in itertools.islice(batches, config.steps))
     steps_per_shard = max(1, ROWS_PER_SHARD // config.global_batch_size)
     num_shards = _write_plan(plan, DISTILL_PLAN_SCHEMA, steps_per_shard, work_uri)
-    lay_out_shards(DistillJob(work_uri, inputs["model"].path("model"), dim, tuple(parts)), num_shards)
+    lay_out_shards(DistillLayout(work_uri, inputs["model"].path("model"), dim, tuple(parts)), num_shards)
     storage.remove(storage.join(work_uri, ".tmp"))
     rows = config.steps * config.global_batch_size
     used = {"teacher vectors": {"usable": len(keys), "rows": rows, "epochs": rows / len(keys)}}

@@ -100,17 +100,20 @@ def near_pairs(texts: TextShards, config: NearDuplicateConfig, *, split_pairs: S
     """
     if not len(texts.split):
         return NearPairs(np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
-    job = _Job(texts.uri, texts.shards, texts.shard_rows, config, split_pairs, seed)
+    pairing = _Pairing(texts.uri, texts.shards, texts.shard_rows, config, split_pairs, seed)
     for task in (_sketch, _pair, _fetch, _verify):
         run_tasks(
-            functools.partial(task, job), texts.shards, job.uri, f"shards of near duplicates ({task.__name__[1:]})"
+            functools.partial(task, pairing),
+            texts.shards,
+            pairing.uri,
+            f"shards of near duplicates ({task.__name__[1:]})",
         )
-    hashed = [read_table(part_uri(job.uri, "hashes", shard), ["digest"]) for shard in range(job.shards)]
-    verified = [read_table(part_uri(job.uri, "verified", shard)) for shard in range(job.shards)]
+    hashed = [read_table(part_uri(pairing.uri, "hashes", shard), ["digest"]) for shard in range(pairing.shards)]
+    verified = [read_table(part_uri(pairing.uri, "verified", shard)) for shard in range(pairing.shards)]
     pairs = np.stack([pa.concat_tables(verified).column(name).to_numpy() for name in _PAIRS.names], axis=1)
     first_same = _first_same(texts.split, pa.concat_tables(hashed).column("digest").to_numpy())
     for folder in ("hashes", "bands", "candidates", "fetched", "verified"):
-        storage.remove(storage.join(job.uri, folder))
+        storage.remove(storage.join(pairing.uri, folder))
     return NearPairs(first_same, pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))])
 
 
@@ -127,7 +130,7 @@ def _first_same(split_N: np.ndarray, digest_N: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Pairing:
     uri: str
     shards: int
     shard_rows: int
@@ -141,42 +144,42 @@ def _parts(uri: str, *folders: str | int) -> Iterator[str]:
     return (storage.join(folder, name) for name in storage.list_directory(folder))
 
 
-def _sketch(job: _Job, shard: int) -> None:
+def _sketch(pairing: _Pairing, shard: int) -> None:
     """Shingle hashes of a shard's texts, and its band keys, divided by key."""
-    table = read_table(part_uri(job.uri, "texts", shard))
-    hasher, shape = WordHashes(), band_shape(job.config.threshold / 2, job.config.num_perm)
+    table = read_table(part_uri(pairing.uri, "texts", shard))
+    hasher, shape = WordHashes(), band_shape(pairing.config.threshold / 2, pairing.config.num_perm)
     split_N = table.column("split").to_numpy()
     hashed, keys, digests = [], [], []
     for start in range(0, table.num_rows, _BATCH_TEXTS):
         words = hasher.words(table.column("text").slice(start, _BATCH_TEXTS).to_pylist())
-        shingles = runs(words, job.config.shingle_words)
+        shingles = runs(words, pairing.config.shingle_words)
         hashed.append(pa.ListArray.from_arrays(shingles.starts.astype(np.int32), shingles.flat))
         digests.append(
             np.array(
                 [xxhash.xxh3_64_intdigest(words.row(row).tobytes()) for row in range(len(words.starts) - 1)], np.uint64
             )
         )
-        keys.append(band_keys(signatures(shingles, job.config.num_perm, job.seed), *shape))
+        keys.append(band_keys(signatures(shingles, pairing.config.num_perm, pairing.seed), *shape))
     digest_N, key_NB = np.concatenate(digests), np.concatenate(keys)
     write_table(
-        pa.table([pa.array(digest_N), pa.chunked_array(hashed)], schema=_HASHES), part_uri(job.uri, "hashes", shard)
+        pa.table([pa.array(digest_N), pa.chunked_array(hashed)], schema=_HASHES), part_uri(pairing.uri, "hashes", shard)
     )
     _, first = np.unique(np.stack([split_N.astype(np.uint64), digest_N]), axis=1, return_index=True)
     first.sort()  # of equal texts on one split only the first is compared
-    number_N = shard * job.shard_rows + first
-    partition_NB = key_NB[first] % np.uint64(job.shards)
-    for partition in range(job.shards):
+    number_N = shard * pairing.shard_rows + first
+    partition_NB = key_NB[first] % np.uint64(pairing.shards)
+    for partition in range(pairing.shards):
         row, band = np.nonzero(partition_NB == partition)
         columns = [key_NB[first[row], band], number_N[row], split_N[first[row]], digest_N[first[row]]]
         write_table(
             pa.table([pa.array(column) for column in columns], schema=_BANDS),
-            part_uri(job.uri, "bands", partition, shard),
+            part_uri(pairing.uri, "bands", partition, shard),
         )
 
 
-def _pair(job: _Job, partition: int) -> None:
+def _pair(pairing: _Pairing, partition: int) -> None:
     """Candidate pairs of one partition of the keys, divided by the shard of the first text."""
-    table = pa.concat_tables([read_table(part) for part in _parts(job.uri, "bands", partition)])
+    table = pa.concat_tables([read_table(part) for part in _parts(pairing.uri, "bands", partition)])
     key, text, split, digest = (table.column(name).to_numpy() for name in _BANDS.names)
     order = np.lexsort((text, digest, split, key))
     key, text, split, digest = key[order], text[order], split[order], digest[order]
@@ -184,7 +187,7 @@ def _pair(job: _Job, partition: int) -> None:
     first[1:] = (key[1:] != key[:-1]) | (split[1:] != split[:-1]) | (digest[1:] != digest[:-1])
     key, text, split = key[first], text[first], split[first]
     allowed = np.zeros((128, 128), bool)
-    for a, b in job.split_pairs:
+    for a, b in pairing.split_pairs:
         allowed[a, b] = True
     pending: list[np.ndarray] = []
     size, written = 0, 0
@@ -201,19 +204,19 @@ def _pair(job: _Job, partition: int) -> None:
         pending.append(pairs)
         size += len(pairs)
         if size >= _FLUSH_PAIRS:
-            _write_candidates(job, partition, written, pending)
+            _write_candidates(pairing, partition, written, pending)
             pending, size, written = [], 0, written + 1
-    _write_candidates(job, partition, written, pending)
+    _write_candidates(pairing, partition, written, pending)
 
 
-def _write_candidates(job: _Job, partition: int, number: int, pending: list[np.ndarray]) -> None:
+def _write_candidates(pairing: _Pairing, partition: int, number: int, pending: list[np.ndarray]) -> None:
     pairs = _distinct(np.concatenate([np.zeros((0, 2), np.int64), *pending]))
-    home = pairs[:, 0] // job.shard_rows
+    home = pairs[:, 0] // pairing.shard_rows
     for shard in np.unique(home):
         rows = pairs[home == shard]
         write_table(
             pa.table([rows[:, 0], rows[:, 1]], schema=_PAIRS),
-            storage.join(job.uri, "candidates", str(shard), f"part-{partition:05d}-{number}.parquet"),
+            storage.join(pairing.uri, "candidates", str(shard), f"part-{partition:05d}-{number}.parquet"),
         )
 
 
@@ -225,30 +228,30 @@ def _distinct(pairs: np.ndarray) -> np.ndarray:
     return pairs[new]
 
 
-def _fetch(job: _Job, shard: int) -> None:
+def _fetch(pairing: _Pairing, shard: int) -> None:
     """Candidates whose first text is of this shard, with its shingles, divided by the shard of the second."""
-    tables = [read_table(part) for part in _parts(job.uri, "candidates", shard)]
+    tables = [read_table(part) for part in _parts(pairing.uri, "candidates", shard)]
     if not tables:
         return
     table = pa.concat_tables(tables)
     pairs = _distinct(np.stack([table.column(name).to_numpy() for name in _PAIRS.names], axis=1))
-    hashes = read_table(part_uri(job.uri, "hashes", shard), ["hashes"]).column("hashes")
-    home = pairs[:, 1] // job.shard_rows
+    hashes = read_table(part_uri(pairing.uri, "hashes", shard), ["hashes"]).column("hashes")
+    home = pairs[:, 1] // pairing.shard_rows
     for other in np.unique(home):
         rows = pairs[home == other]
         columns = [
             pa.array(rows[:, 0]),
             pa.array(rows[:, 1]),
-            hashes.take(pa.array(rows[:, 0] - shard * job.shard_rows)),
+            hashes.take(pa.array(rows[:, 0] - shard * pairing.shard_rows)),
         ]
-        write_table(pa.table(columns, schema=_FETCHED), part_uri(job.uri, "fetched", int(other), shard))
+        write_table(pa.table(columns, schema=_FETCHED), part_uri(pairing.uri, "fetched", int(other), shard))
 
 
-def _verify(job: _Job, shard: int) -> None:
+def _verify(pairing: _Pairing, shard: int) -> None:
     """Exact Jaccard of the candidates whose second text is of this shard."""
     pairs: list[tuple[int, int]] = []
-    parts = list(_parts(job.uri, "fetched", shard))
-    own = _ragged(read_table(part_uri(job.uri, "hashes", shard), ["hashes"]).column("hashes")) if parts else None
+    parts = list(_parts(pairing.uri, "fetched", shard))
+    own = _ragged(read_table(part_uri(pairing.uri, "hashes", shard), ["hashes"]).column("hashes")) if parts else None
     sets: dict[int, np.ndarray] = {}
     for part in parts:
         assert own is not None
@@ -259,11 +262,11 @@ def _verify(job: _Job, shard: int) -> None:
                 if b not in sets:
                     if len(sets) > _BATCH_TEXTS:
                         sets.clear()
-                    sets[b] = np.unique(own.row(b - shard * job.shard_rows))
-                if _jaccard(np.unique(first.row(row)), sets[b]) >= job.config.threshold:
+                    sets[b] = np.unique(own.row(b - shard * pairing.shard_rows))
+                if _jaccard(np.unique(first.row(row)), sets[b]) >= pairing.config.threshold:
                     pairs.append((a, b))
     columns = [pa.array([pair[place] for pair in pairs], pa.int64()) for place in (0, 1)]
-    write_table(pa.table(columns, schema=_PAIRS), part_uri(job.uri, "verified", shard))
+    write_table(pa.table(columns, schema=_PAIRS), part_uri(pairing.uri, "verified", shard))
 
 
 def _ragged(column: pa.ChunkedArray | pa.Array) -> Ragged:
