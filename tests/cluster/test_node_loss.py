@@ -1,4 +1,4 @@
-"""The tiny road on a simulated cluster that loses nodes, as a user runs it: RAY_ADDRESS and a token, nothing else.
+"""The tiny recipe on a simulated cluster that loses nodes, as a user runs it: RAY_ADDRESS and a token, nothing else.
 
 About 6 minutes on 2 idle cores. The reference is the same recipe on a private local Ray, up to the first stage.
 """
@@ -85,7 +85,7 @@ def test_the_road_survives_the_loss_of_nodes_and_gives_what_it_gives_without(
     assert starts[0] == 0 and starts[-1] >= 4 and len(starts) >= 2, starts
     for name, steps in (("train_stage_1", 10), ("train_stage_2", 6), ("train_student", 8)):
         assert [row["step"] for row in rows(out / name / "metrics.jsonl")] == list(range(steps))
-    assert cluster.alive(), "the run must leave somebody else's cluster as it was"
+    assert cluster.alive(), "the run must leave another user's cluster as it was"
 
     quiet = {name: value for name, value in cluster.environment.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
     reference = start(alone, quiet)

@@ -1,4 +1,4 @@
-"""The tiny road with its output on object storage: a real S3 server (moto) on loopback, s3fs, nothing local.
+"""The tiny recipe with its output on object storage: a real S3 server (moto) on loopback, s3fs, nothing local.
 
 About 3 minutes on 2 idle cores. Tracking and registry are off: their SQLite store needs a disk or a server.
 """

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nvembed.evaluation import evaluate_retrieval
+from nvembed import evaluate_retrieval
 from nvembed.retrieval.config import PackageModel
 from nvembed.retrieval.encoders import open_encoder
 from nvembed.text.instructions import instruction_prefix

@@ -72,7 +72,7 @@ def light(run: PipelineRun) -> None:
         print("count", number, flush=True)
         time.sleep(1)
     if run.recipe.name == "wrong":
-        raise UserError("this story was told to fail")
+        raise UserError("this pipeline is meant to fail")
     while run.recipe.name == "waits":
         run.runner.interrupts.check()
         time.sleep(0.2)
@@ -171,7 +171,7 @@ def _tree(pid: int) -> list[psutil.Process]:
 
 
 def _of(temporary: Path) -> list[psutil.Process]:
-    """Processes of our own cluster that nobody is the parent of: its temp dir stands in their command lines."""
+    """Processes of our own cluster without a parent: its temp dir stands in their command lines."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if any(str(temporary) in part for part in process.info["cmdline"] or []):

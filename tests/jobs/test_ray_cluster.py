@@ -145,7 +145,7 @@ def test_a_job_runs_on_the_cluster_and_is_listed(nvembed: Nvembed, head: Any) ->
 
 def test_the_exit_code_is_the_runs_and_a_second_try_resumes(nvembed: Nvembed) -> None:
     output, notes = nvembed.submit("wrong", code=2)
-    assert "this story was told to fail" in output and "failed, exit code 2" in notes
+    assert "this pipeline is meant to fail" in output and "failed, exit code 2" in notes
     output, notes = nvembed.submit("wrong", code=2)
     assert "attempt 2 of wrong" in output, "the second run resumed the first one's output"
     wrong = [state for state in nvembed.states() if state["metadata"]["nvembed_recipe"] == "wrong"]

@@ -106,7 +106,7 @@ def test_a_job_runs_under_symmetric_run_and_its_token_is_nobodys(slurm: Path, tm
     assert not (slurm / "requeues").exists()
     assert os.listdir(os.environ["NODE_TEMP"]) == [], "the node is left clean"
     code, output = run(submit("wrong"))
-    assert code == 2 and "this story was told to fail" in output and "77: failed, exit code 2" in output
+    assert code == 2 and "this pipeline is meant to fail" in output and "77: failed, exit code 2" in output
 
 
 @pytest.mark.slow

@@ -78,9 +78,9 @@ def test_a_run_that_would_not_begin_is_reported_before_the_job(checkout: Path) -
 
 @pytest.mark.parametrize(("ends", "code"), [(2, 2), (3, 3), (1, 4), (5, 4)])
 def test_a_dry_run_ends_as_the_storys_own_would(checkout: Path, ends: int, code: int) -> None:
-    """The story itself says how; what is neither a mistake nor a preflight is a failure."""
-    story = (checkout / "light.py").read_text()
-    (checkout / "light.py").write_text(story.replace("raise SystemExit(main(", f"raise SystemExit({ends} or main("))
+    """The dry run itself says how; what is neither a mistake nor a preflight is a failure."""
+    source = (checkout / "light.py").read_text()
+    (checkout / "light.py").write_text(source.replace("raise SystemExit(main(", f"raise SystemExit({ends} or main("))
     said = run("submit", str(ROOT / "cluster/local.yaml"), "--dry-run", "--", "python", "light.py")
     assert said[0] == code and f"light.py would end with {ends}" in said[2] and not said[1]
 

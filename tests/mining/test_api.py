@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nvembed.mining
-from nvembed.mining import mine_vectors
+from nvembed import mine_vectors
 from nvembed.mining.config import TopKPercPos
 from nvembed.mining.rules import cap_documents
 from nvembed.retrieval.exact.topk import pair_scores

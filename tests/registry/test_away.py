@@ -1,4 +1,4 @@
-"""A registry that is away while a story runs: the road goes on, the exit code says what waits, the next run does it."""
+"""A registry that is away while a pipeline runs: the exit code names what is pending, and the next run does it."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from nvembed.registry.client import aliases, list_versions, open_registry
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "pipelines/recipes/tiny.yaml"
 NAME = "nvembed-tiny-teacher"
-STORY = '''
-"""A toy story: something to register, and a step after it."""
+TOY = '''
+"""A toy pipeline: something to register, and a step after it."""
 import json, shutil
 from pathlib import Path
 import pyarrow as pa
@@ -54,14 +54,14 @@ if __name__ == "__main__":
 
 
 class Toy:
-    """The story in a folder of its own; its registry is SQLite, or a directory in its place, which nobody can open."""
+    """A pipeline in a folder; its registry is SQLite, or a directory in its place, which cannot be opened."""
 
     def __init__(self, folder: Path, model: Path, give_back: str = "pass") -> None:
         self.folder, self.out, self.database = folder, folder / "run", folder / "store" / "mlflow.db"
         self.uri = f"sqlite:///{self.database}"
         (folder / "recipes").mkdir()
-        story = STORY.replace("FOLDER", repr(str(model))).replace("GIVE_BACK", give_back)
-        (folder / "toy.py").write_text(story)
+        source = TOY.replace("FOLDER", repr(str(model))).replace("GIVE_BACK", give_back)
+        (folder / "toy.py").write_text(source)
         text = TINY.read_text().replace("name: tiny", "name: toy", 1)
         (folder / "recipes" / "toy.yaml").write_text(f"{text}tracking: {{enabled: false, uri: '{self.uri}'}}\n")
         self.database.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Merging the cache's small parts: nothing is lost, whoever knew the old parts still sees them, stops are mended."""
+"""Merging the cache's small parts: nothing is lost, a reader of the old parts still sees them, stops are mended."""
 
 import os
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nvembed.mining import mine_vectors
-from nvembed.retrieval import encode_texts, search_vectors
+from nvembed import encode_texts, mine_vectors, search_vectors
 from nvembed.retrieval.config import FolderModel
 from nvembed.retrieval.exact.bounds import _keeps_the_bound, has_bounded_bf16
 

@@ -82,7 +82,7 @@ def search_vectors(
 
     Example:
         >>> import numpy as np
-        >>> from nvembed.retrieval import search_vectors
+        >>> from nvembed import search_vectors
         >>> documents = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], dtype=np.float32)
         >>> rows, scores = search_vectors(np.array([[0.0, 1.0]]), documents, k=2)
         >>> rows.tolist(), scores.round(2).tolist()
