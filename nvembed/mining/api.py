@@ -78,15 +78,13 @@ def mine_vectors(
         precision, device: see `search_vectors`; they never change the result.
 
     Returns:
-        int64 [Q, K] row numbers of documents, best first (draws: best of the drawn first; random: in drawn order), -1
-        where fewer qualify.
+        int64 [Q, K] row numbers of documents, best first (random: in drawn order), -1 where fewer qualify.
 
     Raises:
         UserError: an unknown rule, wrong shapes, a query without a positive or with one that is no row, NaN, infinity.
 
     Example:
-        >>> import numpy as np
-        >>> from nvembed import mine_vectors
+        >>> import numpy as np; from nvembed import mine_vectors
         >>> vectors = np.eye(4, dtype=np.float32) + 0.1 * np.arange(4, dtype=np.float32)
         >>> mine_vectors(vectors, vectors, [[0], [1], [2], [3]], 1, {"type": "topk"}).tolist()
         [[3], [3], [3], [2]]

@@ -1,6 +1,5 @@
 """The model folder: reloads to the same vectors, and refuses what is damaged, foreign or computed differently."""
 
-import doctest
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from nvembed.modeling import folder as folder_module
 from nvembed.modeling.config import LastTokenConfig, LatentAttentionConfig, MeanConfig
 from nvembed.modeling.folder import describe_folder, load_embedder, save_embedder
 from nvembed.text.instructions import instruction_prefix
@@ -202,8 +200,3 @@ def test_a_copied_folder_is_the_same_model(folder, tmp_path):
     np.testing.assert_array_equal(
         load_embedder(tmp_path / "elsewhere").encode(TEXTS), load_embedder(folder).encode(TEXTS)
     )
-
-
-def test_the_example_of_load_embedder_runs(folder):  # the first save imports DeepSpeed, which prints a line
-    (example,) = doctest.DocTestFinder().find(load_embedder, "load_embedder", globs=vars(folder_module).copy())
-    assert doctest.DocTestRunner().run(example) == (0, 8)
