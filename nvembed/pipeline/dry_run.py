@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nvembed.core import storage
-from nvembed.core.steps import MANIFEST, STARTED, Step
+from nvembed.core.steps import MANIFEST, REPORT_JSON, STARTED, Step
 from nvembed.pipeline.import_model import import_config
 from nvembed.pipeline.steps import IMPORT_MODEL, REGISTER, StepReference, load_step
 from nvembed.recipe.document import Document
@@ -78,4 +78,4 @@ class DryRun:
 
     def report(self) -> None:
         """See `PipelineRun.report`."""
-        self.steps.append(PlannedStep("report", "run", storage.join(self.out, "report.json")))
+        self.steps.append(PlannedStep("report", "run", storage.join(self.out, REPORT_JSON)))

@@ -8,7 +8,7 @@ import yaml
 
 from nvembed.core import storage
 from nvembed.core.lease import LEASE
-from nvembed.core.steps import RECIPE, ChangedRecipeError, CorruptArtifactError, differences
+from nvembed.core.steps import RECIPE, REPORT_HTML, REPORT_JSON, ChangedRecipeError, CorruptArtifactError, differences
 from nvembed.recipe.schema import Recipe, load_recipe, resolved_yaml
 from nvembed.report.attempts import RECORDS
 from nvembed.tracking.tracker import STATE
@@ -16,7 +16,7 @@ from nvembed.types import UserError
 
 FREE_SECTIONS = ("cluster", "tracking")  # where a run computes and what it reports to; neither changes a result
 # names a run writes at the root of its output: a directory that has one of them but no recipe.yaml is not a run's
-ROOT_NAMES = (RECORDS, STATE, "report.json", "report.html", "mlflow.db", "mlartifacts", "logs")
+ROOT_NAMES = (RECORDS, STATE, REPORT_JSON, REPORT_HTML, "mlflow.db", "mlartifacts", "logs")
 
 
 def check_output(recipe: Recipe, out: str) -> None:

@@ -18,7 +18,7 @@ import psutil
 from nvembed.core import storage
 from nvembed.core.runtime import git_revision
 from nvembed.core.secrets import mask_all
-from nvembed.core.steps import METRICS, STARTS
+from nvembed.core.steps import AUDIT, METRICS, STARTS
 from nvembed.registry.step import REGISTRATION
 from nvembed.registry.versions import primary_metric
 from nvembed.report.schema import (
@@ -193,7 +193,7 @@ def _datasets(artifacts: Mapping[str, Artifact]) -> dict[str, Dataset]:
 
 def _mining(artifacts: Mapping[str, Artifact]) -> dict[str, Any] | None:
     """The newest audit without its samples: texts are not copied into the report."""
-    audit = _read(artifacts, "mine_again" if "mine_again" in artifacts else "mine", "audit.json")
+    audit = _read(artifacts, "mine_again" if "mine_again" in artifacts else "mine", AUDIT)
     return None if audit is None else {key: value for key, value in audit.items() if key != "samples"}
 
 
