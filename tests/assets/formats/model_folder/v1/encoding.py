@@ -65,7 +65,7 @@ def encode_with_mask(
     specials: Specials,
     mask_instruction: bool,
 ) -> list[Tokens]:
-    """Encode `instruction + text`, cut it to `max_length` with BOS/EOS kept, and mark what is pooled.
+    """Encode `instruction + text`, cut it to `max_length` with BOS/EOS intact, and mark what is pooled.
 
     A token belongs to the instruction when it ends inside it. With an instruction BOS is not pooled either (NV-Embed
     drops both). What is left is pooled; if that is nothing, the last token.
@@ -75,7 +75,7 @@ def encode_with_mask(
     masked = [mask_instruction and bool(instruction) for instruction in instructions]
     encode = backend.encode_batch if any(masked) else backend.encode_batch_fast  # the fast one has no offsets
     room = max_length - specials.taken
-    found = []
+    rows = []
     for encoding, instruction, mask in zip(encode(joined, add_special_tokens=False), instructions, masked, strict=True):
         ids = encoding.ids[:room]
         if mask:
@@ -83,8 +83,8 @@ def encode_with_mask(
             pooled = [int(stop > end) for _, stop in encoding.offsets[:room]]
         else:
             pooled = [1] * len(ids)
-        found.append(_with_specials(ids, pooled, specials, mask)._replace(cut=len(encoding.ids) > room))
-    return found
+        rows.append(_with_specials(ids, pooled, specials, mask)._replace(cut=len(encoding.ids) > room))
+    return rows
 
 
 def _with_specials(ids: list[int], pooled: list[int], specials: Specials, mask: bool) -> Tokens:
