@@ -33,7 +33,11 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+# each starts the pipeline's own dry run; the manifests of every kind have tests of their own in test_render.py
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("ray.yaml", "slurm.yaml") else pytest.param(name, marks=pytest.mark.slow) for name in TARGETS],
+)
 def test_a_dry_run_shows_the_job_and_touches_nothing(
     checkout: Path, tmp_path: Path, no_network: None, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

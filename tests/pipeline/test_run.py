@@ -261,7 +261,7 @@ def test_a_users_mistake_in_a_step_is_exit_code_2(toy: Toy) -> None:
     assert code == 2 and "error: rows.jsonl:3: no text" in output and "Traceback" not in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_run_stops_cleanly_on_request_and_the_next_resumes(toy: Toy, number: signal.Signals) -> None:
     toy.do("second", "time.sleep(100)")
     process = toy.start()

@@ -107,8 +107,15 @@ def test_encode_texts_renders_the_prompt(tiny_folder):
         encode_texts(texts, embedder, cache="anywhere")
 
 
-@pytest.mark.parametrize("limit", [None, 64])
-@pytest.mark.parametrize("model", ["packed", "padded", "ours"])
+@pytest.mark.parametrize(
+    ("model", "limit"),
+    [
+        ("packed", 64),
+        ("padded", 64),
+        ("ours", None),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("packed", None), ("padded", None), ("ours", 64)]),
+    ],
+)
 def test_which_texts_were_cut_is_told(model, limit, tiny_folder, monkeypatch):
     """As counted by the tokenizer on the whole text, at the very edge too."""
     encoder = open_encoder(tiny_folder if model == "ours" else PackageModel(), None, "fp32", token_budget=512)

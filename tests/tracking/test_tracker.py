@@ -236,7 +236,9 @@ class Dying:
         return call
 
 
-@pytest.mark.parametrize(("after", "stride"), [(False, 5), (True, 2)], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("after", "stride"), [(False, 5), pytest.param(True, 2, marks=pytest.mark.slow)], ids=["before", "after"]
+)
 def test_killed_at_any_call_then_resumed(out: str, monkeypatch: pytest.MonkeyPatch, after: bool, stride: int) -> None:
     """A new process goes on where a killed one was, at any call to MLflow: one run, each row once.
 
