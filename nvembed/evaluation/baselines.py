@@ -85,7 +85,10 @@ def variants(folder: str) -> dict[str, FolderModel]:
     poolings: dict[str, MeanConfig | LastTokenConfig] = {"mean": MeanConfig(), "last_token": LastTokenConfig()}
     return {
         f"{name}_{'bidirectional' if bidirectional else 'causal'}": FolderModel(
-            folder=folder, pooling=pooling, bidirectional=bidirectional
+            folder=folder,
+            pooling=pooling,
+            bidirectional=bidirectional,
+            packed=False,  # padded, as their scores always were
         )
         for bidirectional in (True, False)
         for name, pooling in poolings.items()

@@ -108,6 +108,7 @@ class Embedder(nn.Module):
         precision: str = "fp32",
         max_length: int | None = None,
         cut_N: np.ndarray | None = None,
+        packed: bool = True,
     ) -> np.ndarray:
         """Embed texts, packed where the backbone can (`packed.FAMILIES`), else in windows of similar token length.
 
@@ -126,6 +127,7 @@ class Embedder(nn.Module):
             precision: "fp32", "bf16" (autocast) or "auto".
             max_length: most tokens of a text, BOS/EOS included; None for the model's own.
             cut_N: int8 [N] that gets 1 where a text had more tokens than that, else 0.
+            packed: False pads texts also where the backbone can pack; equal but for float noise.
 
         Returns:
             float32 [N, dim or D], rows of length 1, in the order of `texts`.
@@ -149,17 +151,19 @@ class Embedder(nn.Module):
             for start in range(0, len(texts), WINDOW_TEXTS):
                 window = slice(start, start + WINDOW_TEXTS)
                 tokens = self.tokeniser.encode(texts[window], prompts[window], max_length)
-                self._encode_window(tokens, token_budget, resolved, matrix_ND[window])
+                self._encode_window(tokens, token_budget, resolved, packed, matrix_ND[window])
                 if cut_N is not None:
                     cut_N[window] = [item.cut for item in tokens]
         finally:
             self.train(was_training)
         return matrix_ND if dim is None else prefix_rows(matrix_ND, dim)
 
-    def _encode_window(self, tokens: Sequence[Tokens], token_budget: int, precision: str, out_ND: np.ndarray) -> None:
+    def _encode_window(
+        self, tokens: Sequence[Tokens], token_budget: int, precision: str, packed: bool, out_ND: np.ndarray
+    ) -> None:
         device = next(self.parameters()).device
         lengths = np.array([len(item.input_ids) for item in tokens], dtype=np.int64)
-        without_padding = packs(self.embedding_model, int(lengths.max()))
+        without_padding = packed and packs(self.embedding_model, int(lengths.max()))
         cut = packed_chunks if without_padding else token_budget_chunks
         with packing(self.embedding_model) if without_padding else nullcontext():
             for chunk in cut(lengths, token_budget):

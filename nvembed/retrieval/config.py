@@ -110,3 +110,4 @@ class FolderModel(Config):
     folder: str
     pooling: PoolingConfig | None = None
     bidirectional: bool | None = None
+    packed: bool = Field(True, description="False pads texts also where the backbone can pack them.")

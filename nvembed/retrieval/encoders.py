@@ -173,7 +173,7 @@ def open_encoder(
         embedder = load_embedder(
             local_model(resolved.folder), pooling=resolved.pooling, bidirectional=resolved.bidirectional
         ).to(device)
-        return FolderEncoder(embedder, precision, token_budget)
+        return FolderEncoder(embedder, precision, token_budget, resolved.packed)
     if isinstance(resolved, PackageModel):
         folder = str(package_folder(resolved.package))
         return SentenceEncoder(folder, resolved.instruction, precision, token_budget, device)
@@ -208,9 +208,9 @@ def encoder_of(
 class FolderEncoder:
     """An nvembed model folder."""
 
-    def __init__(self, embedder: Embedder, precision: str, token_budget: int) -> None:
+    def __init__(self, embedder: Embedder, precision: str, token_budget: int, packed: bool = True) -> None:
         self._embedder = embedder.eval()
-        self._token_budget = token_budget
+        self._token_budget, self._packed = token_budget, packed
         self.precision = precision
         self.dim = embedder.dim
         self.max_length = embedder.config.text.max_length
@@ -232,6 +232,7 @@ class FolderEncoder:
             precision=self.precision,
             max_length=max_length,
             cut_N=cut_N,
+            packed=self._packed,
         )
 
     def used_prompt(self, prompt: str) -> str:
