@@ -119,22 +119,20 @@ class Embedder(nn.Module):
             texts: N strings; may be empty.
             instruction: a task sentence or its key in `text.instructions.CATALOGUE`, for all texts, or one for each;
                 "" for none. The prompt is rendered from it.
-            prompt: strings put before the texts as they are (sentence-transformers' `prompt`), one for all, or one for
-                each.
+            prompt: strings put before the texts as they are, one for all, or one for each.
             prompt_name: a name of the model's `prompts`.
             dim: Matryoshka prefix: keep the first `dim` numbers and scale to length 1 again.
             token_budget: tokens of one forward, padding included.
             precision: "fp32", "bf16" (autocast) or "auto".
             max_length: most tokens of a text, BOS/EOS included; None for the model's own.
             cut_N: int8 [N] that gets 1 where a text had more tokens than that, else 0.
-            packed: False pads texts also where the backbone can pack; equal but for float noise.
+            packed: False pads the texts also where the backbone can pack them.
 
         Returns:
             float32 [N, dim or D], rows of length 1, in the order of `texts`.
 
         Raises:
-            UserError: something that is not a string, another number of instructions or prompts than N, an unknown key
-                or name, an impossible `dim` or `max_length`.
+            UserError: not a string, not N instructions or prompts, an unknown key or name, a wrong `dim` or length.
         """
         texts = _checked(texts)
         prompts = choose_prompts(len(texts), instruction, prompt, prompt_name, self.prompts)
