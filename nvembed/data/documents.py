@@ -1,7 +1,7 @@
-"""The documents of a data set while it is prepared: an Arrow IPC file on disk, some 50 bytes of memory a document.
+"""The documents of a data set while it is prepared: texts in an Arrow IPC file on disk, decisions about them in arrays.
 
 The file (in `TMPDIR`) has no name, so nothing is left behind however the process ends, and is read back through the
-page cache, memory-mapped. Decisions about documents are made over arrays of their places.
+page cache, memory-mapped; a document costs some arrays' entries of memory (its place, hashes, split).
 """
 
 from __future__ import annotations
