@@ -67,7 +67,7 @@ def cluster() -> Iterator[SimulatedCluster]:
 
 
 @pytest.mark.timeout(2400)
-def test_the_road_survives_the_loss_of_nodes_and_gives_what_it_gives_without(
+def test_a_run_survives_the_loss_of_nodes_and_gives_what_it_gives_without(
     cluster: SimulatedCluster, tmp_path: Path
 ) -> None:
     out, alone = tmp_path / "lost", tmp_path / "alone"

@@ -50,7 +50,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.timeout(1800)
-def test_the_road_on_object_storage(bucket: str, tmp_path: Path) -> None:
+def test_a_run_on_object_storage(bucket: str, tmp_path: Path) -> None:
     out = f"{bucket}/run"
     command = [sys.executable, str(ROOT / "pipelines/quickstart.py"), str(ROOT / "pipelines/recipes/tiny.yaml")]
     command += ["--out", out, *(part for setting in SETTINGS for part in ("--set", setting))]

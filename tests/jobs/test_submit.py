@@ -81,7 +81,7 @@ def test_a_run_that_would_not_begin_is_reported_before_the_job(checkout: Path) -
 
 
 @pytest.mark.parametrize(("ends", "code"), [(2, 2), (3, 3), (1, 4), (5, 4)])
-def test_a_dry_run_ends_as_the_storys_own_would(checkout: Path, ends: int, code: int) -> None:
+def test_a_dry_run_ends_as_the_pipelines_own_would(checkout: Path, ends: int, code: int) -> None:
     """The dry run itself says how; what is neither a mistake nor a preflight is a failure."""
     source = (checkout / "light.py").read_text()
     (checkout / "light.py").write_text(source.replace("raise SystemExit(main(", f"raise SystemExit({ends} or main("))

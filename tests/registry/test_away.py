@@ -79,7 +79,7 @@ class Toy:
         return {name: step["status"] for name, step in steps.items()}
 
 
-def test_the_road_goes_on_and_the_exit_code_says_what_waits(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_the_run_continues_and_the_exit_code_names_what_is_pending(tmp_path: Path, folders: dict[str, Path]) -> None:
     toy = Toy(tmp_path, folders["stock"])
     code, said = toy.run()
     assert code == 4, said

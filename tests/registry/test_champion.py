@@ -42,7 +42,7 @@ def models(kit: Any) -> Any:
 # -- promotion by a run ---------------------------------------------------------------------------------------------
 
 
-def test_the_road_promotes_what_passes_and_says_why_not(kit: Any) -> None:
+def test_the_register_step_promotes_what_passes_and_says_why_not(kit: Any) -> None:
     assert kit.register("a", 0.5)["reason"] == "there was no champion"
     worse = kit.register("b", 0.4)
     assert not worse["promoted"] and "comparison: mean difference to champion 1 -10.0 points" in worse["reason"]
