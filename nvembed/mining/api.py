@@ -113,7 +113,7 @@ def _read_rule(rule: Mapping[str, Any] | RuleConfig) -> RuleConfig:
     try:
         return _RULES.validate_python(dict(rule) if isinstance(rule, Mapping) else rule)
     except ValidationError as error:
-        problems = "; ".join(".".join(map(str, item["loc"])) + f": {item['msg']}" for item in error.errors())
+        problems = "; ".join(": ".join((*map(str, item["loc"]), item["msg"])) for item in error.errors())
         raise UserError(f"rule {rule!r}: {problems}") from error
 
 
