@@ -24,7 +24,7 @@ from nvembed.evaluation.run import lay_out_texts, load_sets, notes, settings_of,
 from nvembed.evaluation.tasks import Caps, HeldOut, Row, Vectors
 from nvembed.modeling.config import LastTokenConfig, MeanConfig
 from nvembed.retrieval.config import EncodeConfig, FolderModel
-from nvembed.retrieval.encode import EncodeReport, encode_shards
+from nvembed.retrieval.encode import Encoding, encode_each
 from nvembed.retrieval.encoders import check_model
 from nvembed.types import Artifact
 
@@ -40,21 +40,20 @@ def _build(config: BaselineConfig, inputs: Mapping[str, Artifact], work_uri: str
         name: storage.join(work_uri, "checkpoints", name)
         for name in ("dev_texts", "dev_vectors", "texts", "reference", "untrained")
     }
-    models, encode, report = variants(folder), encode_config(config), EncodeReport()
+    models, encode = variants(folder), encode_config(config)
     dev = _dev_sets(prepare, sets, config)
     write_text_shards(_labelled_rows(dev), paths["dev_texts"], encode.shard_rows)
-    compared = {}
-    for name, model in models.items():
-        uri = storage.join(paths["dev_vectors"], name)
-        report.merge(encode_shards(paths["dev_texts"], model, uri, encode))
-        compared[name] = _dev_scores(dev, uri, config)
+    dev_vectors = {name: storage.join(paths["dev_vectors"], name) for name in models}
+    reports = encode_each([Encoding(paths["dev_texts"], models[name], dev_vectors[name]) for name in models], encode)
+    compared = {name: _dev_scores(dev, uri, config) for name, uri in dev_vectors.items()}
     chosen = {held_out.dataset: _best(compared, held_out.dataset) for held_out in sets}
-    # texts lie by the variant of their data set, so that each variant is loaded once
-    for name in sorted(set(chosen.values())):
+    encodings = []
+    for name in sorted(set(chosen.values())):  # texts lie by the variant of their data set: each is loaded once
         texts = storage.join(paths["texts"], name)
         lay_out_texts([held_out for held_out in sets if chosen[held_out.dataset] == name], texts, encode.shard_rows)
-        report.merge(encode_shards(texts, models[name], storage.join(paths["untrained"], name), encode))
-    report.merge(encode_shards(paths["texts"], config.reference, paths["reference"], encode))
+        encodings.append(Encoding(texts, models[name], storage.join(paths["untrained"], name)))
+    encodings.append(Encoding(paths["texts"], config.reference, paths["reference"]))
+    reports += encode_each(encodings, encode)
     systems = {"bm25": {held_out.dataset: held_out.score_bm25(settings) for held_out in sets}}
     for system, uri in (("minilm", paths["reference"]), ("untrained", paths["untrained"])):
         systems[system] = {
@@ -73,7 +72,7 @@ def _build(config: BaselineConfig, inputs: Mapping[str, Artifact], work_uri: str
         "notes": {**notes(config.evaluate, sets), **_notes(config)},
     }
     result = write_scores(work_uri, systems, prepare, extra)
-    result.metrics["encode_cpu_seconds"] = report.cpu_seconds
+    result.metrics["encode_cpu_seconds"] = sum(report.cpu_seconds for report in reports)
     return result
 
 

@@ -1,6 +1,6 @@
 """Encode texts: a list into a matrix, or a directory of text shards into vector shards in a Ray Data actor pool.
 
-Each actor loads the model once, then turns one text shard after another into the vector shard of the same name. Windows
+Each actor loads a model once, then turns one text shard after another into the vector shard of the same name. Windows
 never cross a shard, so a vector depends on its shard's content only, never on the number of actors or their timing.
 A vector shard records its text shard and model; a restarted run reuses the shards that still match.
 
@@ -10,9 +10,11 @@ its bytes depend on the texts and on those parts, not on timing or kills.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +47,7 @@ from nvembed.types import Config, UserError, VectorType
 if TYPE_CHECKING:
     from nvembed.modeling.embedder import Embedder
 
-__all__ = ["EncodeReport", "encode_shards", "encode_texts", "open_cache", "read_rejected"]
+__all__ = ["EncodeReport", "Encoding", "encode_each", "encode_shards", "encode_texts", "open_cache", "read_rejected"]
 
 logger = logging.getLogger(__name__)
 
@@ -143,63 +145,105 @@ def _refuse(encoded: Encoded, names: Sequence[str], where: str) -> None:
 # -- directories ------------------------------------------------------------------------------------------------------
 
 
-def encode_shards(
-    source_uri: str, model: Model, out_uri: str, config: EncodeConfig, *, may_reject: Collection[str] = ()
-) -> EncodeReport:
-    """Encode every `part-*.parquet` (key, text, instruction: the rendered prompt) under a directory.
+@dataclass(frozen=True)
+class Encoding:
+    """Text shards and the model that encodes them.
 
-    Args:
-        source_uri: text shards, at any depth.
+    Attributes:
+        source_uri: text shards `part-*.parquet` (key, text, instruction: the rendered prompt), at any depth.
         model: see `open_encoder`.
         out_uri: gets `key, vector` shards under the same relative names; vector shards there that were made from the
             same text shard by the same model and settings are reused, any other is replaced or removed.
         may_reject: names of directories, such as "documents", whose rows may go without a vector: a text that cannot be
             embedded is left out of the shard and counted. Anywhere else such a text is an error, because later steps
             expect a vector for every row.
+    """
+
+    source_uri: str
+    model: Model
+    out_uri: str
+    may_reject: tuple[str, ...] = ()
+
+
+def encode_shards(
+    source_uri: str, model: Model, out_uri: str, config: EncodeConfig, *, may_reject: Collection[str] = ()
+) -> EncodeReport:
+    """Encode the text shards under a directory with one model: `encode_each` of one `Encoding`."""
+    return encode_each([Encoding(source_uri, model, out_uri, tuple(may_reject))], config)[0]
+
+
+def encode_each(encodings: Sequence[Encoding], config: EncodeConfig) -> list[EncodeReport]:
+    """Encode text shards with their models, one model after another, in one actor pool.
+
+    An actor holds one model at a time: it opens the next with the first shard that asks for it.
+
+    Returns:
+        A report for each encoding.
 
     Raises:
-        UserError: the model is missing or cannot be loaded; a text cannot be embedded (see `may_reject`), or more than
-            `config.max_rejected_share` of all.
+        UserError: a model is missing or cannot be loaded; a text cannot be embedded (see `Encoding.may_reject`), or
+            more than `config.max_rejected_share` of the texts of an encoding.
     """
-    check_model(model)
-    model_hash = model_identity(model)
-    identity = encode_identity(model, config, model_hash)
-    names = list_shards(source_uri)
-    for name in set(list_shards(out_uri)) - set(names):
-        storage.remove(storage.join(out_uri, name))
-    report = EncodeReport()
-    tasks = _tasks(source_uri, out_uri, names, identity, report)
-    left = sum(task["rows"] for task in tasks)
-    arguments = {
-        "source_uri": source_uri,
-        "model": model,
-        "out_uri": out_uri,
-        "config": config,
-        "identity": identity,
-        "model_hash": model_hash,
-        "may_reject": tuple(may_reject),
-        "cache_parts": _looked_in(source_uri, names, model_hash, out_uri, config) if tasks else {},
-    }
+    for encoding in encodings:
+        check_model(encoding.model)
+    works, reports, tasks = [], [], []
+    for number, encoding in enumerate(encodings):
+        work, report, waiting = _planned(encoding, config)
+        works.append(work)
+        reports.append(report)
+        tasks += [{"encoding": number, **task} for task in waiting]
+    totals = [report.reused_rows for report in reports]
+    for task in tasks:
+        totals[task["encoding"]] += task["rows"]
     pool = run_pool(
         ShardEncoder,
-        arguments,
+        {"works": works, "config": config, "first": tasks[0]["encoding"] if tasks else 0},
         tasks,
         actors=config.actors,
         cpus=config.cpus_per_actor,
         gpus=config.gpus_per_actor,
     )
-    progress = ProgressLog("encode", left, "texts")
-    total = report.reused_rows + left
+    progress = ProgressLog("encode", sum(task["rows"] for task in tasks), "texts")
     for result in pool:
+        report = reports[result["encoding"]]
         report.add(result)
-        _check_share(report, total, config)
+        _check_share(report, totals[result["encoding"]], config)
         progress.add(result["rows"])
-    _check_share(report, total, config)
-    _settle_cache(report, model_hash, config)
-    if report.rejected:
-        count = sum(report.rejected.values())
-        logger.warning("encode: %d of %d texts have no vector: %s", count, total, report.rejected)
-    return report
+    for work, report, total in zip(works, reports, totals, strict=True):
+        _check_share(report, total, config)
+        _settle_cache(report, work.model_hash, config)
+        if report.rejected:
+            count = sum(report.rejected.values())
+            logger.warning("encode: %d of %d texts have no vector: %s", count, total, report.rejected)
+    return reports
+
+
+@dataclass(frozen=True)
+class EncodingWork:
+    """What an actor needs for the shards of an encoding.
+
+    Attributes:
+        identity: see `encode_identity`; stored in every vector shard.
+        model_hash: `model_identity`.
+        cache_parts: the cache's parts in which the run looks, by fingerprint.
+    """
+
+    encoding: Encoding
+    identity: str
+    model_hash: str = ""
+    cache_parts: Mapping[str, list[str]] = field(default_factory=dict)
+
+
+def _planned(encoding: Encoding, config: EncodeConfig) -> tuple[EncodingWork, EncodeReport, list[dict[str, Any]]]:
+    """The shards of an encoding that are to be made; complete ones are in the report."""
+    source, out = encoding.source_uri, encoding.out_uri
+    model_hash, names, report = model_identity(encoding.model), list_shards(source), EncodeReport()
+    identity = encode_identity(encoding.model, config, model_hash)
+    for name in set(list_shards(out)) - set(names):
+        storage.remove(storage.join(out, name))
+    tasks = _tasks(source, out, names, identity, report)
+    parts = _looked_in(source, names, model_hash, out, config) if tasks else {}
+    return EncodingWork(encoding, identity, model_hash, parts), report, tasks
 
 
 def _settle_cache(report: EncodeReport, model_hash: str, config: EncodeConfig) -> None:
@@ -245,37 +289,37 @@ def encode_identity(model: Model, config: EncodeConfig, model_hash: str | None =
 
 
 class ShardEncoder:
-    """The worker of an actor: one model, any number of shards."""
+    """The worker of an actor: one model at a time, any number of shards."""
 
-    def __init__(
-        self,
-        source_uri: str,
-        model: Model,
-        out_uri: str,
-        config: EncodeConfig,
-        identity: str,
-        may_reject: Sequence[str] = (),
-        model_hash: str = "",
-        cache_parts: dict[str, list[str]] | None = None,
-    ) -> None:
-        self._source_uri, self._out_uri, self._identity = source_uri, out_uri, identity
-        self._config, self._may_reject = config, set(may_reject)
+    def __init__(self, works: Sequence[EncodingWork], config: EncodeConfig, first: int = 0) -> None:
+        self._works, self._config = works, config
+        self._open(first)
+
+    def _open(self, number: int) -> None:
+        """Open the model of an encoding, and its cache."""
+        work, config = self._works[number], self._config
+        self._encoder: Encoder | None = None  # two models at once could be more than the memory holds
+        gc.collect()
         self._encoder = open_encoder(
-            model,
+            work.encoding.model,
             config.threads_per_actor,
             config.precision,
             token_budget=config.token_budget,
             device=_device(config),
         )
-        self._cache = None
+        self._number, self._cache = number, None
         if config.cache is not None:
-            name = fingerprint(model_hash, self._encoder.precision, config.vector_type)
-            self._cache = VectorCache(config.cache, name, config.vector_type, (cache_parts or {}).get(name, []))
+            name = fingerprint(work.model_hash, self._encoder.precision, config.vector_type)
+            self._cache = VectorCache(config.cache, name, config.vector_type, work.cache_parts.get(name, []))
 
     def work(self, task: dict[str, Any]) -> dict[str, Any]:
         """Encode one shard; see `Worker.work`."""
-        name = task["name"]
-        data = storage.read_bytes(storage.join(self._source_uri, name))
+        if task["encoding"] != self._number:
+            self._open(task["encoding"])
+        assert self._encoder is not None
+        work, name = self._works[self._number], task["name"]
+        encoding = work.encoding
+        data = storage.read_bytes(storage.join(encoding.source_uri, name))
         source = pq.read_table(pa.BufferReader(data), columns=["key", "text", "instruction"])
         prompts = source.column("instruction").to_pylist()  # the column holds rendered prompts
         encoded = encode_checked(
@@ -287,18 +331,19 @@ class ShardEncoder:
             max_bytes=self._config.max_text_bytes,
         )
         keys = source.column("key").to_pylist()
-        if not self._may_reject & set(name.split("/")[:-1]):
+        if not set(encoding.may_reject) & set(name.split("/")[:-1]):
             _refuse(encoded, [f"text {key!r}" for key in keys], f"shard {name}")
         rejected = [[keys[index], reason] for index, reason in encoded.rejected.items()]
         table = vector_table(source.column("key").take(encoded.accepted_A), encoded.matrix_AD, self._config.vector_type)
         cut = [int((encoded.cut_A == 1).sum()), int((encoded.cut_A == UNKNOWN).sum())]
         metadata = {
-            _MADE_FROM: f"{self._identity}:{xxhash.xxh3_128_hexdigest(data)}",
+            _MADE_FROM: f"{work.identity}:{xxhash.xxh3_128_hexdigest(data)}",
             _REJECTED: json.dumps(rejected),
             _CUT: json.dumps(cut),
         }
-        write_shard(table.replace_schema_metadata(metadata), storage.join(self._out_uri, name))
+        write_shard(table.replace_schema_metadata(metadata), storage.join(encoding.out_uri, name))
         return {
+            "encoding": self._number,
             "name": name,
             "rows": source.num_rows,
             "embedded": encoded.embedded,

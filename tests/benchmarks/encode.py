@@ -118,7 +118,7 @@ def grow(count: int) -> None:
     from nvembed.core.parquet import list_shards
     from nvembed.core.vectors import write_text_shards
     from nvembed.retrieval.config import EncodeConfig, PackageModel
-    from nvembed.retrieval.encode import ShardEncoder
+    from nvembed.retrieval.encode import Encoding, EncodingWork, ShardEncoder
 
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -128,10 +128,10 @@ def grow(count: int) -> None:
         source, out = os.path.join(folder, "texts"), os.path.join(folder, "vectors")
         rows = ((str(number), text[:60], "") for number, text in enumerate(islice(texts(), count)))
         write_text_shards(rows, source, config.shard_rows)
-        worker = ShardEncoder(source, PackageModel(), out, config, "benchmark")
+        worker = ShardEncoder([EncodingWork(Encoding(source, PackageModel(), out), "benchmark")], config)
         first = 0.0
         for number, name in enumerate(list_shards(source)):
-            worker.work({"name": name})
+            worker.work({"encoding": 0, "name": name})
             if number == 3:
                 first = peak()
         print(json.dumps({"peak": peak(), "growth": peak() - first}))

@@ -52,17 +52,19 @@ def encode(count: int, characters: int) -> None:
     from nvembed.core.parquet import list_shards
     from nvembed.core.vectors import write_text_shards
     from nvembed.retrieval.config import EncodeConfig, PackageModel
-    from nvembed.retrieval.encode import ShardEncoder
+    from nvembed.retrieval.encode import Encoding, EncodingWork, ShardEncoder
 
     config = EncodeConfig(actors=1)
     rows = ((str(i), text[:characters], "") for i, text in enumerate(islice(beside("encode").texts(), count)))
     with tempfile.TemporaryDirectory() as folder:
         write_text_shards(rows, f"{folder}/texts", config.shard_rows)
-        worker = ShardEncoder(f"{folder}/texts", PackageModel(), f"{folder}/vectors", config, "benchmark")
+        worker = ShardEncoder(
+            [EncodingWork(Encoding(f"{folder}/texts", PackageModel(), f"{folder}/vectors"), "benchmark")], config
+        )
         names = list_shards(f"{folder}/texts")
         started = time.process_time()
         for name in names:
-            worker.work({"name": name, "rows": 0})
+            worker.work({"encoding": 0, "name": name})
         seconds, most = time.process_time() - started, peak_bytes()
         written = sum(path.stat().st_size for path in Path(folder, "vectors").rglob("*.parquet"))
         say(

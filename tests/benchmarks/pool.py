@@ -26,7 +26,7 @@ from nvembed.core.ray_cluster import ensure_ray
 from nvembed.core.ray_tasks import run_pool
 from nvembed.core.vectors import write_text_shards
 from nvembed.retrieval.config import EncodeConfig, PackageModel
-from nvembed.retrieval.encode import ShardEncoder
+from nvembed.retrieval.encode import Encoding, EncodingWork, ShardEncoder
 
 
 def loop(arguments: dict[str, Any], tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -60,16 +60,12 @@ def main() -> None:
         source = os.path.join(folder, "texts")
         rows = ((str(number), text, "") for number, text in enumerate(islice(texts(), chosen.shards * chosen.texts)))
         write_text_shards(rows, source, chosen.texts)
-        tasks = [{"name": name} for name in list_shards(source)]
+        tasks = [{"encoding": 0, "name": name} for name in list_shards(source)]
         for number in range(chosen.rounds):
             for name in found:
-                arguments = {
-                    "source_uri": source,
-                    "model": PackageModel(),
-                    "out_uri": os.path.join(folder, f"{number}-{name}"),
-                    "config": EncodeConfig(threads_per_actor=1),
-                    "identity": "benchmark",
-                }
+                encoding = Encoding(source, PackageModel(), os.path.join(folder, f"{number}-{name}"))
+                works = [EncodingWork(encoding, "benchmark")]
+                arguments = {"works": works, "config": EncodeConfig(threads_per_actor=1)}
                 actors = {"one actor": 1, "two actors": 2}.get(name)
                 run = (
                     loop(arguments, tasks)

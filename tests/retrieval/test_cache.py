@@ -14,7 +14,7 @@ from nvembed.core.parquet import read_table
 from nvembed.core.vectors import iter_vectors, shard_content, table_matrix, vector_table, write_shard, write_text_shards
 from nvembed.retrieval.cache import UNKNOWN, VectorCache, remove_damaged, row_key
 from nvembed.retrieval.config import EncodeConfig, PackageModel
-from nvembed.retrieval.encode import ShardEncoder, _looked_in, encode_texts
+from nvembed.retrieval.encode import Encoding, EncodingWork, ShardEncoder, _looked_in, encode_texts
 from nvembed.retrieval.encoders import open_encoder
 from nvembed.retrieval.rows import NOT_FINITE, encode_checked
 from nvembed.types import UserError
@@ -198,25 +198,26 @@ def test_a_shard_with_poison_separate_lengths_and_the_parts_of_the_first_start(t
 
     def start():
         parts = _looked_in(source, [*names, "queries/part-00000.parquet"], "model", out, config)
-        return ShardEncoder(source, PackageModel(), out, config, "id", ("documents",), "model", parts), parts
+        encoding = Encoding(source, PackageModel(), out, ("documents",))
+        return ShardEncoder([EncodingWork(encoding, "id", "model", parts)], config), parts
 
     worker, parts = start()
-    results = [worker.work({"name": name}) for name in names]
+    results = [worker.work({"encoding": 0, "name": name}) for name in names]
     assert results[0]["rejected"] == [["k0", "is empty"]] and [found["cut"] for found in results] == [[0, 0]] * 4
     assert sum(found["embedded"] for found in results) == 3
-    query = worker.work({"name": "queries/part-00000.parquet"})
+    query = worker.work({"encoding": 0, "name": "queries/part-00000.parquet"})
     assert query["embedded"] == 1 and query["cut"] == [1, 0]  # cut elsewhere, so another vector
     (_, query), documents = next(iter_vectors(f"{out}/queries")), list(iter_vectors(f"{out}/documents"))
     assert [key for keys, _ in documents for key in keys] == ["k1", "k2", "k3"]
     assert query.dtype == np.float32 and np.abs(query[0] - documents[-1][1][0]).max() > 1e-3
     before = {path: path.read_bytes() for path in Path(out).rglob("part-*.parquet")}
     again, same = start()  # as after a kill: it does not look in what the first start had added
-    assert same == parts and again.work({"name": names[1]})["embedded"] == 1
+    assert same == parts and again.work({"encoding": 0, "name": names[1]})["embedded"] == 1
     assert {path: path.read_bytes() for path in Path(out).rglob("part-*.parquet")} == before
     (Path(out) / "cache-parts.json").unlink()
     fresh, _ = start()
-    assert [fresh.work({"name": name})["embedded"] for name in names] == [0, 0, 0, 0]
+    assert [fresh.work({"encoding": 0, "name": name})["embedded"] for name in names] == [0, 0, 0, 0]
     assert {path: path.read_bytes() for path in Path(out).rglob("part-*.parquet")} == before  # fp16 rounds both alike
-    strict = ShardEncoder(source, PackageModel(), out, config, "id")
+    strict = ShardEncoder([EncodingWork(Encoding(source, PackageModel(), out), "id")], config)
     with pytest.raises(UserError, match="text 'k0' is empty"):
-        strict.work({"name": names[0]})
+        strict.work({"encoding": 0, "name": names[0]})

@@ -13,7 +13,7 @@ import pytest
 from nvembed.core.parquet import list_shards, read_table
 from nvembed.core.vectors import read_vectors, table_matrix, write_shard, write_text_shards
 from nvembed.retrieval.config import EncodeConfig, PackageModel
-from nvembed.retrieval.encode import encode_shards
+from nvembed.retrieval.encode import Encoding, encode_each, encode_shards
 from nvembed.retrieval.encoders import open_encoder
 from nvembed.retrieval.rows import encode_checked
 
@@ -75,6 +75,33 @@ def test_two_actors_order_bytes_restart_and_cache(tmp_path, ray_session):
     anew = encode_shards(source, PackageModel(), f"{out}-2", config)
     assert (anew.rows, anew.embedded, anew.cached, anew.damaged) == (60, 0, 60, [])
     assert contents(f"{out}-2") == contents(out)
+
+
+def test_several_encodings_share_a_pool(tmp_path, ray_session):
+    plain, prompted = PackageModel(), PackageModel(instruction=True)
+    sources = [str(tmp_path / "texts"), str(tmp_path / "more")]
+    rows = [(key, text, "find: ") for key, text, _ in text_rows(25)]
+    write_text_shards(rows, sources[0], CONFIG.shard_rows)
+    write_text_shards([("empty", "", ""), *rows[5:]], f"{sources[1]}/documents", CONFIG.shard_rows)
+    encodings = [
+        Encoding(sources[0], plain, str(tmp_path / "0")),
+        Encoding(sources[0], prompted, str(tmp_path / "1")),
+        Encoding(sources[1], plain, str(tmp_path / "2"), ("documents",)),
+    ]
+    reports = encode_each(encodings, CONFIG)
+    assert [(report.rows, report.rejected) for report in reports] == [(25, {}), (25, {}), (21, {"is empty": 1})]
+    for encoding in encodings:
+        encoder = open_encoder(encoding.model, 1, "fp32", token_budget=CONFIG.token_budget)
+        for name in list_shards(encoding.source_uri):
+            texts, found = read_table(f"{encoding.source_uri}/{name}"), read_table(f"{encoding.out_uri}/{name}")
+            alone = encode_checked(encoder, texts.column("text").to_pylist(), texts.column("instruction").to_pylist())
+            assert table_matrix(found).tobytes() == alone.matrix_AD.tobytes()
+    before = contents(tmp_path)
+    lost = read_table(str(tmp_path / "1/part-00001.parquet")).num_rows
+    (tmp_path / "1/part-00001.parquet").unlink()
+    again = encode_each(encodings, CONFIG)  # the one actor opens the second model alone
+    assert [(report.rows, report.reused_rows) for report in again] == [(0, 25), (lost, 25 - lost), (0, 21)]
+    assert contents(tmp_path) == before
 
 
 DRIVER = """
