@@ -1,7 +1,7 @@
 """`<out>/steps.json`: the records of every run of an output; a resumed run's report counts the earlier ones.
 
-attempts   one entry per run: started, seconds, status (done | failed | interrupted | killed), peak_pss_mb, and per
-           pipeline step it reached: status, seconds, peak_pss_mb, artifact
+attempts   one entry per run: pipeline, started, seconds, status (done | failed | interrupted | killed), peak_pss_mb,
+           and per pipeline step it reached: status, seconds, peak_pss_mb, artifact
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from nvembed.core import storage
 from nvembed.core.steps import RECORDS
-from nvembed.report.attempts import whole_step
+from nvembed.report.attempts import read_attempts, whole_step
 
 
 class Records:
@@ -20,19 +20,19 @@ class Records:
     Args:
         out: output root.
         fence: fencing number of this run's lease.
+        pipeline: name of the pipeline that runs.
     """
 
-    def __init__(self, out: str, fence: int) -> None:
+    def __init__(self, out: str, fence: int, pipeline: str) -> None:
         self._file = storage.join(out, RECORDS)
-        self._attempts: list[dict[str, Any]] = []
-        if storage.exists(self._file):
-            self._attempts = storage.read_json(self._file)["attempts"]
-            for attempt in self._attempts:
-                if attempt["status"] == "running":
-                    attempt["status"] = "killed"
+        self._attempts = read_attempts(out)
+        for attempt in self._attempts:
+            if attempt["status"] == "running":
+                attempt["status"] = "killed"
         self._started = time.monotonic()
         self._attempts.append(
             {
+                "pipeline": pipeline,
                 "started": time.time(),
                 "fence": fence,
                 "status": "running",

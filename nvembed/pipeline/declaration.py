@@ -34,6 +34,11 @@ class Pipeline:
     needs: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str:
+        """Name of its function."""
+        return self.function.__name__
+
+    @property
     def recipe_path(self) -> str:
         """Path of the default recipe."""
         return str(Path(inspect.getfile(self.function)).resolve().parent / "recipes" / self.recipe)

@@ -116,7 +116,7 @@ def check_request(
     out = out or f"runs/{resolved.name}"
     check_reachable(out)
     out = storage.absolute(out)
-    check_output(resolved, out)
+    check_output(resolved, out, pipeline.name)
     if not on_cluster():  # a cluster is joined under the lease
         _check_ready(resolved, out, console)
     return Request(pipeline, resolved, out)
@@ -129,7 +129,7 @@ def plan_run(pipeline: Pipeline, recipe: str | None, settings: Sequence[str], ou
     unreachable = _why_unreachable(out)
     if not unreachable:
         out = storage.absolute(out)
-        check_output(resolved, out)
+        check_output(resolved, out, pipeline.name)
     run = DryRun(resolved, document, out, unreachable)
     pipeline.function(run)
     return run
@@ -177,10 +177,10 @@ def execute(request: Request, console: Console, *, grace: float | None) -> Pipel
                 if on_cluster():  # before the recipe is stored: correcting a problem may change it
                     _check_ready(recipe, out, console)
                     interrupts.arm()  # joining a cluster replaced the handlers
-                claim_output(recipe, out)
+                claim_output(recipe, out, request.pipeline.name)
                 log = stack.enter_context(logged(console, out))
                 stack.enter_context(meter)
-                records = Records(out, lease.fence)
+                records = Records(out, lease.fence, request.pipeline.name)
                 tracker = Tracker(recipe.tracking, out, recipe.model_dump(mode="json"), recipe.name)
                 runner = StepRunner(recipe, out, lease.fence, meter, tracker, records, console, interrupts)
                 console.line(f"{recipe.name} -> {out} (log: {log.removeprefix(out + '/')})")

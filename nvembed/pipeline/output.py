@@ -1,4 +1,4 @@
-"""The output directory of a run: one recipe per output, nothing of anybody else's."""
+"""The output directory of a run: one recipe and one pipeline per output, no foreign files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ import yaml
 
 from nvembed.core import storage
 from nvembed.core.lease import LEASE
-from nvembed.core.steps import RECIPE, REPORT_HTML, REPORT_JSON, ChangedRecipeError, CorruptArtifactError, differences
+from nvembed.core.steps import (
+    RECIPE,
+    RECORDS,
+    REPORT_HTML,
+    REPORT_JSON,
+    ChangedRecipeError,
+    CorruptArtifactError,
+    differences,
+)
 from nvembed.recipe.schema import Recipe, load_recipe, resolved_yaml
-from nvembed.report.attempts import RECORDS
+from nvembed.report.attempts import read_attempts
 from nvembed.tracking.tracker import STATE
 from nvembed.types import UserError
 
@@ -19,12 +27,16 @@ FREE_SECTIONS = ("cluster", "tracking")  # where a run computes and what it repo
 ROOT_NAMES = (RECORDS, STATE, REPORT_JSON, REPORT_HTML, "mlflow.db", "mlartifacts", "logs")
 
 
-def check_output(recipe: Recipe, out: str) -> None:
-    """Refuse an output of another recipe, and a directory that no run made.
+def check_output(recipe: Recipe, out: str, pipeline: str) -> None:
+    """Refuse an output of another recipe or pipeline, and a directory that no run made.
+
+    Args:
+        pipeline: its name.
 
     Raises:
         ChangedRecipeError: with every difference.
-        UserError: the directory holds files named like a run's, but no recipe.
+        UserError: the directory holds files named like a run's, but no recipe; or another pipeline made it, whose
+            report this one would replace by that of its own steps.
     """
     path = storage.join(out, RECIPE)
     if not storage.exists(path):
@@ -39,6 +51,11 @@ def check_output(recipe: Recipe, out: str) -> None:
         raise ChangedRecipeError(
             f"{out} was made with another recipe ({path}):\n  {listed}\n"
             "Use another --out, or restore the recipe it was made with."
+        )
+    other = next((name for attempt in reversed(read_attempts(out)) if (name := attempt.get("pipeline"))), pipeline)
+    if other != pipeline:
+        raise UserError(
+            f"{out} was made by the pipeline {other}; {pipeline} would replace its report. Choose another --out."
         )
 
 
@@ -58,9 +75,9 @@ def _fixed_sections(recipe: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key not in FREE_SECTIONS}
 
 
-def claim_output(recipe: Recipe, out: str) -> None:
+def claim_output(recipe: Recipe, out: str, pipeline: str) -> None:
     """Write the resolved recipe into a new output. Checks again, under the lease: another run may have been faster."""
-    check_output(recipe, out)
+    check_output(recipe, out, pipeline)
     path = storage.join(out, RECIPE)
     if not storage.exists(path):
         storage.write_bytes(path, resolved_yaml(recipe).encode())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nvembed.core import storage
-from nvembed.core.steps import RECORDS
+from nvembed.core.steps import RECORDS, CorruptArtifactError
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,35 @@ class RunHistory:
 
 def read_records(out: str) -> RunHistory | None:
     """The records of an output; None where it has none."""
-    file = storage.join(out, RECORDS)
-    if not storage.exists(file):
+    attempts = read_attempts(out)
+    if not attempts:
         return None
-    attempts = storage.read_json(file)["attempts"]
     latest = {name: entry for attempt in attempts for name, entry in attempt["steps"].items()}
     return RunHistory(
         steps=[whole_step(attempts, name, entry) for name, entry in latest.items()],
         wall_seconds=float(sum(attempt["seconds"] for attempt in attempts)),
         peak_mb=float(max((attempt["peak_pss_mb"] for attempt in attempts), default=0.0)),
     )
+
+
+def read_attempts(out: str) -> list[dict[str, Any]]:
+    """The attempts of an output, oldest first; empty where it has none.
+
+    Raises:
+        CorruptArtifactError: the file is damaged.
+    """
+    file = storage.join(out, RECORDS)
+    if not storage.exists(file):
+        return []
+    try:
+        attempts = storage.read_json(file)["attempts"]
+        if not all(isinstance(attempt["steps"], dict) for attempt in attempts):
+            raise TypeError("an attempt has no steps")
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptArtifactError(
+            f"{file} cannot be read ({error}). Move it away: only the times of earlier runs are lost."
+        ) from error
+    return list(attempts)
 
 
 def whole_step(attempts: Sequence[Mapping[str, Any]], name: str, entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -164,6 +164,11 @@ def test_a_changed_recipe_is_refused_with_the_difference_before_anything_runs(to
         "  register.auto_promote: true -> false\n  stage_1.train.seed: 17 -> 99\n" in output
         and "Traceback" not in output
     )
+    (toy.folder / "toy.py").write_text(
+        TOY.replace("def toy(", "def other(").replace("Pipeline(toy,", "Pipeline(other,")
+    )
+    code, output = toy.run()
+    assert code == 2 and "was made by the pipeline toy; other would replace its report. Choose another --out" in output
     assert {path: path.stat().st_mtime_ns for path in toy.out.rglob("*")} == stamps
 
 
@@ -365,14 +370,14 @@ def test_a_model_made_elsewhere_is_imported_once(toy: Toy) -> None:
 
 def test_records_add_up_over_attempts(tmp_path: Path) -> None:
     out = str(tmp_path)
-    first = Records(out, 1)
+    first = Records(out, 1, "quickstart")
     first.step("mine", "failed", 10.0, 300.0, "a")
     first.close("failed", 300.0)
-    second = Records(out, 2)
+    second = Records(out, 2, "quickstart")
     second.step("mine", "resumed", 5.0, 200.0, "a")
     second.step("train", "done", 2.0, 100.0, "b")
     second.close("done", 200.0)
-    third = Records(out, 3)
+    third = Records(out, 3, "quickstart")
     third.step("mine", "skipped", 5.0, None, "a")
     [mine] = third.steps()
     assert mine == {
@@ -381,8 +386,15 @@ def test_records_add_up_over_attempts(tmp_path: Path) -> None:
     assert third.attempts == 3 and third.peak_mb == 300.0
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", '{"attempts": [{}]}'])
+def test_damaged_records_are_named(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "steps.json").write_text(damage)
+    with pytest.raises(UserError, match=r"steps\.json cannot be read .* Move it away"):
+        Records(str(tmp_path), 1, "quickstart")
+
+
 def test_a_step_made_before_records_began_has_its_manifests_seconds(tmp_path: Path) -> None:
-    records = Records(str(tmp_path), 1)
+    records = Records(str(tmp_path), 1, "quickstart")
     records.step("mine", "skipped", 5.0, None, "a")
     assert records.steps()[0]["seconds"] == 5.0 and records.steps()[0]["peak_pss_mb"] is None
 

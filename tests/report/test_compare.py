@@ -29,7 +29,7 @@ def output(out: Path, make_run: Callable[..., Any], recipe: dict[str, Any], **op
     """A finished output as a run leaves it: steps, recipe, records, report."""
     run = make_run(str(out), **options)
     storage.write_bytes(str(out / "recipe.yaml"), yaml.safe_dump(recipe).encode())
-    records = Records(str(out), 1)
+    records = Records(str(out), 1, "quickstart")
     for entry in run.records:
         records.step(entry["name"], entry["status"], entry["seconds"], entry["peak_pss_mb"], entry["artifact"])
     records.close("done", 2000.0)
