@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvembed.core import lease, storage
+from nvembed.core.ray_cluster import ensure_ray
 from nvembed.core.steps import METRICS, Step, StepResult
 from nvembed.training.config import TrainConfig
 from nvembed.training.errors import TrainingError
@@ -89,9 +90,9 @@ def fit(spec: Any) -> None:
         TrainingError: a worker failed; the message is that rank's own.
         KeyboardInterrupt: on Ctrl-C, after the workers were stopped.
     """
+    connect(spec.config)
     from ray.train import TrainingFailedError
 
-    connect(spec.config)
     for attempt in range(spec.config.max_failures + 1):
         try:
             _fit_once(spec)
@@ -143,27 +144,20 @@ def _fit_once(spec: Any) -> None:
 
 
 def connect(config: TrainConfig) -> None:
-    """Connect to Ray (a private local cluster unless one is connected or `RAY_ADDRESS` names one); check its size.
+    """Connect to Ray (`ensure_ray`) and check its size.
 
     Raises:
         UserError: a cluster that does not grow has fewer CPUs or GPUs than the workers ask for.
     """
-    import ray
-
     need = {
         "CPU": float(config.num_workers * config.threads_per_worker),
         "GPU": float(config.num_workers * config.gpus_per_worker),
     }
-    address = os.environ.get("RAY_ADDRESS")
-    if not ray.is_initialized():
-        if address:
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-        else:
-            cpus = max(int(need["CPU"]), os.cpu_count() or 1) + 1
-            quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    if address:
+    ensure_ray(max(int(need["CPU"]), os.cpu_count() or 1) + 1)
+    if os.environ.get("RAY_ADDRESS"):
         return  # the cluster may grow; Ray waits for it
+    import ray
+
     have = ray.cluster_resources()
     for kind, amount in need.items():
         if amount > have.get(kind, 0.0):
