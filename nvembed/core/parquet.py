@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -84,18 +84,45 @@ def table_bytes(table: pa.Table, *, row_group_rows: int = ROW_GROUP_ROWS, encodi
     return buffer.getvalue()
 
 
+class TableWriter:
+    """Writer of a parquet file, table after table, each a row group of it.
+
+    Args:
+        file: open for writing; the caller closes it after this.
+        schema: of every table.
+    """
+
+    def __init__(self, file: IO[bytes], schema: pa.Schema, encoding: Encoding = DEFAULT) -> None:
+        self.schema = schema
+        self._writer = pq.ParquetWriter(file, schema, **encoding.options())
+
+    def write(self, table: pa.Table) -> None:
+        """Add a row group."""
+        self._writer.write_table(table, row_group_size=max(table.num_rows, 1))
+
+    def close(self) -> None:
+        """Write the footer: without it the file is none."""
+        self._writer.close()
+
+
 @retried
 def write_tables(
     tables: Callable[[], Iterable[pa.Table]], schema: pa.Schema, uri: str, encoding: Encoding = DEFAULT
-) -> None:
+) -> int:
     """Write one parquet file, each table a row group of it; the same bytes as `write_table` of all rows.
 
     Args:
         tables: gives them from the first one on each time it is called: once for every attempt to write.
+
+    Returns:
+        The number of rows.
     """
-    with storage.open_writer(uri) as file, pq.ParquetWriter(file, schema, **encoding.options()) as writer:
+    rows = 0
+    with storage.open_writer(uri) as file, closing(TableWriter(file, schema, encoding)) as writer:
         for table in tables():
-            writer.write_table(table, row_group_size=max(table.num_rows, 1))
+            writer.write(table)
+            rows += table.num_rows
+    return rows
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -134,11 +161,29 @@ def read_table(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         return file.read(columns=_checked(file, uri, columns))
 
 
+def parse_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table in the bytes of a parquet file."""
+    return pq.read_table(pa.BufferReader(data), columns=None if columns is None else list(columns))
+
+
 @retried
-def read_where(uri: str, condition: pc.Expression | None, columns: Sequence[str] | None = None) -> pa.Table:
-    """Rows of one parquet file that meet a condition; row groups are passed over by their statistics."""
+def read_where(
+    uri: str, condition: pc.Expression | None, columns: Sequence[str] | None = None, *, check_pages: bool = False
+) -> pa.Table:
+    """Rows of one parquet file that meet a condition; row groups are passed over by their statistics.
+
+    Args:
+        condition: None for all rows.
+        check_pages: compare the CRC of every page that is read (`Encoding.page_checksums`).
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        OSError: a page has another CRC.
+        pa.ArrowInvalid: it is no parquet file.
+    """
+    names = None if columns is None else list(columns)
     with storage.open_reader(uri) as file:
-        return pq.read_table(file, columns=None if columns is None else list(columns), filters=condition)
+        return pq.read_table(file, columns=names, filters=condition, page_checksum_verification=check_pages)
 
 
 @retried

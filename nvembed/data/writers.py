@@ -18,9 +18,9 @@ from typing import IO, Any, cast
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nvembed.core import storage
+from nvembed.core.parquet import TableWriter
 from nvembed.data.tables import SPLITS, Document, document_text, read_corpus, read_examples
 from nvembed.types import Artifact, TaskType, TrainingExample, UserError
 
@@ -225,8 +225,8 @@ def _write_parquet(rows: Iterable[Row], file: IO[bytes]) -> None:
                 pa.field(field.name, pa.string()) if pa.types.is_null(field.type) else field for field in table.schema
             ]
             table = table.cast(pa.schema(fields))  # a column that only later blocks fill
-            writer = pq.ParquetWriter(file, table.schema)
-        writer.write_table(table)
+            writer = TableWriter(file, table.schema)
+        writer.write(table)
     if writer is not None:
         writer.close()
 

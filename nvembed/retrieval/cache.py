@@ -27,9 +27,9 @@ from threading import Lock
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nvembed.core import storage
+from nvembed.core.parquet import read_where
 from nvembed.core.vectors import shard_content, table_matrix, vector_table
 from nvembed.retrieval.cache_merge import Section, list_parts, merge_small, part_name, read_part, readers, sections
 from nvembed.types import VectorType
@@ -198,8 +198,7 @@ class VectorCache:
         return self._open_parts[number]
 
     def _only_keys(self, name: str) -> pa.Table:
-        with storage.open_reader(storage.join(self._uri, name)) as file:
-            return pq.read_table(file, columns=["key"], page_checksum_verification=True)
+        return read_where(storage.join(self._uri, name), None, ["key"], check_pages=True)
 
     def _rows_of(self, number: int, read: Callable[[str], pa.Table]) -> pa.Table:
         """A part, or its rows in the part that it was merged into since it was listed.

@@ -14,11 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from nvembed.core import storage
-from nvembed.core.parquet import read_schema
+from nvembed.core.parquet import parse_table, read_schema
 from nvembed.core.retry import retried
 from nvembed.core.vectors import shard_content
 
@@ -57,7 +56,7 @@ def read_part(uri: str, name: str) -> pa.Table:
     data = storage.read_bytes(storage.join(uri, name))
     if name != part_name(data):
         raise ValueError("its bytes changed")
-    return pq.read_table(pa.BufferReader(data))
+    return parse_table(data)
 
 
 def sections(uri: str) -> dict[str, Section]:

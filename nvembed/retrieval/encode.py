@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from nvembed.core import storage
-from nvembed.core.parquet import list_shards, read_schema
+from nvembed.core.parquet import count_rows, list_shards, parse_table, read_schema
 from nvembed.core.ray_tasks import ProgressLog, run_pool
 from nvembed.core.vectors import vector_table, write_shard
 from nvembed.retrieval.cache import UNKNOWN, VectorCache, fingerprint, parts_at_start, remove_damaged
@@ -261,7 +260,7 @@ def _tasks(
     """The shards that are to be made; complete ones go into the report."""
     tasks: list[dict[str, Any]] = []
     for name in names:
-        rows = _rows(storage.join(source_uri, name))
+        rows = count_rows(storage.join(source_uri, name))
         complete = _complete(storage.join(source_uri, name), storage.join(out_uri, name), identity)
         if complete is None:
             tasks.append({"name": name, "rows": rows})
@@ -320,7 +319,7 @@ class ShardEncoder:
         work, name = self._works[self._number], task["name"]
         encoding = work.encoding
         data = storage.read_bytes(storage.join(encoding.source_uri, name))
-        source = pq.read_table(pa.BufferReader(data), columns=["key", "text", "instruction"])
+        source = parse_table(data, ["key", "text", "instruction"])
         prompts = source.column("instruction").to_pylist()  # the column holds rendered prompts
         encoded = encode_checked(
             self._encoder,
@@ -390,11 +389,6 @@ def _check_share(report: EncodeReport, total: int, config: EncodeConfig) -> None
         f"encode: {count} of {total} texts cannot be embedded ({reasons}), more than max_rejected_share "
         f"{config.max_rejected_share:g}. First: {first}. Correct the data, or raise max_rejected_share."
     )
-
-
-def _rows(uri: str) -> int:
-    with storage.open_reader(uri) as file:
-        return int(pq.read_metadata(file).num_rows)
 
 
 def _complete(source_uri: str, target_uri: str, identity: str) -> tuple[list[list[str]], list[int]] | None:

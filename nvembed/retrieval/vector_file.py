@@ -53,17 +53,18 @@ class _ParquetWriter:
 
     def __init__(self, file: IO[bytes], dim: int) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        self._schema = pa.schema([("id", pa.string()), ("vector", pa.list_(pa.float32(), dim))])
-        self._writer = pq.ParquetWriter(file, self._schema, compression="none", use_dictionary=False)
+        from nvembed.core.parquet import Encoding, TableWriter
+
+        schema = pa.schema([("id", pa.string()), ("vector", pa.list_(pa.float32(), dim))])
+        self._writer = TableWriter(file, schema, Encoding(compression="none", dictionary=False))
 
     def write(self, ids: Sequence[str], matrix_ND: np.ndarray) -> None:
         import pyarrow as pa
 
         flat = pa.array(np.ascontiguousarray(matrix_ND, dtype=np.float32).reshape(-1))
         vectors = pa.FixedSizeListArray.from_arrays(flat, matrix_ND.shape[1])
-        self._writer.write_table(pa.table([pa.array(ids, pa.string()), vectors], schema=self._schema))
+        self._writer.write(pa.table([pa.array(ids, pa.string()), vectors], schema=self._writer.schema))
 
     def close(self) -> None:
         self._writer.close()

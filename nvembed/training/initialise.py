@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from nvembed.core import storage
 from nvembed.core.model_cache import local_model, written_folder
+from nvembed.core.parquet import iter_parquet
 from nvembed.core.steps import Step, StepResult
 from nvembed.data.tables import CORPUS, examples_file
 from nvembed.modeling.assemble import build_embedder, continue_embedder, truncate_embedder
@@ -40,9 +39,8 @@ def tokenizer_texts(prepare: Artifact) -> Iterator[str]:
 
 
 def _rows(uri: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
-    with storage.open_reader(uri) as file:
-        for batch in pq.ParquetFile(file).iter_batches(4096, columns=columns):
-            yield from zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
+    for table in iter_parquet(uri, columns):
+        yield from zip(*(table.column(column).to_pylist() for column in columns), strict=True)
 
 
 def dataset_prompts(prepare: Artifact) -> dict[str, str]:

@@ -17,6 +17,7 @@ from nvembed.core.parquet import (
     count_rows,
     group_rows,
     iter_parquet,
+    parse_table,
     read_rows,
     read_schema,
     read_slice,
@@ -39,12 +40,23 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_a_table_written_by_row_groups_has_the_bytes_of_the_whole(folder: str) -> None:
     write_table(TABLE, f"{folder}/deep/whole.parquet", row_group_rows=4)
     groups = [TABLE.slice(start, 4) for start in (0, 4, 8)]
-    write_tables(lambda: groups, TABLE.schema, f"{folder}/deep/groups.parquet")
+    assert write_tables(lambda: groups, TABLE.schema, f"{folder}/deep/groups.parquet") == 10
     contents = {storage.read_bytes(f"{folder}/deep/{name}.parquet") for name in ("whole", "groups")}
     assert contents == {table_bytes(TABLE, row_group_rows=4)}
     assert read_table(f"{folder}/deep/groups.parquet").equals(TABLE)
     assert group_rows(f"{folder}/deep/groups.parquet") == [4, 4, 2]
     assert count_rows(f"{folder}/deep/groups.parquet") == 10
+
+
+def test_a_changed_page_is_noticed_where_pages_are_checked(folder: str) -> None:
+    uri = f"{folder}/checked.parquet"
+    data = table_bytes(TABLE, encoding=Encoding("none", dictionary=False, page_checksums=True))
+    storage.write_bytes(uri, data)
+    assert read_where(uri, None, ["other"], check_pages=True).equals(parse_table(data, ["other"]))
+    storage.write_bytes(uri, data.replace(b"\x01\0\0\0b", b"\x01\0\0\0x"))
+    with pytest.raises(OSError, match="CRC"):
+        read_where(uri, None, ["other"], check_pages=True)
+    assert read_where(uri, None, ["other"]).column("other").to_pylist() == list("axcdefghij")
 
 
 def test_a_table_without_rows_is_one_empty_row_group(tmp_path: Path) -> None:
