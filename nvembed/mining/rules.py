@@ -29,6 +29,7 @@ from nvembed.mining.config import (
     TopKPercPos,
     TopKShifted,
 )
+from nvembed.text.identity import mix
 
 ABSENT = -1  # a column behind the last candidate that qualifies
 
@@ -130,15 +131,6 @@ def gumbel(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     mixed = mix(mix(np.asarray(left, dtype=np.uint64)) ^ np.asarray(right, dtype=np.uint64))
     uniform = ((mixed >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     return -np.log(-np.log(uniform))
-
-
-def mix(keys: np.ndarray) -> np.ndarray:
-    """Every uint64 to another, well mixed (the finaliser of SplitMix64)."""
-    with np.errstate(over="ignore"):
-        keys = keys + np.uint64(0x9E3779B97F4A7C15)
-        keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return keys ^ (keys >> np.uint64(31))
 
 
 def cap_documents(

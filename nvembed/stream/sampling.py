@@ -13,26 +13,15 @@ from typing import Literal
 
 import numpy as np
 
-from nvembed.text.identity import signed_hash
+from nvembed.text.identity import mix_seeded, signed_hash
 from nvembed.types import UserError
 
 LOOK_AHEAD = 4  # a batch looks this many times its wanted size ahead for an example with a new positive
 
-_MIX_1, _MIX_2, _STEP = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15)
-
-
-def mix(keys: np.ndarray, seed: int) -> np.ndarray:
-    """SplitMix64 of keys and seed, uint64; the same on every machine and numpy."""
-    with np.errstate(over="ignore"):
-        mixed = keys.astype(np.int64).view(np.uint64) ^ (np.uint64(seed & (2**64 - 1)) * _STEP)
-        for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
-            mixed = (mixed ^ (mixed >> np.uint64(shift))) * factor + _STEP
-        return mixed ^ (mixed >> np.uint64(31))
-
 
 def permutation(keys: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Order of an epoch: argsort of the keys' hashes under (seed, epoch); int64 [N]."""
-    return np.argsort(mix(keys, signed_hash("epoch", seed, epoch)), kind="stable")
+    return np.argsort(mix_seeded(keys, signed_hash("epoch", seed, epoch)), kind="stable")
 
 
 def draw(count: int, key: int, *parts: object) -> int:

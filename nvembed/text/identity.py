@@ -1,4 +1,4 @@
-"""Identity of texts: hashes, word shingles, Jaccard similarity; and which texts can be embedded.
+"""Identity of texts: hashes, words, Jaccard similarity; and which texts can be embedded.
 
 Every value is the same on every machine and Python: artifacts hold these hashes.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import xxhash
 
 MAX_TEXT_BYTES = 1_000_000  # more is a file that was taken for a text, not a text
+
+Shingles = TypeVar("Shingles", AbstractSet[Any], np.ndarray)
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -83,23 +86,37 @@ def text_digest(text: str, instruction: str) -> int:
     return int.from_bytes(bytes.fromhex(text_key(text, instruction)[:16]), "big", signed=True)
 
 
+_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
+_ROUNDS = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
+
+
+def mix(keys: np.ndarray) -> np.ndarray:
+    """Every uint64 to another, well mixed: a step of SplitMix64."""
+    with np.errstate(over="ignore"):
+        keys = keys + _INCREMENT
+        for shift, factor in _ROUNDS:
+            keys = (keys ^ (keys >> shift)) * factor
+    return keys ^ (keys >> np.uint64(31))
+
+
+def mix_seeded(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Integers and a seed to uint64, well mixed; the order of every training stream.
+
+    Not `mix` of both: here SplitMix64's increment is added after each multiplication. Neither can change.
+    """
+    with np.errstate(over="ignore"):
+        mixed = keys.astype(np.int64).view(np.uint64) ^ (np.uint64(seed & (2**64 - 1)) * _INCREMENT)
+        for shift, factor in _ROUNDS:
+            mixed = (mixed ^ (mixed >> shift)) * factor + _INCREMENT
+    return mixed ^ (mixed >> np.uint64(31))
+
+
 # -- near duplicates --------------------------------------------------------------------------------------------------
 
 
 def words_of(text: str) -> list[str]:
     """Case-folded words; a symbol counts as a word, white space as nothing."""
     return _WORD.findall(text.casefold())
-
-
-def shingles(text: str, words: int) -> frozenset[bytes]:
-    """Runs of `words` consecutive words, as UTF-8; a shorter text is one shingle."""
-    tokens = words_of(text)
-    if len(tokens) <= words:
-        return frozenset({" ".join(tokens).encode("utf-8", "surrogatepass")})
-    return frozenset(
-        " ".join(tokens[start : start + words]).encode("utf-8", "surrogatepass")
-        for start in range(len(tokens) - words + 1)
-    )
 
 
 def text_hash(text: str) -> int:
@@ -118,7 +135,14 @@ def word_triples(text: str) -> frozenset[int]:
     return frozenset(xxhash.xxh3_64_intdigest(run.encode("utf-8", "surrogatepass")) for run in runs)
 
 
-def jaccard(left: AbstractSet[Any], right: AbstractSet[Any]) -> float:
-    """Jaccard similarity of two sets of shingles: shared ones over all; 0 when both are empty."""
-    shared = len(left & right)
+def jaccard(left: Shingles, right: Shingles) -> float:
+    """Jaccard similarity of two sets of shingles: shared ones over all; 0 when both are empty.
+
+    Args:
+        left, right: two sets, or two sorted arrays without repeats, which need far less memory.
+    """
+    if isinstance(left, np.ndarray):
+        shared = len(np.intersect1d(left, right, assume_unique=True))
+    else:
+        shared = len(left & right)
     return shared / (len(left) + len(right) - shared) if shared else 0.0

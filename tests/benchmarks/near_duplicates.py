@@ -26,7 +26,7 @@ from nvembed.data.sources.cwe import read_cwe
 from nvembed.data.sources.hpo import read_hpo_retrieval
 from nvembed.data.sources.stdlib_code import read_stdlib_code
 from nvembed.data.tables import document_text
-from nvembed.text.identity import jaccard, shingles
+from nvembed.text.identity import jaccard, words_of
 
 CONFIG = NearDuplicateConfig()
 
@@ -41,6 +41,13 @@ def real_texts() -> list[str]:
     found = [document_text(row.title, row.text) for rows in sets for row in rows.documents]
     found += [row.query for rows in sets for split in rows.examples.values() for row in split]
     return found
+
+
+def shingles(text: str, words: int) -> frozenset[bytes]:
+    """Runs of `words` consecutive words; a shorter text is one."""
+    tokens = words_of(text)
+    starts = range(max(len(tokens) - words + 1, 1))
+    return frozenset(" ".join(tokens[start : start + words]).encode("utf-8", "surrogatepass") for start in starts)
 
 
 def ours(texts: list[str], shard_rows: int = 65536) -> set[int]:

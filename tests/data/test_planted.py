@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from plain_shingles import shingles
 
 from nvembed.core import storage
 from nvembed.core.steps import MANIFEST
@@ -33,7 +34,7 @@ from nvembed.data.sources.hpo import read_hpo_retrieval
 from nvembed.data.sources.stdlib_code import read_stdlib_code
 from nvembed.data.tables import Document, dataset_info, document_text, read_examples
 from nvembed.data.writers import write_beir
-from nvembed.text.identity import jaccard, shingles, words_of
+from nvembed.text.identity import jaccard, words_of
 from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
 PLANTED = 20

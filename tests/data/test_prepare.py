@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from plain_shingles import shingles
 
 from nvembed.core import storage
 from nvembed.core.steps import MANIFEST, load_artifact
@@ -24,7 +25,7 @@ from nvembed.data.config import (
 )
 from nvembed.data.prepare import PREPARE
 from nvembed.data.tables import SPLITS, dataset_info, document_text, read_corpus, read_examples
-from nvembed.text.identity import jaccard, shingles
+from nvembed.text.identity import jaccard
 from nvembed.types import Artifact, TaskType, UserError
 
 CAPS = {"max_documents": 400, "max_train": 200, "max_test": 60}

@@ -41,7 +41,7 @@ class _Cache(dict[str, int]):
 
 
 class WordHashes:
-    """Hashes of words and of runs of words; keeps the hashes of words it has seen."""
+    """Hashes of words; keeps those of words it has seen."""
 
     def __init__(self) -> None:
         self._cache = _Cache()
@@ -55,13 +55,10 @@ class WordHashes:
         flat = np.fromiter((value for row in rows for value in row), np.uint64, int(starts[-1]))
         return Ragged(flat, starts)
 
-    def shingles(self, texts: Sequence[str], words: int) -> Ragged:
-        """Hash of every shingle of every text, repeats included; at least one a text."""
-        return runs(self.words(texts), words)
-
 
 def runs(words: Ragged, length: int) -> Ragged:
-    """Hash of every run of `length` words of each row; of a shorter row, of all its words together."""
+    """Hash of every run of `length` words of each row (its shingles, repeats included); of a shorter row, of all its
+    words together."""
     sizes = np.diff(words.starts)
     counts = np.maximum(sizes - length + 1, 1)
     starts = np.zeros(len(counts) + 1, np.int64)

@@ -28,6 +28,7 @@ from nvembed.core.parquet import iter_parquet, part_uri, read_table, write_table
 from nvembed.core.ray_tasks import run_tasks
 from nvembed.data.config import NearDuplicateConfig
 from nvembed.data.dedup.minhash import Ragged, WordHashes, band_keys, band_shape, runs, signatures
+from nvembed.text.identity import jaccard
 
 SHARD_ROWS = 65536
 _BATCH_TEXTS = 2048
@@ -263,7 +264,7 @@ def _verify(pairing: _Pairing, shard: int) -> None:
                     if len(sets) > _BATCH_TEXTS:
                         sets.clear()
                     sets[b] = np.unique(own.row(b - shard * pairing.shard_rows))
-                if _jaccard(np.unique(first.row(row)), sets[b]) >= pairing.config.threshold:
+                if jaccard(np.unique(first.row(row)), sets[b]) >= pairing.config.threshold:
                     pairs.append((a, b))
     columns = [pa.array([pair[place] for pair in pairs], pa.int64()) for place in (0, 1)]
     write_table(pa.table(columns, schema=_PAIRS), part_uri(pairing.uri, "verified", shard))
@@ -275,9 +276,3 @@ def _ragged(column: pa.ChunkedArray | pa.Array) -> Ragged:
         array = pa.concat_arrays(array.chunks)
     starts = array.offsets.to_numpy().astype(np.int64)
     return Ragged(array.values.to_numpy(zero_copy_only=False), starts)
-
-
-def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two sorted arrays without repeats."""
-    shared = len(np.intersect1d(a, b, assume_unique=True))
-    return shared / (len(a) + len(b) - shared)

@@ -4,13 +4,14 @@ import random
 
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_shingles import shingles
 
 from nvembed.data.config import NearDuplicateConfig
 from nvembed.data.dedup.decontaminate import count_left, drop_near_duplicates, shared_documents
 from nvembed.data.documents import Documents
 from nvembed.data.sources.base import SourceRows
 from nvembed.data.tables import Document
-from nvembed.text.identity import jaccard, shingles
+from nvembed.text.identity import jaccard
 from nvembed.types import ScoredId, TaskType, TrainingExample
 
 CONFIG = NearDuplicateConfig()

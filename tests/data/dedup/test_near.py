@@ -10,12 +10,13 @@ from datasketch import MinHash, MinHashLSH
 from datasketch.lsh import _optimal_param
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_shingles import shingles
 
 from nvembed.data.config import NearDuplicateConfig
 from nvembed.data.dedup.contained import contained_pairs
-from nvembed.data.dedup.minhash import WordHashes, band_shape, signatures
+from nvembed.data.dedup.minhash import WordHashes, band_shape, runs, signatures
 from nvembed.data.dedup.near import Text, near_pairs, write_texts
-from nvembed.text.identity import jaccard, shingles, words_of
+from nvembed.text.identity import jaccard, words_of
 
 CONFIG = NearDuplicateConfig()
 TEXT = st.text(st.sampled_from("ab .é日\U0001f916"), max_size=30)
@@ -57,7 +58,7 @@ def plain_pairs(texts: list[Text], sides: tuple[tuple[int, int], ...], threshold
 @given(st.lists(TEXT, min_size=1, max_size=8), st.integers(1, 4))
 def test_hashed_shingles_are_the_shingles(texts: list[str], words: int) -> None:
     """Equal where the strings are equal, different where they differ, in the same order."""
-    hashed = WordHashes().shingles(texts, words)
+    hashed = runs(WordHashes().words(texts), words)
     by_string: dict[bytes, int] = {}
     for row, text in enumerate(texts):
         tokens = words_of(text)
@@ -74,7 +75,7 @@ def test_hashed_shingles_are_the_shingles(texts: list[str], words: int) -> None:
 
 @pytest.mark.parametrize(("num_perm", "seed"), [(64, 1), (64, 2), (128, 7)])
 def test_signatures_are_those_of_datasketch(num_perm: int, seed: int) -> None:
-    hashed = WordHashes().shingles(some_texts(40, seed), 3)
+    hashed = runs(WordHashes().words(some_texts(40, seed)), 3)
     result = signatures(hashed, num_perm, seed)
     for row in range(40):
         sketch = MinHash(num_perm=num_perm, seed=seed, hashfunc=lambda value: int(value) & 0xFFFFFFFF)
@@ -90,7 +91,7 @@ def test_bands_are_cut_as_datasketch_cuts_them(threshold: float) -> None:
 def test_pairs_are_those_of_datasketch_confirmed(tmp_path: Path) -> None:
     texts = some_texts(400, 3)
     lsh = MinHashLSH(threshold=CONFIG.threshold / 2, num_perm=CONFIG.num_perm)
-    hashed = WordHashes().shingles(texts, CONFIG.shingle_words)
+    hashed = runs(WordHashes().words(texts), CONFIG.shingle_words)
     sketches = []
     for row in range(len(texts)):
         sketch = MinHash(num_perm=CONFIG.num_perm, seed=1, hashfunc=lambda value: int(value) & 0xFFFFFFFF)
