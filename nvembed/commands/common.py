@@ -12,6 +12,7 @@ import typer
 
 from nvembed.commands.complete import recipe_files
 from nvembed.core.secrets import mask
+from nvembed.core.steps import MLFLOW_DB
 from nvembed.core.terminal import Console
 from nvembed.pipeline.exit_codes import ExitCode, report_error
 from nvembed.pipeline.signals import Interrupts
@@ -55,7 +56,7 @@ def near_registry() -> str | None:
     """The registry of the one output below runs/, where neither --registry nor MLFLOW_TRACKING_URI names one."""
     if os.environ.get("MLFLOW_TRACKING_URI"):
         return None
-    databases = sorted(Path("runs").glob("*/mlflow.db"))
+    databases = sorted(Path("runs").glob(f"*/{MLFLOW_DB}"))
     if len(databases) > 1:
         listed = ", ".join(f"sqlite:///{path.absolute()}" for path in databases)
         raise UserError(f"which registry? Give --registry with one of: {listed}")

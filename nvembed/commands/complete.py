@@ -18,8 +18,10 @@ def recipe_files(incomplete: str) -> list[str]:
 
 def model_folders(incomplete: str) -> list[str]:
     """Folders that begin as typed, and the model folders of runs below `runs/`."""
+    from nvembed.core.steps import DESCRIPTION
+
     folders = _paths(incomplete, ())
-    models = (str(path.parent) for path in Path("runs").glob("*/*/model/nvembed.json"))
+    models = (str(path.parent) for path in Path("runs").glob(f"*/*/model/{DESCRIPTION}"))
     return sorted({*folders, *(model for model in models if model.startswith(incomplete))})
 
 

@@ -27,9 +27,14 @@ FORMAT_VERSION = 1
 # files that more than one package names; of a run:
 RECIPE, RECORDS = "recipe.yaml", "steps.json"
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+MLFLOW_DB, MLFLOW_ARTIFACTS = "mlflow.db", "mlartifacts"  # MLflow's store, where no server is given
 # of a step:
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
 AUDIT, SCORES, ITEMS, COMPARISON = "audit.json", "scores.json", "items.parquet", "comparison.json"
+OBJECTIVE = "objective.safetensors"  # parameters of a trained objective
+# of a model folder:
+DESCRIPTION = "nvembed.json"  # only with it is the folder ours
+PROBES_JSON, PROBES_TENSORS = "probes.json", "probes.safetensors"
 
 
 class CorruptArtifactError(UserError):

@@ -17,7 +17,9 @@ from nvembed.types import Artifact, ScoredId, TaskType, TrainingExample, UserErr
 
 SPLITS = ("train", "dev", "test")
 HELD_OUT = ("dev", "test")
-CORPUS, MINED = "corpus.parquet", "mined.parquet"  # of each data set, in the artifacts of `prepare` and `mine`
+# of each data set, in the artifacts of `prepare` (with `examples_file`) and `mine`
+CORPUS, MINED, SEARCHED = "corpus.parquet", "mined.parquet", "searched.parquet"
+BEIR_CORPUS, BEIR_QUERIES = "corpus.jsonl", "queries.jsonl"  # of a BEIR folder
 
 SCORED_IDS = pa.list_(pa.struct([pa.field("id", pa.string(), nullable=False), pa.field("score", pa.float64())]))
 CORPUS_SCHEMA = pa.schema(

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from nvembed.core import storage
 from nvembed.core.parquet import TableWriter
-from nvembed.data.tables import SPLITS, Document, document_text, read_corpus, read_examples
+from nvembed.data.tables import BEIR_CORPUS, BEIR_QUERIES, SPLITS, Document, document_text, read_corpus, read_examples
 from nvembed.types import Artifact, TaskType, TrainingExample, UserError
 
 Row = Mapping[str, Any]
@@ -63,9 +63,9 @@ def write_beir(
     """
     _check((row for rows in examples.values() for row in rows), TaskType.RETRIEVAL)
     corpus = ({"_id": row.id, "title": row.title, "text": row.text} for row in documents)
-    write_rows(corpus, storage.join(folder_uri, "corpus.jsonl"))
+    write_rows(corpus, storage.join(folder_uri, BEIR_CORPUS))
     queries = {row.id: row.query for rows in examples.values() for row in rows}
-    write_rows(({"_id": key, "text": text} for key, text in queries.items()), storage.join(folder_uri, "queries.jsonl"))
+    write_rows(({"_id": key, "text": text} for key, text in queries.items()), storage.join(folder_uri, BEIR_QUERIES))
     for split, rows in examples.items():
         lines = ["query-id\tcorpus-id\tscore"]
         for row in rows:

@@ -22,7 +22,7 @@ from safetensors.numpy import load as load_safetensors
 
 from nvembed.core import storage
 from nvembed.core.model_cache import local_model
-from nvembed.core.steps import COMPARISON, Step, StepResult
+from nvembed.core.steps import COMPARISON, OBJECTIVE, Step, StepResult
 from nvembed.distill.config import CompareConfig
 from nvembed.distill.teacher_embeddings import read_part
 from nvembed.evaluation.significance import bootstrap, mean_statistic
@@ -33,7 +33,6 @@ from nvembed.types import Artifact
 
 logger = logging.getLogger(__name__)
 
-OBJECTIVE = "objective.safetensors"
 PROJECTION = "projections."
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from pathspec import GitIgnoreSpec
 
 from nvembed.core.secrets import has_credentials, has_token, is_secret_name, secret_values
+from nvembed.core.steps import MLFLOW_ARTIFACTS, MLFLOW_DB
 from nvembed.types import UserError
 
 # never code: outputs and caches of ours, environments, and files whose names say that they hold secrets
 NEVER = (
-    ".git/", "runs/", "mlruns/", "mlartifacts/", "mlflow.db", "__pycache__/", "*.pyc", ".venv/", "venv/", "*.egg-info/",
-    ".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".hypothesis/", ".cache/", "node_modules/", ".DS_Store",
+    ".git/", "runs/", "mlruns/", f"{MLFLOW_ARTIFACTS}/", MLFLOW_DB,
+    "__pycache__/", "*.pyc", ".venv/", "venv/", "*.egg-info/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".hypothesis/", ".cache/", "node_modules/", ".DS_Store",
     ".env", ".env.*", ".netrc", ".pypirc", "*.pem", "*.key", "*.p12", "id_rsa*", "id_ed25519*", "auth_token",
     ".aws/", ".kube/", "credentials.json", "service-account*.json",
 )  # fmt: skip

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from nvembed.core.formats import check_format, stamp
 from nvembed.core.runtime import no_progress_bars
+from nvembed.core.steps import DESCRIPTION, RECIPE
 from nvembed.modeling import probes
 from nvembed.modeling.adapters import ADAPTER_FOLDER, KeptAdapter, has_adapter
 from nvembed.modeling.card import model_card
@@ -43,7 +44,6 @@ from nvembed.types import UserError
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-DESCRIPTION = "nvembed.json"
 WEIGHTS = "model.safetensors"
 
 
@@ -110,7 +110,7 @@ def _write(embedder: Embedder, folder: Path, recipe: Mapping[str, Any] | None, p
     write_prompts(folder, prompts)
     if recipe is not None:
         text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
-        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        (folder / RECIPE).write_text(text, encoding="utf-8")
     probes.write_probes(embedder, folder)
     _readable(folder)
     description = {

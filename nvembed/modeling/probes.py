@@ -14,12 +14,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from nvembed.core.steps import PROBES_JSON, PROBES_TENSORS
 from nvembed.modeling.embedder import Embedder
 from nvembed.text.instructions import instruction_prefix
 from nvembed.types import UserError
 
-PROBES_JSON = "probes.json"
-PROBES_TENSORS = "probes.safetensors"
 # Between machines and library versions fp32 vectors differ by about 1e-6; a causal model's are off by more than 0.01.
 TOLERANCE = 1e-3
 

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from safetensors import safe_open
 
+from nvembed.core.steps import PROBES_TENSORS
 from nvembed.modeling.config import (
     BackboneConfig,
     FolderBackbone,
@@ -26,8 +27,6 @@ from nvembed.modeling.config import (
     RandomBackbone,
 )
 from nvembed.modeling.hub_shapes import hub_shape
-
-PROBES = "probes.safetensors"  # vectors, not weights, as in probes.py
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ def _value(file: BinaryIO, kind: int) -> Any:
 
 def folder_size(folder: Path) -> dict[str, int]:
     """Parameters in, and bytes of, a model folder's weights (`*.safetensors` at any depth, probe vectors left out)."""
-    files = [path for path in sorted(folder.rglob("*.safetensors")) if path.name != PROBES]
+    files = [path for path in sorted(folder.rglob("*.safetensors")) if path.name != PROBES_TENSORS]
     parameters = 0
     for path in files:
         with safe_open(path, framework="numpy") as weights:

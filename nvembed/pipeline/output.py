@@ -9,6 +9,8 @@ import yaml
 from nvembed.core import storage
 from nvembed.core.lease import LEASE
 from nvembed.core.steps import (
+    MLFLOW_ARTIFACTS,
+    MLFLOW_DB,
     RECIPE,
     RECORDS,
     REPORT_HTML,
@@ -23,8 +25,8 @@ from nvembed.tracking.tracker import STATE
 from nvembed.types import UserError
 
 FREE_SECTIONS = ("cluster", "tracking")  # where a run computes and what it reports to; neither changes a result
-# names a run writes at the root of its output: a directory that has one of them but no recipe.yaml is not a run's
-ROOT_NAMES = (RECORDS, STATE, REPORT_JSON, REPORT_HTML, "mlflow.db", "mlartifacts", "logs")
+# names a run writes at the root of its output: a directory that has one of them but no recipe is not a run's
+ROOT_NAMES = (RECORDS, STATE, REPORT_JSON, REPORT_HTML, MLFLOW_DB, MLFLOW_ARTIFACTS, "logs")
 
 
 def check_output(recipe: Recipe, out: str, pipeline: str) -> None:

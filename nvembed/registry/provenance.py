@@ -18,7 +18,7 @@ from nvembed.core.steps import MANIFEST, load_artifact
 from nvembed.modeling.origin import UNKNOWN, card_facts, content_hash, model_licence
 from nvembed.types import Artifact
 
-FORMAT_VERSION = 1
+PROVENANCE, FORMAT_VERSION = "provenance.json", 1
 MODEL_FOLDER = "model"
 _DATASET_KEYS = (
     "task", "licence", "synthetic", "split_rule", "train", "dev", "test", "documents", "documents_shared",
@@ -103,9 +103,9 @@ def _elsewhere(node: Mapping[str, Any]) -> str | None:
 def chain_problems(provenance: Provenance | None, content: str | None) -> list[str]:
     """Problems of a chain; empty when it is complete from the data to the folder with this content."""
     if provenance is None:
-        return ["the version has no provenance.json: register it again with this nvembed"]
+        return [f"the version has no {PROVENANCE}: register it again with this nvembed"]
     try:
-        check_format(provenance, "provenance.json", newest=FORMAT_VERSION)
+        check_format(provenance, PROVENANCE, newest=FORMAT_VERSION)
     except FormatError as error:
         return [str(error)]
     nodes: Mapping[str, Mapping[str, Any]] = provenance["nodes"]

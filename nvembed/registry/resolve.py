@@ -10,7 +10,7 @@ from typing import Any
 
 from nvembed.core import storage
 from nvembed.core.model_cache import cache_root
-from nvembed.core.steps import CorruptArtifactError, describe_files
+from nvembed.core.steps import MLFLOW_DB, CorruptArtifactError, describe_files
 from nvembed.modeling.origin import folder_content
 from nvembed.registry import client as tags
 from nvembed.registry.client import answering, find_version, open_registry
@@ -35,7 +35,7 @@ def registry_uri(uri: str | None, reference: str) -> str:
     address = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not address:
         raise UserError(
-            f"{reference}: which registry? Set MLFLOW_TRACKING_URI, for example sqlite:////path/of/the/output/mlflow.db"
+            f"{reference}: which registry? Set MLFLOW_TRACKING_URI, for example sqlite:////path/of/the/output/{MLFLOW_DB}"
         )
     return address
 

@@ -31,7 +31,6 @@ from nvembed.types import UserError
 
 PRIMARY_METRICS = ("ndcg_at_10", "accuracy", "spearman")
 RECORDS = "nvembed"
-PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def _log_records(client: Any, run_id: str, place: str, config: RegistrationConfi
         text = json.dumps(submission.scores, indent=2, ensure_ascii=False) + "\n"
         (records / SCORES).write_text(text, encoding="utf-8")
         (records / ITEMS).write_bytes(submission.items)
-        storage.write_json(str(records / PROVENANCE), submission.provenance)
+        storage.write_json(str(records / chains.PROVENANCE), submission.provenance)
         card = Path(temporary, FOLDER, CARD)
         card.parent.mkdir()
         card.write_text(full_card(submission, config.model_name), encoding="utf-8")
@@ -244,7 +243,7 @@ def is_here(source: str) -> bool:
 
 def read_provenance(records: Path) -> dict[str, Any]:
     """The chain among a version's records."""
-    return dict(storage.read_json(str(records / PROVENANCE)))
+    return dict(storage.read_json(str(records / chains.PROVENANCE)))
 
 
 def champion_facts(client: Any, name: str, number: str | None) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from nvembed.core import storage
 from nvembed.core.model_cache import local_model
+from nvembed.core.steps import DESCRIPTION
 from nvembed.retrieval.config import FolderModel, PackageModel, PretrainedModel, RetrieverConfig
 from nvembed.retrieval.sentence_encoder import SentenceEncoder
 from nvembed.types import UserError
@@ -92,8 +93,8 @@ def package_folder(package: str) -> Path:
 def is_nvembed_folder(folder: str | Path) -> bool:
     """Whether a path or URI is a model folder that nvembed wrote."""
     if "://" in str(folder):
-        return storage.exists(storage.join(str(folder), "nvembed.json"))
-    return (Path(folder) / "nvembed.json").is_file()
+        return storage.exists(storage.join(str(folder), DESCRIPTION))
+    return (Path(folder) / DESCRIPTION).is_file()
 
 
 def as_model_config(model: Model, with_prompt: bool = False) -> PackageModel | PretrainedModel | FolderModel:
@@ -119,7 +120,7 @@ def check_model(model: Model) -> None:
     if isinstance(resolved, PackageModel):
         package_folder(resolved.package)
     elif isinstance(resolved, FolderModel) and not is_nvembed_folder(resolved.folder):
-        raise UserError(f"{resolved.folder} is not an nvembed model folder (no nvembed.json). Check the path.")
+        raise UserError(f"{resolved.folder} is not an nvembed model folder (no {DESCRIPTION}). Check the path.")
 
 
 def model_identity(model: Model) -> str:

@@ -15,6 +15,7 @@ from itertools import islice
 import numpy as np
 
 from nvembed.core import storage
+from nvembed.data.tables import BEIR_CORPUS
 from nvembed.retrieval import text_file
 from nvembed.retrieval.encode_file import ModelOptions, cut
 from nvembed.retrieval.text_file import TextFile, check_rows, iter_rows
@@ -56,7 +57,7 @@ class SearchRequest:
 
 def corpus_source(uri: str) -> tuple[str, str | None]:
     """File of a corpus and its title column: a BEIR folder's `corpus.jsonl` with `title`, any other file as it is."""
-    beir = storage.join(uri, "corpus.jsonl")
+    beir = storage.join(uri, BEIR_CORPUS)
     if not uri.endswith(text_file.SUFFIXES) and storage.exists(beir):
         return beir, "title"
     return uri, None

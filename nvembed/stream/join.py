@@ -37,6 +37,7 @@ from nvembed.core.retry import retried
 
 PART_ROWS = 1 << 20
 MAX_PARTS = 64  # a shard opens each of them
+_PARTS = "parts.json"
 
 _REQUESTS = pa.schema([("key", pa.large_string()), ("shard", pa.int32())])
 
@@ -68,12 +69,12 @@ class Gather:
         requests = pa.table([pa.chunked_array(keys, pa.large_string()), whose], schema=_REQUESTS)
         write_table(requests.sort_by([("key", "ascending"), ("shard", "ascending")]), self._requests)
         parts = self._parts()
-        storage.write_json(storage.join(self.uri, "parts.json"), {"parts": len(parts)})
+        storage.write_json(storage.join(self.uri, _PARTS), {"parts": len(parts)})
         run_tasks(functools.partial(_gather_part, self, parts), len(parts), self.uri, "parts of a table")
 
     def rows(self, shard: int) -> pa.Table:
         """The rows of a shard, in the order of the table; text columns are `large_string`."""
-        parts = storage.read_json(storage.join(self.uri, "parts.json"))["parts"]
+        parts = storage.read_json(storage.join(self.uri, _PARTS))["parts"]
         mine, names = pc.field("shard") == shard, self.schema().names
         return pa.concat_tables([read_where(part_uri(self.uri, "rows", part), mine, names) for part in range(parts)])
 

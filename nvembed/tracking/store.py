@@ -22,6 +22,7 @@ from typing import Any
 
 from nvembed.core import storage
 from nvembed.core.secrets import without_credentials
+from nvembed.core.steps import MLFLOW_ARTIFACTS, MLFLOW_DB
 from nvembed.types import Config, UserError
 
 logger = logging.getLogger(__name__)
@@ -73,11 +74,11 @@ def resolve_store(uri: str | None, out: str) -> Store:
             configured = None
     else:
         return Store(without_credentials(configured), configured, None)
-    return Store(configured, f"sqlite:///{database}", (database.parent / "mlartifacts").as_uri())
+    return Store(configured, f"sqlite:///{database}", (database.parent / MLFLOW_ARTIFACTS).as_uri())
 
 
 def _own_database(out: str) -> Path:
-    return storage.local_path(out).absolute() / "mlflow.db"
+    return storage.local_path(out).absolute() / MLFLOW_DB
 
 
 def flatten(value: Any, path: str = "") -> dict[str, str]:

@@ -10,19 +10,19 @@ from safetensors.torch import save
 
 from nvembed.core import storage
 from nvembed.core.model_cache import local_model, written_folder
+from nvembed.core.steps import MANIFEST, OBJECTIVE
 from nvembed.losses.objectives import build_objective
 from nvembed.modeling.adapters import apply_adapter, keep_adapter, merge_adapter
 from nvembed.modeling.folder import describe_folder, load_embedder, save_embedder
 from nvembed.modeling.precision import Precision
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
-from nvembed.training.checkpoint import Checkpoint
+from nvembed.training.checkpoint import STATE, Checkpoint
 from nvembed.training.config import TrainConfig
 from nvembed.training.model import TrainedModel
 
 logger = logging.getLogger(__name__)
 
 MODEL = "model"
-OBJECTIVE = "objective.safetensors"
 CHECKPOINT = "checkpoint.json"
 
 
@@ -84,7 +84,7 @@ def save_trained_model(spec: TrainingSpec, checkpoint: Checkpoint, teacher_dim: 
     with written_folder(target) as folder:
         save_embedder(model.embedder, folder, recipe=recipe, prompts=prompts, adapter=adapter)
     # the checkpoint is deleted when the step is published; this record is its link in the hash chain
-    files = storage.read_json(storage.join(checkpoint.uri, "manifest.json"))["files"]
-    link = {"step": checkpoint.step, "files": {name: row for name, row in files.items() if name != "state.json"}}
+    files = storage.read_json(storage.join(checkpoint.uri, MANIFEST))["files"]
+    link = {"step": checkpoint.step, "files": {name: row for name, row in files.items() if name != STATE}}
     storage.write_json(storage.join(spec.work_uri, CHECKPOINT), link)
     logger.info("model folder written: %s", target)

@@ -33,7 +33,14 @@ from safetensors.torch import save_file
 from nvembed.core import storage
 from nvembed.core.distributed import WorkerContext, broadcast_object
 from nvembed.core.formats import check_format, stamp, with_defaults
-from nvembed.core.steps import ChangedRecipeError, CorruptArtifactError, describe_files, differences, verify_files
+from nvembed.core.steps import (
+    MANIFEST,
+    ChangedRecipeError,
+    CorruptArtifactError,
+    describe_files,
+    differences,
+    verify_files,
+)
 from nvembed.modeling.precision import Precision
 from nvembed.training.config import TrainConfig
 from nvembed.training.engine import Engine
@@ -42,7 +49,6 @@ from nvembed.types import UserError
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
-MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 FILE_BYTES = 2 << 30  # rank 0 holds at most this much of the gathered state at a time
 _NAME = re.compile(r"step-(\d{6,})")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core import storage, terminal
+from nvembed.core.steps import MANIFEST
 from nvembed.core.terminal import Console, clock
 
 POLL_SECONDS = 0.5
@@ -77,7 +78,7 @@ class Progress:
     def _saved_seconds_ago(self) -> float | None:
         assert self._path is not None
         try:
-            stamps = [path.stat().st_mtime for path in (self._path.parent / CHECKPOINTS).glob("step-*/manifest.json")]
+            stamps = [path.stat().st_mtime for path in (self._path.parent / CHECKPOINTS).glob(f"step-*/{MANIFEST}")]
         except OSError:
             return None
         return max(0.0, time.time() - max(stamps)) if stamps else None

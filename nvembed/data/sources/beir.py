@@ -15,7 +15,7 @@ from nvembed.data.config import BeirSource
 from nvembed.data.documents import Documents, DocumentWriter
 from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, is_unicode, split_by_hash, too_long
 from nvembed.data.sources.files import COMPRESSIONS, json_lines, open_bytes
-from nvembed.data.tables import SPLITS, Document
+from nvembed.data.tables import BEIR_CORPUS, BEIR_QUERIES, SPLITS, Document
 from nvembed.text.identity import MAX_TEXT_BYTES
 from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
@@ -32,8 +32,8 @@ def read_beir(config: BeirSource) -> SourceRows:
         UserError: a file is missing, or no held-out query has a document.
     """
     rejects = RejectLog()
-    documents = _unique(config.uri, "corpus.jsonl", rejects)
-    queries = {document.id: document.text for document in _unique(config.uri, "queries.jsonl", rejects)}
+    documents = _unique(config.uri, BEIR_CORPUS, rejects)
+    queries = {document.id: document.text for document in _unique(config.uri, BEIR_QUERIES, rejects)}
     qrels = _read_qrels(config, queries, documents, rejects)
     examples = empty_splits()
     taken: set[str] = set()

@@ -8,6 +8,7 @@ import shlex
 import time
 from typing import Any
 
+from nvembed.core.steps import RECIPE
 from nvembed.jobs.backend import (
     FAILED,
     PENDING,
@@ -50,7 +51,7 @@ def render_manifests(target: KubeRayTarget, job: Job, name: str) -> list[dict[st
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": name, "namespace": target.namespace, "labels": _labels(job)},
-        "data": {RECIPE_FILE.rpartition("/")[2]: resolved_yaml(job.recipe)},
+        "data": {RECIPE: resolved_yaml(job.recipe)},
     }
     return [recipe, render_ray_job(target, job, name)]
 

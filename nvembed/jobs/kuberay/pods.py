@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nvembed.core.steps import RECIPE
 from nvembed.jobs.config import KubeRayTarget, Pod, WorkerGroup
 
 JOB_LABEL = "nvembed.io/job"
@@ -11,7 +12,7 @@ CONTAINER = "ray"
 SUBMITTER = "ray-job-submitter"  # KubeRay's own name for it
 SUBMITTER_SIZE = {"cpu": "500m", "memory": "1Gi"}  # `ray job submit`, which then follows the log
 RECIPE_DIR = "/etc/nvembed"
-RECIPE_FILE = f"{RECIPE_DIR}/recipe.yaml"
+RECIPE_FILE = f"{RECIPE_DIR}/{RECIPE}"
 
 # Write, rename, list and remove below the storage, on the node itself, before Ray starts there.
 CHECK_FILES = """\

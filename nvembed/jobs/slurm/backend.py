@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core import storage
+from nvembed.core.steps import RECIPE
 from nvembed.jobs.backend import (
     FAILED,
     PENDING,
@@ -53,7 +54,7 @@ def render_script(target: SlurmTarget, job: Job) -> str:
     """The batch script. Pure; holds no secret."""
     header = ["#!/bin/bash", *(f"#SBATCH {option}" for option in _options(target, job))]
     command = job.with_resolved_recipe("@RECIPE@", job.script)
-    argv = " ".join('"$job_dir/recipe.yaml"' if part == "@RECIPE@" else shlex.quote(part) for part in command)
+    argv = " ".join(f'"$job_dir/{RECIPE}"' if part == "@RECIPE@" else shlex.quote(part) for part in command)
     start = [
         f"--num-cpus={target.cpus_per_node}",
         f"--num-gpus={target.gpus_per_node}",
@@ -76,6 +77,7 @@ def render_script(target: SlurmTarget, job: Job) -> str:
         "START": " ".join(start),
         "COMMAND": argv,
         "REQUEUES": str(target.max_requeues),
+        "RECIPE_FILE": RECIPE,
         "RECIPE": resolved_yaml(job.recipe).rstrip("\n"),
     }
     body = BODY
@@ -255,7 +257,7 @@ class SlurmBackend:
         if code is None and (folder / STOPPED_MARK).exists():
             state = STOPPED
         message = "" if code is not None else "ended without an exit code; Slurm no longer lists it"
-        times = _changed(folder / "recipe.yaml"), _changed(folder / "exit_code")
+        times = _changed(folder / RECIPE), _changed(folder / "exit_code")
         return JobState(job_id, state, message, *times, code, {str(key): str(value) for key, value in about.items()})
 
     def logs(self, job_id: str) -> str:

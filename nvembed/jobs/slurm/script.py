@@ -21,7 +21,7 @@ set +u  # sourced files may read unset variables
 @SETUP@
 set -u
 @VARIABLES@
-cat > "$job_dir/recipe.yaml" <<'END_OF_RECIPE'
+cat > "$job_dir/@RECIPE_FILE@" <<'END_OF_RECIPE'
 @RECIPE@
 END_OF_RECIPE
 

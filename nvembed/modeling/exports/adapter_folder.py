@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from nvembed.core.formats import check_format, stamp
 from nvembed.core.runtime import no_progress_bars
+from nvembed.core.steps import PROBES_JSON, PROBES_TENSORS
 from nvembed.modeling import probes
 from nvembed.modeling.adapters import (
     ADAPTER_BASE,
@@ -56,7 +57,7 @@ def write_adapter_folder(embedder: Embedder, source: Path, folder: Path) -> dict
     adapter = read_adapter(source / ADAPTER_FOLDER)
     for name in (ADAPTER_TENSORS, ADAPTER_CONFIG, ADAPTER_BASE):
         shutil.copy(source / ADAPTER_FOLDER / name, folder / name)
-    for name in (probes.PROBES_JSON, probes.PROBES_TENSORS):
+    for name in (PROBES_JSON, PROBES_TENSORS):
         shutil.copy(source / name, folder / name)
     if embedder.latent_attention_model is not None:
         (folder / "head").mkdir()

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from nvembed.core.steps import PROBES_JSON
 from nvembed.modeling.embedder import Embedder
-from nvembed.modeling.probes import PROBES_JSON
 
 BATCH = 8
 Encode = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # texts, prompts -> [N, D]
