@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -22,8 +21,6 @@ from fsspec.implementations.local import LocalFileSystem
 
 from nvembed.core.retry import RetriedFile, placed, retried
 from nvembed.types import UserError
-
-logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,8 +26,6 @@ from nvembed.retrieval.config import EncodeConfig, FolderModel
 from nvembed.retrieval.encode import Encoding, encode_each
 from nvembed.retrieval.encoders import check_model
 from nvembed.types import Artifact
-
-logger = logging.getLogger(__name__)
 
 
 def _build(config: BaselineConfig, inputs: Mapping[str, Artifact], work_uri: str) -> StepResult:

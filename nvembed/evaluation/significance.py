@@ -28,7 +28,6 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # item positions [S, N] -> the m
 
 MEAN = "mean of retrieval sets"
 RETRIEVAL_METRIC = "ndcg_at_10"
-ITEM_METRICS = ("ndcg_at_10", "recall_at_100", "mrr_at_10", "accuracy", "spearman")  # v_measure has no items
 PRIMARY_METRICS = ("ndcg_at_10", "accuracy", "spearman")
 _BLOCK_ITEMS = 2_000_000  # numbers drawn at once; bounds memory, whatever N is
 

@@ -17,10 +17,10 @@ from nvembed.types import UserError
 
 # never code: outputs and caches of ours, environments, and files whose names say that they hold secrets
 NEVER = (
-    ".git/", "runs/", "mlruns/", f"{MLFLOW_ARTIFACTS}/", MLFLOW_DB,
-    "__pycache__/", "*.pyc", ".venv/", "venv/", "*.egg-info/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".hypothesis/", ".cache/", "node_modules/", ".DS_Store",
-    ".env", ".env.*", ".netrc", ".pypirc", "*.pem", "*.key", "*.p12", "id_rsa*", "id_ed25519*", "auth_token",
-    ".aws/", ".kube/", "credentials.json", "service-account*.json",
+    ".git/", "runs/", "mlruns/", f"{MLFLOW_ARTIFACTS}/", MLFLOW_DB, "__pycache__/", "*.pyc", ".venv/", "venv/",
+    "*.egg-info/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".hypothesis/", ".cache/", "node_modules/",
+    ".DS_Store", ".env", ".env.*", ".netrc", ".pypirc", "*.pem", "*.key", "*.p12", "id_rsa*", "id_ed25519*",
+    "auth_token", ".aws/", ".kube/", "credentials.json", "service-account*.json",
 )  # fmt: skip
 SCANNED_BYTES = 1 << 20  # larger files are data, not settings; they are not searched for secrets
 SHOWN = 5

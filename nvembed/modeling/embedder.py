@@ -174,10 +174,6 @@ class Embedder(nn.Module):
                     )
                 out_ND[chunk] = vector_CD.cpu().numpy()
 
-    def backbone_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of the decoder."""
-        return self.embedding_model.named_parameters(prefix="embedding_model")
-
     def head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of the pooling; none for mean and last-token pooling."""
         if self.latent_attention_model is None:

@@ -14,7 +14,6 @@ half written. Weights are safetensors; nothing is ever unpickled.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -40,8 +39,6 @@ from nvembed.modeling.sentence_folder import POOLING_FOLDER, library_versions, w
 from nvembed.text.config import TextConfig
 from nvembed.text.tokenise import Tokeniser
 from nvembed.types import UserError
-
-logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from nvembed.data.config import BeirSource, FilesSource, SourceConfig
 from nvembed.modeling.config import BackboneConfig
-from nvembed.preflight.findings import PreflightError
 from nvembed.recipe.schema import Recipe
 from nvembed.retrieval.config import EncodeConfig, ExactIndex, RetrieverConfig
 from nvembed.training.config import TrainConfig
@@ -42,14 +41,12 @@ class Needs:
         pools: processes to place, in no order.
         node_models: models that every node opens: `(section, name, revision)`.
         node_packages: packages that every node needs, each with the sections that need it.
-        driver_packages: packages that only the driver's node needs.
         driver_paths: files and folders that only the driver reads: `(section, uri)`.
     """
 
     pools: list[Pool] = field(default_factory=list)
     node_models: list[tuple[str, str, str | None]] = field(default_factory=list)
     node_packages: dict[str, list[str]] = field(default_factory=dict)
-    driver_packages: dict[str, list[str]] = field(default_factory=dict)
     driver_models: list[tuple[str, str, str | None]] = field(default_factory=list)
     driver_paths: list[tuple[str, str]] = field(default_factory=list)
 
@@ -59,13 +56,11 @@ ON_NODES = ("mine.", "baselines.reference")  # opened by actors; data and backbo
 
 def needs_of(recipe: Recipe) -> Needs:
     """The needs of all sections of a recipe."""
-    packages = needed_packages(recipe)
-    on_nodes = {name: wants for name, wants in packages.items() if any(want.startswith(ON_NODES) for want in wants)}
+    packages = needed_packages(recipe).items()
     return Needs(
         pools=list(_pools(recipe)),
         node_models=list(_models(recipe)),
-        node_packages=on_nodes,
-        driver_packages={name: wants for name, wants in packages.items() if name not in on_nodes},
+        node_packages={name: wants for name, wants in packages if any(want.startswith(ON_NODES) for want in wants)},
         driver_models=list(_backbone(recipe)),
         driver_paths=list(_sources(recipe)),
     )
@@ -168,14 +163,6 @@ def _backbone_packages(backbone: BackboneConfig) -> tuple[str, ...]:
 
 def _retriever_packages(model: RetrieverConfig) -> tuple[str, ...]:
     return (model.package,) if model.type == "package" else ()
-
-
-def check_packages(recipe: Recipe) -> None:
-    """Raise PreflightError naming every package that is not installed, with the line that installs them all."""
-    missing = lacking_packages(recipe)
-    if missing:
-        listed = "\n".join(f"  {name} (for {', '.join(wants)})" for name, wants in missing.items())
-        raise PreflightError(f"packages that this recipe needs are not installed:\n{listed}\nRun: {pip_line(missing)}")
 
 
 def lacking_packages(recipe: Recipe) -> dict[str, list[str]]:

@@ -21,7 +21,6 @@ from nvembed.types import Artifact, UserError
 
 logger = logging.getLogger(__name__)
 
-MEAN = "mean"
 _TAG_LIMIT = 4000
 
 

@@ -1,6 +1,8 @@
 """mteb runs a local task of its own with our encoder, without network; the vectors are ours."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ pytestmark = [
     pytest.mark.slow,  # importing mteb takes seconds, so it is done inside the tests
     pytest.mark.skipif(importlib.util.find_spec("mteb") is None, reason="mteb is not installed: nvembed[mteb]"),
 ]
+README = Path(__file__).resolve().parents[2] / "README.md"
 TEXTS = ("sort a list", "heap overflow", "nervous system", "parse images")
 DOCUMENTS = {f"d{i}": text for i, text in enumerate(TEXTS)}
 QUERIES = {"q0": "sort a list", "q1": "heap overflow", "q2": "nervous system"}
@@ -90,6 +93,22 @@ def test_a_local_task_end_to_end(folder, tmp_path, monkeypatch):
         and meta.embed_dim == 64
         and meta.name == "nvembed/" + "-".join([folder.parent.name, "model"])
     )
+
+
+def test_the_readmes_example_runs(folder, tmp_path, monkeypatch):
+    """As it is written, on the local task instead of the one it names."""
+    import mteb
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("MTEB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mteb, "get_tasks", lambda tasks: [local_task()])
+    (tmp_path / "runs/quickstart/train_stage_2").mkdir(parents=True)
+    (tmp_path / "runs/quickstart/train_stage_2/model").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(next(block for block in blocks if "MtebEncoder" in block), names)
+    assert names["result"].task_results[0].scores["test"][0]["ndcg_at_10"] > 0
 
 
 def test_instructions_by_task_and_role(folder):

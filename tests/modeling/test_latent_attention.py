@@ -39,8 +39,7 @@ def test_nv_embeds_keys_shapes_and_size_at_7b(tokenizer):
     assert len(decoder) == 2 + 32 * 9 and not any("lm_head" in name for name in decoder)
     assert sum(math.prod(shape) for shape in state.values()) == 7_851_016_192
     assert sum(math.prod(shape) for shape in head.values()) == 740_356_096
-    names = [name for name, _ in [*embedder.backbone_parameters(), *embedder.head_parameters()]]
-    assert sorted(names) == sorted(state)
+    assert {name for name, _ in embedder.head_parameters()} == set(head)
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "ratio"), [(4, None, 4), (2, 24, 4), (3, 24, 2)])
