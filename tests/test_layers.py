@@ -2,8 +2,11 @@
 
 import ast
 import functools
+import itertools
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -206,6 +209,39 @@ def test_pipelines_are_short_and_hold_no_logic() -> None:
 
 def test_every_module_says_what_it_is() -> None:
     assert [str(path) for path in [*LIBRARY, *PIPELINE_FILES] if not ast.get_docstring(parsed(path))] == []
+
+
+# -- dependencies -----------------------------------------------------------------------------------------------------
+
+DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "faiss": "faiss-cpu", "google": "google-auth"}
+
+
+def undeclared(paths: list[Path], declared: set[str], own: set[str]) -> list[str]:
+    """Imports of packages that pyproject.toml does not name: they are there by the grace of other packages."""
+    faults = []
+    for path in paths:
+        for name in {name.split(".")[0] for name, _ in imports(path)} - own - set(sys.stdlib_module_names):
+            if DISTRIBUTIONS.get(name, name).replace("_", "-").lower() not in declared:
+                faults.append(f"{path}: {name}")
+    return sorted(faults)
+
+
+def declared_names(*, test: bool) -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [lines for name, lines in project["optional-dependencies"].items() if test or "test" not in name]
+    lines = itertools.chain(project["dependencies"], *extras)
+    return {re.match(r"[A-Za-z0-9._-]+", line)[0].replace("_", "-").lower() for line in lines}
+
+
+def test_what_is_imported_is_declared() -> None:
+    assert undeclared([*LIBRARY, *PIPELINE_FILES], declared_names(test=False), {"nvembed"}) == []
+    tests = [path for path in sources("tests") if "assets" not in path.parts]
+    assert undeclared(tests, declared_names(test=True), {"nvembed", *(path.stem for path in tests)}) == []
+
+
+def test_the_test_of_dependencies_finds_faults(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("import os, yaml\ndef f():\n    from werkzeug.serving import make_server\n")
+    assert undeclared([tmp_path / "x.py"], {"pyyaml"}, set()) == [f"{tmp_path / 'x.py'}: werkzeug"]
 
 
 # -- bans -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from nvembed.recipe.document import Document, Path, Problem, nearest
 
@@ -68,7 +67,7 @@ def _model_of(annotation: Any, value: Any) -> type[BaseModel] | None:
     return models[0] if len(models) == 1 else None
 
 
-def _problem(error: ErrorDetails, section: Path, annotation: Any, document: Document) -> Problem:
+def _problem(error: Mapping[str, Any], section: Path, annotation: Any, document: Document) -> Problem:
     path, fields, tagged = _locate(error["loc"], section, annotation, document)
     context: Mapping[str, Any] = error.get("ctx", {})
     if error["type"] == "extra_forbidden":

@@ -206,10 +206,10 @@ def encode_each(encodings: Sequence[Encoding], config: EncodeConfig) -> list[Enc
     for result in pool:
         report = reports[result["encoding"]]
         report.add(result)
-        _check_share(report, totals[result["encoding"]], config)
+        report.check_share(totals[result["encoding"]], config.max_rejected_share)
         progress.add(result["rows"])
     for work, report, total in zip(works, reports, totals, strict=True):
-        _check_share(report, total, config)
+        report.check_share(total, config.max_rejected_share)
         _settle_cache(report, work.model_hash, config)
         if report.rejected:
             count = sum(report.rejected.values())
@@ -377,18 +377,6 @@ def _looked_in(
 def _fingerprints(model_hash: str, config: EncodeConfig) -> list[str]:
     """For both precisions: the actors' processors decide."""
     return [fingerprint(model_hash, precision, config.vector_type) for precision in ("fp32", "bf16")]
-
-
-def _check_share(report: EncodeReport, total: int, config: EncodeConfig) -> None:
-    count = sum(report.rejected.values())
-    if count <= config.max_rejected_share * total:
-        return
-    reasons = "; ".join(f"{number} x {reason}" for reason, number in sorted(report.rejected.items()))
-    first = "; ".join(f"{row['key']!r} in {row['shard']}" for row in report.rejects[:_SHOWN])
-    raise UserError(
-        f"encode: {count} of {total} texts cannot be embedded ({reasons}), more than max_rejected_share "
-        f"{config.max_rejected_share:g}. First: {first}. Correct the data, or raise max_rejected_share."
-    )
 
 
 def _complete(source_uri: str, target_uri: str, identity: str) -> tuple[list[list[str]], list[int]] | None:

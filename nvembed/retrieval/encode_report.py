@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nvembed.types import UserError
+
 _LISTED = 100  # rejected rows named in a report; all are counted
+_SHOWN = 5  # of them in an error
 
 
 @dataclass
@@ -92,6 +95,22 @@ class EncodeReport:
         for counts in self.folders.values():
             whole.add(counts)
         return whole
+
+    def check_share(self, total: int, most: float) -> None:
+        """Refuse more rejected texts than a share of all.
+
+        Raises:
+            UserError: with their reasons and the first of them.
+        """
+        count = sum(self.rejected.values())
+        if count <= most * total:
+            return
+        reasons = "; ".join(f"{number} x {reason}" for reason, number in sorted(self.rejected.items()))
+        first = "; ".join(f"{row['key']!r} in {row['shard']}" for row in self.rejects[:_SHOWN])
+        raise UserError(
+            f"encode: {count} of {total} texts cannot be embedded ({reasons}), more than max_rejected_share "
+            f"{most:g}. First: {first}. Correct the data, or raise max_rejected_share."
+        )
 
     def count_shard(self, shard: str, rows: int, rejected: Sequence[Sequence[str]], cut: Sequence[int]) -> None:
         """Count the texts of a shard.
