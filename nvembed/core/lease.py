@@ -10,7 +10,6 @@ itself instead of writing beside the resumed one.
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import socket
 import threading
@@ -22,6 +21,7 @@ from typing import Any
 import psutil
 
 from nvembed.core import storage
+from nvembed.core.runtime import user_name
 from nvembed.types import UserError
 
 LEASE = ".lease.json"
@@ -50,15 +50,8 @@ def _holder() -> dict[str, Any]:
         "boot_id": boot_id(),
         "pid": os.getpid(),
         "pid_started": _started(os.getpid()),
-        "user": _user(),
+        "user": user_name(),
     }
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container run under a number that /etc/passwd does not know
-        return str(os.getuid())
 
 
 def _started(pid: int) -> float:

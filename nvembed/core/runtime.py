@@ -1,9 +1,12 @@
-"""This process and the code it runs: git revision, freed memory, progress bars of transformers."""
+"""This process and its machine: git revision, user, processor, freed memory, progress bars of transformers."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import getpass
+import os
+import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +29,35 @@ def git_revision(folder: Path | None = None) -> str | None:
         return f"{revision}-dirty" if git("status", "--porcelain", "--untracked-files=no") else revision
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def user_name() -> str:
+    """The user of this process; its number in a container run under one that /etc/passwd does not know."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def processor_name() -> str:
+    """The processor's model where /proc says it, else what Python knows of its kind."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def processor_flags() -> frozenset[str]:
+    """The processor's instruction sets by the kernel's names; empty where there is no /proc."""
+    facts = _cpuinfo()
+    return frozenset(facts.get("flags", facts.get("Features", "")).split())
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first value of every key of /proc/cpuinfo."""
+    facts: dict[str, str] = {}
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    return facts
 
 
 def trim() -> None:

@@ -8,7 +8,6 @@ Rows are written as they are made: memory is the corpus' texts by id and one blo
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import itertools
 import json
@@ -20,6 +19,7 @@ import fsspec
 import pyarrow as pa
 
 from nvembed.core import storage
+from nvembed.core.messages import nearest
 from nvembed.core.parquet import TableWriter
 from nvembed.data.tables import BEIR_CORPUS, BEIR_QUERIES, SPLITS, Document, document_text, read_corpus, read_examples
 from nvembed.types import Artifact, TaskType, TrainingExample, UserError
@@ -42,9 +42,7 @@ def write_dataset(artifact: Artifact, dataset: str, split: str | None, format: s
         UserError: an unknown format, data set or split, or examples that the format cannot hold.
     """
     if format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"format {format!r}: choose one of {', '.join(FORMATS)}{hint}")
+        raise UserError(f"format {format!r}: choose one of {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
     examples = {name: read_examples(artifact, dataset, name) for name in (SPLITS if split is None else (split,))}
     rows = read_corpus(artifact, dataset).to_pylist()
     documents = [Document(**row) for row in rows]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import getpass
 import os
 import re
 import shlex
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core import storage
-from nvembed.core.runtime import git_revision
+from nvembed.core.runtime import git_revision, user_name
 from nvembed.core.secrets import texts_in
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget, SlurmTarget
-from nvembed.jobs.target import Target, inside, is_loopback
+from nvembed.jobs.target import Target, inside, is_loopback_url
 from nvembed.jobs.uploads import leaks
 from nvembed.recipe.schema import Recipe, load_recipe
 from nvembed.types import UserError
@@ -80,15 +79,8 @@ class Job:
             "nvembed_fingerprint": self.fingerprint,
             "nvembed_out": self.out,
             "git_revision": (git_revision(self.code) if self.code else None) or "none",
-            "user": _user(),
+            "user": user_name(),
         }
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
 
 
 def read_job(target: Target, command: Sequence[str]) -> Job:
@@ -288,7 +280,7 @@ def _output(target: Target, recipe: Recipe, out: str | None) -> str:
 def _shared_roots(target: Target) -> Sequence[str] | None:
     """Directories that every node sees; None when any absolute path may be one."""
     if isinstance(target, RayTarget):
-        return None if is_loopback(target.address) and not target.shared_paths else target.shared_paths
+        return None if is_loopback_url(target.address) and not target.shared_paths else target.shared_paths
     if isinstance(target, KubeRayTarget):
         return (target.storage.mount_path,) if target.storage.type == "claim" else ()
     if isinstance(target, CloudTarget):

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from nvembed.core.messages import nearest
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget, SlurmTarget
 from nvembed.jobs.uploads import leaks, wrong_variables
-from nvembed.recipe.document import Document, Path, Problem, nearest, parse
+from nvembed.recipe.document import Document, Path, Problem, parse
 from nvembed.recipe.schema import RecipeError, read_yaml
 from nvembed.recipe.validation import validate
 
@@ -38,7 +39,7 @@ def load_target(path: str) -> Target:
         raise RecipeError(path, problems)
     kind = document.data.get("type")
     if kind not in KINDS:
-        hint = nearest(str(kind), list(KINDS))
+        hint = nearest(kind, KINDS)
         reason = "missing;" if kind is None else f"{kind!r}:"
         where = ("type",)
         raise RecipeError(
@@ -55,7 +56,7 @@ def load_target(path: str) -> Target:
     raise RecipeError(path, problems)
 
 
-def is_loopback(address: str) -> bool:
+def is_loopback_url(address: str) -> bool:
     """Whether an http address is one of this machine."""
     return urlsplit(address).hostname in LOOPBACK
 
@@ -87,17 +88,17 @@ def _texts(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
 def _check_ray(target: Any, document: Document) -> list[Problem]:
     problems = []
     if target.authentication == "token" and target.address.startswith("http://"):
-        if not is_loopback(target.address) and not target.plain_http:
+        if not is_loopback_url(target.address) and not target.plain_http:
             message = (
                 f"{target.address!r}: the token would travel unencrypted; use https, or a tunnel to 127.0.0.1, "
                 "or accept it with plain_http: true"
             )
             problems.append(Problem(document.position(("address",)), ("address",), message))
-    elif target.authentication == "disabled" and not is_loopback(target.address):
+    elif target.authentication == "disabled" and not is_loopback_url(target.address):
         message = "'disabled': anyone who reaches the address can run code; only a loopback address needs no token"
         problems.append(Problem(document.position(("authentication",)), ("authentication",), message))
     if target.outputs is not None and "://" not in target.outputs:
-        problems += _below("outputs", target.outputs, target.shared_paths, document, is_loopback(target.address))
+        problems += _below("outputs", target.outputs, target.shared_paths, document, is_loopback_url(target.address))
     return problems
 
 

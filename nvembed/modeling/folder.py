@@ -35,7 +35,7 @@ from nvembed.modeling.card import model_card
 from nvembed.modeling.config import HEADS, EmbedderConfig, PoolingConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.origin import CARD
-from nvembed.modeling.sentence_folder import POOLING_FOLDER, library_versions, write_modules, write_prompts
+from nvembed.modeling.sentence_folder import POOLING_FOLDER, library_versions, write_json, write_modules, write_prompts
 from nvembed.text.config import TextConfig
 from nvembed.text.tokenise import Tokeniser
 from nvembed.types import UserError
@@ -118,8 +118,7 @@ def _write(embedder: Embedder, folder: Path, recipe: Mapping[str, Any] | None, p
         "prompts": prompts,
         "versions": library_versions(),
     }
-    text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+    write_json(folder / DESCRIPTION, description)
 
 
 def _readable(folder: Path) -> None:

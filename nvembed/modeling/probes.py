@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from nvembed.core.steps import PROBES_JSON, PROBES_TENSORS
 from nvembed.modeling.embedder import Embedder
+from nvembed.modeling.sentence_folder import write_json
 from nvembed.text.instructions import instruction_prefix
 from nvembed.types import UserError
 
@@ -36,7 +37,7 @@ def write_probes(embedder: Embedder, folder: Path) -> None:
     texts, instructions = [list(column) for column in zip(*_PROBES, strict=True)]
     vectors_PD = embedder.encode(texts, prompt=instructions)
     rows = [{"text": text, "instruction": prefix} for text, prefix in zip(texts, instructions, strict=True)]
-    (folder / PROBES_JSON).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / PROBES_JSON, rows)
     save_file({"vectors": vectors_PD}, folder / PROBES_TENSORS)
 
 

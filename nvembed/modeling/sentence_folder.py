@@ -53,13 +53,13 @@ def write_modules(folder: Path, config: EmbedderConfig, dim: int) -> None:
     if needs_code(config):
         first, second = "sentence_modules.MaskingTransformer", "sentence_modules.MaskedPooling"
         masking = {"bidirectional": config.bidirectional, **config.text.model_dump()}
-        _write_json(folder / "masking.json", masking)
+        write_json(folder / "masking.json", masking)
         pooling = {"hidden_size": dim, "latent_attention": latent_attention_arguments(config)}
         if isinstance(config.pooling, FoldedLatentAttentionConfig):
             pooling["folded"] = True
         for name, source in code_files().items():
             (folder / name).write_text(source, "utf-8")
-    _write_json(
+    write_json(
         folder / "modules.json",
         [
             {"idx": 0, "name": "0", "path": "", "type": first},
@@ -74,10 +74,10 @@ def write_modules(folder: Path, config: EmbedderConfig, dim: int) -> None:
     )
     (folder / POOLING_FOLDER).mkdir(exist_ok=True)
     (folder / "2_Normalize").mkdir(exist_ok=True)
-    _write_json(folder / POOLING_FOLDER / "config.json", pooling)
-    _write_json(folder / "2_Normalize" / "config.json", {"module_input_name": "sentence_embedding"})
+    write_json(folder / POOLING_FOLDER / "config.json", pooling)
+    write_json(folder / "2_Normalize" / "config.json", {"module_input_name": "sentence_embedding"})
     text = {"method": "forward", "method_output_name": "last_hidden_state"}
-    _write_json(
+    write_json(
         folder / "sentence_bert_config.json",
         {
             "transformer_task": "feature-extraction",
@@ -116,7 +116,7 @@ def standalone(source: str) -> str:
 def write_prompts(folder: Path, prompts: Mapping[str, str]) -> None:
     """Write `config_sentence_transformers.json`; documents are bare unless a prompt says otherwise."""
     versions = library_versions()
-    _write_json(
+    write_json(
         folder / "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
@@ -138,5 +138,6 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file of a model folder, keys in their own order."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

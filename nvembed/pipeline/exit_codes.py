@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import re
 import time
 import traceback
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pydantic import ValidationError
 
 from nvembed.core import storage
+from nvembed.core.messages import first_line
 from nvembed.core.secrets import mask
 from nvembed.preflight.findings import PreflightError
 from nvembed.types import UserError
@@ -59,7 +59,7 @@ def report_error(error: BaseException, write: Callable[[str], None], out: str | 
         write(f"error: {error}")
         return ExitCode.FAILED
     text = mask("".join(traceback.format_exception(error)))
-    write(f"error: {_first_line(error)[:MAX_CHARACTERS]}")
+    write(f"error: {first_line(error)[:MAX_CHARACTERS]}")
     if out is None:
         write(text)
         return ExitCode.FAILED
@@ -70,15 +70,3 @@ def report_error(error: BaseException, write: Callable[[str], None], out: str | 
     except OSError:  # the disk is full or gone, which may be the error itself
         write(text)
     return ExitCode.FAILED
-
-
-_CAUSE = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt)(?:: .*)?$", re.MULTILINE)
-
-
-def _first_line(error: BaseException) -> str:
-    """First line of an error's message; of one from Ray, whose message is the remote traceback, the first exception."""
-    text = str(error)
-    cause = _CAUSE.search(text) if type(error).__module__.partition(".")[0] == "ray" else None
-    if cause is not None:
-        return cause.group()
-    return next((line for line in text.splitlines() if line.strip()), type(error).__name__)

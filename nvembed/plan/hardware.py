@@ -18,7 +18,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from nvembed.core import storage
-from nvembed.recipe.document import nearest
+from nvembed.core.messages import nearest
 from nvembed.types import Config, UserError
 
 ASSUMED_MFU = 0.35
@@ -104,7 +104,7 @@ def find_hardware(name: str) -> Hardware:
     if not name.endswith((".yaml", ".yml")):
         known = ", ".join(CATALOGUE)
         raise UserError(
-            f"--hardware {name}: not in the catalogue.{nearest(name, list(CATALOGUE))} It has: {known}. "
+            f"--hardware {name}: not in the catalogue.{nearest(name, CATALOGUE)} It has: {known}. "
             "A YAML file describes another machine."
         )
     try:

@@ -149,7 +149,7 @@ def _dashboard(cluster: Cluster) -> Iterator[Finding]:
         yield Finding("dashboard", OK, f"{cluster.dashboard} requires the token")
         return
     host = cluster.dashboard.removeprefix("http://").rpartition(":")[0].strip("[]")
-    if is_loopback(host):
+    if is_loopback_host(host):
         yield Finding("dashboard", OK, f"{cluster.dashboard}, this machine only")
         return
     fix = "ray start --dashboard-host=127.0.0.1, or RAY_AUTH_MODE=token: its job API runs any code"
@@ -161,7 +161,7 @@ def _dashboard(cluster: Cluster) -> Iterator[Finding]:
     )
 
 
-def is_loopback(host: str) -> bool:
+def is_loopback_host(host: str) -> bool:
     """Whether an address is reached from its own machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback

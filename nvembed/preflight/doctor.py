@@ -16,6 +16,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from nvembed.core.runtime import processor_flags
 from nvembed.core.secrets import mask
 from nvembed.preflight.findings import NOTE, OK, PROBLEM, Finding
 from nvembed.tracking.store import probe
@@ -26,6 +27,7 @@ MIN_DISK_BYTES = 5 * 2**30  # the quickstart leaves 1.2 GiB, and as much again w
 MIN_OPEN_FILES = 4096  # Ray asks for 65,536 and works on a laptop with far fewer
 DASHBOARD_PORT = 8265
 _LISTEN = "0A"
+BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # with one of them `modeling.precision` takes bf16; torch is not loaded here
 
 
 def examine() -> list[Finding]:
@@ -91,13 +93,7 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _processor() -> Iterator[Finding]:
-    path = Path("/proc/cpuinfo")
-    flags = set()
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        if line.startswith(("flags", "Features")):
-            flags = set(line.partition(":")[2].split())
-            break
-    bf16 = flags & {"avx512_bf16", "amx_bf16", "bf16"}
+    bf16 = processor_flags() & BF16_FLAGS
     message = (
         f"{os.cpu_count()} CPUs, bf16 {'by ' + ', '.join(sorted(bf16)) if bf16 else 'not supported: fp32 is used'}"
     )
@@ -174,7 +170,7 @@ def listening(port: int, table: str) -> list[str]:
     return addresses
 
 
-def _is_loopback(address: str) -> bool:
+def _is_loopback_hex(address: str) -> bool:
     v4 = address[-8:]
     mapped = len(address) == 8 or address.startswith("0000000000000000FFFF0000")
     return (mapped and v4.endswith("7F")) or address == "00000000000000000000000001000000"
@@ -188,7 +184,7 @@ def _dashboard() -> Iterator[Finding]:
             addresses += listening(DASHBOARD_PORT, path.read_text())
     if not addresses:
         yield Finding("ray dashboard", OK, f"nothing listens on port {DASHBOARD_PORT}")
-    elif all(map(_is_loopback, addresses)):
+    elif all(map(_is_loopback_hex, addresses)):
         yield Finding("ray dashboard", OK, f"port {DASHBOARD_PORT}, open to this machine only")
     else:
         fix = "ray start --dashboard-host 127.0.0.1, and an SSH tunnel to reach it"

@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nvembed.core.messages import first_line
+
 ANSWER_SECONDS = 60.0  # the first process of Ray on a busy node takes many seconds
 HTTP_SECONDS = 5.0
 FULL_MESH = 16  # above so many nodes each reaches the next ones in a ring only
 RING = 8
+MAX_CHARACTERS = 300  # of an error
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def gather(order: Mapping[str, Any], listed: Callable[[str], set[str]]) -> Clust
                 facts={} if failed else answer,
                 skew=skews.get(key),
                 unreachable=unreachable.get(key, {}),
-                error=f"{type(answer).__name__}: {_first_line(answer)}" if failed else "",
+                error=f"{type(answer).__name__}: {first_line(answer)[:MAX_CHARACTERS]}" if failed else "",
             )
         )
     return Cluster(nodes, seen, *_growth(ray), *_dashboard(ray))
@@ -213,7 +216,3 @@ def _dashboard(ray: Any) -> tuple[str | None, int | None]:
         return url, int(error.code)
     except OSError:
         return url, None
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nvembed.core.messages import nearest
 from nvembed.core.secrets import why_refused
 from nvembed.mining.config import RandomNegatives
 from nvembed.modeling.config import FoldedLatentAttentionConfig, LatentAttentionConfig, RandomBackbone
 from nvembed.modeling.shapes import known_shape
-from nvembed.recipe.document import Document, Path, Problem, nearest
+from nvembed.recipe.document import Document, Path, Problem
 from nvembed.text.instructions import CATALOGUE
 
 Sections = Mapping[Path, Any]
@@ -99,7 +100,7 @@ def _instructions(document: Document) -> Mistakes:
         instruction = source.get("instruction") if isinstance(source, dict) else None
         if not isinstance(instruction, str) or instruction in CATALOGUE or " " in instruction.strip():
             continue
-        hint = f"{nearest(instruction, list(CATALOGUE))} Keys: {', '.join(CATALOGUE)}."
+        hint = f"{nearest(instruction, CATALOGUE)} Keys: {', '.join(CATALOGUE)}."
         message = f"{instruction!r} is no key of the catalogue and no sentence.{hint}"
         yield ("prepare", "sources", index, "instruction"), message
 
@@ -125,7 +126,7 @@ def _weights(stage: str, sections: Sections, document: Document) -> Mistakes:
             yield path, f"{weight}: must be a number above 0; leave the data set out instead"
     for name in _attribute(sections, (stage, "stream", "caps")) or {}:
         if name not in weights:
-            yield (stage, "stream", "caps", name), f"not among {stage}.stream.weights.{nearest(name, list(weights))}"
+            yield (stage, "stream", "caps", name), f"not among {stage}.stream.weights.{nearest(name, weights)}"
 
 
 def _floors(sections: Sections, document: Document) -> Mistakes:

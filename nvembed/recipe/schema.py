@@ -6,7 +6,6 @@ that the packages own; a step is given its own section and never sees this class
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -16,6 +15,7 @@ from pydantic import Field
 
 from nvembed.core import storage
 from nvembed.core.formats import own_version
+from nvembed.core.messages import closest
 from nvembed.core.secrets import mask
 from nvembed.data.config import PrepareConfig
 from nvembed.distill.config import CompareConfig, TeacherEmbeddingsConfig
@@ -171,8 +171,8 @@ def read_yaml(path: str, what: str = "recipe") -> str:
             there = [file for file in storage.list_directory(folder or ".") if file.endswith((".yaml", ".yml"))]
         except (OSError, ValueError):
             there = []
-        near = difflib.get_close_matches(name, there, n=1)
-        hint = f" Did you mean {storage.join(folder, near[0]) if folder else near[0]}?" if near else ""
+        near = closest(name, there)
+        hint = f" Did you mean {storage.join(folder, near) if folder else near}?" if near else ""
         raise UserError(f"{path}: no such {what}.{hint}") from error
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path}: cannot be read as a {what} ({error.strerror})") from error

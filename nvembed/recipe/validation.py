@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from nvembed.recipe.document import Document, Path, Problem, nearest
+from nvembed.core.messages import nearest
+from nvembed.recipe.document import Document, Path, Problem
 
 _SHOWN = 60  # characters of a wrong value
 
@@ -82,12 +83,10 @@ def _problem(error: Mapping[str, Any], section: Path, annotation: Any, document:
         choices = tagged or [str(context.get("expected_tags"))]
         tag = value.get("type") if isinstance(value, Mapping) else value
         position = document.position((*path, "type"))
-        return Problem(
-            position, (*path, "type"), _wrong(tag, f"allowed: {', '.join(choices)}.", nearest(str(tag), choices))
-        )
+        return Problem(position, (*path, "type"), _wrong(tag, f"allowed: {', '.join(choices)}.", nearest(tag, choices)))
     if error["type"] == "literal_error":
         choices = [part.strip("'") for part in str(context["expected"]).replace(" or ", ", ").split(", ")]
-        return Problem(position, path, _wrong(value, f"allowed: {', '.join(choices)}.", nearest(str(value), choices)))
+        return Problem(position, path, _wrong(value, f"allowed: {', '.join(choices)}.", nearest(value, choices)))
     if error["type"] == "value_error":  # our own validators say it in full
         return Problem(position, path, str(context.get("error", error["msg"])))
     message = error["msg"].replace("Input should be", "must be").replace("Value should", "must")

@@ -7,7 +7,6 @@ The global batch exists before it is divided over ranks; the position in the dat
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import logging
 from collections import Counter
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.core import storage
+from nvembed.core.messages import nearest
 from nvembed.core.parquet import list_shards, read_schema, read_table, write_table
 from nvembed.core.steps import Step, StepResult
 from nvembed.data.tables import CORPUS, MINED, dataset_info, examples_file
@@ -108,9 +108,7 @@ def _checked_datasets(config: StreamConfig, prepare: Artifact) -> dict[str, dict
     problems = []
     for name, weight in config.weights.items():
         if name not in info:
-            near = difflib.get_close_matches(name, info, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            problems.append(f"weights.{name}: no such data set, there are {', '.join(info)}{hint}")
+            problems.append(f"weights.{name}: no such data set, there are {', '.join(info)}.{nearest(name, info)}")
         if not weight > 0 or weight == float("inf"):
             problems.append(f"weights.{name}: {weight} is not a positive number; leave the data set out instead")
     for name, cap in config.caps.items():

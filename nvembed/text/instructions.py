@@ -7,9 +7,9 @@ same prompt before both texts.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
+from nvembed.core.messages import nearest
 from nvembed.types import UserError
 
 CATALOGUE: dict[str, str] = {
@@ -79,7 +79,7 @@ def task_sentence(instruction: str) -> str:
         instruction: a string with a space is a sentence, one without must be a key.
 
     Raises:
-        UserError: an unknown key (the message names the nearest one), or a rendered prompt.
+        UserError: an unknown key (the message names one that is similar), or a rendered prompt.
     """
     instruction = instruction.strip()
     if instruction in CATALOGUE:
@@ -91,8 +91,8 @@ def task_sentence(instruction: str) -> str:
         )
     if not any(character.isspace() for character in instruction):
         raise UserError(
-            f"unknown instruction {instruction!r}: it is no key of the catalogue and no sentence either. "
-            f"Did you mean {_nearest(instruction, CATALOGUE)!r}? Keys: {', '.join(CATALOGUE)}. "
+            f"unknown instruction {instruction!r}: it is no key of the catalogue and no sentence either."
+            f"{nearest(instruction, CATALOGUE)} Keys: {', '.join(CATALOGUE)}. "
             "Or write the task as a sentence."
         )
     return instruction
@@ -111,12 +111,11 @@ def named_prompt(prompts: Mapping[str, str], name: str) -> str:
     """The prompt that a model stores under a name.
 
     Raises:
-        UserError: it stores none of this name; the message names the nearest one and lists all.
+        UserError: it stores none of this name; the message lists all, and names one that is similar.
     """
     if name not in prompts:
-        nearest = f" Did you mean {_nearest(name, prompts)!r}?" if prompts else ""
-        listed = ", ".join(prompts) or "none"
-        raise UserError(f"prompt name {name!r}: the model has no prompt of this name; it has: {listed}.{nearest}")
+        listed, hint = ", ".join(prompts) or "none", nearest(name, prompts)
+        raise UserError(f"prompt name {name!r}: the model has no prompt of this name; it has: {listed}.{hint}")
     return prompts[name]
 
 
@@ -159,7 +158,3 @@ def _each(name: str, value: str | Sequence[str], count: int) -> list[str]:
         if not isinstance(item, str):
             raise UserError(f"{name}[{index}] is {type(item).__name__}, not a string: {item!r:.80}")
     return values
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]

@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from nvembed.core import storage
 from nvembed.core.distributed import WorkerContext, broadcast_object
 from nvembed.core.formats import check_format, stamp, with_defaults
+from nvembed.core.runtime import processor_name
 from nvembed.core.steps import (
     MANIFEST,
     ChangedRecipeError,
@@ -100,12 +101,7 @@ def versions() -> dict[str, str]:
 
 def processor() -> str:
     """The processor (and GPU) type numbers were computed on."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        name = next(
-            (line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name
-        )
+    name = processor_name()
     return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
 
 

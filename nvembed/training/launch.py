@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvembed.core import lease, storage
+from nvembed.core.messages import first_line
 from nvembed.core.ray_cluster import ensure_ray
 from nvembed.core.steps import METRICS, Step, StepResult
 from nvembed.training.config import TrainConfig
@@ -198,16 +199,12 @@ def explain(failure: Any) -> tuple[Exception, bool]:
         if isinstance(cause, UserError | TrainingError | lease.LeaseLostError):
             return cause, False
         if not _passing(cause):
-            return TrainingError(f"rank {rank} failed: {type(cause).__name__}: {_first_line(cause)}"), False
-    listed = "; ".join(f"rank {rank}: {type(c).__name__}: {_first_line(c)}" for rank, c in sorted(causes.items()))
-    return TrainingError(f"training failed: {listed or _first_line(failure)}"), True
+            return TrainingError(f"rank {rank} failed: {type(cause).__name__}: {first_line(cause)}"), False
+    listed = "; ".join(f"rank {rank}: {type(c).__name__}: {first_line(c)}" for rank, c in sorted(causes.items()))
+    return TrainingError(f"training failed: {listed or first_line(failure)}"), True
 
 
 def _passing(cause: BaseException) -> bool:
     from ray.exceptions import RayError
 
     return isinstance(cause, RayError | RuntimeError | OSError) or type(cause).__module__.startswith("ray.")
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

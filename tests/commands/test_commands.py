@@ -215,7 +215,7 @@ TABLE = """  sl  local_address rem_address   st tx_queue
 )  # fmt: skip
 def test_who_can_reach_a_port(address: str, local: bool) -> None:
     assert doctor.listening(8265, TABLE.format(address=address)) == [address]
-    assert doctor._is_loopback(address) is local
+    assert doctor._is_loopback_hex(address) is local
     assert doctor.listening(8264, TABLE.format(address=address)) == []
 
 

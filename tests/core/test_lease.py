@@ -189,6 +189,6 @@ def test_a_user_without_a_name_can_hold(tmp_path: Path, monkeypatch: pytest.Monk
     def nobody() -> str:
         raise KeyError("getpwuid(): uid not found: 12345")
 
-    monkeypatch.setattr(lease.getpass, "getuser", nobody)
+    monkeypatch.setattr("getpass.getuser", nobody)
     with Lease(str(tmp_path)):
         assert record(tmp_path)["holder"]["user"] == str(os.getuid())

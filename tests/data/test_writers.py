@@ -65,7 +65,7 @@ def test_a_split_is_written_alone(prepared: Artifact, tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_named(prepared: Artifact, tmp_path: Path) -> None:
     uri = str(tmp_path / "rows.jsonl")
-    with pytest.raises(UserError, match=r"format 'tevatrn': choose one of beir, .* did you mean 'tevatron'\?"):
+    with pytest.raises(UserError, match=r"format 'tevatrn': choose one of beir, .* Did you mean 'tevatron'\?"):
         write_dataset(prepared, "retrieval", "train", "tevatrn", uri)
     with pytest.raises(UserError, match=r"data set 'nowhere' is not in .* it holds retrieval, classification, sts"):
         write_dataset(prepared, "nowhere", "train", "tevatron", uri)

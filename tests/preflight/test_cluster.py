@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nvembed.preflight import probe
-from nvembed.preflight.cluster import cluster_findings, is_loopback, places
+from nvembed.preflight.cluster import cluster_findings, is_loopback_host, places
 from nvembed.preflight.facts import Cluster, Node, autoscales
 from nvembed.preflight.findings import NOTE, OK, PROBLEM, Finding, PreflightError
 from nvembed.preflight.needs import Needs, Pool, needs_of
@@ -114,8 +114,8 @@ def test_a_clock_that_is_not_known_is_a_note() -> None:
 
 
 def test_loopback() -> None:
-    assert is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("localhost")
-    assert not is_loopback("0.0.0.0") and not is_loopback("host.example")
+    assert is_loopback_host("127.0.0.1") and is_loopback_host("::1") and is_loopback_host("localhost")
+    assert not is_loopback_host("0.0.0.0") and not is_loopback_host("host.example")
 
 
 def test_gpus_that_are_not_there() -> None:

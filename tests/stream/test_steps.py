@@ -365,7 +365,7 @@ def test_unknown_data_sets_and_weights_are_named_together(inputs: dict[str, Arti
     with pytest.raises(UserError) as raised:
         lay_out(inputs, tmp_path / "stream", weights={"fact": 1, "kinds": 0, "pairs": float("nan")})
     message = str(raised.value)
-    assert "weights.fact: no such data set, there are facts, kinds, pairs; did you mean 'facts'?" in message
+    assert "weights.fact: no such data set, there are facts, kinds, pairs. Did you mean 'facts'?" in message
     assert "weights.kinds: 0.0 is not a positive number" in message and "weights.pairs: nan" in message
 
 

@@ -22,11 +22,18 @@ def test_keys_of_the_quickstart_are_there():
 
 
 @pytest.mark.parametrize(
-    ("typed", "nearest"), [("web_serch", "web_search"), ("hpo_retreival", "hpo_retrieval"), ("", "")]
+    ("typed", "hint"),
+    [
+        ("web_serch", " Did you mean 'web_search'?"),
+        ("hpo_retreival", " Did you mean 'hpo_retrieval'?"),
+        ("", ""),
+        ("xyzzy", ""),
+    ],
 )
-def test_unknown_key_names_the_nearest(typed, nearest):
-    with pytest.raises(UserError, match=f"Did you mean '{nearest}"):
+def test_unknown_key_names_a_similar_one_and_all(typed, hint):
+    with pytest.raises(UserError) as caught:
         instruction_prefix(typed)
+    assert f"and no sentence either.{hint} Keys: cwe, hpo_retrieval, " in str(caught.value)
 
 
 @pytest.mark.parametrize("rendered", [instruction_prefix("cwe"), "Instruct: find it", " instruct: x\nQuery:"])

@@ -36,6 +36,7 @@ from nvembed.modeling.config import EmbedderConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.exports.backbone_folder import HEAD_FILE
 from nvembed.modeling.folder import describe_folder
+from nvembed.modeling.sentence_folder import write_json
 from nvembed.text.tokenise import Tokeniser
 from nvembed.types import UserError
 
@@ -65,7 +66,7 @@ def write_adapter_folder(embedder: Embedder, source: Path, folder: Path) -> dict
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / HEAD_FILE)
     described = describe_folder(source)
     record = {**stamp(FORMAT_VERSION), **{key: described[key] for key in ("embedder", "dim", "prompts")}}
-    (folder / DESCRIPTION).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / DESCRIPTION, record)
     return adapter.base
 
 

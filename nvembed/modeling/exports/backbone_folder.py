@@ -9,7 +9,6 @@ The older spelling (`sentence_transformers.models.*`, `pooling_mode_mean_tokens`
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from nvembed.modeling.bidirectional import attends_ahead
 from nvembed.modeling.config import LastTokenConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.exports.parity import ParityError
-from nvembed.modeling.sentence_folder import needs_code, write_prompts
+from nvembed.modeling.sentence_folder import needs_code, write_json, write_prompts
 
 POOLING_FILE, HEAD_FILE = "pooling.json", "head/model.safetensors"
 
@@ -37,7 +36,7 @@ def write_backbone(embedder: Embedder, folder: Path, prompts: dict[str, str]) ->
         embedder.embedding_model.save_pretrained(folder)
     embedder.tokeniser.tokenizer.save_pretrained(folder)
     write_prompts(folder, prompts)
-    _write_json(folder / POOLING_FILE, describe_pooling(embedder))
+    write_json(folder / POOLING_FILE, describe_pooling(embedder))
     if needs_code(embedder.config):
         if embedder.latent_attention_model is not None:
             (folder / "head").mkdir()
@@ -76,7 +75,7 @@ def _write_stock_pooling(embedder: Embedder, folder: Path) -> None:
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for index, (path, kind) in enumerate(names)
     ]
-    _write_json(folder / "modules.json", modules)
+    write_json(folder / "modules.json", modules)
     for path in ("1_Pooling", "2_Normalize"):
         (folder / path).mkdir()
     pooling = {
@@ -89,9 +88,9 @@ def _write_stock_pooling(embedder: Embedder, folder: Path) -> None:
         "pooling_mode_lasttoken": last,
         "include_prompt": True,
     }
-    _write_json(folder / "1_Pooling" / "config.json", pooling)
+    write_json(folder / "1_Pooling" / "config.json", pooling)
     length = {"max_seq_length": embedder.config.text.max_length, "do_lower_case": False}
-    _write_json(folder / "sentence_bert_config.json", length)
+    write_json(folder / "sentence_bert_config.json", length)
 
 
 @torch.no_grad()
@@ -121,7 +120,3 @@ def check_states(embedder: Embedder, folder: Path) -> float:
     if not worst <= 1e-5 or np.isnan(worst):
         raise ParityError(f"token states of the exported backbone differ by {worst:.3g}, at most 1e-5 is allowed")
     return worst
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

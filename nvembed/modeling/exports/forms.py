@@ -7,7 +7,6 @@ A form that is too far off is refused and nothing is left behind; int8 has no li
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -41,7 +40,7 @@ from nvembed.modeling.exports.parity import (
 )
 from nvembed.modeling.exports.stock import folder_encoder
 from nvembed.modeling.folder import describe_folder, load_embedder, save_embedder
-from nvembed.modeling.sentence_folder import library_versions, needs_code
+from nvembed.modeling.sentence_folder import library_versions, needs_code, write_json
 from nvembed.types import UserError
 
 __all__ = ["FORMS", "ExportSpec", "ParityError", "export_model"]
@@ -104,7 +103,7 @@ def export_model(spec: ExportSpec) -> dict[str, Any]:
         if parity and spec.form != "onnx-int8":
             refuse_beyond(parity, LIMITS.get(spec.form, LIMIT), f"the {spec.form} form")
         record = _record(spec, source, staging, parity, {"parameters": {"model": before}, **extra})
-        (staging / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(staging / RECORD, record)
         if spec.target.exists():
             spec.target.rmdir()
         os.replace(staging, spec.target)
