@@ -8,6 +8,7 @@ runs the version's code in any case; this adds nothing to whom one trusts.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from pathlib import Path
@@ -96,10 +97,22 @@ class Embeddings:
             if name not in self.prompts:
                 raise refused(f"no prompt {name!r}; this model has {', '.join(self.prompts)}")
             return self.prompts[name]
-        if not instruction:
-            return ""
-        task = self.settings["instructions"].get(instruction, instruction)
-        return str(self.settings["template"]).format(task=task)
+        return self._rendered(str(instruction)) if instruction else ""
+
+    def _rendered(self, instruction: str) -> str:
+        """The prompt of a task sentence or its key, by the rules of `nvembed.text.instructions.task_sentence`."""
+        template, catalogue = str(self.settings["template"]), self.settings["instructions"]
+        if instruction in catalogue:
+            return template.replace("{task}", catalogue[instruction])
+        if instruction.lower().startswith(template.split("{", 1)[0].strip().lower()):
+            raise refused(f"instruction {instruction[:60]!r} is a rendered prompt; give the task alone")
+        if not any(character.isspace() for character in instruction):
+            nearest = difflib.get_close_matches(instruction, list(catalogue), n=1, cutoff=0.0)[0]
+            raise refused(
+                f"unknown instruction {instruction!r}: no key of the catalogue ({', '.join(catalogue)}) and no "
+                f"sentence. Did you mean {nearest!r}?"
+            )
+        return template.replace("{task}", instruction)
 
     def _encode(self, texts: list[str], prefix: str) -> np.ndarray:
         found_ND = self.model.encode(
