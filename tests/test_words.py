@@ -34,9 +34,23 @@ SHORT = {
     "nvembed/modeling/precision.py": "the one home of bf16 detection and autocast; needs torch",
     "nvembed/pipeline/steps.py": "pipeline files list steps by it without loading torch",
     "nvembed/recipe/diff.py": "shared by a command and the report",
-    "nvembed/report/attempts.py": "read here, below the pipeline that writes the file",
     "nvembed/preflight/findings.py": "imports nothing: jobs, pipeline and all checks share it",
     "nvembed/training/errors.py": "shared by the loop and by the launcher, which loads no torch",
+}
+
+# Docstrings whose first line is no sentence, to be rewritten. A change of sentence_modules.py changes the content of
+# model folders, into which it is copied.
+BROKEN = {
+    "nvembed/mining/finish.py:finish",
+    "nvembed/mining/layout.py:layout",
+    "nvembed/mining/rules.py:draw_accepted",
+    "nvembed/mining/search.py:deeper",
+    "nvembed/mining/selection.py:Rankings",
+    "nvembed/mining/selection.py:same_texts",
+    "nvembed/mining/worker.py:random_lists",
+    "nvembed/modeling/sentence_modules.py:sentence_modules",
+    "nvembed/report/comparison_page.py:comparison_page",
+    "nvembed/report/run_page.py:run_page",
 }
 
 
@@ -44,14 +58,20 @@ def place(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
-def first_lines(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """First lines of the docstrings of a module and its public functions and classes; descriptions of config keys."""
+def docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, int, str]]:
+    """Name, line and first line of the docstrings of a module and its public functions and classes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring and not getattr(node, "name", "").startswith("_"):
-                yield node.body[0].lineno, docstring.splitlines()[0]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "Field":
+            name, docstring = getattr(node, "name", module), ast.get_docstring(node)
+            if docstring and not name.startswith("_"):
+                yield name, node.body[0].lineno, docstring.splitlines()[0]
+
+
+def first_lines(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """First lines of the docstrings of a module and its public functions and classes; descriptions of config keys."""
+    yield from ((line, text) for _, line, text in docstrings(tree, "module"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "Field":
             for keyword in node.keywords:
                 if keyword.arg == "description" and isinstance(keyword.value, ast.Constant):
                     yield keyword.value.lineno, str(keyword.value.value)
@@ -64,6 +84,16 @@ def word_faults(paths: list[Path]) -> list[str]:
         for line, text in first_lines(ast.parse(path.read_text(encoding="utf-8")))
         if (match := BANNED.search(text))
     ]
+
+
+def broken_first_lines(paths: list[Path]) -> set[str]:
+    """`module:name` of docstrings whose first line is no sentence of its own, or a question ("What ...")."""
+    return {
+        f"{place(path)}:{name}"
+        for path in paths
+        for name, _, text in docstrings(ast.parse(path.read_text(encoding="utf-8")), path.stem.strip("_"))
+        if not text.endswith((".", ":")) or text.startswith("What ")
+    }
 
 
 def short_modules() -> set[str]:
@@ -91,6 +121,25 @@ def test_the_word_test_finds_faults(tmp_path: Path) -> None:
         'async def h():\n    """Untold times beside the roadside."""\n'
     )
     assert sorted(int(fault.split(":")[1]) for fault in word_faults([bad])) == [1, 6, 8]
+
+
+def test_first_lines_are_sentences() -> None:
+    """The first sentence of a docstring ends on its line, so that it can be read at once."""
+    assert sorted(broken_first_lines(LIBRARY) - BROKEN) == []
+    assert sorted(BROKEN - broken_first_lines(LIBRARY)) == [], "these are sentences: drop them from BROKEN"
+
+
+def test_the_sentence_test_finds_faults(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        '"""What a recipe needs."""\n'
+        'class A:\n    """A pipeline whose first sentence\n    ends here."""\n'
+        '    def b(self):\n        """Layout:\n\n        a list."""\n'
+        '    def c(self):\n        """Whatever it is."""\n'
+        'def _d():\n    """A sentence that\n    goes on."""\n'
+        'async def e():\n    """Rows"""\n'
+    )
+    assert broken_first_lines([bad]) == {"bad.py:bad", "bad.py:A", "bad.py:e"}
 
 
 def test_variables_and_prose_name_the_thing() -> None:

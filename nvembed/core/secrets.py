@@ -45,8 +45,11 @@ def secret_values(environment: Mapping[str, str] | None = None) -> dict[str, str
 
 
 def mask(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """The text with every secret of the environment, every password or token inside a URL, and what has the shape of a
-    well-known token replaced by `****`."""
+    """Replace the secrets in a text by `****`.
+
+    Secrets are the values of the environment's secret variables, passwords and tokens inside URLs, and strings with
+    the shape of a well-known token.
+    """
     for value in sorted(secret_values(environment), key=len, reverse=True):
         text = text.replace(value, MASK)
     text = _TOKENS.sub(MASK, text)

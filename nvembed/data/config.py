@@ -106,8 +106,10 @@ class RowSource(OwnedSource):
 
 
 class FilesSource(RowSource):
-    """jsonl, csv, tsv (also .gz, .zst, ...), parquet files, or folders of them, at any fsspec URI. Split by hash of the
-    texts: rows that share a query or a positive are in one split."""
+    """Files of rows: jsonl, csv, tsv (also .gz, .zst, ...), parquet, or folders of them, at any fsspec URI.
+
+    Split by hash of the texts: rows that share a query or a positive are in one split.
+    """
 
     type: Literal["files"] = Field("files", description="Kind of the source.")
     uris: tuple[str, ...] = Field(description="Files, or folders of files, local or at any fsspec URI.")
@@ -153,8 +155,11 @@ class NearDuplicateConfig(Config):
 
 
 class DeduplicateConfig(NearDuplicateConfig):
-    """Near duplicates inside each data set: of a group of documents the first by id stays and takes over what the
-    others answered; of a group of training queries the first stays."""
+    """Removal of near duplicates inside each data set.
+
+    Of a group of documents the first by id stays and becomes the positive of the queries that the others answered; of
+    a group of training queries the first stays.
+    """
 
     queries: bool = Field(
         True, description="Drop training queries that are near duplicates of a training query that stays."
@@ -163,9 +168,9 @@ class DeduplicateConfig(NearDuplicateConfig):
 
 
 class DecontaminateConfig(Config):
-    """Evaluation sets whose texts must not be trained on; compared are training queries and their positives with their
-    held-out queries and those queries' positives.
+    """Evaluation sets whose texts must not be trained on.
 
+    Training queries and their positives are compared with the held-out queries of these sets and their positives.
     A leak is a near duplicate (as `near_duplicates` says), or a held-out query inside a training text, or the reverse
     (as `contained_words` says).
     """

@@ -220,7 +220,7 @@ def encode_each(encodings: Sequence[Encoding], config: EncodeConfig) -> list[Enc
 
 @dataclass(frozen=True)
 class EncodingWork:
-    """What an actor needs for the shards of an encoding.
+    """An encoding as its actors receive it.
 
     Attributes:
         identity: see `encode_identity`; stored in every vector shard.
