@@ -58,8 +58,8 @@ class Embeddings:
 
         rows = json.loads((folder / "probes.json").read_text(encoding="utf-8"))
         expected_PD = load_file(folder / "probes.safetensors")["vectors"]
-        found_PD = np.stack([self._encode([row["text"]], row["instruction"])[0] for row in rows])
-        distance = float(np.linalg.norm(found_PD - expected_PD, axis=1).max())
+        probe_PD = np.stack([self._encode([row["text"]], row["instruction"])[0] for row in rows])
+        distance = float(np.linalg.norm(probe_PD - expected_PD, axis=1).max())
         if not distance <= float(self.settings["tolerance"]):
             raise refused(
                 f"{folder}: its probe texts give other vectors than stored (distance {distance:.3g}): the installed "
@@ -115,10 +115,10 @@ class Embeddings:
         return template.replace("{task}", instruction)
 
     def _encode(self, texts: list[str], prefix: str) -> np.ndarray:
-        found_ND = self.model.encode(
+        vectors_ND = self.model.encode(
             texts, prompt=prefix, batch_size=BATCH_SIZE, show_progress_bar=False, convert_to_numpy=True
         )
-        return np.asarray(found_ND, dtype=np.float32)
+        return np.asarray(vectors_ND, dtype=np.float32)
 
     def _count(self, texts: list[str]) -> int:
         limit = int(self.model.max_seq_length or 2**31)

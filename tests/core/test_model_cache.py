@@ -90,7 +90,7 @@ def test_racing_processes_fetch_once(server: Server, tmp_path: Path) -> None:
     assert not (folder / "pytorch_model.bin").exists() and server.sent["pytorch_model.bin"] == 0
 
 
-def test_one_killed_half_way_blocks_nobody(server: Server, tmp_path: Path) -> None:
+def test_a_killed_download_blocks_no_other(server: Server, tmp_path: Path) -> None:
     server.brake.clear()
     first = fetching(tmp_path, server.uri)
     assert server.reached.wait(60)
@@ -115,7 +115,7 @@ def test_local_folders_stay_where_they_are(tmp_path: Path) -> None:
     assert local_model(str(tmp_path)) == tmp_path and local_model(f"file://{tmp_path}") == tmp_path
 
 
-def test_what_is_nowhere_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVEMBED_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"memory://nowhere.*empty or missing"):
         local_model("memory://nowhere/model")

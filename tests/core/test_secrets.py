@@ -44,7 +44,7 @@ def test_names_that_only_look_like_it(name: str) -> None:
 
 
 @given(WORD, WORD)
-def test_a_password_in_a_url_is_masked_wherever_it_stands(user: str, password: str) -> None:
+def test_a_password_in_a_url_is_masked_everywhere(user: str, password: str) -> None:
     url = f"https://{user}:{password}@host.example/path"
     text = mask(f"failed: {url} (see {url})", {})
     assert f":{password}@" not in text and "host.example/path" in text

@@ -97,7 +97,7 @@ def test_leaks_and_a_cut_chain_are_refused(kit: Any) -> None:
     assert kit.aliases() == {"candidate": "1"}
 
 
-def test_a_champion_of_the_first_format_is_told_to_be_registered_again(kit: Any) -> None:
+def test_a_champion_of_the_first_format_must_be_registered_again(kit: Any) -> None:
     client = kit.client
     client.create_registered_model(NAME)
     tags = {"nvembed.evaluation_hash": json.dumps({"cwe": "aa", "hpo": "bb"}), "nvembed.scores": "{}"}
