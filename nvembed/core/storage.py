@@ -21,6 +21,7 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from nvembed.core.retry import RetriedFile, placed, retried
+from nvembed.core.uris import file_path, is_file_uri, is_path
 from nvembed.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,11 @@ _CHUNK = 1 << 20
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The fsspec filesystem of a URI and the path inside it."""
+    """The fsspec filesystem of a URI, a `file:` URI or a plain path, and the path inside it."""
+    if is_file_uri(uri):
+        uri = file_path(uri)
+    if is_path(uri):  # fsspec takes `::` in a name for a chain of protocols
+        return LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     fs, path = fsspec.core.url_to_fs(uri)
     return fs, path
 

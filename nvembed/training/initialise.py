@@ -46,7 +46,7 @@ def _rows(uri: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
 
 
 def dataset_prompts(prepare: Artifact) -> dict[str, str]:
-    """Prompts of a model folder: one per data set by its name, and `query`, that of the recipe's first retrieval set."""
+    """Prompts of a model folder: one per data set by name, and `query`, that of the recipe's first retrieval set."""
     datasets = dataset_info(prepare)
     prompts = {name: str(row["instruction"]) for name, row in datasets.items()}
     retrieval = [name for name, row in datasets.items() if row["task"] == "retrieval"]

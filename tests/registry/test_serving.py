@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from servers import free_port
 
+from nvembed.core.uris import file_path
 from nvembed.registry.client import open_registry
 from nvembed.text.instructions import instruction_prefix
 
@@ -117,7 +118,7 @@ def test_a_fresh_process_gets_our_vectors(registered: Any, folders: dict[str, Pa
 @pytest.mark.timeout(600)
 def test_code_that_was_not_registered_is_not_run(registered: Any) -> None:
     version = open_registry(registered.uri).get_model_version(NAME, "1")
-    folder = Path(version.source.removeprefix("file://"), "model.sentence_transformer")
+    folder = Path(file_path(version.source), "model.sentence_transformer")
     for change, message in (
         ("pooling.py", "is not the code that was registered"),
         ("extra.py", "was not registered: extra.py"),
