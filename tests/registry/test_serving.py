@@ -16,6 +16,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from servers import free_port
 
+from nvembed.core.uris import file_path
 from nvembed.registry.client import open_registry
 from nvembed.registry.serving import Embeddings
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
@@ -141,7 +142,7 @@ def test_a_fresh_process_gets_our_vectors(registered: Any, folders: dict[str, Pa
 @pytest.mark.timeout(600)
 def test_code_that_was_not_registered_is_not_run(registered: Any) -> None:
     version = open_registry(registered.uri).get_model_version(NAME, "1")
-    folder = Path(version.source.removeprefix("file://"), "model.sentence_transformer")
+    folder = Path(file_path(version.source), "model.sentence_transformer")
     for change, message in (
         ("pooling.py", "is not the code that was registered"),
         ("extra.py", "was not registered: extra.py"),
