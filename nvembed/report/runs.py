@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from nvembed.core import storage
 from nvembed.core.steps import MANIFEST, RECIPE, REPORT_JSON, load_artifact
 from nvembed.report.attempts import RECORDS, read_records
 from nvembed.report.collect import collect_report, read_curve
-from nvembed.report.schema import Report
+from nvembed.report.schema import Environment, Report
 from nvembed.types import Artifact, UserError
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 LABELS = "ABCDE"  # one for each line style of the charts
 
@@ -115,7 +117,9 @@ def collect_again(root: str) -> Report:
     steps = sorted(history.steps, key=lambda step: order.get(step["name"], float("inf")))  # the file sorts them by name
     artifacts = {step["name"]: artifacts[step["name"]] for step in steps if step["name"] in artifacts}
     earlier = storage.join(root, REPORT_JSON)
-    environment = read_report(earlier).environment if storage.exists(earlier) else None
+    environment = None
+    if storage.exists(earlier):
+        environment = _read(earlier, _Earlier, "remove it: this machine is described instead.").environment
     try:
         return collect_report(
             str(recipe["name"]), recipe, steps, artifacts, history.wall_seconds, history.peak_mb, environment
@@ -144,18 +148,29 @@ def read_curves(report: Report) -> dict[str, list[dict[str, Any]]]:
     return {name: read_curve(run.metrics) for name, run in report.training.items() if storage.exists(run.metrics)}
 
 
+class _Earlier(BaseModel):
+    """The part of an earlier report that is read when it is collected again."""
+
+    environment: Environment
+
+
 def read_report(uri: str) -> Report:
     """`report.json` of an output, validated.
 
     Raises:
         UserError: it is not a report that this version reads.
     """
+    advice = f"write it again from the output of its run: nvembed report {uri.rpartition('/')[0]}"
+    return _read(uri, Report, advice)
+
+
+def _read(uri: str, schema: type[Parsed], advice: str) -> Parsed:
     try:
-        return Report.model_validate_json(storage.read_bytes(uri))
+        return schema.model_validate_json(storage.read_bytes(uri))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(
-            f"{uri} is not a report this nvembed reads ({where}: {first['msg']}). It may be of a newer version, or "
-            "not a report.json."
+            f"{uri} is not a report that this nvembed reads ({where}: {first['msg']}). If another version wrote it, "
+            f"{advice}"
         ) from error

@@ -166,6 +166,18 @@ def test_a_run_is_reported_on_again_from_its_steps(copy: Path) -> None:
     assert "train_student: loss" not in Page((copy / "report.html").read_text()).text
 
 
+def test_the_report_of_another_version_is_written_again(copy: Path) -> None:
+    before = raw(copy)
+    (copy / "report.json").write_text(json.dumps({"schema_version": 0, "environment": before["environment"]}))
+    assert invoke(copy / "report.json").exit_code == 2
+    assert invoke(copy).exit_code == 0
+    after = raw(copy)
+    assert after["environment"] == before["environment"] and after["scores"] == before["scores"]
+    (copy / "report.json").write_text("{}")
+    with pytest.raises(UserError, match=r"environment: Field required.*remove it"):
+        collect_again(str(copy))
+
+
 def test_a_report_json_alone_becomes_a_page(runs: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copy(runs[0] / "report.json", tmp_path)
     assert invoke(tmp_path / "report.json").exit_code == 0
@@ -181,7 +193,7 @@ def test_a_report_json_alone_becomes_a_page(runs: tuple[Path, Path], tmp_path: P
         (None, [".", "RUN"], "has no report.json"),
         (None, ["RUN", "RUN"], "given twice"),
         (None, ["RUN"] * 6, f"at most {len(LABELS)}"),
-        ("report.json", ["report.json"], "not a report this nvembed reads"),
+        ("report.json", ["report.json"], "not a report that this nvembed reads"),
         ("page.html", ["RUN", "--out", "page.html"], "no report page of nvembed"),
         (None, ["RUN", "BETTER", "--out", "."], "is a directory"),
     ],
