@@ -127,6 +127,11 @@ def collect_again(root: str) -> Report:
     except FileNotFoundError as error:
         missing = error.filename or error
         raise UserError(f"{root}: a published step lacks a file: {missing}. Run its pipeline again.") from error
+    except KeyError as error:
+        raise UserError(
+            f"{root}: a published step does not state {error}, so another version of nvembed wrote it. Write the report "
+            "with that version, or run its pipeline again into another output."
+        ) from error
 
 
 def _recipe(root: str) -> dict[str, Any]:

@@ -6,8 +6,7 @@ The bootstrap itself is in `nvembed.evaluation.significance`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from nvembed.core import storage
 from nvembed.evaluation.significance import RETRIEVAL_METRIC, compare, retrieval_mean
@@ -22,12 +21,12 @@ READING_ORDER = (*BASELINES, CHAMPION + "teacher", "teacher", "student_before", 
 SCORED = {"evaluate_teacher": "teacher", "evaluate_student_init": "student_before", "evaluate_student": "student"}
 
 
-@dataclass(frozen=True)
-class ScoredSystem:
-    """Where the scores of a system are: the artifact, and the system's name in its files."""
+class ScoredSystem(NamedTuple):
+    """Where the scores of a system are: the artifact, the system's name in its files, and its `scores.json`."""
 
     artifact: Artifact
     name: str
+    file: dict[str, Any]
 
 
 def scored_systems(artifacts: Mapping[str, Artifact]) -> dict[str, ScoredSystem]:
@@ -35,10 +34,10 @@ def scored_systems(artifacts: Mapping[str, Artifact]) -> dict[str, ScoredSystem]
     systems = {}
     for step in ("baselines", *SCORED):
         if step in artifacts:
-            artifact, role = artifacts[step], SCORED.get(step)
-            for name in storage.read_json(artifact.path("scores.json"))["scores"]:
+            role, file = SCORED.get(step), storage.read_json(artifacts[step].path("scores.json"))
+            for name in file["scores"]:
                 label = name if role is None else role + name.removeprefix("model")
-                systems[label] = ScoredSystem(artifact, name)
+                systems[label] = ScoredSystem(artifacts[step], name, file)
     return systems
 
 

@@ -215,3 +215,10 @@ def test_a_step_that_lost_a_file_is_reported(copy: Path) -> None:
     (copy / "evaluate_teacher" / "scores.json").unlink()
     with pytest.raises(UserError, match=r"lacks a file: .*scores\.json"):
         collect_again(str(copy))
+
+
+def test_a_step_of_another_version_is_reported(copy: Path) -> None:
+    manifest = copy / "prepare" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("near_duplicates_left", "near_copies_left"))
+    with pytest.raises(UserError, match=r"does not state 'near_duplicates_left', so another version .* run its pipel"):
+        collect_again(str(copy))
