@@ -5,7 +5,7 @@ The bootstrap itself is in `nvembed.evaluation.significance`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nvembed.core import storage
@@ -63,10 +63,15 @@ def mean_retrieval(table: Table) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def _bootstrap(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The draws of an evaluation section of the recipe."""
+    return {"samples": settings.get("bootstrap_samples", 1000), "seed": settings.get("seed", 0)}
+
+
 def retrieval_means(systems: Mapping[str, ScoredSystem], settings: Mapping[str, Any]) -> dict[str, Interval]:
     """Mean nDCG@10 over the retrieval sets of every system that has some, with its interval."""
-    samples, seed = settings.get("bootstrap_samples", 1000), settings.get("seed", 0)
-    means = {name: retrieval_mean(system.artifact, system.name, samples, seed) for name, system in systems.items()}
+    draws = _bootstrap(settings)
+    means = {name: retrieval_mean(system.artifact, system.name, **draws) for name, system in systems.items()}
     return {name: Interval(**mean) for name, mean in means.items() if mean is not None}
 
 
@@ -90,19 +95,15 @@ def compare_systems(systems: Mapping[str, ScoredSystem], settings: Mapping[str, 
         systems: by name in the report.
         settings: the recipe's evaluation section, for `bootstrap_samples` and `seed`.
     """
+    students = [name for name in systems if name.partition("@")[0] == "student"]
+    pairs = [("teacher", other) for other in OPPONENTS]
+    pairs += [(name, name.replace("student", "student_before", 1)) for name in students]
     return [
         difference
-        for a, b in _pairs(systems)
+        for a, b in pairs
+        if a in systems and b in systems
         for difference in paired_differences((a, b), (systems[a], systems[b]), settings)
     ]
-
-
-def _pairs(systems: Mapping[str, ScoredSystem]) -> Iterator[tuple[str, str]]:
-    yield from (("teacher", other) for other in OPPONENTS if "teacher" in systems and other in systems)
-    for name in systems:
-        before = name.replace("student", "student_before", 1)
-        if name.partition("@")[0] == "student" and before in systems:
-            yield name, before
 
 
 def paired_differences(
@@ -129,8 +130,7 @@ def paired_differences(
         a_system=a.name,
         b_system=b.name,
         datasets=datasets,
-        samples=settings.get("bootstrap_samples", 1000),
-        seed=settings.get("seed", 0),
+        **_bootstrap(settings),
     )
     return [
         Difference(
