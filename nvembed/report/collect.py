@@ -43,6 +43,7 @@ from nvembed.report.systems import (
     teacher_shares,
 )
 from nvembed.report.training_data import data_mixes, negatives_quality
+from nvembed.report.words import METRIC_NAMES
 from nvembed.types import Artifact, UserError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,6 @@ PACKAGES = (
 )  # fmt: skip
 POOLING = "1_Pooling"
 TEACHERS = ("train_stage_2", "train_stage_1", "teacher")  # the first of these that a run has is its teacher
-METRIC_ORDER = ("ndcg_at_10", "recall_at_100", "mrr_at_10", "accuracy", "v_measure", "spearman")
 
 
 def collect_report(
@@ -162,7 +162,7 @@ def _champions(
 def _in_order(metrics: Mapping[str, Any]) -> dict[str, Interval]:
     """The primary metric first, without values that are no numbers."""
     intervals = {}
-    for name in dict.fromkeys([primary_metric(metrics), *METRIC_ORDER, *metrics]):
+    for name in dict.fromkeys([primary_metric(metrics), *METRIC_NAMES, *metrics]):
         values = {key: metrics[name][key] for key in ("value", "low", "high")} if name in metrics else None
         if values is not None and all(map(_finite, values.values())):
             intervals[name] = Interval(**values)

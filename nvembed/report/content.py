@@ -15,6 +15,7 @@ from nvembed.report.systems import all_tables
 from nvembed.report.words import mark_kind, short_name
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]  # rows of `metrics.jsonl` by training step
+Value = Callable[[Mapping[str, Any]], float | None]  # of such a row
 
 
 def run_content(report: Report, curves: Curves) -> dict[str, Any]:
@@ -38,13 +39,15 @@ def run_content(report: Report, curves: Curves) -> dict[str, Any]:
 def comparison_content(runs: Sequence[Run], comparison: RunComparison, curves: Mapping[str, Curves]) -> dict[str, Any]:
     """The variables of `templates/comparison.html`, which describes them."""
     mixes = _by_name([run.report.mixes for run in runs])
+    measured = [entry for run in runs for entry in _measured(run.report, f"{run.label} ")]
+    models = [entry for entry in measured if mark_kind(entry.system) != "baseline" and "@" not in entry.system]
     facts = _by_name([_environment_facts(run.report.environment) for run in runs])
     return {
         "runs": runs,
         "pairs": comparison.pairs,
         "scores": compared_scores(runs),
-        "sizes": _compared_sizes(runs),
-        "losses": list(_overlaid(curves, "loss", lambda row: float(row["loss"]))),
+        "sizes": _size_chart(models) if models else None,
+        "losses": list(_overlaid(curves, "loss", _loss)),
         "gaps": list(_overlaid(curves, "gap", gap)),
         "mixes": {step: _by_name([mix or {} for mix in columns]) for step, columns in mixes.items()},
         "steps": _by_name([{step.name: step for step in run.report.steps} for run in runs]),
@@ -82,45 +85,37 @@ def _environment_facts(environment: Environment) -> dict[str, str]:
 class Measured(NamedTuple):
     """A system whose size and mean nDCG@10 are known."""
 
+    label: str  # its name in charts
     system: str
     size: Size
     mean: Interval
 
 
-def _measured(report: Report) -> list[Measured]:
-    """A prefix has its model's size; BM25 has no parameters."""
-    names = [name for name in all_tables(report) if name in report.means and name.partition("@")[0] in report.sizes]
-    return [Measured(name, report.sizes[name.partition("@")[0]], report.means[name]) for name in names]
+def _measured(report: Report, before: str = "") -> list[Measured]:
+    """A prefix has its model's size; BM25 has no parameters. `before` stands before the labels."""
+    sizes = {name: report.sizes.get(name.partition("@")[0]) for name in all_tables(report) if name in report.means}
+    return [
+        Measured(before + short_name(name), name, size, report.means[name])
+        for name, size in sizes.items()
+        if size is not None
+    ]
 
 
 def _sizes(report: Report) -> dict[str, Any] | None:
     measured = _measured(report)
-    if len(measured) < 2:
-        return None
-    costs = [(short_name(name), name, mean, size.encode_seconds) for name, size, mean in measured]
-    by_cost = [score_dot(label, name, mean, cost) for label, name, mean, cost in costs if cost is not None]
-    charts = [_size_chart([("", entry) for entry in measured])]
-    if by_cost:
-        charts.append(point_chart("Quality by encode cost", "CPU seconds per 1,000 texts", "mean nDCG@10", by_cost))
-    return {"charts": charts, "rows": measured}
-
-
-def _compared_sizes(runs: Sequence[Run]) -> Chart | None:
-    models = [
-        (f"{run.label} ", entry)
-        for run in runs
-        for entry in _measured(run.report)
-        if mark_kind(entry.system) != "baseline" and "@" not in entry.system
+    costs = [
+        score_dot(entry.label, entry.system, entry.mean, entry.size.encode_seconds)
+        for entry in measured
+        if entry.size.encode_seconds is not None
     ]
-    return _size_chart(models) if models else None
+    charts = [_size_chart(measured)]
+    if costs:
+        charts.append(point_chart("Quality by encode cost", "CPU seconds per 1,000 texts", "mean nDCG@10", costs))
+    return {"charts": charts, "rows": measured} if len(measured) > 1 else None
 
 
-def _size_chart(models: Iterable[tuple[str, Measured]]) -> Chart:
-    """Systems by their sizes, each with what stands before its name."""
-    dots = [
-        score_dot(before + short_name(system), system, mean, size.parameters / 1e6)
-        for before, (system, size, mean) in models
-    ]
+def _size_chart(measured: Iterable[Measured]) -> Chart:
+    dots = [score_dot(label, system, mean, size.parameters / 1e6) for label, system, size, mean in measured]
     return point_chart("Quality by size", "million parameters", "mean nDCG@10", dots)
 
 
@@ -135,7 +130,7 @@ def _curves(report: Report, curves: Curves) -> Iterator[Chart]:
                 yield line_chart(f"{step}: {what}", "optimiser step", what, points, restarts)
 
 
-def _overlaid(curves: Mapping[str, Curves], what: str, value: Callable[..., float | None]) -> Iterator[Chart]:
+def _overlaid(curves: Mapping[str, Curves], what: str, value: Value) -> Iterator[Chart]:
     """A chart for each training step, the runs over each other."""
     for step in dict.fromkeys(step for steps in curves.values() for step in steps):
         lines = {label: _points(steps.get(step, ()), value) for label, steps in curves.items()}
@@ -143,9 +138,7 @@ def _overlaid(curves: Mapping[str, Curves], what: str, value: Callable[..., floa
             yield curves_chart(f"{step}: {what}", "optimiser step", what, lines)
 
 
-def _points(
-    rows: Iterable[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float | None]
-) -> list[tuple[float, float]]:
+def _points(rows: Iterable[Mapping[str, Any]], value: Value) -> list[tuple[float, float]]:
     """A value of every optimiser step that has it."""
     return [(float(row["step"]), number) for row in rows if (number := value(row)) is not None]
 
