@@ -85,15 +85,10 @@ def collect_report(
     files = [system.file for system in systems.values()]
     settings = recipe.get("evaluate") or (recipe.get("student") or {}).get("evaluate") or {}
     registrations = {
-        name: storage.read_json(artifact.path(REGISTRATION))
-        for name, artifact in artifacts.items()
-        if REGISTRATION in artifact.manifest["files"]
+        step: storage.read_json(artifacts[step].path(REGISTRATION)) for step in _steps_with(REGISTRATION, artifacts)
     }
     models = dict(_models(artifacts, registrations))
-    student = _read(artifacts, "compare_student", "comparison.json")
-    audit = _read(artifacts, "mine_again" if "mine_again" in artifacts else "mine", AUDIT)
-    if audit is not None:
-        audit.pop("samples", None)  # texts are not copied into the report
+    student, audit = _read(artifacts, "compare_student", "comparison.json"), _audit(artifacts)
     return Report(
         recipe=recipe_name,
         steps=[StepRecord(**{key: record.get(key) for key in StepRecord.model_fields}) for record in records],
@@ -111,9 +106,7 @@ def collect_report(
         student=student,
         datasets=_datasets(artifacts),
         mining=audit,
-        training={
-            name: _training(artifact) for name, artifact in artifacts.items() if METRICS in artifact.manifest["files"]
-        },
+        training={step: _training(artifacts[step]) for step in _steps_with(METRICS, artifacts)},
         lineage={name: _lineage(artifact) for name, artifact in artifacts.items()},
         environment=environment or describe_environment(),
         resolved_recipe=mask_all(recipe),  # reports are shared
@@ -127,6 +120,16 @@ def collect_report(
 
 def _read(artifacts: Mapping[str, Artifact], step: str, name: str) -> dict[str, Any] | None:
     return dict(storage.read_json(artifacts[step].path(name))) if step in artifacts else None
+
+
+def _steps_with(file: str, artifacts: Mapping[str, Artifact]) -> list[str]:
+    return [step for step, artifact in artifacts.items() if file in artifact.manifest["files"]]
+
+
+def _audit(artifacts: Mapping[str, Artifact]) -> dict[str, Any] | None:
+    """The newest audit of mining without its samples: texts are not copied into the report."""
+    audit = _read(artifacts, "mine_again" if "mine_again" in artifacts else "mine", AUDIT)
+    return None if audit is None else {key: value for key, value in audit.items() if key != "samples"}
 
 
 def _models(
