@@ -33,7 +33,6 @@ MAX_LOOSE, MAX_MINING, MIN_LINES = 4, 13, 60
 SHORT = {
     "nvembed/cli.py": "the entry point: loads a command only when it is given",
     "nvembed/core/ray_cluster.py": "the one place that starts or joins Ray",
-    "nvembed/core/runtime.py": "the process itself: revision, freed memory, progress bars",
     "nvembed/jobs/submit.py": "imports every backend, and every backend imports backend.py",
     "nvembed/losses/distillation.py": "one objective; torch only",
     "nvembed/losses/matryoshka.py": "prefixes of embeddings, shared by all objectives; torch only",

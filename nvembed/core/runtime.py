@@ -1,12 +1,14 @@
-"""This process and the code it runs: git revision, freed memory, progress bars of transformers."""
+"""This process, its machine and the code it runs: versions, freed memory, progress bars of transformers."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.metadata
+import platform
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,6 +28,23 @@ def git_revision(folder: Path | None = None) -> str | None:
         return f"{revision}-dirty" if git("status", "--porcelain", "--untracked-files=no") else revision
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    versions = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def processor_name() -> str:
+    """The processor's name, from /proc/cpuinfo where there is one."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def trim() -> None:

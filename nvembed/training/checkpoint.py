@@ -13,8 +13,6 @@ function of the step.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import logging
 import os
 import platform
@@ -33,6 +31,7 @@ from safetensors.torch import save_file
 from nvembed.core import storage
 from nvembed.core.distributed import WorkerContext, broadcast_object
 from nvembed.core.formats import check_format, stamp, with_defaults
+from nvembed.core.runtime import installed_versions, processor_name
 from nvembed.core.steps import ChangedRecipeError, CorruptArtifactError, describe_files, differences, verify_files
 from nvembed.modeling.precision import Precision
 from nvembed.training.config import TrainConfig
@@ -85,21 +84,12 @@ class Identity:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that compute; the torch engine runs where DeepSpeed is not installed."""
-    installed = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            installed[name] = importlib.metadata.version(name)
-    return installed
+    return {"python": platform.python_version(), **installed_versions(_PACKAGES)}
 
 
 def processor() -> str:
     """The processor (and GPU) type numbers were computed on."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        name = next(
-            (line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name
-        )
+    name = processor_name()
     return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
 
 
