@@ -57,8 +57,6 @@ BROKEN = {
     "nvembed/mining/selection.py:same_texts",
     "nvembed/mining/worker.py:random_lists",
     "nvembed/modeling/sentence_modules.py:sentence_modules",
-    "nvembed/report/comparison_page.py:comparison_page",
-    "nvembed/report/run_page.py:run_page",
 }
 
 # Names of tests with such words, to be renamed.

@@ -1,4 +1,4 @@
-"""What the templates show beside the values of a report: tables of scores, charts, chains of steps."""
+"""The parts of a page that are more than values: tables of scores, charts, chains of steps."""
 
 from __future__ import annotations
 
