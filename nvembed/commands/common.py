@@ -14,6 +14,7 @@ from nvembed.commands.complete import recipe_files
 from nvembed.core.secrets import mask
 from nvembed.core.steps import MLFLOW_DB
 from nvembed.core.terminal import Console
+from nvembed.core.uris import sqlite_uri
 from nvembed.pipeline.exit_codes import ExitCode, report_error
 from nvembed.pipeline.signals import Interrupts
 from nvembed.types import UserError
@@ -58,9 +59,9 @@ def near_registry() -> str | None:
         return None
     databases = sorted(Path("runs").glob(f"*/{MLFLOW_DB}"))
     if len(databases) > 1:
-        listed = ", ".join(f"sqlite:///{path.absolute()}" for path in databases)
+        listed = ", ".join(sqlite_uri(path) for path in databases)
         raise UserError(f"which registry? Give --registry with one of: {listed}")
     if not databases:
         return None
     typer.echo(f"registry: {databases[0]}", err=True)
-    return f"sqlite:///{databases[0].absolute()}"
+    return sqlite_uri(databases[0])

@@ -83,8 +83,8 @@ def diff_command(
     """Compare two recipes as they are resolved: order, comments and written-out defaults make no difference."""
 
     def action() -> int:
-        found = compare_recipes(load_recipe(first), load_recipe(second))
-        show(found, "\n".join(difference_lines(found)) or "no difference", as_json)
+        differences = compare_recipes(load_recipe(first), load_recipe(second))
+        show(differences, "\n".join(difference_lines(differences)) or "no difference", as_json)
         return ExitCode.DONE
 
     raise ended(action)

@@ -104,8 +104,8 @@ def promote_command(
                 }
                 show(value, f"version {number} of {version.name} is champion already", as_json)
                 return ExitCode.DONE
-            asked = {key: value for key, value in (("margin", margin), ("floor", floor)) if value is not None}
-            result = evaluate_gate(client, uri, version.name, number, gate_config(version).model_copy(update=asked))
+            limits = {key: value for key, value in (("margin", margin), ("floor", floor)) if value is not None}
+            result = evaluate_gate(client, uri, version.name, number, gate_config(version).model_copy(update=limits))
             value = {
                 "name": version.name,
                 "version": number,

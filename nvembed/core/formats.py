@@ -63,9 +63,10 @@ def check_format(record: Mapping[str, Any], where: str, *, newest: int, oldest: 
 
 
 def with_defaults(record: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
-    """A record whose `config` has the keys that `kind` got since; an older output is not another one for lacking them.
+    """A step's record with the keys that `kind` has gained since it was written, at their defaults.
 
-    What gives a key's default another meaning has to bump the logic version.
+    An output that lacks only such keys is still the output of the same config. A change that gives the default of a key
+    another meaning has to bump the logic version.
     """
     try:
         return {**record, "config": kind.model_validate(record["config"]).model_dump(mode="json")}

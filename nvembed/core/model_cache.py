@@ -86,12 +86,11 @@ def written_folder(uri: str) -> Iterator[Path]:
 def _remote(uri: str) -> Path:
     shown = mask(uri)
     try:
-        fs, root = storage.filesystem(uri)
-        root = root.rstrip("/")
+        fs, _ = storage.filesystem(uri)
         files = {
-            str(path)[len(root) + 1 :]: (str(path), str(fs.checksum(path)))
-            for path in fs.find(root)
-            if not str(path).endswith(NEVER)
+            relative: (path, str(fs.checksum(path)))
+            for relative, path in storage.files_below(uri).items()
+            if not relative.endswith(NEVER)
         }
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{shown} cannot be read ({type(error).__name__}: {error}).") from error

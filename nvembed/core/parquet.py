@@ -263,13 +263,10 @@ def _column_place(metadata: pq.FileMetaData, column: str) -> int:
 @retried
 def list_shards(uri: str) -> list[str]:
     """Relative names of all `part-*.parquet` under a directory (any depth), sorted."""
-    fs, root = storage.filesystem(uri)
-    fs.invalidate_cache()
-    if not fs.exists(root):
+    if not storage.exists(uri):
         return []
-    prefix = root.rstrip("/") + "/"
-    names = [str(path)[len(prefix) :] for path in fs.find(root)]
-    return sorted(name for name in names if name.rsplit("/", 1)[-1].startswith("part-") and name.endswith(".parquet"))
+    names = storage.files_below(uri)
+    return [name for name in names if name.rsplit("/", 1)[-1].startswith("part-") and name.endswith(".parquet")]
 
 
 # -- rows by key ------------------------------------------------------------------------------------------------------

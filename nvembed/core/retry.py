@@ -100,11 +100,11 @@ class RetriedFile(io.RawIOBase):
         self._place = 0
 
     def readable(self) -> bool:
-        """Always."""
+        """True: the file was opened for reading."""
         return True
 
     def seekable(self) -> bool:
-        """Always."""
+        """True: the file below is seekable."""
         return True
 
     def tell(self) -> int:

@@ -1,15 +1,16 @@
-"""This process and its machine: git revision, user, processor, freed memory, progress bars of transformers."""
+"""This process, its user and machine, and the code it runs: versions, freed memory, progress bars of transformers."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import getpass
+import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -31,6 +32,15 @@ def git_revision(folder: Path | None = None) -> str | None:
         return None
 
 
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    versions = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
 def user_name() -> str:
     """The user of this process; its number in a container run under one that /etc/passwd does not know."""
     try:
@@ -40,7 +50,7 @@ def user_name() -> str:
 
 
 def processor_name() -> str:
-    """The processor's model where /proc says it, else what Python knows of its kind."""
+    """The processor's name, from /proc/cpuinfo where there is one."""
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 

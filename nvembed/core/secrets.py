@@ -15,21 +15,43 @@ from typing import Any
 MASK = "****"
 SHORTEST = 8  # characters of a value that is looked for; shorter ones ("1", "true") stand everywhere by chance
 _NAMES = re.compile(
-    r"(^|_)(KEY|TOKEN|PASSWORD|PASSWD|PWD|SECRET|CREDENTIALS?)S?(_|$)|(KEY|TOKEN|PASSWORD|SECRET)$", re.IGNORECASE
+    r"(^|_)(KEY|TOKEN|PASSWORD|PASSWD|PASSPHRASE|PASS|PWD|SECRET|CREDENTIALS?|DSN|CONN(ECTION)?_?STR(ING)?)S?(_|$)"
+    r"|(KEY|TOKEN|PASSWORD|SECRET)$",
+    re.IGNORECASE,
 )
 _PATHS = re.compile(r"_(PATH|FILE|DIR)$", re.IGNORECASE)  # says where a secret is
 _NO_SECRETS = ("PWD", "OLDPWD")  # the shell's working directories
-_USER = re.compile(r"(?<=://)[^/\s@'\"?#]+@")  # user, user:password or a token before a host
-_PASSWORD = re.compile(r"(?<=://)([^/\s:@'\"?#]*):([^/\s'\"?#]+)(?=@)")
+_USER = re.compile(r"(?<=://)[^/\s@'\"?#]+@")  # user or a token before a host
+# A password may hold any sign of a URL unencoded: it ends at the last @ of the word. Digits before a path are a port.
+_PASSWORD = re.compile(r"(?<=://)([^/\s:@'\"?#]*):(?!\d{1,5}(?:[/?#]|$))([^\s\"]+)(?=@)")
+_BARE_TOKEN = re.compile(r"(?<=://)(?=[^/\s:@'\"?#]*\d|[^/\s:@'\"?#]{16})[^/\s:@'\"?#]{8,}(?=@)")
 _QUERY = re.compile(
     r"([?&](?:[\w-]*(?:token|password|passwd|secret|signature|credential)|sig|api[_-]?key|access[_-]?key)=)[^&\s'\"#]+",
     re.IGNORECASE,
 )
-_TOKENS = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{12,}|sk-[A-Za-z0-9_-]{16,})")
+_HEADER = re.compile(
+    r"((?:authorization|x-api-key|private-token|api-key)['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token|apikey)\s+)?)"
+    r"(?!\*{4}|(?:bearer|basic|token|apikey)\s)[^\s'\",;]{6,}",
+    re.IGNORECASE,
+)
+_PAIR = re.compile(  # of a connection string: AccountName=x;AccountKey=...
+    r"\b((?:account_?key|shared_?access_?(?:key|signature)|password|passwd|pwd|secret_?(?:access_?)?key|client_?secret)"
+    r"\s*=\s*)(?!\*{4})[^\s;&'\",)\]}]{6,}",
+    re.IGNORECASE,
+)
+_PRIVATE_KEY = re.compile(
+    r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----.*?(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY-----|\Z)", re.DOTALL
+)
+_TOKENS = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}"
+    r"|AKIA[A-Z0-9]{12,}|ASIA[A-Z0-9]{12,}|AIza[A-Za-z0-9_-]{30,}|ya29\.[A-Za-z0-9_-]{16,}|sk-[A-Za-z0-9_-]{16,}"
+    r"|xox[a-z]-[A-Za-z0-9-]{10,}|npm_[A-Za-z0-9]{30,}|pypi-[A-Za-z0-9_-]{30,}"
+    r"|eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,})"
+)
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable of this name holds a secret: HF_TOKEN, AWS_SECRET_ACCESS_KEY, PGPASSWORD."""
+    """Whether a variable of this name holds a secret: HF_TOKEN, AWS_SECRET_ACCESS_KEY, PGPASSWORD, SMTP_PASS."""
     return bool(_NAMES.search(name)) and not _PATHS.search(name) and name not in _NO_SECRETS
 
 
@@ -41,16 +63,24 @@ def secret_values(environment: Mapping[str, str] | None = None) -> dict[str, str
             secrets[value] = name
         elif "://" in value and (inside := _PASSWORD.search(value)) and len(inside.group(2)) >= SHORTEST:
             secrets[inside.group(2)] = f"{name} (its password)"
+        elif bare := _BARE_TOKEN.search(value):
+            secrets[bare.group()] = f"{name} (its token)"
     return secrets
 
 
 def mask(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """The text with every secret of the environment, every password or token inside a URL, and what has the shape of a
-    well-known token replaced by `****`."""
+    """Replace the secrets in a text by `****`.
+
+    These are: values of the environment's secrets; passwords and tokens inside URLs, headers and connection strings;
+    private keys; what has the shape of a well-known token.
+    """
     for value in sorted(secret_values(environment), key=len, reverse=True):
         text = text.replace(value, MASK)
-    text = _TOKENS.sub(MASK, text)
-    return _QUERY.sub(rf"\1{MASK}", _PASSWORD.sub(rf"\1:{MASK}", text)) if "://" in text else text
+    text = _TOKENS.sub(MASK, _PRIVATE_KEY.sub(MASK, text))
+    text = _PAIR.sub(rf"\1{MASK}", _HEADER.sub(rf"\1{MASK}", text))
+    if "://" not in text:
+        return text
+    return _QUERY.sub(rf"\1{MASK}", _BARE_TOKEN.sub(MASK, _PASSWORD.sub(rf"\1:{MASK}", text)))
 
 
 def mask_all(value: Any) -> Any:
@@ -78,18 +108,18 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def has_token(text: str) -> bool:
-    """Whether something in the text has the shape of a well-known token."""
-    return bool(_TOKENS.search(text))
+    """Whether the text holds a private key, a secret of a header or connection string, or a well-known token."""
+    return any(pattern.search(text) for pattern in (_TOKENS, _PRIVATE_KEY, _HEADER, _PAIR))
 
 
 def has_credentials(text: str) -> bool:
-    """Whether a URL in the text carries a password, or a token in its query."""
-    return bool(_PASSWORD.search(text)) or ("://" in text and bool(_QUERY.search(text)))
+    """Whether a URL in the text carries a password, or a token before its host or in its query."""
+    return "://" in text and any(pattern.search(text) for pattern in (_PASSWORD, _BARE_TOKEN, _QUERY))
 
 
 def without_credentials(uri: str) -> str:
     """The URI as it may be stored: no user, no password, no token."""
-    return _QUERY.sub(rf"\1{MASK}", _USER.sub("", uri))
+    return _QUERY.sub(rf"\1{MASK}", _USER.sub("", _PASSWORD.sub(r"\1", uri)))
 
 
 def why_refused(text: str, environment: Mapping[str, str] | None = None) -> str:

@@ -48,12 +48,9 @@ class ChangedRecipeError(UserError):
 @retried
 def describe_files(uri: str) -> dict[str, dict[str, Any]]:
     """`{relative path: {size, xxh3_128}}` of everything under a directory but working files and the manifest."""
-    fs, root = storage.filesystem(uri)
-    fs.invalidate_cache()
-    prefix = root.rstrip("/") + "/"
+    fs, _ = storage.filesystem(uri)
     files = {}
-    for path in sorted(fs.find(root)):
-        relative = str(path)[len(prefix) :]
+    for relative, path in storage.files_below(uri).items():
         if relative == MANIFEST or relative.split("/", 1)[0] in WORKING or relative.endswith(".tmp"):
             continue
         full = storage.join(uri, relative)
@@ -210,7 +207,8 @@ class Step:
             guard()
         storage.write_json(storage.join(uri, MANIFEST), manifest)
         remove_working_files(uri)
-        return Artifact(uri, manifest)
+        # as a resumed run reads it: JSON sorts the keys and knows no tuples, and a later step must not see a difference
+        return load_artifact(uri, verify=False)
 
 
 def remove_working_files(uri: str) -> None:

@@ -20,6 +20,8 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from nvembed.core.retry import RetriedFile, placed, retried
+from nvembed.core.secrets import mask
+from nvembed.core.uris import file_path, is_file_uri, is_path
 from nvembed.types import UserError
 
 _CHUNK = 1 << 20
@@ -29,7 +31,11 @@ _CHUNK = 1 << 20
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The fsspec filesystem of a URI and the path inside it."""
+    """The fsspec filesystem of a URI, a `file:` URI or a plain path, and the path inside it."""
+    if is_file_uri(uri):
+        uri = file_path(uri)
+    if is_path(uri):  # fsspec takes `::` in a name for a chain of protocols
+        return LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     fs, path = fsspec.core.url_to_fs(uri)
     return fs, path
 
@@ -90,6 +96,44 @@ def list_directory(uri: str) -> list[str]:
     if not fs.exists(path):
         return []
     return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
+
+
+@retried
+def files_below(uri: str) -> dict[str, str]:
+    """Every file under a URI, at any depth: its name relative to the URI -> its path in the filesystem; sorted.
+
+    A store of somebody else may list anything (the key of an object, the member of an archive), and what is fetched is
+    joined to a folder here.
+
+    Raises:
+        UserError: a listed name would leave its folder; nothing of such a listing is used.
+    """
+    fs, root = filesystem(uri)
+    fs.invalidate_cache()
+    prefix = root.rstrip("/") + "/" if root.strip("/") or root.startswith("/") else ""
+    files = {}
+    for path in map(str, fs.find(root)):
+        if path == root or path.endswith("/"):  # a file itself; a store's marker of an empty folder
+            continue
+        relative = path[len(prefix) :]
+        if not path.startswith(prefix) or not is_inside(relative):
+            raise UserError(
+                f"{mask(uri)} lists {path[:200]!r}, which is not a name below it (absolute, `..`, a backslash or a "
+                "control character). Nothing of it is used; repair or replace it."
+            )
+        files[relative] = path
+    return dict(sorted(files.items()))
+
+
+def is_inside(relative: str) -> bool:
+    """Whether a relative name, joined to a folder, is a file inside it on any system.
+
+    Example:
+        >>> [is_inside(name) for name in ("1_Pooling/config.json", "../x", "/x", "a/../../x", "C:\\x")]
+        [True, False, False, False, False]
+    """
+    parts = relative.split("/")
+    return not {"", ".", ".."} & set(parts) and "\\" not in relative and not any(ord(sign) < 32 for sign in relative)
 
 
 @retried

@@ -1,6 +1,6 @@
 """Text shards and vector shards: parquet files `part-00000.parquet`, ... under a directory, in order.
 
-A text shard has `key, text, instruction` (and columns of its writer's own); the vector shard made from it stands under
+A text shard has `key, text, instruction` (and columns of its writer's own); the vector shard made from it lies under
 the same relative name and has `key, vector`, `vector` being a fixed-size list. How its numbers are stored:
 
     fp32  float                                     fp16  halffloat

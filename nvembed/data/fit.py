@@ -121,9 +121,11 @@ def _group(example: TrainingExample) -> str:
 
 
 def fit_corpus(rows: SourceRows, cap: int | None, seed: int) -> None:
-    """Fit the corpus under `cap`, in place: held-out documents always stay, then those of train examples in their
-    order, their given negatives, then (retrieval) others by seeded hash. Train examples whose document does not fit
-    are dropped.
+    """Reduce the corpus to at most `cap` documents, in place.
+
+    Held-out documents always stay. The rest of the cap is filled with the documents of train examples, in the order of
+    the examples, then with their given negatives, then (retrieval) with others by seeded hash. Train examples whose
+    document does not fit are dropped.
 
     Negatives that left the corpus leave the examples. Items of classification and sts corpora that belong to no
     example leave too.

@@ -161,8 +161,9 @@ FORMATS: Mapping[str, Callable[..., None]] = {
 
 
 def write_rows(rows: Iterable[Row], uri: str) -> None:
-    """Write rows as they come: .jsonl, .csv, .tsv (each also compressed), .parquet; without an ending, a folder of
-    `datasets`.
+    """Stream rows into a file whose format is that of the URI's ending.
+
+    Endings: .jsonl, .csv, .tsv (each also compressed), .parquet; without one, a folder of `datasets`.
 
     Raises:
         UserError: a list in csv or tsv, a folder that is not local.

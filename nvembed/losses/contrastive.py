@@ -29,7 +29,7 @@ def info_nce(similarity_RC: torch.Tensor, positive_R: torch.Tensor, allowed_RC: 
 
 
 def separation(similarity_RC: torch.Tensor, positive_R: torch.Tensor, allowed_RC: torch.Tensor) -> torch.Tensor:
-    """How far the positives stand from the negatives, for reports; no part of any loss, without gradient.
+    """Cosines of positives and negatives, for reports; no part of any loss, without gradient.
 
     Args:
         similarity_RC: cosines, not divided by the temperature.

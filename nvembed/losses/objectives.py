@@ -84,7 +84,7 @@ class ContrastiveObjective(Objective):
         losses: list[torch.Tensor] = []
         for width in self.widths:
             candidates = self._candidates(prefix(embeddings_TD, width), batch, rows, masks)
-            if not losses:  # the full width stands first
+            if not losses:  # the full width comes first
                 self.separation = separation(*candidates)
             similarity_RC, positive_R, allowed_RC = candidates
             losses.append(info_nce(similarity_RC / temperature, positive_R, allowed_RC).sum())

@@ -160,7 +160,7 @@ def attend(
     packed_layout: Layout | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in every layer: [1, H, T, E] (keys and values may have fewer heads) -> [1, T, H, E]."""
+    """Attention of packed texts: [1, H, T, E] (keys and values may have fewer heads) -> [1, T, H, E]."""
     assert packed_layout is not None and attention_mask is None and len(query) == 1, "call it through packed_states"
     causal = bool(module.is_causal if is_causal is None else is_causal)
     query_THE, key_THE, value_THE = (part[0].transpose(0, 1) for part in (query, key, value))

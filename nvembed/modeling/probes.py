@@ -55,10 +55,10 @@ def check_probes(embedder: Embedder, folder: Path) -> None:
         raise UserError(
             f"{folder}: its probe vectors cannot be read ({error}). Copy or build the folder again."
         ) from error
-    found_PD = embedder.encode(texts, prompt=instructions)
-    if found_PD.shape != expected_PD.shape:
-        raise UserError(f"{folder}: probe vectors have shape {found_PD.shape}, {expected_PD.shape} are stored.")
-    distance = float(np.linalg.norm(found_PD - expected_PD, axis=1).max())
+    probe_PD = embedder.encode(texts, prompt=instructions)
+    if probe_PD.shape != expected_PD.shape:
+        raise UserError(f"{folder}: probe vectors have shape {probe_PD.shape}, {expected_PD.shape} are stored.")
+    distance = float(np.linalg.norm(probe_PD - expected_PD, axis=1).max())
     if not distance <= TOLERANCE:
         raise UserError(_explain(embedder, folder, distance))
 

@@ -17,7 +17,7 @@ from nvembed.types import Artifact, Config
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """What would happen to a step: `skip`, `resume`, `run`; `unknown` where the output cannot be reached."""
+    """A step and its planned action: `skip`, `resume` or `run`; `unknown` where the output cannot be reached."""
 
     name: str
     what: str

@@ -1,5 +1,8 @@
-"""The text and JSON of a dry run: every value of the recipe with its source, the numbers derived from it, DeepSpeed's
-configuration, the steps with their outputs. Secrets are masked."""
+"""The text and JSON of a dry run.
+
+Every value of the recipe with its source, the numbers derived from it, DeepSpeed's configuration, and the steps with
+their outputs. Secrets are masked.
+"""
 
 from __future__ import annotations
 

@@ -37,9 +37,11 @@ def stage_tokens(stage: StageSizes, length: float) -> float:
 
 
 def stage_flops(stage: StageSizes, length: float) -> float:
-    """Operations of a stage: a forward, the gradient of the states (as much), the gradient of the trained share of
-    the weights; one forward more where the batch is cut into chunks (gradient cache), and one more with gradient
-    checkpointing."""
+    """Floating-point operations of a training stage.
+
+    Per batch: a forward, the gradient of the states (as much again), and the gradient of the trained share of the
+    weights. A batch in several chunks (gradient cache) costs one more forward, gradient checkpointing another.
+    """
     assert stage.model is not None and stage.trained is not None
     forward = forward_flops(stage.model, stage_tokens(stage, length), length)
     dense = stage.model.parameters - stage.model.shape.embedding_parameters

@@ -1,4 +1,7 @@
-"""What a recipe needs: processes, packages and models, by node. Only `lacking_packages` looks at this machine."""
+"""Requirements of a recipe: processes, packages and models, by node.
+
+Only `lacking_packages` reads the state of this machine.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a recipe needs.
+    """Requirements of a recipe.
 
     Attributes:
         pools: processes to place, in no order.

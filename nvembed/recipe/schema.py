@@ -96,7 +96,7 @@ class Recipe(Config):
         LEFT_OUT, description="Texts that the teacher embeds for the student."
     )
     student: NeededSection[StudentStage] = Field(LEFT_OUT, description="The student: its start, training, evaluation.")
-    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow tracking.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="Runs and metrics in MLflow.")
     register: RegisterConfig = Field(
         RegisterConfig(), description="Names in the registry, and the gate before `champion`."
     )

@@ -13,7 +13,6 @@ again afterwards, and the history names both moves.
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import socket
@@ -23,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from nvembed.core.runtime import user_name
 from nvembed.registry.client import CHAMPION, HISTORY, LOCK, aliases, get_model, get_version
 from nvembed.registry.evidence import GateResult
 
@@ -40,11 +40,7 @@ class PromotionRefusedError(Exception):
 
 def process_name() -> str:
     """Name of this process in locks and history: user, machine, process id."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}:{os.getpid()}"[:100]  # twenty of them fit a tag
+    return f"{user_name()}@{socket.gethostname()}:{os.getpid()}"[:100]  # twenty of them fit a tag
 
 
 def move_champion(client: Any, name: str, number: str, expected: str | None, action: str = PROMOTE) -> None:

@@ -34,8 +34,11 @@ class RegisterConfig(Config):
 
 
 class RegistrationConfig(Config):
-    """The `register` step of one model. Addresses are no part of its fingerprint: a registry that is gone for good does
-    not change the identity of a finished step."""
+    """The `register` step of one model.
+
+    Addresses are no part of its fingerprint: a registry that is gone for good does not change the identity of a
+    finished step.
+    """
 
     model_name: str = Field(description="Name of the registered model.")
     recipe_name: str = Field(description="Name of the recipe.")

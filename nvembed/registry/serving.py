@@ -8,6 +8,7 @@ runs the version's code in any case; this adds nothing to whom one trusts.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from pathlib import Path
@@ -57,8 +58,8 @@ class Embeddings:
 
         rows = json.loads((folder / "probes.json").read_text(encoding="utf-8"))
         expected_PD = load_file(folder / "probes.safetensors")["vectors"]
-        found_PD = np.stack([self._encode([row["text"]], row["instruction"])[0] for row in rows])
-        distance = float(np.linalg.norm(found_PD - expected_PD, axis=1).max())
+        probe_PD = np.stack([self._encode([row["text"]], row["instruction"])[0] for row in rows])
+        distance = float(np.linalg.norm(probe_PD - expected_PD, axis=1).max())
         if not distance <= float(self.settings["tolerance"]):
             raise refused(
                 f"{folder}: its probe texts give other vectors than stored (distance {distance:.3g}): the installed "
@@ -96,16 +97,28 @@ class Embeddings:
             if name not in self.prompts:
                 raise refused(f"no prompt {name!r}; this model has {', '.join(self.prompts)}")
             return self.prompts[name]
-        if not instruction:
-            return ""
-        task = self.settings["instructions"].get(instruction, instruction)
-        return str(self.settings["template"]).format(task=task)
+        return self._rendered(str(instruction)) if instruction else ""
+
+    def _rendered(self, instruction: str) -> str:
+        """The prompt of a task sentence or its key, by the rules of `nvembed.text.instructions.task_sentence`."""
+        template, catalogue = str(self.settings["template"]), self.settings["instructions"]
+        if instruction in catalogue:
+            return template.replace("{task}", catalogue[instruction])
+        if instruction.lower().startswith(template.split("{", 1)[0].strip().lower()):
+            raise refused(f"instruction {instruction[:60]!r} is a rendered prompt; give the task alone")
+        if not any(character.isspace() for character in instruction):
+            nearest = difflib.get_close_matches(instruction, list(catalogue), n=1, cutoff=0.0)[0]
+            raise refused(
+                f"unknown instruction {instruction!r}: no key of the catalogue ({', '.join(catalogue)}) and no "
+                f"sentence. Did you mean {nearest!r}?"
+            )
+        return template.replace("{task}", instruction)
 
     def _encode(self, texts: list[str], prefix: str) -> np.ndarray:
-        found_ND = self.model.encode(
+        vectors_ND = self.model.encode(
             texts, prompt=prefix, batch_size=BATCH_SIZE, show_progress_bar=False, convert_to_numpy=True
         )
-        return np.asarray(found_ND, dtype=np.float32)
+        return np.asarray(vectors_ND, dtype=np.float32)
 
     def _count(self, texts: list[str]) -> int:
         limit = int(self.model.max_seq_length or 2**31)

@@ -78,26 +78,18 @@ class Dot(NamedTuple):
 
 @dataclass
 class Chart:
-    """A drawing.
-
-    Attributes:
-        x: horizontal axis; None where there is nothing to draw.
-        y: vertical axis; None where each row has a name instead.
-        description: the content in words, for readers who cannot see the drawing.
-        missing: why there is nothing to draw.
-        legend: names of the series, in the order of their line styles; at the right or the left.
-    """
+    """A drawing."""
 
     title: str
-    x: Axis | None = None
-    y: Axis | None = None
+    x: Axis | None = None  # None where there is nothing to draw
+    y: Axis | None = None  # None where each row has a name instead
     height: int = 230
-    description: str = ""
-    missing: str = "no finite value"
+    description: str = ""  # the content in words, for readers who cannot see the drawing
+    missing: str = "no finite value"  # why there is nothing to draw
     lines: list[Line] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     texts: list[Text] = field(default_factory=list)
-    legend: list[str] = field(default_factory=list)
+    legend: list[str] = field(default_factory=list)  # names of the series, in the order of their line styles
     legend_right: bool = True
     top: int = _TOP
 
@@ -141,9 +133,18 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
-def _smooth(points: Sequence[XY], window: int) -> list[XY]:
-    means = running_mean([y for _, y in points], window)
-    return [(x, mean) for (x, _), mean in zip(points, means, strict=True)]
+class _Curve:
+    """The finite values of a curve, and their running mean where there are many."""
+
+    def __init__(self, points: Sequence[XY]) -> None:
+        self.points = [(x, y) for x, y in points if math.isfinite(y)]
+        self.window = max(1, len(self.points) // 15)
+        means = running_mean([y for _, y in self.points], self.window)
+        self.smooth = [(x, mean) for (x, _), mean in zip(self.points, means, strict=True)]
+
+    def ends(self, name: str) -> str:
+        """Its first and last value in words."""
+        return f"{name} from {self.points[0][1]:.4g} to {self.points[-1][1]:.4g}"
 
 
 def line_chart(title: str, x_label: str, y_label: str, points: Sequence[XY], restarts: Sequence[float] = ()) -> Chart:
@@ -153,19 +154,18 @@ def line_chart(title: str, x_label: str, y_label: str, points: Sequence[XY], res
         points: places on the horizontal axis and values; values that are no numbers are left out.
         restarts: places on the horizontal axis where the run was restarted.
     """
-    points = [(x, y) for x, y in points if math.isfinite(y)]
-    if not points:
+    curve = _Curve(points)
+    if not curve.points:
         return Chart(title)
-    x_axis, y_axis = _axes((x_label, y_label), [points], restarts)
-    chart, window = Chart(title, x_axis, y_axis), len(points) // 15
+    x_axis, y_axis = _axes((x_label, y_label), [curve.points], restarts)
+    chart = Chart(title, x_axis, y_axis, description=curve.ends(y_label))
     for place in map(x_axis.place, sorted(set(restarts))):
         chart.lines.append(Line([(place, _TOP + 8), (place, y_axis.start)], "mark-line"))
         chart.marks.append(Mark("restart", place, _TOP + 8))
-    chart.line(points, "thin" if window > 1 else "thick")
-    if window > 1:
-        chart.line(_smooth(points, window), "thick")
-        chart.texts.append(Text(f"thick: mean of {window} steps", WIDTH - _RIGHT, _TOP + 2, "end"))
-    chart.description = f"{y_label} from {points[0][1]:.4g} to {points[-1][1]:.4g}"
+    if curve.window > 1:
+        chart.line(curve.points, "thin")
+        chart.texts.append(Text(f"thick: mean of {curve.window} steps", WIDTH - _RIGHT, _TOP + 2, "end"))
+    chart.line(curve.smooth, "thick")
     if restarts:
         chart.description += f"; restarted at {x_label} {', '.join(map(x_axis.tick_label, restarts))}"
     return chart
@@ -173,18 +173,15 @@ def line_chart(title: str, x_label: str, y_label: str, points: Sequence[XY], res
 
 def curves_chart(title: str, x_label: str, y_label: str, curves: Mapping[str, Sequence[XY]]) -> Chart:
     """Several curves over each other, distinguished by line style; long ones as a running mean."""
-    finite = {name: [(x, y) for x, y in curve if math.isfinite(y)] for name, curve in curves.items()}
-    shown = {name: curve for name, curve in finite.items() if curve}
+    shown = {name: curve for name, points in curves.items() if (curve := _Curve(points)).points}
     if not shown:
         return Chart(title)
-    windows = {name: max(1, len(curve) // 15) for name, curve in shown.items()}
-    smooth = [_smooth(curve, windows[name]) for name, curve in shown.items()]
+    smooth = [curve.smooth for curve in shown.values()]
     chart = Chart(title, *_axes((x_label, y_label), smooth, legend=len(smooth)))
-    chart.legend = [name + (f" (mean of {window} steps)" if window > 1 else "") for name, window in windows.items()]
-    for number, curve in enumerate(smooth):
-        chart.line(curve, f"thick series{number}")
-    ends = {name: (curve[0][1], curve[-1][1]) for name, curve in shown.items()}
-    chart.description = "; ".join(f"{name} from {first:.4g} to {last:.4g}" for name, (first, last) in ends.items())
+    for number, (name, curve) in enumerate(shown.items()):
+        chart.line(curve.smooth, f"thick series{number}")
+        chart.legend.append(name + (f" (mean of {curve.window} steps)" if curve.window > 1 else ""))
+    chart.description = "; ".join(curve.ends(name) for name, curve in shown.items())
     return chart
 
 
@@ -208,20 +205,22 @@ def bar_chart(title: str, x_label: str, edges: Sequence[float], series: Mapping[
 
 def dot_chart(title: str, x_label: str, dots: Sequence[Dot]) -> Chart:
     """Scores with intervals, one row each."""
-    shown = [dot for dot in dots if all(map(math.isfinite, (dot.value, dot.low, dot.high)))]
-    if not shown:
+    if not dots:
         return Chart(title)
-    left, row = max(96, *(round(6.6 * len(dot.label)) + 14 for dot in shown)), 24
-    round_numbers = ticks(min(0.0, *(dot.low for dot in shown)), max(dot.high for dot in shown))
-    x_axis = Axis(x_label, round_numbers, left, WIDTH - 16)
-    chart = Chart(title, x_axis, height=_TOP + row * len(shown) + _BOTTOM)
-    for number, dot in enumerate(shown):
+    left, row = max(96, *(round(6.6 * len(dot.label)) + 14 for dot in dots)), 24
+    x_axis = Axis(x_label, _score_ticks(dots), left, WIDTH - 16)
+    chart = Chart(title, x_axis, height=_TOP + row * len(dots) + _BOTTOM)
+    for number, dot in enumerate(dots):
         y = _TOP + row * number + row // 2
         chart.texts.append(Text(dot.label, left - 8, y + 4, "end"))
         chart.lines.append(Line([(x_axis.place(end), y) for end in (dot.low, dot.high)], "thick"))
         chart.marks.append(Mark(dot.kind, x_axis.place(dot.value), y))
-    chart.description = "; ".join(f"{dot.label} {dot.value:.3f}" for dot in shown)
+    chart.description = "; ".join(f"{dot.label} {dot.value:.3f}" for dot in dots)
     return chart
+
+
+def _score_ticks(dots: Sequence[Dot]) -> list[float]:
+    return ticks(min(0.0, *(dot.low for dot in dots)), max(dot.high for dot in dots))
 
 
 def point_chart(title: str, x_label: str, y_label: str, dots: Sequence[Dot]) -> Chart:
@@ -229,15 +228,14 @@ def point_chart(title: str, x_label: str, y_label: str, dots: Sequence[Dot]) -> 
 
     The horizontal axis starts at 0; where costs differ more than twentyfold it is logarithmic.
     """
-    shown = [dot for dot in dots if dot.cost > 0 and all(map(math.isfinite, (dot.cost, dot.value)))]
+    shown = [dot for dot in dots if dot.cost > 0]
     if not shown:
         return Chart(title)
     low, high, height = min(dot.cost for dot in shown), max(dot.cost for dot in shown), 290
     log = high > 20 * low
     costs = _powers(low, high) if log else ticks(0.0, high * 1.1)
-    scores = ticks(min(0.0, *(dot.low for dot in shown)), max(dot.high for dot in shown))
     x_axis = Axis(f"{x_label}{' (logarithmic)' if log else ''}", costs, _LEFT, WIDTH - _RIGHT, log)
-    y_axis = Axis(y_label, scores, height - _BOTTOM, _TOP)
+    y_axis = Axis(y_label, _score_ticks(shown), height - _BOTTOM, _TOP)
     chart = Chart(title, x_axis, y_axis, height)
     chart.marks = [Mark(dot.kind, x_axis.place(dot.cost), y_axis.place(dot.value)) for dot in shown]
     taken: list[Box] = [(mark.x - 7, mark.y - 7, mark.x + 7, mark.y + 7) for mark in chart.marks]
@@ -258,13 +256,9 @@ def _free_box(text: str, mark: Mark, taken: Sequence[Box], bottom: float) -> tup
             left = mark.x + 9 if right else mark.x - 9 - wide
             box = (left, mark.y - high / 2 + shift, left + wide, mark.y + high / 2 + shift)
             inside = left >= _LEFT and box[2] <= WIDTH and box[1] >= 0 and box[3] <= bottom
-            if inside and not any(_overlap(box, other) for other in taken):
+            if inside and not any(a[0] < box[2] and box[0] < a[2] and a[1] < box[3] and box[1] < a[3] for a in taken):
                 return box, right
     return (mark.x + 9, mark.y - high / 2, mark.x + 9 + wide, mark.y + high / 2), True
-
-
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _powers(low: float, high: float) -> list[float]:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from nvembed.core.steps import differences as recipe_differences
 from nvembed.evaluation.significance import MEAN, RETRIEVAL_METRIC
 from nvembed.report.runs import Run
-from nvembed.report.schema import Difference, Interval, Model, Part, Report, Table
-from nvembed.report.systems import BASELINES, ScoredSystem, all_tables, paired_differences, scored_systems
+from nvembed.report.schema import Difference, Interval, Model, Part, Table
+from nvembed.report.systems import BASELINES, all_tables, paired_differences, scored_systems
 from nvembed.types import UserError
 
 
@@ -29,21 +29,14 @@ class RunEntry(Part):
 
 
 class RunPair(Part):
-    """The first run and a later one.
-
-    Attributes:
-        recipe: `path: the first's value -> the later's` for every setting in which they differ.
-        differences: paired, the later run minus the first; `a` and `b` of a difference are "<label> <system>".
-        other_sets: data sets of both whose held-out examples differ (evaluation hashes); they are not compared.
-        left_out: systems and data sets that could not be compared, with the reason.
-    """
+    """The first run and a later one."""
 
     first: str
     later: str
-    recipe: list[str]
-    differences: list[Difference]
-    other_sets: list[str]
-    left_out: list[str]
+    recipe: list[str]  # `path: the first's value -> the later's` for every setting in which they differ
+    differences: list[Difference]  # paired, the later minus the first; `a` and `b` are "<label> <system>"
+    other_sets: list[str]  # data sets of both whose held-out examples differ (evaluation hashes); not compared
+    left_out: list[str]  # systems and data sets that could not be compared, with the reason
 
 
 class RunComparison(Part):
@@ -74,23 +67,38 @@ def compare_runs(runs: Sequence[Run]) -> RunComparison:
     return RunComparison(runs=entries, pairs=[_pair(runs[0], later) for later in runs[1:]])
 
 
-def other_sets(one: Report, other: Report) -> list[str]:
-    """Data sets of both runs whose held-out examples are not the same."""
-    return [
-        name
-        for name, dataset in one.datasets.items()
-        if name in other.datasets and dataset.evaluation_hash != other.datasets[name].evaluation_hash
-    ]
-
-
 def _pair(first: Run, later: Run) -> RunPair:
-    differences, left_out = _differences(first, later)
+    """Paired differences of the trained systems of both runs, and what could not be compared."""
+    tables, later_tables = all_tables(first.report), all_tables(later.report)
+    scored, later_scored = scored_systems(first.artifacts), scored_systems(later.artifacts)
+    hashes = [{name: data.evaluation_hash for name, data in run.report.datasets.items()} for run in (first, later)]
+    differing = [name for name, ours in hashes[0].items() if hashes[1].get(name, ours) != ours]
+    left_out = [f"{name}: its held-out examples differ (evaluation hashes)" for name in differing]
+    differences: list[Difference] = []
+    for system in tables:
+        if system in BASELINES or system.partition("@")[0] == "student_before":
+            continue
+        if system not in later_tables:
+            left_out.append(f"{system}: run {later.label} has no such model")
+        elif system not in scored or system not in later_scored:
+            gone = first.label if system not in scored else later.label
+            left_out.append(f"{system}: the per-item scores of run {gone} no longer exist")
+        elif shared := [name for name in tables[system] if name in later_tables[system] and name not in differing]:
+            names = (f"{later.label} {system}", f"{first.label} {system}")
+            settings = first.report.resolved_recipe.get("evaluate") or {}
+            # where a retrieval set differs, the mean would be of fewer sets
+            partial = any(RETRIEVAL_METRIC in tables[system].get(name, {}) for name in differing)
+            try:
+                rows = paired_differences(names, (later_scored[system], scored[system]), settings, shared)
+                differences += [row for row in rows if not partial or row.over != MEAN]
+            except (UserError, OSError) as error:
+                left_out.append(f"{system}: {error}")
     return RunPair(
         first=first.label,
         later=later.label,
         recipe=recipe_differences(_named(first.report.resolved_recipe), _named(later.report.resolved_recipe)),
         differences=differences,
-        other_sets=other_sets(first.report, later.report),
+        other_sets=differing,
         left_out=left_out,
     )
 
@@ -104,41 +112,3 @@ def _named(value: Any) -> Any:
         if len(set(names)) == len(names):
             return {name: _named(item) for name, item in zip(names, value, strict=True)}
     return value
-
-
-def _differences(first: Run, later: Run) -> tuple[list[Difference], list[str]]:
-    """Paired differences of the trained systems of both runs, and what could not be compared."""
-    differing = other_sets(first.report, later.report)
-    differences: list[Difference] = []
-    left_out = [f"{name}: its held-out examples differ (evaluation hashes)" for name in differing]
-    ours, theirs = scored_systems(first.artifacts), scored_systems(later.artifacts)
-    for system in _trained(first.report):
-        if system not in all_tables(later.report):
-            left_out.append(f"{system}: run {later.label} has no such model")
-        elif system not in ours or system not in theirs:
-            gone = first.label if system not in ours else later.label
-            left_out.append(f"{system}: the per-item scores of run {gone} no longer exist")
-        else:
-            try:
-                differences += _paired(first, later, system, (ours[system], theirs[system]), differing)
-            except (UserError, OSError) as error:
-                left_out.append(f"{system}: {error}")
-    return differences, left_out
-
-
-def _trained(report: Report) -> list[str]:
-    return [name for name in all_tables(report) if name not in BASELINES and name.partition("@")[0] != "student_before"]
-
-
-def _paired(
-    first: Run, later: Run, system: str, scored: tuple[ScoredSystem, ScoredSystem], differing: Sequence[str]
-) -> list[Difference]:
-    tables = [all_tables(run.report)[system] for run in (first, later)]
-    shared = [name for name in tables[0] if name in tables[1] and name not in differing]
-    if not shared:
-        return []
-    names = (f"{later.label} {system}", f"{first.label} {system}")
-    settings = first.report.resolved_recipe.get("evaluate") or {}
-    rows = paired_differences(names, (scored[1], scored[0]), settings, shared)
-    whole = not any(RETRIEVAL_METRIC in tables[0].get(name, {}) for name in differing)  # else the mean is of fewer sets
-    return [row for row in rows if whole or row.over != MEAN]

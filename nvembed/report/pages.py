@@ -14,10 +14,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nvembed.core import storage
 from nvembed.core.steps import REPORT_HTML
+from nvembed.evaluation.significance import MEAN
 from nvembed.report.collect import collect_report
 from nvembed.report.compare import RunComparison
-from nvembed.report.comparison_page import comparison_sections
-from nvembed.report.run_page import Curves, run_sections
+from nvembed.report.content import Curves, by_pair, comparison_content, run_content
 from nvembed.report.runs import REPORT_JSON, Run, read_curves
 from nvembed.report.schema import Report
 from nvembed.report.words import FILTERS
@@ -35,15 +35,8 @@ def write_report(
     wall_seconds: float,
     peak_pss_mb: float | None,
 ) -> str:
-    """Write both reports below `out` (atomically) and return the URI of `report.html`.
-
-    Args:
-        out: output root.
-        recipe_name, recipe, records, artifacts, wall_seconds: as in `collect_report`.
-        peak_pss_mb: peak of the run's memory; None where it was not measured.
-    """
-    report = collect_report(recipe_name, recipe, records, artifacts, wall_seconds, peak_pss_mb)
-    write_files(out, report)
+    """Write both reports below `out` (atomically) and return the URI of `report.html`; see `collect_report`."""
+    write_files(out, collect_report(recipe_name, recipe, records, artifacts, wall_seconds, peak_pss_mb))
     return storage.join(out, REPORT_HTML)
 
 
@@ -56,26 +49,17 @@ def write_files(out: str, report: Report) -> None:
 
 
 def render_report(report: Report, curves: Curves) -> str:
-    """The page of a run, `templates/report.html`.
-
-    Args:
-        report: the content of `report.json`.
-        curves: rows of `metrics.jsonl` by training step.
-    """
-    sections = run_sections(report, curves)
-    return template_environment().get_template("report.html").render(report=report, sections=sections)
+    """The page of a run; `curves` are the rows of `metrics.jsonl` by training step."""
+    return _render("report.html", run_content(report, curves))
 
 
 def render_comparison(runs: Sequence[Run], comparison: RunComparison, curves: Mapping[str, Curves]) -> str:
-    """The page that compares runs, `templates/comparison.html`.
+    """The page that compares runs; `curves` are the rows of `metrics.jsonl` by label of the run and training step."""
+    return _render("comparison.html", comparison_content(runs, comparison, curves))
 
-    Args:
-        runs: the runs, labelled.
-        comparison: the result of `compare_runs`.
-        curves: rows of `metrics.jsonl` by run label and training step.
-    """
-    sections = comparison_sections(runs, comparison, curves)
-    return template_environment().get_template("comparison.html").render(runs=runs, sections=sections)
+
+def _render(template: str, content: Mapping[str, Any]) -> str:
+    return template_environment().get_template(template).render(content, titles=[])
 
 
 @functools.cache
@@ -87,7 +71,8 @@ def template_environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        extensions=["jinja2.ext.do"],
     )
-    environment.filters.update(FILTERS)
-    environment.globals["generator"] = GENERATOR
+    environment.filters.update(FILTERS, by_pair=by_pair)
+    environment.globals.update(generator=GENERATOR, MEAN=MEAN)
     return environment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from json import JSONDecodeError
 from typing import Any
 
 import yaml
@@ -13,7 +14,7 @@ from nvembed.core import storage
 from nvembed.core.steps import MANIFEST, RECIPE, REPORT_JSON, load_artifact
 from nvembed.report.attempts import RECORDS, read_records
 from nvembed.report.collect import collect_report, read_curve
-from nvembed.report.schema import Report
+from nvembed.report.schema import Environment, Report
 from nvembed.types import Artifact, UserError
 
 LABELS = "ABCDE"  # one for each line style of the charts
@@ -21,19 +22,12 @@ LABELS = "ABCDE"  # one for each line style of the charts
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
+    """A finished run."""
 
-    Attributes:
-        label: A, B, ...: its name beside others.
-        source: folder or URI of its output.
-        report: its `report.json`.
-        artifacts: those of its steps that still exist unchanged.
-    """
-
-    label: str
-    source: str
+    label: str  # A, B, ...: its name beside others
+    source: str  # folder or URI of its output
     report: Report
-    artifacts: Mapping[str, Artifact]
+    artifacts: Mapping[str, Artifact]  # those of its steps that still exist unchanged
 
     @property
     def title(self) -> str:
@@ -115,14 +109,20 @@ def collect_again(root: str) -> Report:
     steps = sorted(history.steps, key=lambda step: order.get(step["name"], float("inf")))  # the file sorts them by name
     artifacts = {step["name"]: artifacts[step["name"]] for step in steps if step["name"] in artifacts}
     earlier = storage.join(root, REPORT_JSON)
-    environment = read_report(earlier).environment if storage.exists(earlier) else None
     try:
+        known = storage.read_json(earlier)["environment"] if storage.exists(earlier) else None
+        environment = Environment.model_validate(known) if known is not None else None
         return collect_report(
-            str(recipe["name"]), recipe, steps, artifacts, history.wall_seconds, history.peak_mb, environment
+            recipe["name"], recipe, steps, artifacts, history.wall_seconds, history.peak_mb, environment
         )
     except FileNotFoundError as error:
         missing = error.filename or error
         raise UserError(f"{root}: a published step lacks a file: {missing}. Run its pipeline again.") from error
+    except (KeyError, ValidationError, JSONDecodeError) as error:
+        raise UserError(
+            f"{root}: its steps or its {REPORT_JSON} were not written by this version of nvembed ({error!r}). Use the "
+            "version that wrote them, or run its pipeline again into another output."
+        ) from error
 
 
 def _recipe(root: str) -> dict[str, Any]:
@@ -132,11 +132,9 @@ def _recipe(root: str) -> dict[str, Any]:
         raise UserError(f"{root} is not the output of a run: it has no {RECIPE}.")
     try:
         recipe = yaml.safe_load(storage.read_bytes(uri))
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{uri} cannot be read ({error}).") from error
-    if not isinstance(recipe, dict) or "name" not in recipe:
-        raise UserError(f"{uri} is not a recipe: it has no name.")
-    return recipe
+        return {**recipe, "name": str(recipe["name"])}
+    except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{uri} is not a recipe with a name ({error!r}).") from error
 
 
 def read_curves(report: Report) -> dict[str, list[dict[str, Any]]]:
@@ -156,6 +154,6 @@ def read_report(uri: str) -> Report:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(
-            f"{uri} is not a report this nvembed reads ({where}: {first['msg']}). It may be of a newer version, or "
-            "not a report.json."
+            f"{uri} is not a report that this nvembed reads ({where}: {first['msg']}). If another version wrote it, "
+            f"write it again from the output of its run: nvembed report {uri.rpartition('/')[0]}"
         ) from error

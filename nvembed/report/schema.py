@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-SCHEMA_VERSION: Literal[1] = 1
-
 
 class Part(BaseModel):
     """Base of every part: unknown keys are errors."""
@@ -36,11 +34,11 @@ Table = dict[str, dict[str, Interval]]  # data set -> metric -> value
 
 
 class StepRecord(Part):
-    """One pipeline step of the run; `seconds` is the time of its build, also where it was skipped now."""
+    """One pipeline step of the run."""
 
     name: str
     status: str
-    seconds: float
+    seconds: float  # of its build, also where it was skipped now
     peak_pss_mb: float | None
     artifact: str | None
 
@@ -53,35 +51,25 @@ class Model(Part):
 
 
 class Difference(Part):
-    """A paired difference `a - b` over the same items, bootstrapped.
-
-    `over` is a data set, or "mean of retrieval sets". `clear`: the interval does not contain zero.
-    """
+    """A paired difference `a - b` over the same items, bootstrapped."""
 
     a: str
     b: str
-    over: str
+    over: str  # a data set, or "mean of retrieval sets"
     metric: str
     value: float
     low: float
     high: float
-    clear: bool
+    clear: bool  # the interval does not contain zero
 
 
 class Share(Part):
-    """A student's mean primary score over the retrieval sets as a share of the teacher's.
+    """A student's mean primary score over the retrieval sets as a share of the teacher's."""
 
-    Attributes:
-        system: "student" or "student@<dim>".
-        value: mean score of the system.
-        of_teacher: share of the teacher's mean at full width.
-        of_student: share of the student's own mean at full width.
-    """
-
-    system: str
+    system: str  # "student" or "student@<dim>"
     value: float
-    of_teacher: float
-    of_student: float
+    of_teacher: float  # of the teacher's mean at full width
+    of_student: float  # of the student's own mean at full width
 
 
 class Dataset(Part):
@@ -96,7 +84,7 @@ class Dataset(Part):
     dev: int
     test: int
     documents: int
-    documents_shared: int | None = None
+    documents_shared: int
     near_copies_dropped: int
     near_copies_left: int
     rejected: int
@@ -104,71 +92,50 @@ class Dataset(Part):
 
 
 class Mixed(Part):
-    """One data set in one training stream: its share in the recipe and in the stream.
-
-    Attributes:
-        weight: the recipe's; None where there are no weights (distillation draws texts, not data sets).
-        asked: the share that the recipe asks for: weight over the sum of the weights.
-        rows: examples drawn, repeats included; None where only the share is known.
-        realised: share of the stream's examples.
-        usable: examples it could draw from.
-        epochs: how often each of them was drawn.
-    """
+    """One data set in one training stream: its share in the recipe and in the stream."""
 
     task: str | None
-    weight: float | None
-    asked: float | None
-    rows: int | None
-    realised: float
-    usable: int
-    epochs: float
+    weight: float | None  # the recipe's; None where there are no weights (distillation draws texts, not data sets)
+    asked: float | None  # the configured share: weight over the sum of the weights
+    rows: int | None  # examples drawn, repeats included; None where only the share is known
+    realised: float  # share of the stream's examples
+    usable: int  # examples it could draw from
+    epochs: float  # how often each of them was drawn
 
 
 class Negatives(Part):
-    """Quality of a data set's mined negatives by the retriever's scores, from the audit's histograms (bins of 0.05).
+    """Quality of a data set's mined negatives by the retriever's scores, from the audit's histograms (bins of 0.05)."""
 
-    Attributes:
-        positive: mean score of the positives.
-        negative: mean score of the selected negatives.
-        above_median: share of selected negatives that score above the median positive.
-        overlap: common area of both histograms: 0 for separate, 1 for equal ones.
-    """
-
-    positive: float
-    negative: float
-    above_median: float
-    overlap: float
+    positive: float  # mean score of the positives
+    negative: float  # mean score of the selected negatives
+    above_median: float  # share of selected negatives that score above the median positive
+    overlap: float  # common area of both histograms: 0 for separate, 1 for equal ones
 
 
 class Restart(Part):
-    """Where a stopped training step was resumed; `time` in seconds since 1970."""
+    """Where a stopped training step was resumed."""
 
     step: int
-    time: float
+    time: float  # seconds since 1970
     world_size: int | None
 
 
 class Champion(Part):
-    """The registry's champion before this run registered its model.
-
-    Attributes:
-        mean: nDCG@10 over its retrieval sets; None where its per-item scores were not available.
-        other_sets: data sets whose held-out examples were not this run's (their hashes differ).
-    """
+    """The registry's champion before this run registered its model."""
 
     version: str
     scores: Table
-    mean: Interval | None = None
-    other_sets: list[str]
+    mean: Interval | None  # nDCG@10 over its retrieval sets; None where its per-item scores were not available
+    other_sets: list[str]  # data sets whose held-out examples were not this run's (their hashes differ)
 
 
 class Size(Part):
-    """The cost of a model: parameters, bytes of its weights, width, CPU seconds per 1,000 texts where measured."""
+    """The cost of a model."""
 
     parameters: int
-    bytes: int
-    dim: int | None
-    encode_seconds: float | None
+    bytes: int  # of its weights
+    dim: int | None  # numbers per embedding
+    encode_seconds: float | None  # CPU seconds per 1,000 texts, where measured
 
 
 class Input(Part):
@@ -190,10 +157,8 @@ class LineageEntry(Part):
 class Training(Part):
     """Summary of a training step; `metrics.jsonl` has every optimiser step. A loss that is not finite is null.
 
-    Attributes:
-        first_gap: mean cosine of a query to its positive minus that to its hardest negative, at the first step; null
-            for objectives without negatives.
-        restarts: where it was resumed; empty for a run without interruption.
+    A gap is the mean cosine of a query to its positive minus that to its hardest negative; null for objectives without
+    negatives.
     """
 
     steps: int
@@ -203,9 +168,9 @@ class Training(Part):
     threads_per_worker: int | None
     precision: str | None  # as resolved on this machine's processor; as configured where workers have GPUs
     metrics: str
-    first_gap: float | None = None
-    last_gap: float | None = None
-    restarts: list[Restart] = []
+    first_gap: float | None
+    last_gap: float | None
+    restarts: list[Restart]  # empty for a run without interruption
 
 
 class Environment(Part):
@@ -225,7 +190,7 @@ class Environment(Part):
 class Report(Part):
     """`report.json`."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     recipe: str
     steps: list[StepRecord]
     baselines: dict[str, Table]
@@ -234,13 +199,11 @@ class Report(Part):
     wall_seconds: float
     peak_pss_mb: float | None
 
-    # `notes`: how the scores were measured; `untrained_variants`: the untrained backbone's forms, compared on dev;
-    # further scores: the teacher's prefixes ("teacher@<dim>"), the student before training ("student_before")
-    other_scores: dict[str, Table]
+    other_scores: dict[str, Table]  # the teacher's prefixes ("teacher@<dim>"), the student before ("student_before")
     comparisons: list[Difference]
     shares: list[Share]
-    notes: dict[str, str]
-    untrained_variants: dict[str, Any] | None
+    notes: dict[str, str]  # how the scores were measured
+    untrained_variants: dict[str, Any] | None  # the untrained backbone's forms, compared on dev
     registrations: dict[str, dict[str, Any]]
     student: dict[str, Any] | None
     datasets: dict[str, Dataset]
@@ -249,12 +212,8 @@ class Report(Part):
     lineage: dict[str, LineageEntry]
     environment: Environment
     resolved_recipe: dict[str, Any]
-
-    # added later, hence with defaults: an older report.json can be read
-    # `mixes`: by stream step, then by data set; `means`: nDCG@10 over the retrieval sets; `champions`: by role;
-    # `sizes`: by model: teacher, student, untrained, minilm
-    mixes: dict[str, dict[str, Mixed]] = {}
-    negatives: dict[str, Negatives] = {}
-    means: dict[str, Interval] = {}
-    champions: dict[str, Champion] = {}
-    sizes: dict[str, Size] = {}
+    mixes: dict[str, dict[str, Mixed]]  # by stream step, then by data set
+    negatives: dict[str, Negatives]
+    means: dict[str, Interval]  # nDCG@10 over the retrieval sets
+    champions: dict[str, Champion]  # by role
+    sizes: dict[str, Size]  # by model: teacher, student, untrained, minilm

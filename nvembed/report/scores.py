@@ -1,121 +1,148 @@
-"""The score tables of `report.html`: the primary metric of every data set, and all metrics of each."""
+"""The score tables and charts of both pages: systems are rows; the metrics of a run, or several runs, are columns."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from nvembed.evaluation.significance import RETRIEVAL_METRIC
 from nvembed.report.charts import Chart, Dot, dot_chart
+from nvembed.report.runs import Run
 from nvembed.report.schema import Interval, Report, Table
 from nvembed.report.systems import CHAMPION, all_tables, in_reading_order, mean_retrieval, retrieval_scores
 from nvembed.report.words import METRIC_NAMES, mark_kind, metric_name, short_name
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A score in a table.
+class Column(NamedTuple):
+    """A column of scores."""
 
-    Attributes:
-        interval: None where an older report or registration has only the value.
-        best: whether it is the highest comparable value of its column.
-        comparable: whether it was measured on this run's held-out examples; only a champion's may not have been.
-    """
-
-    value: float
-    interval: Interval | None
-    best: bool
-    comparable: bool
+    heading: str | tuple[str, str]  # a text, or a text with a note
+    scores: Mapping[str, Interval | float]  # by system; a number where the interval is not known
+    others: Collection[str] = ()  # systems with other held-out examples: not comparable
+    best: float | None = None  # to be marked
 
 
-@dataclass(frozen=True)
-class DatasetScores:
-    """The scores on one data set: metrics are columns (primary first), systems are rows; `heading`: name, metric."""
+class ScoreTable(NamedTuple):
+    """A table of scores; a system without a score in a column gets a dash."""
+
+    caption: str
+    systems: Sequence[str]
+    columns: Sequence[Column]
+
+
+class DatasetScores(NamedTuple):
+    """The scores on one data set."""
 
     name: str
-    heading: tuple[str, str]
-    synthetic: bool
-    metrics: list[str]
-    rows: dict[str, list[Cell | None]]
+    metric: str  # its primary one, which the chart shows
+    table: ScoreTable
     chart: Chart
 
 
-@dataclass(frozen=True)
-class ScoreTables:
-    """All data sets, and the mean over the retrieval sets by system; `means` is None without retrieval sets."""
+class Scores(NamedTuple):
+    """The scores of a page: a summary over the data sets, and each data set."""
 
-    systems: list[str]
-    datasets: list[DatasetScores]
-    means: dict[str, Cell | None] | None
+    summary: ScoreTable
+    datasets: Sequence[DatasetScores]
 
 
-def score_tables(report: Report) -> ScoreTables | None:
-    """The score tables of a run; None where nothing was scored."""
-    systems = _systems(report)
-    names = dict.fromkeys(name for table in systems.values() for name, metrics in table.items() if metrics)
-    datasets = [_dataset_scores(report, systems, name) for name in names]
-    datasets.sort(key=lambda dataset: [*METRIC_NAMES, dataset.metrics[0]].index(dataset.metrics[0]))
-    retrieval = [dataset for dataset in datasets if dataset.metrics[0] == RETRIEVAL_METRIC]
-    if not datasets:
-        return None
-    return ScoreTables(list(systems), datasets, _means(report, systems, retrieval) if retrieval else None)
-
-
-def _systems(report: Report) -> dict[str, Table]:
-    """The systems of a report, and the champions on the data sets that this run was scored on too."""
+def run_scores(report: Report) -> Scores | None:
+    """The scores of a run, and of champions on the data sets that it was scored on too; None where there are none."""
     tables = all_tables(report)
-    known = {dataset for scores in tables.values() for dataset in scores}
-    champions = {
-        CHAMPION + role: {dataset: metrics for dataset, metrics in champion.scores.items() if dataset in known}
-        for role, champion in report.champions.items()
-    }
-    return in_reading_order(tables | champions)
+    known = {dataset for table in tables.values() for dataset in table}
+    for role, champion in report.champions.items():
+        tables[CHAMPION + role] = {name: scores for name, scores in champion.scores.items() if name in known}
+    systems = in_reading_order(tables)
+    datasets = [_of_run(report, systems, name) for name in _dataset_names(systems)]
+    datasets.sort(key=lambda dataset: [*METRIC_NAMES, dataset.metric].index(dataset.metric))
+    columns = []
+    if retrieval := [dataset.table.columns[0] for dataset in datasets if dataset.metric == RETRIEVAL_METRIC]:
+        columns.append(_marked(("mean", "retrieval sets"), _means(report, systems, retrieval)))
+    for name, metric, table, _ in datasets:
+        synthetic = name in report.datasets and report.datasets[name].synthetic
+        note = metric_name(metric) + (", synthetic" if synthetic else "")
+        columns.append(table.columns[0]._replace(heading=(name, note)))
+    summary = ScoreTable("Primary metric of every data set", list(systems), columns)
+    return Scores(summary, datasets) if datasets else None
 
 
-def _dataset_scores(report: Report, systems: Mapping[str, Table], dataset: str) -> DatasetScores:
-    tables = {name: scores[dataset] for name, scores in systems.items() if scores.get(dataset)}
-    metrics = list(dict.fromkeys(metric for values in tables.values() for metric in values))
+def _of_run(report: Report, systems: Mapping[str, Table], dataset: str) -> DatasetScores:
+    """All metrics as columns, the primary one first."""
+    rows = {system: table[dataset] for system, table in systems.items() if table.get(dataset)}
     others = {CHAMPION + role for role, champion in report.champions.items() if dataset in champion.other_sets}
-    columns = [_column({name: values.get(metric) for name, values in tables.items()}, others) for metric in metrics]
-    first = metric_name(metrics[0])
-    dots = [
-        Dot(short_name(name), mark_kind(name), score.value, score.low, score.high)
-        for name, values in tables.items()
-        if name not in others and (score := values.get(metrics[0])) is not None
+    metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
+    columns = [
+        _marked(metric_name(metric), {system: row[metric] for system, row in rows.items() if metric in row}, others)
+        for metric in metrics
     ]
-    chart = dot_chart(f"{dataset}: {first}", f"{first}, 95 % interval", dots)
-    synthetic = dataset in report.datasets and report.datasets[dataset].synthetic
-    return DatasetScores(
-        name=dataset,
-        heading=(dataset, first + (", synthetic" if synthetic else "")),
-        synthetic=synthetic,
-        metrics=metrics,
-        rows={name: [column[name] for column in columns] for name in tables},
-        chart=chart,
-    )
+    dots = [
+        score_dot(short_name(system), system, row[metrics[0]])
+        for system, row in rows.items()
+        if metrics[0] in row and system not in others
+    ]
+    table = ScoreTable(f"{dataset}: all metrics", list(rows), columns)
+    return DatasetScores(dataset, metrics[0], table, _chart(dataset, metrics[0], dots))
 
 
-def _means(report: Report, systems: Mapping[str, Table], datasets: list[DatasetScores]) -> dict[str, Cell | None]:
+def _means(report: Report, systems: Mapping[str, Table], retrieval: Sequence[Column]) -> dict[str, Interval | float]:
     """Means of the systems that have a comparable score on every retrieval set."""
-    intervals = dict(report.means)
-    for role, champion in report.champions.items():  # over more sets than this run's, a mean would be another number
-        if champion.mean is not None and len(retrieval_scores(champion.scores)) == len(datasets):
-            intervals[CHAMPION + role] = champion.mean
-    rows = {name: [dataset.rows.get(name, [None])[0] for dataset in datasets] for name in systems}
-    complete = [name for name, cells in rows.items() if all(cell is not None and cell.comparable for cell in cells)]
-    return dict.fromkeys(systems) | _column(
-        {name: intervals.get(name, mean_retrieval(systems[name])) for name in complete}
-    )
+    means: dict[str, Interval | float] = {}
+    for name, table in systems.items():
+        champion = report.champions.get(name.removeprefix(CHAMPION)) if name.startswith(CHAMPION) else None
+        mean = report.means.get(name) if champion is None else champion.mean
+        if champion is not None and len(retrieval_scores(champion.scores)) != len(retrieval):
+            mean = None  # over more sets than this run's, it would be another number
+        value = mean or mean_retrieval(table)
+        if value is not None and all(name in column.scores and name not in column.others for column in retrieval):
+            means[name] = value
+    return means
 
 
-def _column(values: Mapping[str, Interval | float | None], others: Collection[str] = ()) -> dict[str, Cell | None]:
-    """Cells by system; `others` are systems with other held-out examples."""
-    intervals = {name: value for name, value in values.items() if isinstance(value, Interval)}
-    numbers = {name: value.value if isinstance(value, Interval) else value for name, value in values.items()}
-    best = max((number for name, number in numbers.items() if number is not None and name not in others), default=None)
-    return {
-        name: None
-        if number is None
-        else Cell(number, intervals.get(name), name not in others and number == best, name not in others)
-        for name, number in numbers.items()
-    }
+def _marked(
+    heading: str | tuple[str, str], scores: Mapping[str, Interval | float], others: Collection[str] = ()
+) -> Column:
+    """A column with its best value."""
+    comparable = [score for system, score in scores.items() if system not in others]
+    numbers = [score.value if isinstance(score, Interval) else score for score in comparable]
+    return Column(heading, scores, others, max(numbers, default=None))
+
+
+def compared_scores(runs: Sequence[Run]) -> Scores | None:
+    """The primary metrics of several runs, and the trained models as charts; None where nothing was scored."""
+    tables = [all_tables(run.report) for run in runs]
+    systems = list(dict.fromkeys(system for by_system in tables for system in by_system))
+    names = dict.fromkeys(name for by_system in tables for name in _dataset_names(by_system))
+    datasets = []
+    for name in names:
+        rows = [{system: table[name] for system, table in by_system.items() if table.get(name)} for by_system in tables]
+        metric = next(iter(next(scores for row in rows for scores in row.values())))
+        columns = [
+            Column(run.title, {system: scores[metric] for system, scores in row.items() if metric in scores})
+            for run, row in zip(runs, rows, strict=True)
+        ]
+        scored = [system for system in systems if any(system in column.scores for column in columns)]
+        dots = [
+            score_dot(f"{run.label} {short_name(system)}", system, row[system][metric])
+            for system in scored
+            if mark_kind(system) != "baseline"
+            for run, row in zip(runs, rows, strict=True)
+            if metric in row.get(system, {})
+        ]
+        table = ScoreTable(f"{name}: {metric_name(metric)}", scored, columns)
+        datasets.append(DatasetScores(name, metric, table, _chart(name, metric, dots)))
+    means = [Column(run.title, run.report.means) for run in runs]
+    return Scores(ScoreTable("Mean nDCG@10 of the retrieval sets", systems, means), datasets) if datasets else None
+
+
+def score_dot(label: str, system: str, score: Interval, cost: float = 0.0) -> Dot:
+    """A score in a chart."""
+    return Dot(label, mark_kind(system), score.value, score.low, score.high, cost)
+
+
+def _chart(dataset: str, metric: str, dots: Sequence[Dot]) -> Chart:
+    return dot_chart(f"{dataset}: {metric_name(metric)}", f"{metric_name(metric)}, 95 % interval", dots)
+
+
+def _dataset_names(systems: Mapping[str, Table]) -> list[str]:
+    """Data sets with a score, each once."""
+    return list(dict.fromkeys(name for table in systems.values() for name, scores in table.items() if scores))

@@ -5,9 +5,8 @@ The bootstrap itself is in `nvembed.evaluation.significance`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from nvembed.core import storage
 from nvembed.evaluation.significance import RETRIEVAL_METRIC, compare, retrieval_mean
@@ -22,12 +21,12 @@ READING_ORDER = (*BASELINES, CHAMPION + "teacher", "teacher", "student_before", 
 SCORED = {"evaluate_teacher": "teacher", "evaluate_student_init": "student_before", "evaluate_student": "student"}
 
 
-@dataclass(frozen=True)
-class ScoredSystem:
-    """Where the scores of a system are: the artifact, and the system's name in its files."""
+class ScoredSystem(NamedTuple):
+    """Where the scores of a system are: the artifact, the system's name in its files, and its `scores.json`."""
 
     artifact: Artifact
     name: str
+    file: dict[str, Any]
 
 
 def scored_systems(artifacts: Mapping[str, Artifact]) -> dict[str, ScoredSystem]:
@@ -35,10 +34,10 @@ def scored_systems(artifacts: Mapping[str, Artifact]) -> dict[str, ScoredSystem]
     systems = {}
     for step in ("baselines", *SCORED):
         if step in artifacts:
-            artifact, role = artifacts[step], SCORED.get(step)
-            for name in storage.read_json(artifact.path("scores.json"))["scores"]:
+            role, file = SCORED.get(step), storage.read_json(artifacts[step].path("scores.json"))
+            for name in file["scores"]:
                 label = name if role is None else role + name.removeprefix("model")
-                systems[label] = ScoredSystem(artifact, name)
+                systems[label] = ScoredSystem(artifacts[step], name, file)
     return systems
 
 
@@ -64,10 +63,15 @@ def mean_retrieval(table: Table) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def _bootstrap(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The draws of an evaluation section of the recipe."""
+    return {"samples": settings.get("bootstrap_samples", 1000), "seed": settings.get("seed", 0)}
+
+
 def retrieval_means(systems: Mapping[str, ScoredSystem], settings: Mapping[str, Any]) -> dict[str, Interval]:
     """Mean nDCG@10 over the retrieval sets of every system that has some, with its interval."""
-    samples, seed = settings.get("bootstrap_samples", 1000), settings.get("seed", 0)
-    means = {name: retrieval_mean(system.artifact, system.name, samples, seed) for name, system in systems.items()}
+    draws = _bootstrap(settings)
+    means = {name: retrieval_mean(system.artifact, system.name, **draws) for name, system in systems.items()}
     return {name: Interval(**mean) for name, mean in means.items() if mean is not None}
 
 
@@ -91,19 +95,15 @@ def compare_systems(systems: Mapping[str, ScoredSystem], settings: Mapping[str, 
         systems: by name in the report.
         settings: the recipe's evaluation section, for `bootstrap_samples` and `seed`.
     """
+    students = [name for name in systems if name.partition("@")[0] == "student"]
+    pairs = [("teacher", other) for other in OPPONENTS]
+    pairs += [(name, name.replace("student", "student_before", 1)) for name in students]
     return [
         difference
-        for a, b in _pairs(systems)
+        for a, b in pairs
+        if a in systems and b in systems
         for difference in paired_differences((a, b), (systems[a], systems[b]), settings)
     ]
-
-
-def _pairs(systems: Mapping[str, ScoredSystem]) -> Iterator[tuple[str, str]]:
-    yield from (("teacher", other) for other in OPPONENTS if "teacher" in systems and other in systems)
-    for name in systems:
-        before = name.replace("student", "student_before", 1)
-        if name.partition("@")[0] == "student" and before in systems:
-            yield name, before
 
 
 def paired_differences(
@@ -130,8 +130,7 @@ def paired_differences(
         a_system=a.name,
         b_system=b.name,
         datasets=datasets,
-        samples=settings.get("bootstrap_samples", 1000),
-        seed=settings.get("seed", 0),
+        **_bootstrap(settings),
     )
     return [
         Difference(

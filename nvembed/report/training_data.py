@@ -9,70 +9,34 @@ from typing import Any
 from nvembed.report.schema import Mixed, Negatives
 from nvembed.types import Artifact
 
+DRAWN = ("asked", "rows", "realised", "usable", "epochs")  # what a stream's manifest says of each data set
 STREAMS = ("stream_stage_1", "stream_stage_2", "stream_student")
 
 
 def data_mixes(artifacts: Mapping[str, Artifact]) -> dict[str, dict[str, Mixed]]:
     """By stream step: every data set in it, with its configured and its realised share."""
-    prepare = artifacts.get("prepare")
-    info = prepare.manifest["metrics"].get("datasets", {}) if prepare is not None else {}
-    tasks = {name: dataset.get("task") for name, dataset in info.items()}
+    info = artifacts["prepare"].manifest["metrics"]["datasets"] if "prepare" in artifacts else {}
+    tasks = {name: dataset["task"] for name, dataset in info.items()}
     mixes = {}
     for step in STREAMS:
-        datasets = artifacts[step].manifest["metrics"].get("datasets") if step in artifacts else None
-        if not datasets:
-            continue
-        config = artifacts[step].manifest["config"]
-        if "weights" in config:
-            mixes[step] = _weighted(datasets, config["weights"], tasks)
-        elif counts := _teacher_counts(artifacts.get("teacher_embeddings")):
-            mixes[step] = _unweighted(next(iter(datasets.values())), counts, tasks)
+        manifest = artifacts[step].manifest if step in artifacts else {"config": {}, "metrics": {}}
+        drawn = manifest["metrics"].get("datasets", {})
+        if "weights" in manifest["config"]:
+            mixes[step] = {
+                name: Mixed(task=tasks.get(name), weight=weight, **{key: drawn[name][key] for key in DRAWN})
+                for name, weight in manifest["config"]["weights"].items()
+                if name in drawn
+            }
+        elif drawn and "teacher_embeddings" in artifacts:
+            # a student's stream draws all teacher embeddings equally often; their data sets are those of their texts
+            counts = artifacts["teacher_embeddings"].manifest["metrics"]["datasets"]["vectors"]
+            (stream,) = drawn.values()
+            shared = {"weight": None, "asked": None, "rows": None, "epochs": stream["epochs"]}
+            mixes[step] = {
+                name: Mixed(task=tasks.get(name), realised=count / sum(counts.values()), usable=count, **shared)
+                for name, count in counts.items()
+            }
     return mixes
-
-
-def _weighted(
-    datasets: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float], tasks: Mapping[str, str | None]
-) -> dict[str, Mixed]:
-    total, rows = sum(weights.values()), sum(row["rows"] for row in datasets.values())
-    return {
-        name: Mixed(
-            task=tasks.get(name),
-            weight=weight,
-            asked=datasets[name].get("asked", weight / total),  # manifests of earlier versions knew weights only
-            rows=datasets[name]["rows"],
-            realised=datasets[name]["rows"] / rows if rows else 0.0,
-            usable=datasets[name]["usable"],
-            epochs=datasets[name]["epochs"],
-        )
-        for name, weight in weights.items()
-        if name in datasets
-    }
-
-
-def _teacher_counts(teacher_embeddings: Artifact | None) -> Mapping[str, int] | None:
-    """Numbers of teacher embeddings by data set; None in manifests of earlier versions."""
-    metrics = teacher_embeddings.manifest["metrics"] if teacher_embeddings is not None else {}
-    counts: Mapping[str, int] | None = metrics.get("datasets", {}).get("vectors")
-    return counts
-
-
-def _unweighted(
-    stream: Mapping[str, Any], counts: Mapping[str, int], tasks: Mapping[str, str | None]
-) -> dict[str, Mixed]:
-    """A student's stream draws all teacher embeddings equally often; their data sets are those of their texts."""
-    total = sum(counts.values())
-    return {
-        name: Mixed(
-            task=tasks.get(name),
-            weight=None,
-            asked=None,
-            rows=None,
-            realised=count / total,
-            usable=count,
-            epochs=stream["epochs"],
-        )
-        for name, count in counts.items()
-    }
 
 
 def negatives_quality(audit: Mapping[str, Any] | None) -> dict[str, Negatives]:

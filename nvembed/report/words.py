@@ -1,9 +1,11 @@
-"""Names of metrics and systems, and formats of numbers, on the pages; templates use these functions as filters."""
+"""Names of metrics and systems, and formats of values, on the pages; templates use `FILTERS`."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Any
 
 METRIC_NAMES = {
     "ndcg_at_10": "nDCG@10",
@@ -50,38 +52,6 @@ def mark_kind(system: str) -> str:
     return "student" if system.startswith("student") and "before" not in system else "baseline"
 
 
-def score(value: float) -> str:
-    """A score with three decimals."""
-    return f"{value:.3f}"
-
-
-def signed(value: float) -> str:
-    """A difference with its sign."""
-    return f"{value:+.3f}".replace("-", "−")
-
-
-def plain(value: float | None) -> str:
-    """A count, or a number with four digits."""
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def percent(share: float | None) -> str | None:
-    """A share in percent."""
-    return None if share is None else f"{100 * share:.1f} %"
-
-
-def memory(mebibytes: float | None) -> str | None:
-    """Memory in MiB."""
-    return None if mebibytes is None else f"{mebibytes:,.0f} MiB"
-
-
-def megabytes(size: int) -> str:
-    """Bytes in MB or GB."""
-    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"
-
-
 def duration(seconds: float) -> str:
     """Seconds in words: `48.1 s`, `12 min 5 s`, `3 h 20 min`."""
     if seconds < 60:
@@ -90,19 +60,24 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def utc(seconds: float) -> str:
-    """A time in seconds since 1970."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+FORMATS: dict[str, Callable[[Any], str]] = {
+    "score": "{:.3f}".format,
+    "signed": lambda number: f"{number:+.3f}".replace("-", "−"),
+    "plain": lambda number: f"{number:,}" if isinstance(number, int) else f"{number:.4g}",  # a count, or four digits
+    "percent": lambda share: f"{100 * share:.1f} %",
+    "memory": "{:,.0f} MiB".format,
+    "megabytes": lambda size: f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB",
+    "duration": duration,
+    "utc": lambda seconds: datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds"),
+    "slug": lambda title: re.sub(r"\W+", "-", title.lower()),  # the address of a section
+    "metric_name": metric_name,
+    "system_name": system_name,
+}
 
 
-def slug(title: str) -> str:
-    """A title as the address of its section."""
-    return re.sub(r"\W+", "-", title.lower())
+def _optional(text_of: Callable[[Any], str]) -> Callable[[Any], str | None]:
+    """The format for values that can be missing; tables show a missing value as a dash."""
+    return lambda value: None if value is None else text_of(value)
 
 
-FILTERS = {
-    function.__name__: function
-    for function in (
-        metric_name, system_name, score, signed, plain, percent, memory, megabytes, duration, utc, slug,
-    )
-}  # fmt: skip
+FILTERS = {name: _optional(text_of) for name, text_of in FORMATS.items()}

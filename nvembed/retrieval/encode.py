@@ -126,7 +126,7 @@ def _named_cache(cache_uri: str, model: Model | Encoder | Embedder, with_prompt:
 
 
 def open_cache(cache_uri: str, model: Model, precision: str, kind: VectorType = "fp32") -> VectorCache:
-    """The cached vectors of a model, as they stand now; `precision` resolved to fp32 or bf16."""
+    """The cached vectors of a model at this moment; `precision` resolved to fp32 or bf16."""
     return VectorCache(cache_uri, fingerprint(model_identity(model), precision, kind), kind)
 
 
@@ -219,7 +219,7 @@ def encode_each(encodings: Sequence[Encoding], config: EncodeConfig) -> list[Enc
 
 @dataclass(frozen=True)
 class EncodingWork:
-    """What an actor needs for the shards of an encoding.
+    """An encoding as its actors receive it.
 
     Attributes:
         identity: see `encode_identity`; stored in every vector shard.

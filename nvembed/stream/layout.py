@@ -369,7 +369,7 @@ def open_tokeniser(model_uri: str) -> Tokeniser:
         return load_tokeniser(storage.local_path(model_uri))
     with tempfile.TemporaryDirectory() as folder:
         for name in storage.list_directory(model_uri):
-            if name.endswith((".json", ".txt", ".model", ".jinja")):
+            if storage.is_inside(name) and name.endswith((".json", ".txt", ".model", ".jinja")):
                 Path(folder, name).write_bytes(storage.read_bytes(storage.join(model_uri, name)))
         try:
             return load_tokeniser(folder)

@@ -126,8 +126,11 @@ def text_hash(text: str) -> int:
 
 
 def word_triples(text: str) -> frozenset[int]:
-    """What near duplicates are judged by: hashes of all runs of three words; single characters where words are not
-    parted by spaces (a text of fewer than three words), so that Chinese and Japanese compare too."""
+    """Hashes of all runs of three words, whose Jaccard similarity decides near duplicates.
+
+    A text of fewer than three words is taken as single characters: Chinese and Japanese do not separate words by
+    spaces.
+    """
     words = text.casefold().split()
     if len(words) < 3:
         words = list("".join(words))

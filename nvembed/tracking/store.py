@@ -23,6 +23,7 @@ from typing import Any
 from nvembed.core import storage
 from nvembed.core.secrets import without_credentials
 from nvembed.core.steps import MLFLOW_ARTIFACTS, MLFLOW_DB
+from nvembed.core.uris import SQLITE, file_uri, sqlite_path, sqlite_uri
 from nvembed.types import Config, UserError
 
 logger = logging.getLogger(__name__)
@@ -66,15 +67,15 @@ def resolve_store(uri: str | None, out: str) -> Store:
                 "Set tracking.uri (or MLFLOW_TRACKING_URI) to a server, or tracking.enabled=false."
             )
         database = _own_database(out)
-    elif configured.startswith("sqlite:///"):
-        database = Path(configured.removeprefix("sqlite:///")).absolute()
+    elif configured.startswith(SQLITE):
+        database = sqlite_path(configured)
         if storage.is_local(out) and database == _own_database(
             out
         ):  # set for another command of the same shell; the run is the same with and without
             configured = None
     else:
         return Store(without_credentials(configured), configured, None)
-    return Store(configured, f"sqlite:///{database}", (database.parent / MLFLOW_ARTIFACTS).as_uri())
+    return Store(configured, sqlite_uri(database), file_uri(database.parent / MLFLOW_ARTIFACTS))
 
 
 def _own_database(out: str) -> Path:
@@ -120,7 +121,7 @@ def probe(uri: str) -> None:
     parsed = urllib.parse.urlsplit(uri)
     scheme = parsed.scheme.split("+")[0]
     if scheme == "sqlite":
-        path = Path(uri.removeprefix("sqlite:///"))
+        path = sqlite_path(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(path, timeout=PROBE_SECONDS)
         try:

@@ -62,8 +62,10 @@ def build_model(spec: TrainingSpec, teacher_dim: int | None, precision: Precisio
 
 
 def save_trained_model(spec: TrainingSpec, checkpoint: Checkpoint, teacher_dim: int | None) -> None:
-    """Write `model/` (float32, LoRA merged, the adapter beside it), `checkpoint.json` (the checksums it comes from)
-    and, where the objective has parameters, `objective.safetensors`.
+    """Write the trained model folder and the files that describe its origin.
+
+    `model/` (float32, LoRA merged, the adapter beside it), `checkpoint.json` (the checksums it comes from) and, where
+    the objective has parameters, `objective.safetensors`.
 
     The inputs are the model folder the run started from and the last checkpoint: a run killed here repeats only this.
     """

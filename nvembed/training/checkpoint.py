@@ -13,8 +13,6 @@ function of the step.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import logging
 import os
 import platform
@@ -33,7 +31,7 @@ from safetensors.torch import save_file
 from nvembed.core import storage
 from nvembed.core.distributed import WorkerContext, broadcast_object
 from nvembed.core.formats import check_format, stamp, with_defaults
-from nvembed.core.runtime import processor_name
+from nvembed.core.runtime import installed_versions, processor_name
 from nvembed.core.steps import (
     MANIFEST,
     ChangedRecipeError,
@@ -92,11 +90,7 @@ class Identity:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that compute; the torch engine runs where DeepSpeed is not installed."""
-    installed = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            installed[name] = importlib.metadata.version(name)
-    return installed
+    return {"python": platform.python_version(), **installed_versions(_PACKAGES)}
 
 
 def processor() -> str:

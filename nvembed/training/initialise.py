@@ -11,7 +11,7 @@ from nvembed.core import storage
 from nvembed.core.model_cache import local_model, written_folder
 from nvembed.core.parquet import iter_parquet
 from nvembed.core.steps import Step, StepResult
-from nvembed.data.tables import CORPUS, examples_file
+from nvembed.data.tables import CORPUS, dataset_info, examples_file
 from nvembed.modeling.assemble import build_embedder, continue_embedder, truncate_embedder
 from nvembed.modeling.backbones import load_backbone
 from nvembed.modeling.config import (
@@ -44,8 +44,8 @@ def _rows(uri: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
 
 
 def dataset_prompts(prepare: Artifact) -> dict[str, str]:
-    """Prompts of a model folder: one per data set by its name, and `query`, that of the first retrieval set."""
-    datasets: Mapping[str, Any] = prepare.manifest["metrics"]["datasets"]
+    """Prompts of a model folder: one per data set by name, and `query`, that of the recipe's first retrieval set."""
+    datasets = dataset_info(prepare)
     prompts = {name: str(row["instruction"]) for name, row in datasets.items()}
     retrieval = [name for name, row in datasets.items() if row["task"] == "retrieval"]
     first = next(iter(retrieval or datasets), None)

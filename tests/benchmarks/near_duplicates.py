@@ -125,8 +125,8 @@ def main() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     spent, found = cpu(lambda given: ours(given, 16384), large)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    told = f"{len(large)} texts in shards of 16,384: {spent:.1f} CPU s, {len(found)} near duplicates"
-    print(f"{told}, peak + {(after - before) / 1024:.0f} MiB")  # alone with --rounds 0: a peak never falls
+    summary = f"{len(large)} texts in shards of 16,384: {spent:.1f} CPU s, {len(found)} near duplicates"
+    print(f"{summary}, peak + {(after - before) / 1024:.0f} MiB")  # alone with --rounds 0: a peak never falls
 
 
 if __name__ == "__main__":

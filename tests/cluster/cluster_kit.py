@@ -1,4 +1,4 @@
-"""A Ray cluster of several simulated nodes in a process of its own, told what to do line by line.
+"""A Ray cluster of several simulated nodes in a process of its own, controlled line by line.
 
     python cluster_kit.py CPUS [CPUS ...]      one worker node per number; the head has no CPUs, as on a real cluster
 

@@ -148,7 +148,7 @@ def test_preflight_finds_a_good_cluster_good(cluster: SimulatedCluster, tmp_path
 
 
 @pytest.mark.timeout(600)
-def test_preflight_tells_every_problem_at_once(cluster: SimulatedCluster, tmp_path: Path) -> None:
+def test_preflight_lists_every_problem_at_once(cluster: SimulatedCluster, tmp_path: Path) -> None:
     code, findings = preflight(
         cluster,
         tmp_path / "out",

@@ -77,8 +77,8 @@ def texts(form: str, row: dict[str, Any]) -> tuple[str, tuple[str, ...], tuple[s
         return row["anchor"], (row["positive"],), (row["negative_1"],)
     if form == "flag-embedding":
         return row["query"], tuple(row["pos"]), tuple(row["neg"])
-    passages = (tuple(item["text"] for item in row[f"{name}_passages"]) for name in ("positive", "negative"))
-    return (row["query"], *passages)
+    documents = (tuple(item["text"] for item in row[f"{name}_passages"]) for name in ("positive", "negative"))
+    return (row["query"], *documents)
 
 
 @pytest.mark.parametrize("form", ["sentence-transformers", "flag-embedding", "tevatron"])

@@ -70,7 +70,7 @@ def test_kill_9_of_the_holder_never_blocks(tmp_path: Path, holder: Callable[[Pat
         assert time.monotonic() - started < 2
 
 
-def test_a_holder_that_nobody_waited_for_never_blocks(tmp_path: Path, holder: Callable[[Path], Any]) -> None:
+def test_a_zombie_holder_never_blocks(tmp_path: Path, holder: Callable[[Path], Any]) -> None:
     process = holder(tmp_path)
     process.send_signal(signal.SIGKILL)  # and no wait(): its pid lives on as a zombie
     deadline = time.monotonic() + 10
@@ -179,7 +179,7 @@ def test_the_heart_beats_and_stops_after_a_takeover(tmp_path: Path, monkeypatch:
     assert record(tmp_path)["holder"]["user"] == "somebody", "leaving does not release what others hold"
 
 
-def test_a_lease_that_is_none_is_told_and_not_guessed(tmp_path: Path) -> None:
+def test_a_damaged_lease_is_an_error(tmp_path: Path) -> None:
     (tmp_path / LEASE).write_text("[]")
     with pytest.raises(UserError, match="Delete it when no run uses the output"):
         Lease(str(tmp_path)).__enter__()

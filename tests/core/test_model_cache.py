@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_racing_processes_fetch_once(server: Server, tmp_path: Path) -> None:
     assert not (folder / "pytorch_model.bin").exists() and server.sent["pytorch_model.bin"] == 0
 
 
-def test_one_killed_half_way_blocks_nobody(server: Server, tmp_path: Path) -> None:
+def test_a_killed_download_blocks_no_other(server: Server, tmp_path: Path) -> None:
     server.brake.clear()
     first = fetching(tmp_path, server.uri)
     assert server.reached.wait(60)
@@ -115,12 +116,35 @@ def test_local_folders_stay_where_they_are(tmp_path: Path) -> None:
     assert local_model(str(tmp_path)) == tmp_path and local_model(f"file://{tmp_path}") == tmp_path
 
 
-def test_what_is_nowhere_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVEMBED_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"memory://nowhere.*empty or missing"):
         local_model("memory://nowhere/model")
     with pytest.raises(UserError, match=r"nobody/no-such-model.*Check name, revision and connection"):
         local_model("nobody/no-such-model", "main")
+
+
+@pytest.mark.parametrize("name", ["../../outside.json", "/outside.json", "a\\..\\b.json", "a/./b.json", "a\nb.json"])
+def test_a_listing_cannot_leave_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("NVEMBED_CACHE", str(tmp_path / "a/b/cache"))
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
+        archive.writestr("config.json", "{}")
+        archive.writestr(f"1_Pooling/{name}" if not name.startswith("/") else name, "stolen")
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="which is not a name below it"):
+        local_model(f"zip://::{tmp_path}/model.zip")
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_archive_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVEMBED_CACHE", str(tmp_path / "cache"))
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
+        archive.writestr("m/config.json", "{}")
+        archive.writestr("m/1_Pooling/config.json", "{}")
+        archive.writestr("m/empty/", "")
+    for uri in (f"zip://m::{tmp_path}/model.zip", f"zip://::{tmp_path}/model.zip"):
+        folder = local_model(uri)
+        assert [path.name for path in folder.rglob("*.json")] == ["config.json"] * 2
 
 
 def test_a_folder_is_sent_to_a_remote_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_only_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch, erro
     assert fails(0) > 0
 
 
-def test_a_file_is_read_on_where_it_stood(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retried_read_continues_at_its_offset(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every other read of the file below fails after having moved."""
     monkeypatch.setattr(retry, "FIRST_WAIT", 0.0)
     data = bytes(range(256)) * 40

@@ -44,7 +44,7 @@ def test_names_that_only_look_like_it(name: str) -> None:
 
 
 @given(WORD, WORD)
-def test_a_password_in_a_url_is_masked_wherever_it_stands(user: str, password: str) -> None:
+def test_a_password_in_a_url_is_masked_everywhere(user: str, password: str) -> None:
     url = f"https://{user}:{password}@host.example/path"
     text = mask(f"failed: {url} (see {url})", {})
     assert f":{password}@" not in text and "host.example/path" in text
@@ -120,3 +120,53 @@ def test_a_server_is_asked_without_the_password_of_its_address() -> None:
             probe("http://me:canary-canary@127.0.0.1:1")
     finally:
         server.shutdown()
+
+
+SECRET = "Zq8vN3xT5mK1pL7w"
+LEAKS = {
+    "slash in a password": f"https://me:a/{SECRET}@host.example/x",
+    "hash in a password": f"postgresql://me:a#{SECRET}@db.example:5432/mlflow",
+    "question mark in a password": f"https://me:a?{SECRET}@host.example",
+    "quote in a password": f"https://me:a'{SECRET}@host.example",
+    "at in a password": f"https://me:a@{SECRET}@host.example",
+    "token before the host": f"https://{SECRET}@host.example/x",
+    "header": f"Authorization: Bearer {SECRET}",
+    "header as JSON": f'{{"Authorization": "Basic {SECRET}"}}',
+    "header without a scheme": f"authorization={SECRET}",
+    "azure": f"DefaultEndpointsProtocol=https;AccountName=x;AccountKey={SECRET}==;EndpointSuffix=core",
+    "odbc": f"Driver=x;Uid=me;Pwd={SECRET};",
+    "gitlab": f"glpat-{SECRET}{SECRET}",
+    "github": f"github_pat_{SECRET}{SECRET}",
+    "slack": f"xoxb-{SECRET}",
+    "google key": f"AIza{SECRET}{SECRET}abc",
+    "google token": f"ya29.{SECRET}",
+    "jwt": f"eyJhbGciOiJI.eyJzdWIiOiIx.{SECRET}",
+    "private key": f"-----BEGIN OPENSSH PRIVATE KEY-----\n{SECRET}\n-----END OPENSSH PRIVATE KEY-----",
+    "cut private key": f"-----BEGIN PRIVATE KEY-----\n{SECRET}",
+}
+
+
+@pytest.mark.parametrize("text", LEAKS.values(), ids=LEAKS)
+def test_secrets_of_any_shape_are_masked_and_refused(text: str) -> None:
+    shown = mask(f"before {text} after", {})
+    assert SECRET not in shown and MASK in shown
+    assert text.startswith("-----BEGIN") or shown.endswith(" after") or "private key" in text
+    assert mask(shown, {}) == shown, "masking twice changes nothing"
+    assert why_refused(text, {})
+
+
+@pytest.mark.parametrize("name", ["SMTP_PASS", "SSH_PASSPHRASE", "AZURE_STORAGE_CONNECTION_STRING", "SENTRY_DSN"])
+def test_the_value_of_a_variable_with_such_a_name_is_a_secret(name: str) -> None:
+    assert MASK in mask(f"x {SECRET}", {name: SECRET}) and SECRET not in mask(f"x {SECRET}", {name: SECRET})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://host:8080/a@b", "https://me@host.example", "ssh://git@host/x", "http://127.0.0.1:5000", "s3://bucket/a=b",
+        "password: 12 characters", "bypass=true", "tokens = 4096", "key=value", "the authorization of users",
+        "https://host:443?x=me@y", "sk-learn", "token_budget=4096", "keywords=abcdefghij",
+    ],
+)  # fmt: skip
+def test_plain_words_stay(text: str) -> None:
+    assert mask(text, {}) == text and not why_refused(text, {})

@@ -119,7 +119,7 @@ def test_a_build_finds_the_files_of_a_killed_one_only_where_it_resumes(root: str
     assert ("deep" in counter.result) is not cleared
 
 
-def test_a_directory_of_somebody_else_is_never_touched(tmp_path: Path) -> None:
+def test_a_foreign_directory_is_never_touched(tmp_path: Path) -> None:
     uri = tmp_path / "count"
     uri.mkdir()
     (uri / "thesis.tex").write_text("years of work")
@@ -129,7 +129,7 @@ def test_a_directory_of_somebody_else_is_never_touched(tmp_path: Path) -> None:
     assert counter.builds == 0 and (uri / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_resumable_step_too_refuses_a_directory_of_somebody_else(tmp_path: Path) -> None:
+def test_a_resumable_step_too_refuses_a_foreign_directory(tmp_path: Path) -> None:
     uri = tmp_path / "count"
     uri.mkdir()
     (uri / "notes.json").write_text("mine")
@@ -172,7 +172,7 @@ def test_all_damaged_files_are_named_at_once(tmp_path: Path) -> None:
         load_artifact(str(uri))
 
 
-def test_a_torn_start_file_is_told_by_name(tmp_path: Path) -> None:
+def test_the_error_names_a_torn_start_file(tmp_path: Path) -> None:
     uri = tmp_path / "count"
     uri.mkdir()
     (uri / ".step.json").write_bytes(b"")

@@ -191,6 +191,6 @@ def test_stray_lines_go_to_the_log_and_ours_to_the_terminal(tmp_path: Path) -> N
     assert "half" * 30 not in said, "a status line never wraps (80 columns where the window does not report them)"
 
 
-def test_a_crash_of_the_interpreter_is_told_on_the_terminal(tmp_path: Path) -> None:
+def test_a_crash_of_the_interpreter_is_printed_on_the_terminal(tmp_path: Path) -> None:
     code, said = run_stray(tmp_path / "log", "crash")
     assert code != 0 and "Fatal Python error: Aborted" in said

@@ -107,14 +107,14 @@ def test_the_cap_keeps_what_it_keeps_in_a_list(rows: Rows, cap: int, seed: int) 
 
 
 @given(retrieval_sets())
-def test_sides_are_those_of_a_list(rows: Rows) -> None:
+def test_splits_of_documents_are_those_of_a_list(rows: Rows) -> None:
     result = source(rows)
     mark_held_out_documents(result)
     answers = {split: {item.id for row in rows[1][split] for item in row.positives} for split in SPLITS}
     expected = []
     for row in rows[0]:
-        sides = [split for split in SPLITS if row.id in answers[split]]
-        expected.append(dataclasses.replace(row, split=sides[-1] if sides and "train" not in sides else None))
+        splits = [split for split in SPLITS if row.id in answers[split]]
+        expected.append(dataclasses.replace(row, split=splits[-1] if splits and "train" not in splits else None))
     assert list(result.documents) == expected
 
 

@@ -48,7 +48,7 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
 
 
 def content(rows: SourceRows) -> set[tuple]:
-    """What a data set says, whatever its ids and sides: (query, positives, negatives) by text."""
+    """What a data set says, whatever its ids and splits: (query, positives, negatives) by text."""
     texts = {row.id: row.text for row in rows.documents}
     return {
         (
@@ -282,17 +282,17 @@ def test_rows_that_cannot_be_divided(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30)), max_size=60))
-def test_no_query_and_no_positive_stands_on_two_sides(numbers: list[tuple[int, int, int]]) -> None:
+def test_no_query_and_no_positive_is_in_two_splits(numbers: list[tuple[int, int, int]]) -> None:
     given = ({"anchor": f"q{q}", "positive": f"p{p}", "negative": f"p{n}"} for q, p, n in numbers)
     rows = pairs_to_rows(rows_of_records(given, "rows"), "mine", 0.3, "CC0-1.0")
     assert rows.licence == "CC0-1.0"
-    sides: dict[str, set[str]] = {}
+    splits_of: dict[str, set[str]] = {}
     for split, examples in rows.examples.items():
         for row in examples:
             for text in (row.query, *(item.id for item in row.positives)):
-                sides.setdefault(text, set()).add(split)
+                splits_of.setdefault(text, set()).add(split)
             assert not {item.id for item in row.positives} & {item.id for item in row.negatives}
-    assert all(len(result) == 1 for result in sides.values())
+    assert all(len(result) == 1 for result in splits_of.values())
     assert {row.query for examples in rows.examples.values() for row in examples} == {f"q{q}" for q, _, _ in numbers}
 
 

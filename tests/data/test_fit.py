@@ -45,7 +45,7 @@ def test_equal_documents_and_queries_become_one() -> None:
     assert rows.examples["train"] == [retrieval("1", "q", ["a", "c"], ["e"]), retrieval("3", "r", ["c"], ["a"])]
 
 
-def test_a_query_on_several_sides_stays_on_the_most_held_out() -> None:
+def test_a_query_in_several_splits_stays_in_the_most_held_out() -> None:
     documents = [Document(key, "", key) for key in "abc"]
     rows = source(
         documents,

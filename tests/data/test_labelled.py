@@ -1,4 +1,4 @@
-"""Rows with labels and grades: construction, sides, bad rows, and the ways back."""
+"""Rows with labels and grades: construction, splits, bad rows, and the ways back."""
 
 import json
 from pathlib import Path
@@ -49,8 +49,8 @@ def test_examples_of_classes_leave_positives_to_mining(tmp_path: Path, task: Any
     assert content(rows) == {(row["text"], row["label"]) for row in LABELLED}
     assert len(rows.documents) == 90 and all(row.label in LABELS and row.split in SPLITS for row in rows.documents)
     assert not any(row.positives or row.negatives for row in everything(rows))
-    sides = {row.id: row.split for row in rows.documents}
-    assert all(sides[row.id] == split for split in SPLITS for row in rows.examples[split])
+    splits_of = {row.id: row.split for row in rows.documents}
+    assert all(splits_of[row.id] == split for split in SPLITS for row in rows.examples[split])
 
 
 def test_labels_as_documents(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_labels_reach_the_artifact_and_keep_their_documents(tmp_path: Path) -> N
     assert all(corpus[row.positives[0].id]["text"] == row.label and len(row.negatives) == 2 for row in train)
 
 
-def test_wrong_labels_are_told(tmp_path: Path) -> None:
+def test_wrong_labels_are_errors(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", LABELLED)
     with pytest.raises(
         UserError, match=r"label_texts names sadness, which no row has; its labels are anger, fear, joy"
@@ -142,17 +142,19 @@ def test_bad_graded_rows() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20), st.floats(0, 1)), max_size=50))
-def test_no_text_of_a_pair_stands_on_two_sides(numbers: list[tuple[int, int, float]]) -> None:
+def test_no_text_of_a_pair_is_in_two_splits(numbers: list[tuple[int, int, float]]) -> None:
     columns = [{"sentence1": f"t{a}", "sentence2": f"t{b}", "score": score} for a, b, score in numbers]
     raw = [RawRow("f", line, row) for line, row in enumerate(columns, start=1)]
     rows = graded_to_rows(raw, source(Path("f"), task="sts", test_share=0.3))
-    sides: dict[str, set[str]] = {}
+    splits_of: dict[str, set[str]] = {}
     for split in SPLITS:
         for row in rows.examples[split]:
             for key in row.id.split("~"):
-                sides.setdefault(key, set()).add(split)
-    assert all(len(result) == 1 for result in sides.values())
-    assert {row.id: row.split for row in rows.documents} == {key: next(iter(result)) for key, result in sides.items()}
+                splits_of.setdefault(key, set()).add(split)
+    assert all(len(result) == 1 for result in splits_of.values())
+    assert {row.id: row.split for row in rows.documents} == {
+        key: next(iter(result)) for key, result in splits_of.items()
+    }
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.zst", "csv", "tsv.gz", "parquet", ""])

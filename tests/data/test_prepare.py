@@ -65,7 +65,7 @@ def test_what_is_recorded(prepared: Artifact) -> None:
 
 
 @pytest.mark.parametrize("name", ["cwe", "hpo", "code", "hpo_classes", "hpo_similarity"])
-def test_no_text_stands_on_both_sides(prepared: Artifact, name: str) -> None:
+def test_no_text_is_in_two_splits(prepared: Artifact, name: str) -> None:
     """Exact, by brute force: no training query or (where documents are apart) positive nearly copies a held-out one."""
     corpus = {row["id"]: document_text(row["title"], row["text"]) for row in read_corpus(prepared, name).to_pylist()}
     texts = {}
@@ -83,11 +83,11 @@ def test_no_text_stands_on_both_sides(prepared: Artifact, name: str) -> None:
     assert dataset_info(prepared)[name]["near_duplicates_left"] == 0
 
 
-def test_items_of_symmetric_sets_stand_in_the_corpus_with_their_side(prepared: Artifact) -> None:
+def test_items_of_symmetric_sets_are_in_the_corpus_with_their_split(prepared: Artifact) -> None:
     for name in ("hpo_classes", "hpo_similarity"):
         corpus = {row["id"]: row for row in read_corpus(prepared, name).to_pylist()}
-        sides = {row["split"] for row in corpus.values()}
-        assert sides == set(SPLITS)
+        splits = {row["split"] for row in corpus.values()}
+        assert splits == set(SPLITS)
         for split in SPLITS:
             for row in read_examples(prepared, name, split):
                 own = row.id.split("~")[0]
@@ -97,7 +97,7 @@ def test_items_of_symmetric_sets_stand_in_the_corpus_with_their_side(prepared: A
 
 
 @pytest.mark.parametrize("name", ["cwe", "hpo", "code"])
-def test_documents_that_only_held_out_queries_ask_for_stand_on_their_side(prepared: Artifact, name: str) -> None:
+def test_documents_of_held_out_queries_only_are_in_their_split(prepared: Artifact, name: str) -> None:
     corpus = {row["id"]: row["split"] for row in read_corpus(prepared, name).to_pylist()}
     answers = {
         split: {item.id for row in read_examples(prepared, name, split) for item in row.positives} for split in SPLITS
@@ -126,7 +126,7 @@ def test_another_process_gives_the_same_bytes(prepared: Artifact, tmp_path: Path
     assert again.manifest["metrics"] == prepared.manifest["metrics"]
 
 
-def test_the_seed_chooses_the_sample_not_the_sides(prepared: Artifact, tmp_path: Path) -> None:
+def test_the_seed_chooses_the_sample_not_the_splits(prepared: Artifact, tmp_path: Path) -> None:
     config = PrepareConfig(sources=CONFIG.sources[:1], seed=4)
     other = PREPARE.run(config, {}, str(tmp_path / "other"))
     first, second = ({row.id for row in read_examples(item, "cwe", "test")} for item in (prepared, other))

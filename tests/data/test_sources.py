@@ -35,7 +35,7 @@ def sources() -> dict[str, SourceRows]:
     return {name: reader(kind(name=name, instruction=name)) for name, (reader, kind) in READERS.items()}
 
 
-def test_every_side_of_every_set_is_large_enough(sources: dict[str, SourceRows]) -> None:
+def test_every_split_of_every_set_is_large_enough(sources: dict[str, SourceRows]) -> None:
     for name, rows in sources.items():
         counts = {split: len(examples) for split, examples in rows.examples.items()}
         assert counts["test"] >= 300 and counts["dev"] >= 200 and counts["train"] >= 1400, (name, counts)
@@ -53,33 +53,33 @@ def test_every_positive_is_in_the_corpus_and_ids_are_unique(sources: dict[str, S
         assert len(examples) == len(set(examples)), name
 
 
-def test_cwe_keeps_all_descriptions_of_a_cve_on_one_side(sources: dict[str, SourceRows]) -> None:
+def test_cwe_keeps_all_descriptions_of_a_cve_in_one_split(sources: dict[str, SourceRows]) -> None:
     rows = sources["cwe"]
     assert len(rows.documents) == 938
-    sides: dict[str, set[str]] = {}
+    splits_of: dict[str, set[str]] = {}
     for split, examples in rows.examples.items():
         for row in examples:
-            sides.setdefault(row.id.split("#")[0], set()).add(split)
-    assert len(sides) > 2000
-    assert all(len(result) == 1 for result in sides.values())
+            splits_of.setdefault(row.id.split("#")[0], set()).add(split)
+    assert len(splits_of) > 2000
+    assert all(len(result) == 1 for result in splits_of.values())
 
 
-def test_one_assignment_of_phenotypes_to_sides_serves_all_hpo_sets(sources: dict[str, SourceRows]) -> None:
+def test_one_assignment_of_phenotypes_to_splits_serves_all_hpo_sets(sources: dict[str, SourceRows]) -> None:
     ontology = load_ontology()
-    sides: dict[str, set[str]] = {}
+    splits_of: dict[str, set[str]] = {}
     for name in ("hpo_retrieval", "hpo_classes", "hpo_similarity"):
         for split, examples in sources[name].examples.items():
             for row in examples:
                 touched = {row.id.split("/")[0]} if name != "hpo_similarity" else set(row.id.split("~"))
                 for term in touched | {item.id for item in row.positives}:
-                    sides.setdefault(term, set()).add(split)
-    assert len(sides) > 10_000
-    assert all(len(result) == 1 for result in sides.values())
-    held_out = {term for term, result in sides.items() if result == {"test"}}
+                    splits_of.setdefault(term, set()).add(split)
+    assert len(splits_of) > 10_000
+    assert all(len(result) == 1 for result in splits_of.values())
+    held_out = {term for term, result in splits_of.items() if result == {"test"}}
     assert held_out
     for term in held_out:
         assert (ontology.ancestors[term] | {term}) & set(TEST_BRANCHES)
-    for term, result in sides.items():
+    for term, result in splits_of.items():
         if result == {"train"}:
             assert not (ontology.ancestors[term] | {term}) & set(TEST_BRANCHES + DEV_BRANCHES)
 

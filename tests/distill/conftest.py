@@ -12,7 +12,7 @@ from nvembed.types import Artifact, ScoredId, TaskType, TrainingExample
 
 
 def links() -> tuple[list[Document], dict[str, list[TrainingExample]]]:
-    """Documents 0-9 answer train queries, 10-13 test queries only, 14 both, 15-19 nobody; 20 copies a held-out name."""
+    """Documents 0-9 answer train queries, 10-13 test queries only, 14 both, 15-19 none; 20 copies a held-out name."""
     documents = [Document(f"d{i:02d}", f"Title {i}" if i % 2 else "", f"the document number {i}") for i in range(20)]
     documents.append(Document("d20", "", "held out  KIND text 3 of test"))
     examples: dict[str, list[TrainingExample]] = {split: [] for split in SPLITS}

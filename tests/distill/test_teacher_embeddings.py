@@ -64,7 +64,7 @@ def expected(prepare: Artifact) -> set[tuple[str, str]]:
     return links | documents | kinds | pairs
 
 
-def test_the_training_side(prepare: Artifact) -> None:
+def test_training_texts_are_those_of_the_training_split(prepare: Artifact) -> None:
     found = list(training_texts(prepare, held_out_texts(prepare)))
     assert set(found) == expected(prepare)
     assert not {fold(text) for text, _ in found} & forbidden(prepare)

@@ -165,7 +165,7 @@ def test_caps_keep_what_queries_need(prepare: Artifact) -> None:
     assert Counter(row.label for row in classes.examples) == dict.fromkeys({row.label for row in classes.examples}, 2)
 
 
-def test_held_out_sides_only(prepare: Artifact) -> None:
+def test_sets_hold_the_examples_of_their_split(prepare: Artifact) -> None:
     for split in ("dev", "test"):
         for found in load_sets(prepare, split):
             assert {row.id for row in found.examples} == {

@@ -171,7 +171,7 @@ def _tree(pid: int) -> list[psutil.Process]:
 
 
 def _of(temporary: Path) -> list[psutil.Process]:
-    """Processes of our own cluster without a parent: its temp dir stands in their command lines."""
+    """Processes of our own cluster without a parent: its temp dir is in their command lines."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         if any(str(temporary) in part for part in process.info["cmdline"] or []):

@@ -96,7 +96,7 @@ def run(command: list[str], timeout: int = 240) -> tuple[int, str]:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_a_job_runs_under_symmetric_run_and_its_token_is_nobodys(slurm: Path, tmp_path: Path) -> None:
+def test_a_job_runs_under_symmetric_run_and_its_token_is_private(slurm: Path, tmp_path: Path) -> None:
     code, output = run(submit("looks"))
     assert code == 0, output
     assert "attempt 1 of looks" in output and "cpus 3.0" in output and "77: succeeded, exit code 0" in output

@@ -198,7 +198,7 @@ def test_bigger_blocks_read_less_and_take_less() -> None:
     assert few.search_memory > many.search_memory and not any("times;" in note for note in few.notes)
 
 
-def test_a_search_on_gpus_that_nobody_gets_is_told() -> None:
+def test_a_search_without_the_gpus_it_needs_is_noted() -> None:
     rows, cuda = {"web": (1000, 9000)}, "mine.search.device=cuda"
     without = plan_mining(web(cuda, "mine.encode.gpus_per_actor=0"), find_hardware("h100x8"), 256.0, rows)
     cores = plan_mining(web("mine.encode.gpus_per_actor=0"), find_hardware("h100x8"), 256.0, rows)
@@ -223,7 +223,7 @@ def test_bytes_of_a_shard_are_those_that_are_written(kind: Any) -> None:
 # -- what is planned --------------------------------------------------------------------------------------------------
 
 
-def test_every_miner_and_the_judge_are_planned() -> None:
+def test_every_retriever_and_the_candidate_filter_are_planned() -> None:
     hardware, rows = find_hardware("h100x8"), {"web": (10_000, 1_000_000)}
     more = [
         "mine.more_retrievers=[{type: pretrained, name: Qwen/Qwen3-0.6B}, {type: bm25}]",

@@ -14,6 +14,7 @@ from artifacts import publish, tiny_folder
 
 from nvembed.core import storage
 from nvembed.core.parquet import write_table
+from nvembed.core.uris import sqlite_uri
 from nvembed.evaluation.run import ITEMS_SCHEMA
 from nvembed.registry.client import aliases, list_versions, open_registry
 from nvembed.registry.config import GateConfig, RegisterConfig, RegistrationConfig
@@ -68,7 +69,7 @@ class Kit:
 
     @property
     def uri(self) -> str:
-        return f"sqlite:///{self.out}/mlflow.db"
+        return sqlite_uri(f"{self.out}/mlflow.db")
 
     @property
     def client(self) -> Any:
@@ -157,11 +158,13 @@ class Kit:
 
 @pytest.fixture
 def kit(tmp_path: Path, empty_database: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Kit:
-    """An output with an empty registry; the current directory is there."""
+    """An output with an empty registry; the current directory is there. Its path has all that a URI encodes."""
+    out = tmp_path / "50 % ü#1? a%20b [x]::y"
+    out.mkdir()
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    return Kit(str(tmp_path), folders)
+    monkeypatch.chdir(out)
+    shutil.copy(empty_database, out / "mlflow.db")
+    return Kit(str(out), folders)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nvembed.core.uris import file_path
 from nvembed.registry import champion
 from nvembed.registry.champion import (
     PromotionRefusedError,
@@ -73,7 +74,7 @@ def test_the_gate_reads_the_versions_own_files(kit: Any) -> None:
     kit.register("b", 0.6, auto_promote=False)
     _, second = kit.versions()
     assert evaluate_gate(kit.client, kit.uri, NAME, "1").passed
-    weights = Path(second.source.removeprefix("file://"), "model.sentence_transformer/1_Pooling/model.safetensors")
+    weights = Path(file_path(second.source), "model.sentence_transformer/1_Pooling/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     result = evaluate_gate(kit.client, kit.uri, NAME, "2")
     assert not result.passed and "probes: models:/nvembed-teacher/2: the files at" in result.refusal()
@@ -97,7 +98,7 @@ def test_leaks_and_a_cut_chain_are_refused(kit: Any) -> None:
     assert kit.aliases() == {"candidate": "1"}
 
 
-def test_a_champion_of_the_first_format_is_told_to_be_registered_again(kit: Any) -> None:
+def test_a_champion_of_the_first_format_must_be_registered_again(kit: Any) -> None:
     client = kit.client
     client.create_registered_model(NAME)
     tags = {"nvembed.evaluation_hash": json.dumps({"cwe": "aa", "hpo": "bb"}), "nvembed.scores": "{}"}

@@ -72,7 +72,7 @@ def test_a_champions_life_by_hand(kit: Any, tmp_path: Path) -> None:
     assert code == 2 and "exists and is not overwritten" in text
 
 
-def test_mistakes_are_told(kit: Any) -> None:
+def test_mistakes_are_errors_with_a_message(kit: Any) -> None:
     for arguments, message in (
         (("show", "unknown"), "the registry has no model unknown; it has: none"),
         (("rollback", "unknown"), "no model unknown"),

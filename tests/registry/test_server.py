@@ -62,7 +62,7 @@ def served(kit: Any, server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> A
     return kit
 
 
-def test_without_the_password_nothing_is_told(
+def test_without_the_password_every_request_is_refused(
     served: Any, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(urllib.error.HTTPError, match="401"):

@@ -13,10 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow.exceptions import MlflowException
 from servers import free_port
 
+from nvembed.core.uris import file_path
 from nvembed.registry.client import open_registry
-from nvembed.text.instructions import instruction_prefix
+from nvembed.registry.serving import Embeddings
+from nvembed.text.instructions import CATALOGUE, instruction_prefix
+from nvembed.types import UserError
 
 NAME = "nvembed-teacher"
 TEXTS = ["how to reverse a list", "a second, somewhat longer text about the sea", "Größe 東京 🙂", ""]
@@ -43,7 +47,11 @@ mlflow.set_registry_uri(uri)
 model = mlflow.pyfunc.load_model(reference)
 answers = {name: model.predict(request) for name, request in json.loads(requests).items()}
 refused = {}
-bad = {"prompt": {"input": "a", "prompt_name": "none"}, "width": {"input": "a", "dimensions": 99}}
+bad = {
+    "prompt": {"input": "a", "prompt_name": "none"},
+    "width": {"input": "a", "dimensions": 99},
+    "key": {"input": "a", "instruction": "web_serch"},
+}
 for name, request in bad.items():
     try:
         model.predict(request)
@@ -93,6 +101,22 @@ def environment(uri: str) -> dict[str, str]:
     return {**others, "MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true", "HF_HUB_OFFLINE": "1"}
 
 
+def test_an_instruction_follows_the_rules_of_the_library() -> None:
+    """A task sentence or a key; the copied file has the rules of `task_sentence` without its module."""
+    model = Embeddings()
+    model.settings = {"template": "Instruct: {task}\nQuery: ", "instructions": CATALOGUE}
+    for instruction in (*CATALOGUE, "Find {the} answer", "Wörter mit Ümlaut"):
+        assert model._prefix({"instruction": instruction}) == instruction_prefix(instruction)
+    for wrong, words in {
+        "web_serch": "unknown instruction 'web_serch'.*Did you mean 'web_search'",
+        "Instruct: Find it\nQuery: ": "is a rendered prompt; give the task alone",
+    }.items():
+        with pytest.raises(UserError):
+            instruction_prefix(wrong)
+        with pytest.raises(MlflowException, match=words):
+            model._prefix({"instruction": wrong})
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("alias", "kind"), [("champion", "masked"), ("candidate", "stock")])
@@ -106,6 +130,7 @@ def test_a_fresh_process_gets_our_vectors(registered: Any, folders: dict[str, Pa
     result = json.loads(done.stdout.split("RESULT")[1])
     check(result["answers"], folders[kind])
     assert "no prompt 'none'" in result["refused"]["prompt"] and "choose 1 to 32" in result["refused"]["width"]
+    assert "Did you mean 'web_search'?" in result["refused"]["key"]
     if kind == "stock":
         found_ND = np.array(result["stock"])
         np.testing.assert_allclose(found_ND, expected(folders[kind], PROMPT, TEXTS, None), rtol=0, atol=1e-5)
@@ -117,7 +142,7 @@ def test_a_fresh_process_gets_our_vectors(registered: Any, folders: dict[str, Pa
 @pytest.mark.timeout(600)
 def test_code_that_was_not_registered_is_not_run(registered: Any) -> None:
     version = open_registry(registered.uri).get_model_version(NAME, "1")
-    folder = Path(version.source.removeprefix("file://"), "model.sentence_transformer")
+    folder = Path(file_path(version.source), "model.sentence_transformer")
     for change, message in (
         ("pooling.py", "is not the code that was registered"),
         ("extra.py", "was not registered: extra.py"),

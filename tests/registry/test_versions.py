@@ -189,7 +189,7 @@ def test_a_run_given_by_tracking_is_used(kit: Any) -> None:
     assert kit.register("a", 0.5, run_id=run.info.run_id)["run_id"] == run.info.run_id
 
 
-def test_a_registry_that_is_away_is_told_apart(kit: Any) -> None:
+def test_a_registry_that_is_away_has_its_own_error(kit: Any) -> None:
     with pytest.raises(RegistryAwayError, match=r"does not answer.*run again"):
         kit.register("a", 0.5, tracking_uri="http://127.0.0.1:9")
 

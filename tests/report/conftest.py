@@ -193,9 +193,14 @@ def starts(*steps: int) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def mixed(rows: dict[str, int]) -> dict[str, Any]:
+def mixed(rows: dict[str, int], asked: dict[str, float]) -> dict[str, Any]:
     """The data sets in the manifest of a stream."""
-    return {"datasets": {name: {"usable": 400, "rows": n, "epochs": n / 400} for name, n in rows.items()}}
+    total = sum(rows.values())
+    datasets = {
+        name: {"usable": 400, "rows": n, "epochs": n / 400, "asked": asked[name], "realised": n / total}
+        for name, n in rows.items()
+    }
+    return {"datasets": datasets}
 
 
 def dataset_info(name: str, task: str, rule: str, synthetic: bool, other: str | None) -> dict[str, Any]:
@@ -326,7 +331,7 @@ def build_run(
     run.step(
         "stream_stage_1",
         {},
-        mixed({retrieval[0]: 320, retrieval[1]: 240, retrieval[2]: 240}),
+        mixed({retrieval[0]: 320, retrieval[1]: 240, retrieval[2]: 240}, dict.fromkeys(retrieval, 1 / 3)),
         StreamStep(weights=dict.fromkeys(retrieval, 2.0)),
         prepare="prepare",
         mine="mine",
@@ -341,7 +346,7 @@ def build_run(
     run.step(
         "stream_stage_2",
         {},
-        mixed({retrieval[0]: 60, names["hpo_classes"]: 20}),
+        mixed({retrieval[0]: 60, names["hpo_classes"]: 20}, {retrieval[0]: 0.75, names["hpo_classes"]: 0.25}),
         StreamStep(weights={retrieval[0]: 3.0, names["hpo_classes"]: 1.0}),
         prepare="prepare",
         mine="mine",

@@ -166,6 +166,18 @@ def test_a_run_is_reported_on_again_from_its_steps(copy: Path) -> None:
     assert "train_student: loss" not in Page((copy / "report.html").read_text()).text
 
 
+def test_the_report_of_another_version_is_written_again(copy: Path) -> None:
+    before = raw(copy)
+    (copy / "report.json").write_text(json.dumps({"schema_version": 0, "environment": before["environment"]}))
+    assert invoke(copy / "report.json").exit_code == 2
+    assert invoke(copy).exit_code == 0
+    after = raw(copy)
+    assert after["environment"] == before["environment"] and after["scores"] == before["scores"]
+    (copy / "report.json").write_text("{}")
+    with pytest.raises(UserError, match=r"its report\.json were not written by this version .*'environment'"):
+        collect_again(str(copy))
+
+
 def test_a_report_json_alone_becomes_a_page(runs: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copy(runs[0] / "report.json", tmp_path)
     assert invoke(tmp_path / "report.json").exit_code == 0
@@ -181,7 +193,7 @@ def test_a_report_json_alone_becomes_a_page(runs: tuple[Path, Path], tmp_path: P
         (None, [".", "RUN"], "has no report.json"),
         (None, ["RUN", "RUN"], "given twice"),
         (None, ["RUN"] * 6, f"at most {len(LABELS)}"),
-        ("report.json", ["report.json"], "not a report this nvembed reads"),
+        ("report.json", ["report.json"], "not a report that this nvembed reads"),
         ("page.html", ["RUN", "--out", "page.html"], "no report page of nvembed"),
         (None, ["RUN", "BETTER", "--out", "."], "is a directory"),
     ],
@@ -202,4 +214,13 @@ def test_wrong_input_is_reported(
 def test_a_step_that_lost_a_file_is_reported(copy: Path) -> None:
     (copy / "evaluate_teacher" / "scores.json").unlink()
     with pytest.raises(UserError, match=r"lacks a file: .*scores\.json"):
+        collect_again(str(copy))
+
+
+def test_a_step_of_another_version_is_reported(copy: Path) -> None:
+    manifest = copy / "prepare" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("near_duplicates_left", "near_copies_left"))
+    with pytest.raises(
+        UserError, match=r"not written by this version .*'near_duplicates_left'.* run its pipeline again"
+    ):
         collect_again(str(copy))

@@ -1,4 +1,4 @@
-"""The vector cache: what is known is not embedded again, damage is told and repaired, stored types round as stated."""
+"""The vector cache: known texts are not embedded again, damage is logged and repaired, stored types round as stated."""
 
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def test_a_second_run_embeds_nothing_and_a_larger_one_only_what_is_new(tmp_path,
         assert encode_checked(model, texts, cache=opened(tmp_path, kind), **options).embedded == 20
 
 
-def test_a_damaged_part_is_told_left_out_and_computed_again(tmp_path, caplog):
+def test_a_damaged_part_is_logged_left_out_and_computed_again(tmp_path, caplog):
     model, texts = Counting(), [f"text {number}" for number in range(6)]
     for half in (texts[:3], texts[3:]):
         encode_checked(model, half, [""] * 3, cache=opened(tmp_path))

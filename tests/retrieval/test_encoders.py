@@ -116,7 +116,7 @@ def test_encode_texts_renders_the_prompt(tiny_folder):
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [("packed", None), ("padded", None), ("ours", 64)]),
     ],
 )
-def test_which_texts_were_cut_is_told(model, limit, tiny_folder, monkeypatch):
+def test_truncated_texts_are_marked(model, limit, tiny_folder, monkeypatch):
     """As counted by the tokenizer on the whole text, at the very edge too."""
     encoder = open_encoder(tiny_folder if model == "ours" else PackageModel(), None, "fp32", token_budget=512)
     if model == "padded":

@@ -17,7 +17,7 @@ pytestmark = [
 
 
 def problem(documents: int = 60_000, queries: int = 500, dim: int = 384, ties: bool = False):
-    """Unit vectors around centres; with `ties`, many documents differ by less than bf16 can tell."""
+    """Unit vectors around centres; with `ties`, many documents differ by less than bf16 resolves."""
     generator = np.random.default_rng(3)
     centres = generator.standard_normal((50, dim))
     noise = 1e-4 if ties else 1.0

@@ -1,4 +1,4 @@
-"""Training streams: laid out from small hand-made artifacts, read back from any step, the same with Ray."""
+"""Training streams of small hand-made artifacts: written, read back from any step, the same with Ray."""
 
 import hashlib
 import json

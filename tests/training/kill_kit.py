@@ -1,4 +1,4 @@
-"""A driver of the `train` step that dies where it is told to: real Ray Train, real SIGKILL.
+"""A driver of the `train` step that dies at a given place: real Ray Train, real SIGKILL.
 
     python -c 'import kill_kit; kill_kit.drive()'     with KILL_KIT set, see `drive_once`
 

@@ -140,7 +140,7 @@ def test_the_launcher_sees_the_same_but_for_what_depends_on_the_workers_machines
         CheckpointStore(str(saved), identity(threads_per_worker=2)).preview()
 
 
-def test_other_circumstances_are_told(
+def test_other_circumstances_are_logged(
     saved: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = checkpoint_module.versions()

@@ -106,7 +106,7 @@ def test_attention_is_bidirectional_on_the_device(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("engine", "stage"), [("torch", 0), ("deepspeed", 2), ("deepspeed", 3)])
 def test_a_run_on_the_device_resumes_where_it_was(tmp_path: Path, engine: str, stage: int) -> None:
-    """bf16, interrupted after step 5 of 6 with a checkpoint at 4: the same losses as the run nobody stopped.
+    """bf16, interrupted after step 5 of 6 with a checkpoint at 4: the same losses as the uninterrupted run.
 
     Bit-equality is promised for one machine type; the kernels of these shapes give it here.
     """

@@ -57,6 +57,19 @@ def test_prompts_are_the_data_sets_and_query_is_retrieval(prepare):
     }
 
 
+def test_a_resumed_run_stores_the_same_query_prompt(tmp_path):
+    """The recipe's order holds, not the alphabet's, whether the manifest was just written or read again."""
+    examples = {"train": [TrainingExample("e", "zebra", TaskType.RETRIEVAL, "query")]}
+    sets = {
+        name: PreparedSet(TaskType.RETRIEVAL, [Document("d", "", "text")], examples, f"Instruct: {name}\nQuery: ")
+        for name in ("zebra", "ant")
+    }
+    fresh = publish_prepared(tmp_path / "prepare", sets)
+    again = load_artifact(fresh.uri)
+    assert fresh == again
+    assert dataset_prompts(fresh)["query"] == dataset_prompts(again)["query"] == "Instruct: zebra\nQuery: "
+
+
 def test_initialise_is_deterministic_and_seeded(prepare, tmp_path):
     vectors = {}
     for name, config in {"a": CONFIG, "b": CONFIG, "c": CONFIG.model_copy(update={"seed": 4})}.items():

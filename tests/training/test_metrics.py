@@ -38,7 +38,7 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path_factory, written: int
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1.5] * start + [2.0] * (9 - start)
 
 
-def test_missing_earlier_steps_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_earlier_steps_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n')
     with caplog.at_level(logging.WARNING):

@@ -138,8 +138,11 @@ def _copied(
 def count_left(
     datasets: dict[str, SourceRows], config: NearDuplicateConfig, work_uri: str | None = None
 ) -> dict[str, int]:
-    """Train examples that still have a near duplicate among the held-out texts, by data set: LSH misses, from
-    other permutations. Documents shared by all splits, which cannot be separated, are not compared."""
+    """Train examples that still have a near duplicate among the held-out texts, by data set.
+
+    LSH misses some pairs; this count uses other permutations, which miss others. Documents that all splits share
+    cannot be separated and are not compared.
+    """
     owned = _Owned()
     with _working_folder(work_uri) as uri:
         shards = write_texts(owned.texts(datasets, ("test", "dev", "train")), uri)

@@ -37,7 +37,7 @@ class MalformedRowError(Exception):
     """Why one row cannot be used; the reason never quotes the row's text."""
 
 
-class Passage(NamedTuple):
+class RowDocument(NamedTuple):
     """One document of a row, and its score where the source gave one."""
 
     text: str
@@ -55,8 +55,8 @@ class PairRow:
     """One good row."""
 
     query: str
-    positives: tuple[Passage, ...]
-    negatives: tuple[Passage, ...]
+    positives: tuple[RowDocument, ...]
+    negatives: tuple[RowDocument, ...]
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ def parse_row(columns: Mapping[str, Any]) -> PairRow:
         positives = _scored(columns["pos"], columns.get("pos_scores"), "positive")
         negatives = _scored(columns.get("neg") or [], columns.get("neg_scores"), "negative")
     elif columns.get("positive_passages") is not None:
-        positives = _passages(columns["positive_passages"], "positive")
-        negatives = _passages(columns.get("negative_passages") or [], "negative")
+        positives = _tevatron(columns["positive_passages"], "positive")
+        negatives = _tevatron(columns.get("negative_passages") or [], "negative")
     elif columns.get("positive") is not None:
-        positives = (Passage(check_text(columns["positive"], "positive")),)
+        positives = (RowDocument(check_text(columns["positive"], "positive")),)
         keys = sorted((key for key in columns if _NEGATIVE.match(key)), key=lambda key: (len(key), key))
         given = [columns[key] for key in keys if columns[key] not in (None, "")]
-        negatives = tuple(Passage(check_text(value, "negative")) for value in given)
+        negatives = tuple(RowDocument(check_text(value, "negative")) for value in given)
     else:
         raise MalformedRowError("positive missing")
     if not positives:
@@ -174,7 +174,7 @@ def _once(documents: Documents, dataset: str) -> Documents:
     """
     documents = documents.taken(documents.id_order())
     repeated = documents.repeated()
-    again = np.flatnonzero(repeated)  # each stands behind one with its id
+    again = np.flatnonzero(repeated)  # each follows one with its id
     other = (documents.taken(again).digests() != documents.taken(again - 1).digests()).any(axis=1)
     if other.any():
         key = next(documents.ids(again[other][:1]))
@@ -234,34 +234,34 @@ def check_text(value: Any, role: str) -> str:
     return value
 
 
-def _scored(values: Any, scores: Any, role: str) -> tuple[Passage, ...]:
+def _scored(values: Any, scores: Any, role: str) -> tuple[RowDocument, ...]:
     if not isinstance(values, list):
         raise MalformedRowError(f"{role}s are not a list")
     texts = [check_text(value, role) for value in values]
     if scores is None:
-        return tuple(Passage(text) for text in texts)
+        return tuple(RowDocument(text) for text in texts)
     if not isinstance(scores, list) or len(scores) != len(texts):
         raise MalformedRowError(f"{role} scores do not match the {role}s")
     if not all(isinstance(score, int | float) and not isinstance(score, bool) and isfinite(score) for score in scores):
         raise MalformedRowError(f"{role} score is not a number")
-    return tuple(Passage(text, float(score)) for text, score in zip(texts, scores, strict=True))
+    return tuple(RowDocument(text, float(score)) for text, score in zip(texts, scores, strict=True))
 
 
-def _passages(values: Any, role: str) -> tuple[Passage, ...]:
+def _tevatron(values: Any, role: str) -> tuple[RowDocument, ...]:
     """Tevatron's lists; their docids are dropped, as nothing says that they name one text only."""
     if not isinstance(values, list):
-        raise MalformedRowError(f"{role} passages are not a list")
-    passages = []
+        raise MalformedRowError(f"{role}_passages is not a list")
+    documents = []
     for value in values:
         if not isinstance(value, Mapping):
-            raise MalformedRowError(f"{role} passage is not an object")
+            raise MalformedRowError(f"{role}_passages holds an entry that is not an object")
         title = value.get("title") or ""
         if not isinstance(title, str) or not is_unicode(title):
             raise MalformedRowError(f"{role} title is not text")
         if too_long(title):
             raise MalformedRowError(f"{role} title is longer than {MAX_TEXT_BYTES:,} bytes")
-        passages.append(Passage(check_text(value.get("text"), role), title=title))
-    return tuple(passages)
+        documents.append(RowDocument(check_text(value.get("text"), role), title=title))
+    return tuple(documents)
 
 
 def rows_of_records(records: Iterable[Mapping[str, Any]], place: str) -> Iterator[RawRow]:

@@ -80,8 +80,11 @@ def _in_cache(matrix_ND: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def bf16_error(query: Sizes, document: Sizes, dim: int) -> np.ndarray:
-    """float64 [Q]: no bf16 product of a query with one of the documents is further from the exact one before its sum
-    is rounded to bf16."""
+    """Bound of the error of bf16 products, by query: float64 [Q].
+
+    No bf16 product of the query with one of the documents differs more from the exact product, before its sum is
+    rounded to bf16.
+    """
     longest, rest = document.largest()
     rounded_Q, rounded = query.norm_N + query.residual_N, longest + rest
     inputs_Q = query.residual_N * longest + rounded_Q * rest
@@ -90,7 +93,7 @@ def bf16_error(query: Sizes, document: Sizes, dim: int) -> np.ndarray:
 
 
 def fp32_error(norm_Q: np.ndarray, longest: float, dim: int) -> np.ndarray:
-    """float64 [Q]: the same for fp32 products."""
+    """Bound of the error of fp32 products, by query: float64 [Q]."""
     return _SLACK * dim * FP32_ROUNDOFF * norm_Q * longest + dim * _TINY * (1.0 + norm_Q + longest)
 
 

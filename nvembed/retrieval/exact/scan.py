@@ -126,8 +126,11 @@ class QueryBlock:
         return fp32_error(self.vectors.sizes.norm_N, segment.vectors.sizes.largest()[0], dim)
 
     def certificates(self) -> np.ndarray:
-        """float64 [Q]: k-th score less the best possible score of anything left out, the smaller of both lists; never
-        negative. +inf where nothing was left out."""
+        """Margin of each query's result, float64 [Q], never negative.
+
+        It is the k-th score less the best possible score of any document left out, the smaller of both lists; +inf
+        where none was left out.
+        """
         margin_Q = np.full(len(self.query_QD), np.inf)
         for best, dropped_Q in ((self.plain, self.dropped_Q), (self.under, self.dropped_under_Q)):
             if best is not None:

@@ -50,7 +50,7 @@ def vectors(draw):
 
 
 def test_a_cut_between_two_bf16_numbers_loses_nothing():
-    """Two documents nearer to each other than bf16 can tell, in segments of their own; the ceiling is one's score."""
+    """Two documents nearer to each other than bf16 resolves, in segments of their own; the ceiling is one's score."""
     query = np.array([[-0.27275627851486206]], dtype=np.float32)
     documents = np.array([[1.0616099834442139], [1.0616098642349243]], dtype=np.float32)
     ceiling = oracle(query, documents)[:, 1]
@@ -144,7 +144,7 @@ def test_no_product_is_further_off_than_its_bound(problem):
     assert (np.abs(full - exact) <= fp32_error(norms(query), longest, query.shape[1])[:, None]).all()
 
 
-def test_near_ties_that_bf16_cannot_tell_apart_are_searched_again_and_counted(monkeypatch):
+def test_near_ties_that_are_equal_in_bf16_are_searched_again_and_counted(monkeypatch):
     """2,000 documents within one bf16 step of each other, in an order that their bf16 roundings reverse."""
     monkeypatch.setattr(scan, "_LIMIT", (1, 16))
     generator = np.random.default_rng(0)
