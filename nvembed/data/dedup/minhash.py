@@ -57,8 +57,10 @@ class WordHashes:
 
 
 def runs(words: Ragged, length: int) -> Ragged:
-    """Hash of every run of `length` words of each row (its shingles, repeats included); of a shorter row, of all its
-    words together."""
+    """Hash of every run of `length` words of each row; of a shorter row, of all its words together.
+
+    The shingles of the texts, repeats included.
+    """
     sizes = np.diff(words.starts)
     counts = np.maximum(sizes - length + 1, 1)
     starts = np.zeros(len(counts) + 1, np.int64)
