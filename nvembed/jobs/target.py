@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from nvembed.core.arguments import nearest
 from nvembed.jobs.config import CloudTarget, KubeRayTarget, RayTarget, SlurmTarget
 from nvembed.jobs.uploads import leaks, wrong_variables
-from nvembed.recipe.document import Document, Path, Problem, nearest, parse
+from nvembed.recipe.document import Document, Path, Problem, parse
 from nvembed.recipe.schema import RecipeError, read_yaml
 from nvembed.recipe.validation import validate
 

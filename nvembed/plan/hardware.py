@@ -18,7 +18,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from nvembed.core import storage
-from nvembed.recipe.document import nearest
+from nvembed.core.arguments import nearest
 from nvembed.types import Config, UserError
 
 ASSUMED_MFU = 0.35

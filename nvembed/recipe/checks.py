@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nvembed.core.arguments import nearest
 from nvembed.core.secrets import why_refused
 from nvembed.mining.config import RandomNegatives
 from nvembed.modeling.config import FoldedLatentAttentionConfig, LatentAttentionConfig, RandomBackbone
 from nvembed.modeling.shapes import known_shape
-from nvembed.recipe.document import Document, Path, Problem, nearest
+from nvembed.recipe.document import Document, Path, Problem
 from nvembed.text.instructions import CATALOGUE
 
 Sections = Mapping[Path, Any]

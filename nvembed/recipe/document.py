@@ -5,14 +5,14 @@ Nothing is raised here: whatever is wrong becomes a `Problem`, so that the user 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-Path = tuple[str | int, ...]
+from nvembed.core.validation import Path
+
 _PLAIN = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
@@ -74,13 +74,6 @@ class Document:
 def dotted(path: Path) -> str:
     """`a.b.0` of a path."""
     return ".".join(map(str, path))
-
-
-def nearest(word: str, choices: Sequence[str]) -> str:
-    """` Did you mean 'x'?` for the most similar choice; empty when none is similar."""
-    lowered = {choice.lower(): choice for choice in choices}
-    matches = difflib.get_close_matches(str(word).lower(), lowered, n=1, cutoff=0.6)
-    return f" Did you mean '{lowered[matches[0]]}'?" if matches else ""
 
 
 def parse(text: str, source: str, what: str = "recipe") -> tuple[Document, list[Problem]]:
