@@ -21,6 +21,7 @@ from nvembed.types import UserError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_SHOWN = 80  # characters of a value in a message
 _LARGEST = 2**31 - 1  # of a count
 _PLAIN = (str, bytes, bool, numbers.Number, list, tuple, dict, set, frozenset, type(None))
 _short = reprlib.Repr()
@@ -40,12 +41,13 @@ def nearest(word: str, choices: Sequence[str]) -> str:
 def shown(value: object) -> str:
     """A wrong value in a message: plain values as they are written, anything else by its type and shape."""
     if isinstance(value, _PLAIN):
-        return _short.repr(value)
+        text = _short.repr(value)
+        return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     name = value.__name__ if isinstance(value, type) else type(value).__name__
     if isinstance(value, type):
         return f"the class {name}"
     shape = getattr(value, "shape", None)
-    article = "an" if name[0].lower() in "aeiou" else "a"
+    article = "an" if name[0].lower() in "aeiou" or name == "ndarray" else "a"
     return f"{article} {name}" + (f" of shape {tuple(shape)}" if isinstance(shape, tuple) else "")
 
 
@@ -169,8 +171,10 @@ def check_list(name: str, value: Any, what: str, advice: str = "") -> list[Any]:
         UserError: one string, something without items, a mapping, a set (it has no order), a table.
     """
     problem = f"{name} is {shown(value)}, not a list of {what}."
-    if isinstance(value, str | bytes):
-        raise UserError(f"{problem} For a single one write [{name.removesuffix('s')}].{advice}")
+    if isinstance(value, bytes):
+        raise UserError(f"{problem} Give strings; bytes.decode() makes one.")
+    if isinstance(value, str):
+        raise UserError(f"{problem} For a single one write [{shown(value)}].{advice}")
     if isinstance(value, Mapping):
         raise UserError(f"{problem} Give a list, such as list({name}.values()).")
     if isinstance(value, set | frozenset):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nvembed.modeling.embedder import Embedder
+from nvembed.modeling.embedder import Embedder, encode_prompted
 from nvembed.modeling.probes import PROBES_JSON
 
 BATCH = 8
@@ -21,8 +21,8 @@ Encode = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # texts, prompts 
 
 
 def embedder_encode(embedder: Embedder) -> Encode:
-    """`Embedder.encode` with rendered prompts."""
-    return lambda texts, prompts: embedder.encode(texts, prompt=prompts)
+    """`encode_prompted` of an embedder."""
+    return lambda texts, prompts: encode_prompted(embedder, texts, prompts)
 
 
 class ParityError(RuntimeError):
