@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Embedder": "nvembed.modeling.embedder",
-    "encode_texts": "nvembed.retrieval.encode",
+    "encode_texts": "nvembed.retrieval.encode_list",
     "evaluate_retrieval": "nvembed.evaluation.retrieval",
     "load_embedder": "nvembed.modeling.folder",
     "mine_vectors": "nvembed.mining.api",
@@ -27,3 +27,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -167,7 +167,8 @@ def test_package_files_hold_a_docstring_and_lazy_exports_only() -> None:
                 for node in body[1:]
                 if isinstance(node, ast.ImportFrom) and node.module in ("__future__", "typing")
             ]
-            lazy = [node for node in body[1:] if isinstance(node, ast.FunctionDef) and node.name == "__getattr__"]
+            functions = [node for node in body[1:] if isinstance(node, ast.FunctionDef)]
+            lazy = [node for node in functions if node.name in ("__getattr__", "__dir__")]
             assigned = [node for node in body[1:] if isinstance(node, ast.Assign)]
             assert docstring and len(light) + len(lazy) + len(assigned) == len(body) - 1, path
 

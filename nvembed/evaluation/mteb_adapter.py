@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from nvembed.modeling.embedder import encode_prompted
 from nvembed.modeling.folder import describe_folder, load_embedder
-from nvembed.text.instructions import task_sentence
+from nvembed.text.instructions import choose_prompts, task_sentence
 from nvembed.types import UserError
 
 # mteb's tasks whose wording our catalogue has; keys of `text.instructions.CATALOGUE`
@@ -110,7 +111,9 @@ class MtebEncoder:
         """
         texts = [text for batch in inputs for text in batch["text"]]
         instruction = self.instruction(task_metadata, prompt_type)
-        return self.embedder.encode(texts, instruction, token_budget=self.token_budget)
+        # tasks hold empty texts, which `Embedder.encode` refuses
+        prompts = choose_prompts(len(texts), instruction)
+        return encode_prompted(self.embedder, texts, prompts, token_budget=self.token_budget)
 
     def instruction(self, task_metadata: Any, prompt_type: Any) -> str:
         """The task sentence of a task's queries or documents; "" for documents of asymmetric tasks.

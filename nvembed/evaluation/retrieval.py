@@ -5,18 +5,23 @@ Shapes: Q queries, N documents, D width.
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nvembed.core.arguments import check_count, check_flag, check_mapping, public, shown
+from nvembed.core.messages import nearest
 from nvembed.data.tables import document_text
 from nvembed.evaluation.metrics import RECALL_DEPTH, retrieval_values
 from nvembed.evaluation.significance import bootstrap, mean_statistic
-from nvembed.retrieval.encode import encode_texts, encoder_of
-from nvembed.retrieval.encoders import Encoder, Model
+from nvembed.retrieval.encode_list import encode_texts
+from nvembed.retrieval.encoders import Encoder, Model, encoder_of
 from nvembed.retrieval.exact.search import search_exact
-from nvembed.text.identity import text_problem
+from nvembed.text.identity import refuse_texts, text_problem
+from nvembed.text.instructions import choose_prompts
 from nvembed.types import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +31,7 @@ _SAMPLES, _SEED = 1000, 0  # of the bootstrap, as `EvaluateConfig` has them
 _LISTED = 5
 
 
+@public
 def evaluate_retrieval(
     model: Model | Encoder | Embedder,
     corpus: Mapping[str, str | Mapping[str, str]],
@@ -56,7 +62,8 @@ def evaluate_retrieval(
         scored queries; with `intervals` each `{"value": ..., "low": ..., "high": ...}`.
 
     Raises:
-        UserError: a text that cannot be embedded, a judgement of an unknown query or document, an unknown key, ...
+        UserError: something else than mappings of ids; a text that cannot be embedded, a judgement of an unknown query
+            or document, a grade that is no number, an unknown key or precision, a wrong model or count.
 
     Example:
         >>> from nvembed import evaluate_retrieval
@@ -69,22 +76,63 @@ def evaluate_retrieval(
         >>> evaluate_retrieval(PackageModel(), corpus, queries, {"q1": {"b": 1}, "q2": {"a": 1}})
         {'ndcg_at_10': 1.0, 'recall_at_100': 1.0, 'mrr_at_10': 1.0}
     """
-    if k < 1:
-        raise UserError(f"k is {k}; at least one rank has to count.")
+    k, intervals = check_count("k", k), check_flag("intervals", intervals)
+    if instruction is not None and not isinstance(instruction, str):
+        raise UserError(f"instruction is {shown(instruction)}; give one task sentence or its key, or None for none.")
+    check_mapping("corpus", corpus, "Give document id -> text, such as dict(zip(ids, texts)).")
+    check_mapping("queries", queries, "Give query id -> text, such as dict(zip(ids, texts)).")
+    _check_ids("corpus", corpus)
+    _check_ids("queries", queries)
+    _check_rows(corpus)
     documents = {key: _document(row) for key, row in corpus.items()}
-    gains = _gains(queries, documents, qrels)
+    gains = _gains(queries, documents, _grades(qrels))
     _check_texts("document", documents)
     _check_texts("query", {key: queries[key] for key in gains})
+    choose_prompts(0, instruction or "")  # an unknown key, before the model is loaded
     encoder = encoder_of(model, with_prompt=instruction is not None, precision=precision)
     query_QD = encode_texts([queries[key] for key in gains], encoder, instruction=instruction or "")
     document_ND = encode_texts(list(documents.values()), encoder)
-    ranked, _ = search_exact(query_QD, [(list(documents), document_ND)], max(k, RECALL_DEPTH))
+    ranked, _ = search_exact(query_QD, [(list(documents), document_ND)], max(min(k, len(documents)), RECALL_DEPTH))
     values = retrieval_values(ranked, list(gains.values()), k)
     scores = {
         metric: bootstrap(mean_statistic(np.array(row)), len(row), _SAMPLES if intervals else 1, _SEED)
         for metric, row in values.items()
     }
     return dict(scores) if intervals else {metric: interval["value"] for metric, interval in scores.items()}
+
+
+def _check_ids(name: str, mapping: Mapping[Any, Any]) -> None:
+    kinds = {next((kind for kind in (str, int, np.integer) if isinstance(key, kind)), type(key)) for key in mapping}
+    if len(kinds) > 1 or kinds & {tuple, type(None)}:
+        wrong = next(key for key in mapping if not isinstance(key, str))
+        raise UserError(f"{name} has the id {shown(wrong)}; give strings as ids.")
+
+
+def _check_rows(corpus: Mapping[str, Any]) -> None:
+    """Refuse rows of a document that are neither a text nor have one."""
+    problems = {}
+    for key, row in corpus.items():
+        if not isinstance(row, Mapping):
+            continue
+        if row.get("text") is None:
+            keys = ", ".join(map(str, row)) or "none"
+            problems[f"document {key!r}"] = f'is empty: it has no "text" (its keys: {keys})'
+        for part in ("title", "text"):
+            if row.get(part) is not None and not isinstance(row[part], str):
+                problems[f"document {key!r}"] = f"has a {part} that is {type(row[part]).__name__}, not a text"
+    refuse_texts("evaluate_retrieval", problems)
+
+
+def _grades(qrels: Any) -> Mapping[str, Mapping[str, float]]:
+    """The judgements, all of them finite numbers."""
+    advice = 'Give query id -> {document id: grade}, such as {"q1": {"d7": 1}}.'
+    check_mapping("qrels", qrels, advice)
+    for query, grades in qrels.items():
+        check_mapping(f"qrels[{query!r}]", grades, advice)
+        for document, grade in grades.items():
+            if not isinstance(grade, numbers.Real) or not math.isfinite(grade):
+                raise UserError(f"qrels[{query!r}][{document!r}] is {shown(grade)}; give a finite number.")
+    return qrels
 
 
 def _document(row: str | Mapping[str, str]) -> str:
@@ -99,9 +147,16 @@ def _gains(
     """The grades above 0 of each query that has any."""
     judged_documents = {document for grades in qrels.values() for document in grades}
     for kind, known, names in (("queries", queries, set(qrels)), ("documents", documents, judged_documents)):
-        if unknown := sorted(names - known.keys()):
+        if unknown := sorted(names - known.keys(), key=lambda name: (str(name), repr(name))):
             listed = ", ".join(map(repr, unknown[:_LISTED]))
-            raise UserError(f"qrels name {len(unknown)} {kind} that are not given: {listed}. Remove them or add them.")
+            as_text = {str(name): name for name in known}
+            if (first := str(unknown[0])) in as_text:
+                hint = f" There is {as_text[first]!r}: use one type of id."
+            else:
+                hint = nearest(first, list(as_text))
+            raise UserError(
+                f"qrels name {len(unknown)} {kind} that are not given: {listed}.{hint} Remove them or add them."
+            )
     relevant = {
         query: {document: float(grade) for document, grade in grades.items() if grade > 0}
         for query, grades in qrels.items()
@@ -114,6 +169,4 @@ def _gains(
 
 def _check_texts(kind: str, texts: Mapping[str, str]) -> None:
     problems = {key: problem for key, text in texts.items() if (problem := text_problem(text)) is not None}
-    if problems:
-        listed = "; ".join(f"{kind} {key!r} {problem}" for key, problem in list(problems.items())[:_LISTED])
-        raise UserError(f"{len(problems)} texts cannot be embedded: {listed}. Correct or remove them.")
+    refuse_texts("evaluate_retrieval", {f"{kind} {key!r}": problem for key, problem in problems.items()})

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from nvembed.core.arguments import check_count, check_list, check_number, public, shown
+from nvembed.core.messages import nearest
+from nvembed.core.validation import describe_error, tagged_models
 from nvembed.mining.config import (
     RandomNegatives,
     RankWindow,
@@ -35,16 +38,24 @@ from nvembed.mining.rules import (
     rule_limits,
 )
 from nvembed.mining.selection import CODE, Block, Reason, decide
-from nvembed.retrieval.exact.search import as_matrix, numbered, search_shards
+from nvembed.retrieval.exact.search import (
+    as_array,
+    as_matrix,
+    check_results,
+    choose_precision,
+    numbered,
+    search_shards,
+)
 from nvembed.retrieval.exact.topk import Best, gathered_scores, pair_scores
 from nvembed.types import UserError
 
 _RULES: TypeAdapter[RuleConfig] = TypeAdapter(RuleConfig)
 
 
+@public
 def mine_vectors(
-    queries: np.ndarray,
-    documents: np.ndarray,
+    queries: np.ndarray | Sequence[Sequence[float]],
+    documents: np.ndarray | Sequence[Sequence[float]],
     positives: Sequence[Sequence[int]],
     num_negatives: int,
     rule: Mapping[str, Any] | RuleConfig,
@@ -61,8 +72,8 @@ def mine_vectors(
     ranks. Known positives are never negatives, nor are documents with exactly a positive's vector.
 
     Args:
-        queries: float [Q, D]; used as float32.
-        documents: float [N, D], a memory-mapped array included.
+        queries: numbers [Q, D], as `search_vectors` takes them; used as float32.
+        documents: numbers [N, D], a memory-mapped array included.
         positives: for each query the row numbers of its documents, one at least.
         num_negatives: K, wanted per query.
         rule: a rule of `nvembed.mining.config`, or its keys as in a recipe; with p the lowest positive's score:
@@ -72,7 +83,8 @@ def mine_vectors(
             {"type": "rank_window", "first": 30, "last": 100}: those ranks, positives counted;
             {"type": "sampled_topk", "top": 10, "temperature": 0.1, "ceiling": {...}}: a draw from the best ten under a
             ceiling; {"type": "random"}: a uniform draw.
-        max_similarity_to_positive: refuse documents whose cosine with a positive of the query is at least this.
+        max_similarity_to_positive: refuse documents whose cosine with a positive of the query is at least this
+            (-1 to 1).
         max_per_document: a document is a negative of this many queries at most; see `rules.cap_documents`.
         seed: of the draws. A query's draw depends on its row number and the seed only.
         precision, device: see `search_vectors`; they never change the result.
@@ -81,7 +93,9 @@ def mine_vectors(
         int64 [Q, K] row numbers of documents, best first (random: in drawn order), -1 where fewer qualify.
 
     Raises:
-        UserError: an unknown rule, wrong shapes, a query without a positive or with one that is no row, NaN, infinity.
+        UserError: an unknown rule (with everything that is wrong with it), wrong shapes, a query without a positive or
+            with one that is no row number, a count or similarity out of range, NaN, infinity, an unknown precision or
+            device.
 
     Example:
         >>> import numpy as np; from nvembed import mine_vectors
@@ -93,9 +107,17 @@ def mine_vectors(
     """
     query_QD = as_matrix(queries, "queries")
     config = _read_rule(rule)
-    known = _Positives(query_QD, np.asanyarray(documents), positives, max_similarity_to_positive)
-    if num_negatives < 1:
-        raise UserError(f"num_negatives is {num_negatives}; at least one negative per query is needed")
+    num_negatives = check_results("num_negatives", num_negatives, len(query_QD))
+    seed = check_count("seed", seed, least=None, most=None)
+    choose_precision(precision, device)
+    if max_per_document is not None:
+        max_per_document = check_count("max_per_document", max_per_document)
+    if max_similarity_to_positive is not None:
+        check_number("max_similarity_to_positive", max_similarity_to_positive, -1, 1)
+    document_ND = as_array(documents, "documents")
+    known = _Positives(query_QD, document_ND, _row_lists(positives), max_similarity_to_positive)
+    if isinstance(config, SampledTopK):  # no list is longer than the documents
+        config = config.model_copy(update={"top": min(config.top, max(len(document_ND), 1))})
     if isinstance(config, RandomNegatives | SampledTopK) and max_per_document is not None:
         raise UserError(f"max_per_document needs candidates in order of preference; {config.type} draws them")
     if isinstance(config, RandomNegatives):
@@ -110,11 +132,51 @@ def _read_rule(rule: Mapping[str, Any] | RuleConfig) -> RuleConfig:
     Raises:
         UserError: an unknown type or key, a value out of range.
     """
+    rules = tagged_models(RuleConfig)
+    if not isinstance(rule, (Mapping, *rules.values())):
+        hint = nearest(rule, list(rules)) if isinstance(rule, str) else ""
+        raise UserError(f'rule is {shown(rule)}; give its keys: {{"type": ...}}, one of {", ".join(rules)}.{hint}')
+    given = {str(key): value for key, value in rule.items()} if isinstance(rule, Mapping) else rule
+    problems: list[str] = []
     try:
-        return _RULES.validate_python(dict(rule) if isinstance(rule, Mapping) else rule)
+        config = _RULES.validate_python(given)
+        dumped = config.model_dump()
+        for name, value in {**dumped, **dumped.get("ceiling", {})}.items():
+            problems += [f"rule.{name}: nan; give a number"] if isinstance(value, float) and np.isnan(value) else []
     except ValidationError as error:
-        problems = "; ".join(": ".join((*map(str, item["loc"]), item["msg"])) for item in error.errors())
-        raise UserError(f"rule {rule!r}: {problems}") from error
+        for detail in error.errors():
+            path, message, _ = describe_error(detail, (), RuleConfig, lambda path: _at(given, path))
+            problems.append(f"{'.'.join(map(str, ('rule', *path)))}: {message}")
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError("\n  ".join([f"rule {shown(rule)}: {count}", *problems]))
+    return config
+
+
+def _at(value: Any, path: Sequence[str | int]) -> Any:
+    """The value at a path below a mapping; None where there is none."""
+    for part in path:
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _row_lists(positives: Any) -> list[Sequence[int]]:
+    """Each query's row numbers.
+
+    Raises:
+        UserError: not a list of lists of whole numbers; a mask is none.
+    """
+    whole = getattr(positives, "ndim", 1) == 2 and not hasattr(positives, "columns")
+    lists = list(np.asarray(positives)) if whole else check_list("positives", positives, "lists of row numbers")
+    for query, rows in enumerate(lists):
+        if isinstance(rows, str | bytes | Mapping) or not hasattr(rows, "__len__") or not hasattr(rows, "__iter__"):
+            raise UserError(f"positives[{query}] is {shown(rows)}, not a list of row numbers such as [0, 4].")
+        items = np.asarray(rows).ravel().tolist() if hasattr(rows, "__array__") else rows
+        for row in items:
+            if isinstance(row, bool) or not isinstance(row, int | np.integer) or not -(2**63) <= row < 2**63:
+                mask = " Of a mask give np.flatnonzero(mask)." if isinstance(row, bool | np.bool_) else ""
+                raise UserError(f"positives[{query}] holds {shown(row)}; give row numbers of documents.{mask}")
+    return lists
 
 
 class _Positives:
@@ -134,9 +196,10 @@ class _Positives:
         max_similarity: float | None,
     ) -> None:
         if documents.ndim != 2 or documents.shape[1] != query_QD.shape[1]:
-            raise UserError(f"documents have shape {documents.shape}, queries {query_QD.shape}: (N, D) and (Q, D) fit")
+            shapes = f"documents have shape {documents.shape}, queries {query_QD.shape}"
+            raise UserError(f"{shapes}: both need the same width. Embed them with one model.")
         if len(positives) != len(query_QD):
-            raise UserError(f"{len(positives)} lists of positives for {len(query_QD)} queries")
+            raise UserError(f"{len(positives)} lists of positives for {len(query_QD)} queries; give one for each.")
         self.query_QD, self.documents, self.max_similarity = query_QD, documents, max_similarity
         count_Q = np.fromiter(map(len, positives), dtype=np.int64, count=len(positives))
         self.most = int(count_Q.max(initial=0))
@@ -151,7 +214,7 @@ class _Positives:
         score_P = gathered_scores(query_QD, owner_P, vectors_UD, place_P)
         if not np.isfinite(score_P).all():
             bad = int(np.argmin(np.isfinite(score_P)))
-            raise UserError(f"query {owner_P[bad]} or its positive, document {row_P[bad]}, is not finite")
+            raise UserError(f"query {owner_P[bad]} or its positive, document {row_P[bad]}, is not finite; correct it.")
         column_P = np.arange(len(owner_P)) - (np.cumsum(count_Q) - count_Q)[owner_P]
         self.rows_QM = np.full((len(positives), self.most), ABSENT, dtype=np.int64)
         self.scores_QM = np.full((len(positives), self.most), np.nan)
@@ -303,6 +366,9 @@ def _random(known: _Positives, count: int, seed: int) -> np.ndarray:
             rows_C = np.array(order, dtype=np.int64)
             vectors_CD = np.asarray(known.documents[rows_C], dtype=np.float32)
             scores_C = gathered_scores(known.query_QD, np.repeat(at, len(order)), vectors_CD, np.arange(len(order)))
+            if not np.isfinite(scores_C).all():
+                bad = order[int(np.isfinite(scores_C).argmin())]
+                raise UserError(f"query {at[0]} or document {bad} is not finite; correct it.")
             refused_C = known.never(at, rows_C[None], scores_C[None])[0]
             if known.max_similarity is not None:
                 refused_C |= known.too_similar(np.repeat(at, len(order)), rows_C) > 0

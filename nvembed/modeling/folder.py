@@ -26,13 +26,15 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nvembed.core.arguments import check_address, check_flag, public, shown
 from nvembed.core.formats import check_format, stamp
+from nvembed.core.messages import nearest
 from nvembed.core.runtime import no_progress_bars
 from nvembed.core.steps import DESCRIPTION, RECIPE
 from nvembed.modeling import probes
 from nvembed.modeling.adapters import ADAPTER_FOLDER, KeptAdapter, has_adapter
 from nvembed.modeling.card import model_card
-from nvembed.modeling.config import HEADS, EmbedderConfig, PoolingConfig
+from nvembed.modeling.config import HEADS, EmbedderConfig, LastTokenConfig, MeanConfig, PoolingConfig
 from nvembed.modeling.embedder import Embedder
 from nvembed.modeling.origin import CARD
 from nvembed.modeling.sentence_folder import POOLING_FOLDER, library_versions, write_json, write_modules, write_prompts
@@ -149,7 +151,7 @@ def describe_folder(folder: Path | str) -> dict[str, Any]:
     """
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
-        raise UserError(f"{folder} is not an nvembed model folder (no {DESCRIPTION}). Check the path.")
+        raise UserError(f"{folder} is not an nvembed model folder (no {DESCRIPTION}). {_what_to_do(str(folder))}")
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         check_format(description, str(path), newest=FORMAT_VERSION)
@@ -160,6 +162,33 @@ def describe_folder(folder: Path | str) -> dict[str, Any]:
     return description
 
 
+def _what_to_do(given: str) -> str:
+    """What to do with something that is not a model folder of ours."""
+    folder = Path(given)
+    if given.startswith("models:/"):
+        name = given.removeprefix("models:/") or "NAME@ALIAS"
+        return f"It names a registry version: run `nvembed registry export {name} DIR` and give DIR."
+    if "://" in given or given.partition("/")[0].endswith(":"):
+        return "A local folder is needed; nvembed.core.model_cache.local_model(uri) fetches a remote one."
+    if folder.is_file():
+        return "It is a file; give the folder that holds it."
+    if not folder.exists():
+        parent = folder.parent
+        names = [path.name for path in parent.iterdir()] if parent.is_dir() else []
+        return f"There is nothing at this path.{nearest(folder.name, names)} Check it."
+    if (folder / "modules.json").is_file():
+        return "It is a sentence-transformers model: encode_texts(texts, folder) and evaluate_retrieval take it."
+    if (folder / "config.json").is_file():
+        return (
+            "It is a transformers model: train from it (initialise.backbone: {type: pretrained, name: ...}), or turn "
+            "an NV-Embed checkpoint into a model folder with `nvembed import`."
+        )
+    if (folder / "model" / DESCRIPTION).is_file():
+        return f"Its subfolder is one: {folder / 'model'}."
+    return "Check the path."
+
+
+@public
 def load_embedder(
     folder: Path | str,
     *,
@@ -170,12 +199,14 @@ def load_embedder(
     """Load a model folder on the CPU in float32, evaluation mode.
 
     Args:
+        folder: local model folder: `<step>/model` of a run, or what `nvembed import` or `registry export` wrote.
         check_probes: compute the probe vectors again and refuse the folder when they differ.
         pooling: another pooling than the folder's (mean or last token); probes are then not checked.
         bidirectional: another direction than the folder's; likewise.
 
     Raises:
-        UserError: not a model folder of ours, damaged, or computed differently by the installed libraries.
+        UserError: an argument of another type; not a model folder of ours, damaged, or computed differently by the
+            installed libraries.
 
     Example:
         >>> from nvembed import load_embedder
@@ -183,8 +214,18 @@ def load_embedder(
         >>> model.encode(["sort a list", "heap overflow"], instruction="web_search").shape == (2, model.dim)
         True
     """
-    folder = Path(folder)
-    description = describe_folder(folder)
+    if isinstance(folder, Embedder):
+        raise UserError("folder is an Embedder, which is loaded already; use it as it is.")
+    address = check_address("folder", folder, "the path of a model folder")
+    check_flag("check_probes", check_probes)
+    if bidirectional is not None:
+        check_flag("bidirectional", bidirectional)
+    if pooling is not None and not isinstance(pooling, (*HEADS, MeanConfig, LastTokenConfig)):
+        raise UserError(
+            f"pooling is {shown(pooling)}; give MeanConfig() or LastTokenConfig() of nvembed.modeling.config, or None."
+        )
+    description = describe_folder(address)
+    folder = Path(address)
     try:
         stored = EmbedderConfig.model_validate(description["embedder"])
     except ValidationError as error:

@@ -10,9 +10,11 @@ from typing import Any, Literal, cast
 
 import torch
 
+from nvembed.core.arguments import check_choice, shown
 from nvembed.types import UserError
 
 Precision = Literal["fp32", "bf16"]
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def resolve_precision(precision: str, device: torch.device | str = "cpu") -> Precision:
@@ -21,11 +23,25 @@ def resolve_precision(precision: str, device: torch.device | str = "cpu") -> Pre
     Raises:
         UserError: another value than auto, fp32, bf16.
     """
-    if precision in ("fp32", "bf16"):
+    if check_choice("precision", precision, PRECISIONS) != "auto":
         return cast(Precision, precision)
-    if precision != "auto":
-        raise UserError(f"precision {precision!r} is not known; use auto, fp32 or bf16.")
     return "bf16" if has_bf16(device) else "fp32"
+
+
+def check_device(device: Any) -> str:
+    """The name of a device that torch finds here: "cpu", "cuda" or "cuda:1"; a `torch.device` is one too.
+
+    Raises:
+        UserError: anything else.
+    """
+    name = str(device) if isinstance(device, torch.device) else device
+    kind, _, number = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if kind == "cpu" and number in ("", "0"):
+        return "cpu"
+    numbered = number.isdigit() or name == "cuda"
+    if kind == "cuda" and numbered and torch.cuda.is_available() and int(number or 0) < torch.cuda.device_count():
+        return name
+    raise UserError(f"device {shown(device)} is not here; use cpu, or cuda where torch finds a GPU")
 
 
 def has_bf16(device: torch.device | str = "cpu") -> bool:

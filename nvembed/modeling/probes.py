@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from nvembed.core.steps import PROBES_JSON, PROBES_TENSORS
-from nvembed.modeling.embedder import Embedder
+from nvembed.modeling.embedder import Embedder, encode_prompted
 from nvembed.modeling.sentence_folder import write_json
 from nvembed.text.instructions import instruction_prefix
 from nvembed.types import UserError
@@ -35,7 +35,7 @@ _PROBES = (
 def write_probes(embedder: Embedder, folder: Path) -> None:
     """Write probe texts (`probes.json`) and their vectors (`probes.safetensors`, `vectors` [P, D])."""
     texts, instructions = [list(column) for column in zip(*_PROBES, strict=True)]
-    vectors_PD = embedder.encode(texts, prompt=instructions)
+    vectors_PD = encode_prompted(embedder, texts, instructions)
     rows = [{"text": text, "instruction": prefix} for text, prefix in zip(texts, instructions, strict=True)]
     write_json(folder / PROBES_JSON, rows)
     save_file({"vectors": vectors_PD}, folder / PROBES_TENSORS)
@@ -55,7 +55,7 @@ def check_probes(embedder: Embedder, folder: Path) -> None:
         raise UserError(
             f"{folder}: its probe vectors cannot be read ({error}). Copy or build the folder again."
         ) from error
-    probe_PD = embedder.encode(texts, prompt=instructions)
+    probe_PD = encode_prompted(embedder, texts, instructions)
     if probe_PD.shape != expected_PD.shape:
         raise UserError(f"{folder}: probe vectors have shape {probe_PD.shape}, {expected_PD.shape} are stored.")
     distance = float(np.linalg.norm(probe_PD - expected_PD, axis=1).max())

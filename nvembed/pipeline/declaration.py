@@ -48,17 +48,27 @@ def load_pipeline(path: str) -> Pipeline:
     """The pipeline that a Python file declares; runs the file's module level.
 
     Raises:
-        UserError: there is no such file, or it has no `PIPELINE = Pipeline(...)`.
+        UserError: there is no such file, it cannot be imported, or it has no `PIPELINE = Pipeline(...)`.
     """
+    from nvembed.core.messages import nearest
     from nvembed.types import UserError
 
     spec = importlib.util.spec_from_file_location(f"nvembed_pipeline_{Path(path).stem}", path)
-    if not Path(path).is_file() or spec is None or spec.loader is None:
-        raise UserError(f"{path}: no such pipeline file")
+    if not Path(path).is_file():
+        folder = Path(path).parent
+        near = nearest(Path(path).name, [file.name for file in folder.glob("*.py")] if folder.is_dir() else [])
+        what = "a folder; give the pipeline file in it" if Path(path).is_dir() else "no such pipeline file"
+        raise UserError(f"{path}: {what}.{near} Check the path.")
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path}: a pipeline file is a Python file, NAME.py; a recipe is the second argument.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses of the file look their module up
     try:
         spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: cannot be imported ({type(error).__name__}: {error}). Correct the file.") from error
     finally:
         del sys.modules[spec.name]  # Ray's workers cannot import it, so its functions are pickled by value
     pipeline = getattr(module, NAME, None)

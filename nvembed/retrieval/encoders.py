@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 
 from nvembed.core import storage
+from nvembed.core.arguments import check_choice, shown
+from nvembed.core.messages import nearest
 from nvembed.core.model_cache import local_model
+from nvembed.core.secrets import mask
 from nvembed.core.steps import DESCRIPTION
 from nvembed.retrieval.config import FolderModel, PackageModel, PretrainedModel, RetrieverConfig
 from nvembed.retrieval.sentence_encoder import SentenceEncoder
@@ -102,7 +105,15 @@ def as_model_config(model: Model, with_prompt: bool = False) -> PackageModel | P
 
     Args:
         with_prompt: whether texts get prompts: a stock model given by folder or hub name then takes them.
+
+    Raises:
+        UserError: it is none.
     """
+    if not isinstance(model, str | Path | PackageModel | PretrainedModel | FolderModel) or model == "":
+        raise UserError(
+            f"model is {shown(model)}; give a model folder, a hub name, a PackageModel, PretrainedModel or FolderModel "
+            "of nvembed.retrieval.config, or an open model: load_embedder(folder)."
+        )
     if isinstance(model, str | Path):
         model = PretrainedModel(name=str(model), instruction=with_prompt)
     if isinstance(model, PretrainedModel) and is_nvembed_folder(model.name):
@@ -121,6 +132,21 @@ def check_model(model: Model) -> None:
         package_folder(resolved.package)
     elif isinstance(resolved, FolderModel) and not is_nvembed_folder(resolved.folder):
         raise UserError(f"{resolved.folder} is not an nvembed model folder (no {DESCRIPTION}). Check the path.")
+    elif isinstance(resolved, PretrainedModel):
+        _check_name(resolved.name)
+
+
+def _check_name(name: str) -> None:
+    """Raise an error for a name that is neither a folder nor a URI nor perhaps of a hub."""
+    path, parent = Path(name), Path(name).parent
+    if name.startswith("models:/"):
+        command = f"nvembed registry export {name.removeprefix('models:/')} DIR"
+        raise UserError(f"{name} names a registry version; write its folder with `{command}` and give DIR.")
+    if path.is_file():
+        raise UserError(f"model {name} is a file; give the folder that holds it.")
+    if path.is_absolute() and not path.exists():
+        near = nearest(path.name, [other.name for other in parent.iterdir()] if parent.is_dir() else [])
+        raise UserError(f"model {name}: no such folder.{near} Check the path.")
 
 
 def model_identity(model: Model) -> str:
@@ -161,9 +187,10 @@ def open_encoder(
     """
     import torch
 
-    from nvembed.modeling.precision import resolve_precision
+    from nvembed.modeling.precision import check_device, resolve_precision
 
     check_model(model)
+    device = check_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     resolved = as_model_config(model)
@@ -193,16 +220,29 @@ def encoder_of(
 
     Args:
         with_prompt: see `as_model_config`.
+
+    Raises:
+        UserError: no model, one that is missing or cannot be loaded; an unknown precision or device.
     """
     from nvembed.modeling.embedder import Embedder
-    from nvembed.modeling.precision import resolve_precision
+    from nvembed.modeling.precision import PRECISIONS, check_device, resolve_precision
 
+    check_choice("precision", precision, PRECISIONS)
+    check_device(device)
     if isinstance(model, Embedder):
         where = next(model.parameters()).device
         return FolderEncoder(model, resolve_precision(precision, where), token_budget)
     if isinstance(model, Encoder):
         return model
-    resolved = as_model_config(model, with_prompt)
+    try:
+        resolved = as_model_config(model, with_prompt)
+    except UserError:
+        raise
+    except Exception as error:  # every storage has errors of its own: no package, no credentials, no host
+        raise UserError(
+            f"model {mask(str(model))} cannot be reached ({type(error).__name__}: {error}). Check the address, the "
+            "package for its storage (s3fs, gcsfs, ...) and the credentials in the environment."
+        ) from error
     return open_encoder(resolved, None, precision, token_budget=token_budget, device=device)
 
 
@@ -226,9 +266,12 @@ class FolderEncoder:
         cut_N: np.ndarray | None = None,
     ) -> np.ndarray:
         """See `Encoder.encode`."""
-        return self._embedder.encode(
-            list(texts),
-            prompt=list(prompts),
+        from nvembed.modeling.embedder import encode_prompted
+
+        return encode_prompted(
+            self._embedder,
+            texts,
+            prompts,
             token_budget=self._token_budget,
             precision=self.precision,
             max_length=max_length,

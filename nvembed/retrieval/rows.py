@@ -12,7 +12,7 @@ import numpy as np
 
 from nvembed.retrieval.cache import UNKNOWN, VectorCache, row_key
 from nvembed.retrieval.encoders import Encoder
-from nvembed.text.identity import MAX_TEXT_BYTES, text_problem
+from nvembed.text.identity import MAX_TEXT_BYTES, refuse_texts, text_problem
 
 NOT_FINITE = "has a vector with NaN or infinity"
 
@@ -87,3 +87,11 @@ def encode_checked(
     accepted = np.array([index for index in inverse if index not in rejected], dtype=np.int64)
     rows = [inverse[int(index)] for index in accepted]
     return Encoded(matrix_UD[rows], accepted, dict(sorted(rejected.items())), len(new), len(known), cut_U[rows])
+
+
+def refuse_rejected(encoded: Encoded, names: Sequence[str], where: str) -> None:
+    """Raise an error for rejected rows where no row may be missing."""
+    advice = ""
+    if NOT_FINITE in encoded.rejected.values():
+        advice = " For vectors that are not finite try `precision: fp32`, or check the model's weights."
+    refuse_texts(where, {names[index]: reason for index, reason in encoded.rejected.items()}, advice)

@@ -165,9 +165,12 @@ class SentenceEncoder:
             yield
             return
         before = self._model.max_seq_length
+        specials = getattr(self._model.tokenizer, "num_special_tokens_to_add", lambda: 0)()
+        if max_length <= specials:
+            raise UserError(f"max_length is {max_length}; special tokens take {specials}. Give {specials + 1} or more.")
         positions = getattr(getattr(self._model[0], "config", None), "max_position_embeddings", None)
         if positions is not None and max_length > positions:
-            raise UserError(f"max_length is {max_length}, but the model has {positions} positions.")
+            raise UserError(f"max_length is {max_length}, but the model has {positions} positions. Give at most those.")
         self._model.max_seq_length = max_length
         try:
             yield

@@ -6,16 +6,20 @@ Every value is the same on every machine and Python: artifacts hold these hashes
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
 
+from nvembed.types import UserError
+
 MAX_TEXT_BYTES = 1_000_000  # more is a file that was taken for a text, not a text
 
 Shingles = TypeVar("Shingles", AbstractSet[Any], np.ndarray)
 
+_LISTED = 5
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -40,6 +44,34 @@ def text_problem(text: object, max_bytes: int = MAX_TEXT_BYTES) -> str | None:
     if size > max_bytes:
         return f"is longer than {max_bytes:,} bytes"
     return None
+
+
+def refuse_texts(where: str, problems: Mapping[str, str], advice: str = "") -> None:
+    """Refuse texts that cannot be embedded; nothing happens without any.
+
+    Args:
+        where: the function, for the message.
+        problems: a text's name -> its `text_problem`.
+        advice: what to do besides correcting or removing them.
+
+    Raises:
+        UserError: with the first five.
+    """
+    if problems:
+        listed = "; ".join(f"{name} {problem}" for name, problem in list(problems.items())[:_LISTED])
+        count = "1 text" if len(problems) == 1 else f"{len(problems)} texts"
+        raise UserError(f"{where}: {count} cannot be embedded: {listed}. Correct or remove them.{advice}")
+
+
+def check_texts(where: str, texts: list[Any]) -> list[str]:
+    """A list of texts that can all be embedded.
+
+    Raises:
+        UserError: with the places of those that cannot.
+    """
+    problems = {index: problem for index, text in enumerate(texts) if (problem := text_problem(text)) is not None}
+    refuse_texts(where, {f"texts[{index}]": problem for index, problem in problems.items()})
+    return texts
 
 
 # -- hashes -----------------------------------------------------------------------------------------------------------

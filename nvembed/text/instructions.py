@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from nvembed.core.arguments import check_list, shown
 from nvembed.core.messages import nearest
 from nvembed.types import UserError
 
@@ -113,10 +114,15 @@ def named_prompt(prompts: Mapping[str, str], name: str) -> str:
     Raises:
         UserError: it stores none of this name; the message lists all, and names one that is similar.
     """
-    if name not in prompts:
+    if not isinstance(name, str) or name not in prompts:
         listed, hint = ", ".join(prompts) or "none", nearest(name, prompts)
-        raise UserError(f"prompt name {name!r}: the model has no prompt of this name; it has: {listed}.{hint}")
+        raise UserError(f"prompt name {shown(name)}: the model has no prompt of this name; it has: {listed}.{hint}")
     return prompts[name]
+
+
+def is_none(instruction: str | Sequence[str]) -> bool:
+    """Whether an argument `instruction` is none for all texts: "" or an empty list."""
+    return isinstance(instruction, str | list | tuple) and not instruction
 
 
 def choose_prompts(
@@ -138,7 +144,7 @@ def choose_prompts(
         UserError: more than one of the three, another number than `count`, an unknown key or name, or something that is
             not a string.
     """
-    given = {"instruction": instruction or None, "prompt": prompt, "prompt_name": prompt_name}
+    given = {"instruction": None if is_none(instruction) else instruction, "prompt": prompt, "prompt_name": prompt_name}
     if len(names := [name for name, value in given.items() if value is not None]) > 1:
         raise UserError(f"{' and '.join(names)} are both given; give one of instruction, prompt and prompt_name.")
     if prompt_name is not None:
@@ -151,10 +157,18 @@ def choose_prompts(
 
 
 def _each(name: str, value: str | Sequence[str], count: int) -> list[str]:
-    values = [value] * count if isinstance(value, str) else list(value)
+    if value is None:
+        raise UserError(f'{name} is None; give "" for none, one {name} for all texts, or one for each.')
+    values = [value] * count if isinstance(value, str) else check_list(name, value, f"{name}s")
     if len(values) != count:
         raise UserError(f"{count} texts but {len(values)} {name}s; give one {name}, or one for each text.")
     for index, item in enumerate(values):
         if not isinstance(item, str):
-            raise UserError(f"{name}[{index}] is {type(item).__name__}, not a string: {item!r:.80}")
+            raise UserError(f"{name}[{index}] is {type(item).__name__}, not a string: {shown(item)}")
+    for item in dict.fromkeys(values):
+        try:
+            item.encode("utf-8")
+        except UnicodeEncodeError as error:
+            problem = "holds a lone surrogate, which no tokenizer takes"
+            raise UserError(f"{name} {shown(item)} {problem}. Correct it.") from error
     return values

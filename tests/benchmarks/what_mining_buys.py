@@ -45,7 +45,7 @@ from nvembed.evaluation.significance import (
 from nvembed.evaluation.tasks import HeldOut, Vectors
 from nvembed.mining.config import RandomNegatives, TopK
 from nvembed.recipe.schema import Recipe, load_recipe, resolved_yaml
-from nvembed.retrieval.encode import encode_texts
+from nvembed.retrieval.encode_list import encode_texts
 from nvembed.retrieval.encoders import Encoder, open_encoder
 from nvembed.stream.reader import StreamReader
 from nvembed.stream.steps import STREAM

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from nvembed.modeling.config import LastTokenConfig, MeanConfig
+from nvembed.modeling.embedder import encode_prompted
 from nvembed.modeling.precision import resolve_precision
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
 from nvembed.types import UserError
 
 PREFIX = instruction_prefix("web_search")
-TEXTS = ["how do I sort a list", "", "heap overflow", "a " * 200, "Größe 東京 🙂", "heap overflow", "x"]
+TEXTS = ["how do I sort a list", "?", "heap overflow", "a " * 200, "Größe 東京 🙂", "heap overflow", "x"]
 POOLINGS = {"latent": {}, "mean": {"pooling": MeanConfig()}, "last": {"pooling": LastTokenConfig()}}
 
 
@@ -57,6 +58,15 @@ def test_an_instruction_is_a_sentence_or_a_key(embedder):
             embedder.encode(["a"], **options)
 
 
+def test_an_empty_text_is_embedded_by_the_machinery_only(embedder):
+    """Probes and mteb's tasks hold some; a user's empty text is a mistake."""
+    vectors = encode_prompted(embedder, [*TEXTS, ""], [PREFIX] * 8)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(vectors[:7], embedder.encode(TEXTS, prompt=PREFIX), atol=1e-5)
+    with pytest.raises(UserError, match=r"1 text cannot be embedded: texts\[1\] is empty"):
+        embedder.encode(["a", ""])
+
+
 def test_it_repeats_to_the_bit(embedder):
     np.testing.assert_array_equal(embedder.encode(TEXTS, prompt=PREFIX), embedder.encode(TEXTS, prompt=PREFIX))
 
@@ -91,9 +101,9 @@ def test_training_mode_is_left_as_it_was(embedder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("one string",), "a list of texts, not one string"),
+        (("one string",), "not a list of texts. For a single one write"),
         ((["a", 3],), r"texts\[1\] is int"),
-        ((["a", None],), r"texts\[1\] is NoneType"),
+        ((["a", None],), r"texts\[1\] is missing"),
         ((["a", "b"], ["p"]), "2 texts but 1 instructions"),
         ((["a"], [None]), r"instruction\[0\] is NoneType"),
     ],

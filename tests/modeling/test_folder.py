@@ -16,7 +16,7 @@ from nvembed.text.instructions import instruction_prefix
 from nvembed.types import UserError
 
 PREFIX = instruction_prefix("web_search")
-TEXTS = ["how do I sort a list", "", "heap overflow " * 30, "Größe 東京"]
+TEXTS = ["how do I sort a list", "?", "heap overflow " * 30, "Größe 東京"]
 PROMPTS = {"query": PREFIX}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nvembed.modeling.config import LastTokenConfig, LatentAttentionConfig, MeanConfig
+from nvembed.modeling.embedder import encode_prompted
 from nvembed.modeling.folder import save_embedder
 from nvembed.text.instructions import instruction_prefix
 
@@ -119,7 +120,7 @@ def made(tokenizer, tmp_path_factory):
 )
 def test_gives_our_own_vectors(variant, call, instruction, made):
     embedders, found = made
-    expected = embedders[variant].encode(TEXTS, prompt=instruction)
+    expected = encode_prompted(embedders[variant], TEXTS, [instruction] * len(TEXTS))  # one text is empty
     assert found[f"{variant}/{call}"].dtype == np.float32
     assert np.abs(found[f"{variant}/{call}"] - expected).max() <= 1e-5
     assert found[f"{variant}/length"].tolist() == [48, 64]

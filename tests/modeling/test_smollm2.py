@@ -14,7 +14,7 @@ from nvembed.text.config import TextConfig
 from nvembed.text.instructions import instruction_prefix
 
 PREFIX = instruction_prefix("stdlib_code")
-TEXTS = ["Return the absolute value of the argument.", "", "heap overflow " * 60, "Größe 東京 🙂"]
+TEXTS = ["Return the absolute value of the argument.", "?", "heap overflow " * 60, "Größe 東京 🙂"]
 
 CHILD = """
 import sys

@@ -14,7 +14,8 @@ from nvembed.core.parquet import read_table
 from nvembed.core.vectors import iter_vectors, shard_content, table_matrix, vector_table, write_shard, write_text_shards
 from nvembed.retrieval.cache import UNKNOWN, VectorCache, remove_damaged, row_key
 from nvembed.retrieval.config import EncodeConfig, PackageModel
-from nvembed.retrieval.encode import Encoding, EncodingWork, ShardEncoder, _looked_in, encode_texts
+from nvembed.retrieval.encode import Encoding, EncodingWork, ShardEncoder, _looked_in
+from nvembed.retrieval.encode_list import encode_texts
 from nvembed.retrieval.encoders import open_encoder
 from nvembed.retrieval.rows import NOT_FINITE, encode_checked
 from nvembed.types import UserError

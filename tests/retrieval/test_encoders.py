@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from nvembed.retrieval.config import FolderModel, PackageModel, PretrainedModel
-from nvembed.retrieval.encode import encode_texts
 from nvembed.retrieval.encode_file import ModelOptions
+from nvembed.retrieval.encode_list import encode_texts
 from nvembed.retrieval.encoders import (
     QUICKSTART_PACKAGES,
     as_model_config,

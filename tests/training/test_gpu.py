@@ -35,7 +35,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 ACROSS_DEVICES = 1e-4  # other kernels, other order of summation
 ACROSS_ENGINES = 1e-5
-TEXTS = ["short", "a somewhat longer text about the sea", "", "Größe und Maß " * 6]
+TEXTS = ["short", "a somewhat longer text about the sea", "?", "Größe und Maß " * 6]
 
 
 def settings(engine: str, stage: int, adapter: dict[str, Any], precision: str = "fp32") -> dict[str, Any]:

@@ -23,7 +23,7 @@ CONFIG = InitialiseConfig(
     embedder=EmbedderConfig(pooling=LatentAttentionConfig(num_latents=8, num_heads=4)),
     seed=3,
 )
-TEXTS = ["a heap overflow", "lists", ""]
+TEXTS = ["a heap overflow", "lists", "?"]
 
 
 @pytest.fixture

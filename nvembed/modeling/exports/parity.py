@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from nvembed.core.steps import PROBES_JSON
-from nvembed.modeling.embedder import Embedder
+from nvembed.modeling.embedder import Embedder, encode_prompted
 
 BATCH = 8
 Encode = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # texts, prompts -> [N, D]
 
 
 def embedder_encode(embedder: Embedder) -> Encode:
-    """`Embedder.encode` with rendered prompts."""
-    return lambda texts, prompts: embedder.encode(texts, prompt=prompts)
+    """`encode_prompted` of an embedder."""
+    return lambda texts, prompts: encode_prompted(embedder, texts, prompts)
 
 
 class ParityError(RuntimeError):

@@ -40,7 +40,8 @@ class Segment:
         bad = self.vectors.unusable()
         if bad is not None:
             name = ids_S[bad : bad + 1].tolist()[0]
-            raise UserError(f"the document vector with id {name!r} is not finite, or longer than {LARGEST:.0e}")
+            why = f"is not finite, or longer than {LARGEST:.0e}"
+            raise UserError(f"the document vector with id {name!r} {why}; correct or remove it.")
 
     def __len__(self) -> int:
         return len(self.ids_S)
@@ -95,7 +96,7 @@ class QueryBlock:
         self.tile = tile if device == "cpu" else max(tile, DEVICE_TILE)
         self.vectors = Vectors(self.query_QD, precision, device)
         if self.vectors.unusable() is not None:
-            raise UserError(f"a query vector is not finite, or longer than {LARGEST:.0e}")
+            raise UserError(f"a query vector is not finite, or longer than {LARGEST:.0e}; correct or remove it.")
         self.ceiling_Q = ceiling_Q if under else None
         self.count_above = count_above and self.ceiling_Q is not None
         self.plain = Best(queries, plain, id_type) if plain else None

@@ -10,12 +10,16 @@ Shapes: Q queries, N documents, D dimensions, k results.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
+from nvembed.core.arguments import check_choice, check_count, public, shown
+from nvembed.modeling.precision import PRECISIONS, check_device
 from nvembed.retrieval.exact.bounds import has_bounded_bf16
 from nvembed.retrieval.exact.scan import QUERY_BLOCK, TILE, QueryBlock, Segment
 from nvembed.retrieval.exact.topk import Best, order_by_score, pair_scores
@@ -49,21 +53,22 @@ class Found:
     documents: int
 
 
+@public
 def search_vectors(
-    queries: np.ndarray,
-    documents: np.ndarray | Iterable[np.ndarray],
+    queries: np.ndarray | Sequence[Sequence[float]],
+    documents: np.ndarray | Sequence[Sequence[float]] | Iterable[np.ndarray],
     k: int,
     *,
-    ceiling: np.ndarray | None = None,
+    ceiling: np.ndarray | Sequence[float] | None = None,
     precision: str = "auto",
     device: str = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k documents with the highest inner product for every query, exactly; ties by row number, ascending.
 
     Args:
-        queries: float [Q, D]; used as float32.
-        documents: float [N, D], a memory-mapped array included (no more than a segment of it is in memory), or an
-            iterable of such arrays in order, read once.
+        queries: numbers [Q, D]: an array, a tensor, a table of numbers or a list of vectors; used as float32.
+        documents: numbers [N, D] likewise, a memory-mapped array included (no more than a segment of it is in memory),
+            or an iterable of such matrices in order, read once.
         k: results per query.
         ceiling: float [Q]; only documents whose score is strictly below count. For positive-aware mining.
         precision: of the products that propose: "bf16", "fp32", or "auto" (bf16 where the processor has it). It changes
@@ -75,7 +80,8 @@ def search_vectors(
         products, -inf there.
 
     Raises:
-        UserError: shapes that do not fit, k < 1, vectors that are not finite, a precision the device lacks.
+        UserError: what is no matrix of numbers, shapes that do not fit, k < 1 or beyond the memory, a ceiling that is
+            no number, vectors that are not finite, an unknown precision or device, a precision the device lacks.
 
     Source: TPU-KNN (arXiv 2206.14286) for exact search at the speed of the product; the bounds are our own use of
     Higham, Accuracy and Stability of Numerical Algorithms, 3.1.
@@ -89,9 +95,8 @@ def search_vectors(
         ([[2, 1]], [[1.0, 0.8]])
     """
     query_QD = as_matrix(queries, "queries")
-    ceiling_Q = None if ceiling is None else np.asarray(ceiling, dtype=np.float64)
-    if ceiling_Q is not None and ceiling_Q.shape != (len(query_QD),):
-        raise UserError(f"ceiling has shape {ceiling_Q.shape}; one number per query, ({len(query_QD)},), is needed")
+    k = check_results("k", k, len(query_QD))
+    ceiling_Q = None if ceiling is None else _as_ceiling(ceiling, len(query_QD))
     result = search_shards(
         query_QD,
         numbered(documents),
@@ -165,7 +170,8 @@ def search_shards(
         id_type: numpy type of the ids: object for strings, int64 for row numbers.
     """
     if max(plain, under) < 1:
-        raise UserError(f"k is {max(plain, under)}; at least one result per query is needed")
+        raise UserError(f"k is {max(plain, under)}; give a whole number of at least 1.")
+    device = check_device(device)
     precision = choose_precision(precision, device)
     query_QD = np.ascontiguousarray(query_QD, dtype=np.float32)
     blocks = [
@@ -202,47 +208,131 @@ def choose_precision(precision: str, device: str) -> str:
     """bf16 or fp32 for the products that propose; torch's settings are set so that it uses no other.
 
     Raises:
-        UserError: bf16 on a device without it; another device than cpu or cuda.
+        UserError: an unknown precision or device; bf16 on a device without it.
     """
-    if device != "cpu":
-        if not device.startswith("cuda") or not torch.cuda.is_available():
-            raise UserError(f"device {device!r} is not here; use cpu, or cuda where torch finds a GPU")
+    check_choice("precision", precision, PRECISIONS)
+    if check_device(device).startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = False  # 10-bit products would break the fp32 bound
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     elif torch.get_float32_matmul_precision() != "highest":
         torch.set_float32_matmul_precision("highest")
     if precision == "bf16" and not has_bounded_bf16(device):
         raise UserError("precision bf16: this processor has no bf16 products; use auto or fp32")
-    if precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"precision {precision!r}: choose auto, bf16 or fp32")
     return ("bf16" if has_bounded_bf16(device) else "fp32") if precision == "auto" else precision
 
 
-def as_matrix(vectors: np.ndarray, name: str) -> np.ndarray:
+def check_results(name: str, count: Any, queries: int) -> int:
+    """A number of results per query whose lists fit in this machine's memory.
+
+    Raises:
+        UserError: no whole number, less than 1, too many.
+    """
+    number = check_count(name, count)
+    needed, free = 16 * queries * number, psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"{name} is {number:,}: results of {queries:,} queries take {needed / 2**30:,.0f} GiB, {free / 2**30:,.0f} "
+            f"are free. Give a smaller {name}, or fewer queries at a time."
+        )
+    return number
+
+
+def _as_ceiling(ceiling: Any, queries: int) -> np.ndarray:
+    """float64 [Q] of a user's ceilings."""
+    try:
+        if np.asarray(ceiling).dtype.kind not in "fiuO":
+            raise TypeError("bool or text")
+        ceiling_Q = np.asarray(ceiling, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"ceiling is {shown(ceiling)}; give one number for each query.") from error
+    if ceiling_Q.shape != (queries,):
+        raise UserError(f"ceiling has shape {ceiling_Q.shape}; give one number for each of the {queries} queries.")
+    if np.isnan(ceiling_Q).any():
+        row = int(np.isnan(ceiling_Q).argmax())
+        raise UserError(f"ceiling[{row}] is not a number; give inf where a query has no ceiling.")
+    return ceiling_Q
+
+
+def as_array(vectors: Any, name: str) -> np.ndarray:
+    """A user's vectors [N, D] in their own type of number; a memory map stays one.
+
+    Raises:
+        UserError: not a matrix of real numbers.
+    """
+    advice = "Give a matrix of numbers, one vector per row."
+    if isinstance(vectors, str | bytes | Mapping | set | frozenset | Iterator) or vectors is None:
+        raise UserError(f"{name} is {shown(vectors)}. {advice}")
+    if isinstance(vectors, torch.Tensor):
+        vectors = vectors.detach().cpu()
+        vectors = vectors.float() if vectors.dtype == torch.bfloat16 else vectors
+    try:
+        array = np.asanyarray(vectors)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged, sparse
+        why = str(error).partition(".")[0]
+        raise UserError(f"{name} is {shown(vectors)}, not a matrix ({why}). {advice}") from error
+    if array.ndim != 2:
+        stacked = f" A column of vectors: np.stack({name})." if array.dtype == object and array.ndim == 1 else ""
+        single = f" One vector: {name}[None]." if array.ndim == 1 and len(array) and array.dtype.kind in "fiu" else ""
+        what = f"is {shown(vectors)}" if array.ndim == 0 else f"has shape {array.shape}"
+        raise UserError(f"{name} {what}. {advice}{stacked or single}")
+    if array.dtype == object:
+        try:
+            array = array.astype(np.float32)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name} holds something that is no number ({error}). {advice}") from error
+    if array.dtype == bool or not np.can_cast(array.dtype, np.float32, "same_kind"):
+        raise UserError(f"{name} is a matrix of {array.dtype}, not of real numbers. {advice}")
+    if len(array) and not array.shape[1]:
+        raise UserError(f"{name} has shape {array.shape}: its vectors have no numbers. {advice}")
+    return array
+
+
+def as_matrix(vectors: Any, name: str) -> np.ndarray:
     """A user's vectors as float32 [Q, D].
 
     Raises:
-        UserError: not two-dimensional.
+        UserError: not a matrix of real, finite numbers.
     """
-    matrix = np.asarray(vectors)
-    if matrix.ndim != 2:
-        raise UserError(f"{name} has shape {matrix.shape}; a matrix of one vector per row is needed")
-    return np.ascontiguousarray(matrix, dtype=np.float32)
+    with np.errstate(over="ignore"):  # becomes infinity, which is refused here
+        matrix = np.ascontiguousarray(as_array(vectors, name), dtype=np.float32)
+    finite_Q = np.isfinite(matrix).all(axis=1)
+    if not finite_Q.all():
+        raise UserError(f"{name}[{int(finite_Q.argmin())}] holds NaN, infinity or a number beyond float32; correct it.")
+    return matrix
 
 
-def numbered(documents: np.ndarray | Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`(row numbers, vectors)` of an array or a stream of arrays; pages of a memory map are released once read."""
-    parts = [documents] if isinstance(documents, np.ndarray) else documents
+def numbered(documents: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`(row numbers, vectors)` of a matrix or a stream of matrices; pages of a memory map are released once read.
+
+    Raises:
+        UserError: not a matrix of real numbers, or a part that is none.
+    """
     first = 0
-    for part in parts:
-        if part.ndim != 2:
-            raise UserError(f"documents has shape {part.shape}; a matrix of one vector per row is needed")
+    for part in _parts(documents):
         rows = segment_rows(part.shape[1])
         for start in range(0, len(part), rows):
             piece = part[start : start + rows]
             yield np.arange(first + start, first + start + len(piece)), piece
             _release(part)
         first += len(part)
+
+
+def _parts(documents: Any) -> Iterator[np.ndarray]:
+    """The matrices of an iterable of them; an array, a tensor, a table or a list of vectors is one matrix."""
+    whole = isinstance(documents, str | bytes | Mapping | set | frozenset) or not isinstance(documents, Iterable)
+    streamed = not whole and not hasattr(documents, "__array__")
+    if isinstance(documents, list | tuple):
+        streamed = not documents or getattr(documents[0], "ndim", _depth(documents[0])) == 2
+    if not streamed:
+        yield as_array(documents, "documents")
+        return
+    for number, part in enumerate(documents):
+        yield as_array(part, f"documents[{number}]")
+
+
+def _depth(item: Any) -> int:
+    """2 for a list of lists, else 1 or 0."""
+    return (1 + _depth(item[0]) if len(item) else 1) if isinstance(item, list | tuple) else 0
 
 
 def _release(array: np.ndarray) -> None:
@@ -266,7 +356,9 @@ def _segments(shards: Shards, dim: int, id_type: np.dtype | type) -> Iterator[tu
         if len(ids) != len(matrix_ND):
             raise ValueError(f"a shard has {len(ids)} ids and {len(matrix_ND)} vectors")
         if matrix_ND.ndim != 2 or matrix_ND.shape[1] != dim:
-            raise UserError(f"documents have shape {matrix_ND.shape}, queries have {dim} dimensions")
+            raise UserError(
+                f"documents have shape {matrix_ND.shape}, queries have {dim} dimensions. Embed both with one model."
+            )
         ids_N = np.asarray(ids, dtype=id_type)
         start = 0
         while count + len(ids_N) - start >= rows:

@@ -16,7 +16,7 @@ from nvembed.modeling.latent_attention import FoldedLatentAttention, LatentAtten
 from nvembed.text.instructions import instruction_prefix
 from nvembed.types import UserError
 
-TEXTS = ["how do I sort a list", "", "Größe 東京 🙂", "heap overflow " * 30]
+TEXTS = ["how do I sort a list", "?", "Größe 東京 🙂", "heap overflow " * 30]
 
 
 def stirred(head):
