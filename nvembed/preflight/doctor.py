@@ -127,6 +127,10 @@ def _ray() -> Iterator[Finding]:
         yield Finding("ray authentication", PROBLEM, "disabled by RAY_AUTH_MODE", fix)
     else:
         yield Finding("ray authentication", OK, mode or "token (Ray's default)")
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists() and token.stat().st_mode & 0o077:
+        message = f"{token} can be read by other users of this machine"
+        yield Finding("ray token", PROBLEM, message, f"chmod 600 {token} (the next local run does it)")
     address = os.environ.get("RAY_ADDRESS")
     yield Finding("ray cluster", OK, f"RAY_ADDRESS={address}" if address else "a local one for each run")
 

@@ -114,16 +114,16 @@ def test_a_missing_tool_is_reported_with_the_fix(
 def test_the_token_of_a_cloud_cluster_is_made_for_the_owner_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nvembed.jobs.cloud.backend import make_token
+    from nvembed.jobs.cloud.backend import prepare_token
     from nvembed.preflight.findings import PreflightError
 
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "new/token"))
-    make_token()
+    prepare_token()
     made = (tmp_path / "new/token").read_text()
     assert len(made) == 64 and (tmp_path / "new/token").stat().st_mode & 0o777 == 0o600
-    make_token()
+    prepare_token()
     assert (tmp_path / "new/token").read_text() == made
     monkeypatch.setenv("RAY_AUTH_TOKEN", "other-token")
     with pytest.raises(PreflightError, match="is not the token in"):
-        make_token()
+        prepare_token()

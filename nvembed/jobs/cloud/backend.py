@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import socket
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.model_cache import NEVER
+from nvembed.core.ray_cluster import make_token
 from nvembed.jobs.backend import JobState, Preview, Say, as_yaml
 from nvembed.jobs.cloud.node_secrets import command_with_secrets
 from nvembed.jobs.command import Job
@@ -177,7 +177,7 @@ class CloudBackend:
     def submit(self, job: Job, say: Say) -> str:
         """`ray up` (unless jobs run there: it starts Ray anew, which would end them), the tunnel, the job."""
         self.preview(job)  # raises its problems before machines are paid for
-        make_token()
+        prepare_token()
         name = self._target.cluster_name
         if alive := self._alive(say):
             say(f"{name}: no `ray up` while {', '.join(alive)} runs there; changes of the target wait for the next one")
@@ -273,17 +273,13 @@ def token_file() -> Path:
     return Path(named) if named else Path.home() / ".ray" / "auth_token"
 
 
-def make_token() -> None:
-    """Create the token's file if it is missing, readable by its owner only.
+def prepare_token() -> None:
+    """Create the token's file if it is missing, readable by its owner only; see `make_token`.
 
     Raises:
         PreflightError: RAY_AUTH_TOKEN is set to another token than the file's.
     """
-    path = token_file()
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
+    path = make_token(token_file())
     if read_token() != path.read_text().strip():
         raise PreflightError(
             f"RAY_AUTH_TOKEN is not the token in {path}, which the nodes are given. Unset one of them."
