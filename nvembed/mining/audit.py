@@ -132,24 +132,18 @@ class Audit:
 
     def dump(self) -> dict[str, Any]:
         """JSON form; see `merge`. Without the hubs, which are counted from the mined table (`add_hubs`)."""
-        return {
-            "counts": dict(self.counts),
-            "rejected": dict(self.rejected),
-            "per_example": dict(self.per_example),
-            "positive_ranks": dict(self.positive_ranks),
-            "refused_by": dict(self.refused_by),
-            "histograms": {name: counts.tolist() for name, counts in self.histograms.items()},
-        }
+        counters = {name: dict(counter) for name, counter in self._counters().items()}
+        return {**counters, "histograms": {name: counts.tolist() for name, counts in self.histograms.items()}}
 
     def merge(self, dumped: Mapping[str, Any]) -> None:
         """Add the JSON form of another part."""
-        self.counts.update(dumped["counts"])
-        self.rejected.update(dumped["rejected"])
-        self.per_example.update(dumped["per_example"])
-        self.positive_ranks.update(dumped["positive_ranks"])
-        self.refused_by.update(dumped["refused_by"])
+        for name, counter in self._counters().items():
+            counter.update(dumped[name])
         for name, counts in dumped["histograms"].items():
             self.histograms[name] += np.array(counts, dtype=np.int64)
+
+    def _counters(self) -> dict[str, Counter[str]]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Counter)}
 
     def summary(self, rule: str, task: str, layout: DatasetLayout | None) -> dict[str, Any]:
         """One data set's part of `audit.json`.

@@ -116,13 +116,11 @@ def draw_sampled(
     if rule.temperature is not None:
         noise_QK = noise_QK + np.take_along_axis(scores_QC, at, axis=1) / rule.temperature
     noise_QK = np.where(absent_QK, -np.inf, noise_QK)
-    chosen_QK = np.argsort(-noise_QK, axis=1, kind="stable")[:, :count]
-    columns_QK = np.take_along_axis(pool_QK, chosen_QK, axis=1)
-    columns_QK = np.sort(np.where(columns_QK == ABSENT, np.iinfo(np.int64).max, columns_QK), axis=1)
-    columns_QK[columns_QK == np.iinfo(np.int64).max] = ABSENT
-    if columns_QK.shape[1] < count:
-        columns_QK = np.pad(columns_QK, ((0, 0), (0, count - columns_QK.shape[1])), constant_values=ABSENT)
-    return columns_QK
+    drawn_QC = np.zeros(allowed_QC.shape, dtype=bool)
+    for column_Q in np.take_along_axis(pool_QK, np.argsort(-noise_QK, axis=1, kind="stable")[:, :count], axis=1).T:
+        row = np.flatnonzero(column_Q != ABSENT)
+        drawn_QC[row, column_Q[row]] = True
+    return first_allowed(drawn_QC, count)
 
 
 def gumbel(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -202,8 +200,6 @@ def draw_order(generator: np.random.Generator, population: int, count: int) -> l
 
     Each is a uniform draw without replacement; cost and memory depend on `count`, not on the population.
     """
-    if count >= population:
-        return [int(index) for index in generator.permutation(population)]
     if count * 4 >= population:
         return [int(index) for index in generator.permutation(population)[:count]]
     seen: dict[int, None] = {}

@@ -57,7 +57,7 @@ RULES = st.one_of(
 )
 SCHEMA = pa.schema([*SEARCHED_SCHEMA, *(field for field in PART_SCHEMA if field.name.endswith("_hashes"))])
 SEARCH = SearchTask("set", "part-00000", 1, (), None, 1, (), 1)
-REUSE = ReuseTask("set", "part-00000", 1, (), 0, "nowhere")
+REUSE = ReuseTask("set", "part-00000", 1, (), 0)
 
 
 def by_score(item):
