@@ -152,9 +152,6 @@ class PickedRows:
         # copied: index_in walks all of them, which should not read the file again
         self._keys = pa.array(self._table.column(_KEY).to_pylist(), pa.string())
 
-    def __len__(self) -> int:
-        return len(self._keys)
-
     def take(self, keys: pa.Array) -> pa.Table:
         """Rows of the keys that were picked, in the order of `keys`."""
         return self._table.take(pc.index_in(keys, value_set=self._keys).drop_null())

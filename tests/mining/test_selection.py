@@ -187,7 +187,7 @@ def test_a_check_is_called_once_about_each_candidate_that_nothing_else_refuses(d
         return Random(f"{salt} {number} {key}").random() < 0.5
 
     def codes(owner_K, at_K):
-        pairs = list(zip(owner_K.tolist(), rankings.ids(at_K).to_pylist(), strict=True))
+        pairs = list(zip(owner_K.tolist(), rankings.candidates.ids.take(pa.array(at_K)).to_pylist(), strict=True))
         checked.extend(pairs)
         return np.array([CODE[Reason.FILTERED] * refused(*pair) for pair in pairs], dtype=np.int8)
 
