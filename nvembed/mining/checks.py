@@ -64,7 +64,7 @@ class CandidateChecks:
                 self._queries = [left + right for left, right in zip(before, self._queries, strict=True)]
         elif self._config.candidate_filter is not None:
             self._vectors = PickedRows(vectors, wanted, ["vector"])
-            self._query_QD = searcher.query_vectors(task.dataset, task.shards, "candidate_filter")
+            self._query_QD = searcher.query_vectors(task, "candidate_filter")
 
     def of(self, rankings: Rankings) -> Check:
         """The check of rankings of these queries."""

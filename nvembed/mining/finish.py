@@ -26,7 +26,7 @@ from nvembed.core.steps import load_artifact
 from nvembed.data.tables import SCORED_IDS
 from nvembed.mining.audit import Audit
 from nvembed.mining.config import MineConfig
-from nvembed.mining.layout import MinePaths
+from nvembed.mining.layout import MinePaths, QueryTask
 from nvembed.mining.lists import (
     SEARCHED_SCHEMA,
     chained,
@@ -101,13 +101,12 @@ def ranks_of(
 def best_rank(rank_N: np.ndarray, start_Q: np.ndarray) -> np.ndarray:
     """int64 [Q]: the best rank of each query's positives; 0 where all lie below the searched depth."""
     far = np.iinfo(np.int64).max
-    best_Q = np.full(len(start_Q) - 1, far)
-    np.minimum.at(best_Q, owners(start_Q), np.where(rank_N > 0, rank_N, far))
+    best_Q = padded(start_Q, np.where(rank_N > 0, rank_N, far), far).min(axis=1, initial=far)
     return np.where(best_Q == far, 0, best_Q)
 
 
 def mined_table(
-    queries: pa.Table, positives: pa.ListArray, mined: pa.ListArray, limit: int, *, capped: bool
+    queries: pa.Table, positives: pa.ListArray, mined: pa.ListArray, config: MineConfig
 ) -> tuple[pa.Table, int]:
     """Rows of `MINED_SCHEMA`, and how many of their negatives the data set itself gives.
 
@@ -118,11 +117,10 @@ def mined_table(
         queries: columns `key`, `never`, `given`.
         positives: the examples' own.
         mined: candidates, best first.
-        limit: negatives wanted per query.
     """
-    negatives, given = _with_given(queries, mined, limit)
-    if not capped:
-        negatives = kept(negatives, places(flat(negatives)[0]) < limit)
+    negatives, given = _with_given(queries, mined, config.num_negatives)
+    if config.max_per_document is None:
+        negatives = kept(negatives, places(flat(negatives)[0]) < config.num_negatives)
     known = [sorted(set(keys)) for keys in queries.column("never").to_pylist()]
     columns = [queries.column("key"), positives, negatives, pa.array(known, pa.list_(pa.string()))]
     return pa.table(columns, schema=MINED_SCHEMA), given
@@ -245,7 +243,7 @@ def index_recall(searcher: Searcher, dataset: str, work_uri: str) -> dict[str, f
     for name in list_shards(storage.join(searcher.paths.texts, dataset, "queries")):
         if sum(map(len, parts)) >= wanted:
             break
-        parts.append(searcher.query_vectors(dataset, [name], 0))
+        parts.append(searcher.query_vectors(QueryTask(dataset, "", 0, [name]), 0))
     if not sum(map(len, parts)) or not wanted:
         return {"queries": 0}
     query_QD = np.concatenate(parts)[:wanted]

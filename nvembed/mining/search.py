@@ -82,23 +82,19 @@ class Searcher:
 
     def queries(self, task: QueryTask, columns: Sequence[str] = QUERY_COLUMNS) -> pa.Table:
         """The group's queries with what is known about them (at least `layout.NEEDED`)."""
-        return self._queries(task.dataset, task.shards, columns)
+        root = storage.join(self.paths.texts, task.dataset, "queries")
+        table = pa.concat_tables([read_table(storage.join(root, name), columns) for name in task.shards])
+        return self.rejected(task.dataset).without(table)
 
-    def _queries(self, dataset: str, shards: Sequence[str], columns: Sequence[str]) -> pa.Table:
-        root = storage.join(self.paths.texts, dataset, "queries")
-        table = pa.concat_tables([read_table(storage.join(root, name), columns) for name in shards])
-        return self.rejected(dataset).without(table)
-
-    def query_vectors(self, dataset: str, shards: Sequence[str], model: int | str) -> np.ndarray:
+    def query_vectors(self, task: QueryTask, model: int | str) -> np.ndarray:
         """float32 [Q, D] by a retriever or the "candidate_filter", in the order of `queries`."""
-        root = storage.join(self.paths.vectors_of(model), dataset, "queries")
-        tables = [read_table(storage.join(root, name)) for name in shards]
+        root = storage.join(self.paths.vectors_of(model), task.dataset, "queries")
+        tables = [read_table(storage.join(root, name)) for name in task.shards]
         query_QD = np.concatenate([table_matrix(table) for table in tables])
-        if not len(self.rejected(dataset)):
+        if not len(self.rejected(task.dataset)):
             return query_QD
         keys = pa.chunked_array([chunk for table in tables for chunk in table.column("key").chunks])
-        wanted = self._queries(dataset, shards, NEEDED).column("key")
-        return query_QD[pc.index_in(wanted, value_set=keys).to_numpy()]
+        return query_QD[pc.index_in(self.queries(task, NEEDED).column("key"), value_set=keys).to_numpy()]
 
     def document_vectors(
         self, dataset: str, retriever: int = 0, names: Sequence[str] | None = None
@@ -153,18 +149,18 @@ class Searcher:
                 f"example {example!r} names {ids[at].as_py()!r} as its positive, which is missing from the corpus of "
                 "its data set. Prepare it again."
             )
-        query_QD = self.query_vectors(task.dataset, task.shards, retriever)
+        query_QD = self.query_vectors(task, retriever)
         return gathered_scores(query_QD, owners(start_Q), table_matrix(table), place.to_numpy())
 
     # -- text hashes --------------------------------------------------------------------------------------------------
 
-    def _key_hashes(self, dataset: str, names: Sequence[str]) -> Iterator[pa.Table]:
-        """Ids and text hashes of some shards of documents, many shards at a time."""
-        names, count = tuple(names), 0
+    def _key_hashes(self, dataset: str, names: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Ids and text hashes of some shards of documents (all, by default), many shards at a time."""
+        root, count = storage.join(self.paths.texts, dataset, "documents"), 0
+        names = tuple(list_shards(root) if names is None else names)
         if self._hashes is not None and self._hashes[:2] == (dataset, names):
             yield self._hashes[2]
             return
-        root = storage.join(self.paths.texts, dataset, "documents")
         tables = (read_table(storage.join(root, name), ["key", "hash"]) for name in names)
         for count, table in enumerate(even_tables(tables, self._hashes_at_once), start=1):  # noqa: B007
             yield table
@@ -176,8 +172,6 @@ class Searcher:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(int64 [N], bool [N]): text hashes of documents, and whether some shards (all, by default) hold them."""
         hash_N, present_N = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=bool)
-        if names is None:
-            names = list_shards(storage.join(self.paths.texts, dataset, "documents"))
         left_N = np.arange(len(ids))
         for table in self._key_hashes(dataset, names) if len(ids) else ():
             few = ids if len(left_N) == len(ids) else ids.take(pa.array(left_N))
@@ -191,7 +185,7 @@ class Searcher:
     def documents_at(self, dataset: str, place_U: np.ndarray) -> tuple[pa.Array, np.ndarray]:
         """Ids and text hashes (int64) of documents by their places in the shards, which must rise."""
         ids, hashes, start = [pa.array([], pa.string())], [np.zeros(0, dtype=np.int64)], 0
-        for table in self._key_hashes(dataset, list_shards(storage.join(self.paths.texts, dataset, "documents"))):
+        for table in self._key_hashes(dataset):
             first, last = np.searchsorted(place_U, [start, start + table.num_rows])
             here = table.take(pa.array(place_U[first:last] - start))
             ids += here.column("key").chunks
@@ -258,7 +252,7 @@ class Searcher:
 
     def _search(self, task: SearchTask, retriever: int, ceiling_Q: np.ndarray) -> Found:
         config, index = self.config, self.config.search.index
-        query_QD = self.query_vectors(task.dataset, task.shards, retriever)
+        query_QD = self.query_vectors(task, retriever)
         if isinstance(index, ExactIndex):
             shards = self.document_vectors(task.dataset, retriever, task.documents)
             return self._search_exactly(query_QD, shards, ceiling_Q, config.depth)

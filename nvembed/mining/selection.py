@@ -205,24 +205,6 @@ class Rankings:
         """All plain and then all under candidates, one behind the other."""
         return ScoredLists.end_to_end([self.plain, self.under])
 
-    @cached_property
-    def same_texts(self) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [H] each: place among all plain candidates, rising, and query of those with the text of the query or of
-        one that must not be its negative. Every known positive is among them."""
-        at_H = [np.empty(0, dtype=np.int64)]
-        for start in range(0, len(self.plain.start_Q) - 1, BLOCK):
-            rows_B = np.arange(start, min(start + BLOCK, len(self.plain.start_Q) - 1))
-            row, column = np.nonzero(self.plain_block(rows_B)[0].never_BC)
-            at_H.append(self.plain.start_Q[rows_B[row]] + column)
-        whole_H = np.concatenate(at_H)
-        return whole_H, np.searchsorted(self.plain.start_Q, whole_H, side="right") - 1
-
-    @cached_property
-    def known_H(self) -> np.ndarray:
-        """bool [H]: which of `same_texts` are known positives, not others with their text."""
-        at_H, owner_H = self.same_texts
-        return places_of(owner_H, self.plain.ids.take(pa.array(at_H)), *self.never) >= 0
-
     def plain_block(self, rows_B: np.ndarray) -> tuple[Block, slice]:
         """The plain lists of successive queries, and where their elements lie."""
         start_B = self.plain.start_Q[rows_B[0] : rows_B[-1] + 2]
@@ -256,12 +238,15 @@ class Selection:
     Attributes:
         code_P: int8, of every plain candidate: `UNDECIDED`, `NEGATIVE` or the `CODE` of a reason, without the check.
         plain_Q: int64, negatives of each plain list, without the check.
+        same_texts: int64 [H] each: place among all plain candidates, rising, and query of those with the text of the
+            query or of one that must not be its negative. Every known positive is among them.
         selected: the negatives. Sampled rules: the pool to draw from.
         missing_Q: a message for each query whose selection depends on what was not searched, else "".
     """
 
     code_P: np.ndarray
     plain_Q: np.ndarray
+    same_texts: tuple[np.ndarray, np.ndarray]
     selected: ScoredLists
     missing_Q: np.ndarray
 
@@ -281,10 +266,13 @@ def select(
     queries = len(plain.start_Q) - 1
     code_P, plain_Q = np.zeros(len(plain.score_P), dtype=np.int8), np.zeros(queries, dtype=np.int64)
     missing_Q = np.full(queries, "", dtype=object)
-    owner_K, at_K = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    owner_K, at_K, owner_H, at_H = ([np.empty(0, dtype=np.int64)] for _ in range(4))
     for start in range(0, queries, BLOCK):
         rows_B = np.arange(start, min(start + BLOCK, queries))
         block, part = rankings.plain_block(rows_B)
+        row, column = np.nonzero(block.never_BC)
+        owner_H.append(rows_B[row])
+        at_H.append(plain.start_Q[rows_B[row]] + column)
         code_BC, kept_BC = decide(block, limits.of(rows_B), count)
         code_P[part] = code_BC[block.present_BC]
         plain_Q[rows_B] = kept_BC.sum(axis=1)
@@ -308,9 +296,10 @@ def select(
     order_K = np.argsort(np.concatenate(owner_K), kind="stable")
     start_Q = grouped(np.concatenate(owner_K), queries)
     selected = rankings.candidates.take(start_Q, np.concatenate(at_K)[order_K])
-    at_H = rankings.same_texts[0]
-    code_P[at_H[(code_P[at_H] != UNDECIDED) & rankings.known_H]] = CODE[Reason.KNOWN_POSITIVE]
-    return Selection(code_P, plain_Q, selected, missing_Q)
+    same_H, whose_H = np.concatenate(at_H), np.concatenate(owner_H)
+    known_H = places_of(whose_H, plain.ids.take(pa.array(same_H)), *rankings.never) >= 0
+    code_P[same_H[(code_P[same_H] != UNDECIDED) & known_H]] = CODE[Reason.KNOWN_POSITIVE]
+    return Selection(code_P, plain_Q, (same_H, whose_H), selected, missing_Q)
 
 
 def _by_place(check: Check, rows_b: np.ndarray, at_bC: np.ndarray) -> Check:

@@ -300,10 +300,10 @@ def _select(
 ) -> tuple[dict[str, int], int]:
     """Run the tasks that an earlier run has not completed; rows by worker, and queries searched again in fp32."""
     waiting = _waiting(config, paths, tasks)
-    total = {(task.dataset, task.group): task.rows for task in waiting}
+    total = sum({(task.dataset, task.group): task.rows for task in waiting}.values())
     if not isinstance(config.search.index, ExactIndex):  # an index is built once for all groups that an actor gets
         waiting.sort(key=lambda task: (task.dataset, task.segment or 0 if isinstance(task, SearchTask) else 0))
-    progress = ProgressLog("select", sum(total.values()), "queries")
+    progress = ProgressLog("select", total, "queries")
     workers: dict[str, int] = {}
     again = 0
     results = pool(

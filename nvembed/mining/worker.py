@@ -111,11 +111,9 @@ class MineWorker:
         """
         earlier = self._paths.searched
         table = read_slice(storage.join(earlier, task.dataset, "searched.parquet"), task.start, task.rows)
-        same = table.column("example_id").to_pylist() == queries.column("key").to_pylist()
-        (old_Q, old), (now_Q, now) = flat(table.column("positives")), flat(queries.column("positives"))
-        if same and not (np.array_equal(old_Q, now_Q) and old.field("id").equals(now)):  # in another order?
-            listed = [{item["id"] for item in items} for items in table.column("positives").to_pylist()]
-            same = listed == [set(keys) for keys in queries.column("positives").to_pylist()]
+        same = table.column("example_id").to_pylist() == queries.column("key").to_pylist() and [
+            {item["id"] for item in items} for items in table.column("positives").to_pylist()
+        ] == [set(keys) for keys in queries.column("positives").to_pylist()]
         if not same:
             raise UserError(
                 f"{earlier} did not search for the examples of {task.dataset!r} with the positives they have now. "
@@ -155,16 +153,16 @@ def select_negatives(
         good_Q = consistent(best_Q, config.max_positive_rank)
         audit.counts["inconsistent"] += int(np.count_nonzero(~good_Q))
         negatives, own, rows = (each.filter(pa.array(good_Q)) for each in (negatives, own, rows))
-    return _mined(audit, config, rows, own, negatives, capped=config.max_per_document is not None)
+    return _mined(audit, config, rows, own, negatives)
 
 
 def _mined(
-    audit: Audit, config: MineConfig, queries: pa.Table, own: pa.ListArray, negatives: pa.ListArray, *, capped: bool
+    audit: Audit, config: MineConfig, queries: pa.Table, own: pa.ListArray, negatives: pa.ListArray
 ) -> tuple[pa.Table, Audit]:
     """`mined_table`, counted; with a cap on documents, negatives are counted when it has been applied."""
-    mined, given = mined_table(queries, own, negatives, config.num_negatives, capped=capped)
+    mined, given = mined_table(queries, own, negatives, config)
     audit.counts["given"] += given
-    if not capped:
+    if config.max_per_document is None:
         audit.add_examples(one_array(mined.column("negatives")), config.num_negatives)
     return mined, audit
 
@@ -183,7 +181,7 @@ class _Group:
         plain, config, positives = rankings.plain, self.searcher.config, self.tables[0].column("positives")
         audit.add_decisions(selection.code_P, plain.score_P)
         audit.counts["deepened"] += int(np.count_nonzero(selection.plain_Q < config.num_negatives))
-        at_H, owner_H = rankings.same_texts
+        at_H, owner_H = selection.same_texts
         own_Q, values = flat(own)
         rank_N = ranks_of(plain.start_Q, plain.ids, at_H, owner_H, own)
         audit.add_ranks(rank_N, config.depth)
@@ -232,7 +230,7 @@ class _Group:
         if not len(short) or not isinstance(task, SearchTask) or not isinstance(config.search.index, ExactIndex):
             return selection.selected  # an approximate index has nothing more
         parts = [(np.arange(queries.num_rows), selection.selected)]
-        query_QD = searcher.query_vectors(task.dataset, task.shards, 0)
+        query_QD = searcher.query_vectors(task, 0)
         for start in range(0, len(short), _DEEPENED):
             rows, depth = short[start : start + _DEEPENED], config.depth
             while len(rows):
@@ -274,7 +272,7 @@ def draw_negatives(searcher: Searcher, task: RandomTask) -> tuple[pa.Table, Audi
     """Rows of `MINED_SCHEMA` with uniform draws from the corpus, and their numbers."""
     queries = searcher.queries(task)
     negatives = random_lists(searcher, task, queries)
-    return _mined(Audit(), searcher.config, queries, own_positives(queries, None), negatives, capped=False)
+    return _mined(Audit(), searcher.config, queries, own_positives(queries, None), negatives)
 
 
 def random_lists(searcher: Searcher, task: RandomTask, queries: pa.Table) -> pa.ListArray:
