@@ -1,13 +1,12 @@
 """Texts that a model rejects: documents and examples are left out and counted, the others mined as without them."""
 
-import importlib.util
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import weaknesses
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,10 +20,6 @@ from nvembed.retrieval import encode
 from nvembed.retrieval.encoders import package_folder
 from nvembed.retrieval.rows import NOT_FINITE
 from nvembed.types import ScoredId, UserError
-
-spec = importlib.util.spec_from_file_location("weaknesses", Path(__file__).with_name("weaknesses.py"))
-weaknesses = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(weaknesses)
 
 CONFIG = {
     "num_negatives": 3,

@@ -1,11 +1,10 @@
 """The selection over arrays decides and counts what the plain oracle does, and refuses alike; what may never happen."""
 
-import importlib.util
 import math
-from pathlib import Path
 from random import Random
 
 import numpy as np
+import oracle
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -38,10 +37,6 @@ from nvembed.mining.selection import (
 )
 from nvembed.mining.worker import select_negatives
 from nvembed.retrieval.config import ExactIndex, FaissFlat, SearchConfig
-
-spec = importlib.util.spec_from_file_location("oracle", Path(__file__).with_name("oracle.py"))
-oracle = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(oracle)
 
 CEILINGS = st.one_of(
     st.builds(TopKAbs, max_score=st.sampled_from([-0.5, 0.0, 0.25, 0.5])),
