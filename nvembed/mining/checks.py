@@ -23,7 +23,7 @@ from nvembed.core.parquet import list_shards, read_rows
 from nvembed.core.retry import placed
 from nvembed.core.vectors import table_matrix
 from nvembed.mining.layout import NEEDED, QueryTask
-from nvembed.mining.lists import flat
+from nvembed.mining.lists import flat, owners
 from nvembed.mining.rules import ceilings
 from nvembed.mining.search import Searcher
 from nvembed.mining.selection import CODE, Check, Rankings, Reason
@@ -48,9 +48,9 @@ class CandidateChecks:
         self, searcher: Searcher, task: QueryTask, queries: pa.Table, rows_Q: np.ndarray, ids: pa.Array
     ) -> None:
         self._searcher, self._config, self._rows_Q = searcher, searcher.config, rows_Q
-        self._start_Q, self._positives = flat(queries.column("positives"))
+        self._positives = queries.column("positives")
         self._ceiling_Q = np.full(len(rows_Q), np.nan)  # of the filter, where it was needed
-        wanted = pc.unique(pa.concat_arrays([ids, self._positives]))
+        wanted = pc.unique(pa.concat_arrays([ids, flat(self._positives)[1]]))
         roots = searcher.paths.texts, searcher.paths.vectors_of("candidate_filter")
         texts, vectors = (storage.join(root, task.dataset, "documents") for root in roots)
         reranker = self._config.cross_encoder
@@ -93,8 +93,8 @@ class CandidateChecks:
     def _near_duplicates(self, owner_K: np.ndarray, ids: pa.Array) -> np.ndarray:
         """bool [K]: candidates that share too many word triples with a positive of their query."""
         assert self._config.near_duplicate is not None
-        positives = {owner: self._positives_of(owner).to_pylist() for owner in np.unique(owner_K).tolist()}
-        names = ids.to_pylist()
+        owner_U, names = np.unique(owner_K), ids.to_pylist()
+        positives = dict(zip(owner_U.tolist(), self._positives.take(pa.array(owner_U)).to_pylist(), strict=True))
         texts = self._texts.take_column("text", {*names, *(key for keys in positives.values() for key in keys)})
         triples = {key: word_triples(text) for key, text in texts.items()}
         return np.array(
@@ -105,18 +105,14 @@ class CandidateChecks:
             dtype=bool,
         )
 
-    def _positives_of(self, owner: int) -> pa.Array:
-        return self._positives.slice(self._start_Q[owner], self._start_Q[owner + 1] - self._start_Q[owner])
-
     def _set_ceilings(self, owners_U: np.ndarray) -> None:
         """The filter's ceilings of some queries, by the scores it gives their positives."""
         assert self._config.candidate_filter is not None
         new_U = owners_U[np.isnan(self._ceiling_Q[owners_U])]
         if len(new_U):
-            ids = [self._positives_of(owner) for owner in new_U]
-            length_U = np.array([len(each) for each in ids])
-            score_N = self._scores(np.repeat(new_U, length_U), pa.concat_arrays(ids))
-            lowest_U = np.minimum.reduceat(score_N, np.cumsum(length_U) - length_U)
+            start_U, ids = flat(self._positives.take(pa.array(new_U)))
+            score_N = self._scores(new_U[owners(start_U)], ids)
+            lowest_U = np.minimum.reduceat(score_N, start_U[:-1])
             self._ceiling_Q[new_U] = ceilings(self._config.candidate_filter.ceiling, lowest_U)
 
     def _scores(self, owner_K: np.ndarray, ids: pa.Array) -> np.ndarray:

@@ -196,17 +196,15 @@ class _Group:
         config, rule, queries = self.searcher.config, self.searcher.config.rule, self.queries
         assert not isinstance(rule, RandomNegatives)
         checks = self._checks(queries, np.arange(queries.num_rows), self.tables)
-        selections, lists = [], []
-        for retriever, table in enumerate(self.tables):
-            ranked = Rankings.read(queries, table, config.depth) if retriever else rankings
-            limits = rule_limits(rule, lowest_scores(table.column("positives")))
-            selections.append(_select(config, ranked, limits, checks))
-            pool = selections[-1].selected if retriever else self._completed(limits, selections[0])
-            if isinstance(rule, SampledTopK):
-                pool = _drawn(config, rule, self.task.dataset, queries, pool)
-            lists.append(pool)
+        limits = [rule_limits(rule, lowest_scores(table.column("positives"))) for table in self.tables]
+        selection = _select(config, rankings, limits[0], checks)
+        lists = [self._completed(limits[0], selection)]
+        for table, limit in zip(self.tables[1:], limits[1:], strict=True):
+            lists.append(_select(config, Rankings.read(queries, table, config.depth), limit, checks).selected)
+        if isinstance(rule, SampledTopK):
+            lists = [_drawn(config, rule, self.task.dataset, queries, pool) for pool in lists]
         count = config.num_negatives if config.max_per_document is None else config.depth
-        return selections[0], take_turns(lists, count) if len(lists) > 1 else lists[0]
+        return selection, take_turns(lists, count) if len(lists) > 1 else lists[0]
 
     def _checks(self, queries: pa.Table, rows_Q: np.ndarray, tables: Sequence[pa.Table]) -> CandidateChecks | None:
         """The recipe's checks of candidates that read texts or ask another model."""
