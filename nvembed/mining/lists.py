@@ -128,7 +128,7 @@ def first_of_each(keep_P: np.ndarray, start_Q: np.ndarray, count: int) -> np.nda
 
 
 def places_of(owner_N: np.ndarray, ids: pa.Array, start_Q: np.ndarray, values: pa.Array) -> np.ndarray:
-    """int64 [N]: the place among `values` where each id first stands in its query's list; -1 where it does not."""
+    """int64 [N]: where each id first occurs in its query's list, as a place among `values`; -1 where it does not."""
     codes = pa.concat_arrays([ids, values]).dictionary_encode()
     code_N, code_P = np.split(np.asarray(codes.indices).astype(np.int64), [len(ids)])
     above = len(codes.dictionary)
