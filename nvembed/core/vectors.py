@@ -95,7 +95,8 @@ def _recut(tables: Iterable[pa.Table], shard_rows: int) -> Iterator[pa.Table]:
         first.append(table)
         count += table.num_rows
         if count >= MIN_SHARDS * shard_rows:
-            yield from even_tables(itertools.chain(first, tables), shard_rows)
+            taken = (first.pop(0) for _ in range(len(first)))  # not kept while the others are cut
+            yield from even_tables(itertools.chain(taken, tables), shard_rows)
             return
     if count == 0:
         return
