@@ -125,6 +125,21 @@ def write_tables(
     return rows
 
 
+def even_tables(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """A stream of tables in others of `rows` rows each, the last one shorter, wherever the tables end."""
+    waiting: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        waiting.append(table)
+        count += table.num_rows
+        while count >= rows:
+            whole = pa.concat_tables(waiting)
+            yield whole.slice(0, rows).combine_chunks()
+            waiting, count = [whole.slice(rows)], count - rows
+    if count:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from nvembed.core import storage
-from nvembed.core.parquet import Encoding, list_shards, part_uri, read_table, table_bytes
+from nvembed.core.parquet import Encoding, even_tables, list_shards, part_uri, read_table, table_bytes
 from nvembed.types import UserError, VectorType
 
 _KIND = b"nvembed.kind"
@@ -90,23 +90,18 @@ def write_shard_tables(tables: Iterable[pa.Table], uri: str, shard_rows: int) ->
 
 
 def _recut(tables: Iterable[pa.Table], shard_rows: int) -> Iterator[pa.Table]:
-    waiting: list[pa.Table] = []
-    count, long = 0, False
+    tables, first, count = iter(tables), [], 0
     for table in tables:
-        waiting.append(table)
+        first.append(table)
         count += table.num_rows
-        if not long and count < MIN_SHARDS * shard_rows:
-            continue
-        long = True
-        whole = pa.concat_tables(waiting).combine_chunks()
-        full = count - count % shard_rows
-        for start in range(0, full, shard_rows):
-            yield whole.slice(start, shard_rows)
-        waiting, count = [whole.slice(full)], count - full
+        if count >= MIN_SHARDS * shard_rows:
+            taken = (first.pop(0) for _ in range(len(first)))  # not kept while the others are cut
+            yield from even_tables(itertools.chain(taken, tables), shard_rows)
+            return
     if count == 0:
         return
-    whole = pa.concat_tables(waiting).combine_chunks()
-    pieces = -(-count // shard_rows) if long else min(MIN_SHARDS, count)
+    whole = pa.concat_tables(first).combine_chunks()
+    pieces = min(MIN_SHARDS, count)
     edges = [count * index // pieces for index in range(pieces + 1)]
     for start, end in itertools.pairwise(edges):
         yield whole.slice(start, end - start)

@@ -26,6 +26,7 @@ from nvembed.mining.config import (
     TopKPercPos,
     TopKShifted,
 )
+from nvembed.mining.lists import owners, padded, starts
 from nvembed.mining.rules import (
     ABSENT,
     Limits,
@@ -35,6 +36,7 @@ from nvembed.mining.rules import (
     example_generator,
     first_allowed,
     mix,
+    picked,
     rule_limits,
 )
 from nvembed.mining.selection import CODE, Block, Reason, decide
@@ -202,8 +204,8 @@ class _Positives:
             raise UserError(f"{len(positives)} lists of positives for {len(query_QD)} queries; give one for each.")
         self.query_QD, self.documents, self.max_similarity = query_QD, documents, max_similarity
         count_Q = np.fromiter(map(len, positives), dtype=np.int64, count=len(positives))
-        self.most = int(count_Q.max(initial=0))
-        owner_P = np.repeat(np.arange(len(positives)), count_Q)
+        start_Q = starts(count_Q)
+        owner_P = owners(start_Q)
         row_P = np.fromiter(itertools.chain.from_iterable(positives), dtype=np.int64, count=len(owner_P))
         outside = np.flatnonzero((row_P < 0) | (row_P >= len(documents)))
         if len(outside):
@@ -215,13 +217,9 @@ class _Positives:
         if not np.isfinite(score_P).all():
             bad = int(np.argmin(np.isfinite(score_P)))
             raise UserError(f"query {owner_P[bad]} or its positive, document {row_P[bad]}, is not finite; correct it.")
-        column_P = np.arange(len(owner_P)) - (np.cumsum(count_Q) - count_Q)[owner_P]
-        self.rows_QM = np.full((len(positives), self.most), ABSENT, dtype=np.int64)
-        self.scores_QM = np.full((len(positives), self.most), np.nan)
-        self.rows_QM[owner_P, column_P] = row_P
-        self.scores_QM[owner_P, column_P] = score_P
-        self.lowest_Q = np.full(len(positives), np.inf)
-        np.minimum.at(self.lowest_Q, owner_P, score_P)
+        self.rows_QM, self.scores_QM = padded(start_Q, row_P, ABSENT), padded(start_Q, score_P, np.nan)
+        self.most = self.rows_QM.shape[1]
+        self.lowest_Q = padded(start_Q, score_P, np.inf).min(axis=1, initial=np.inf)
 
     def lowest(self, rule: SearchedRule) -> np.ndarray:
         """float64 [Q], the lowest score among each query's positives.
@@ -284,9 +282,7 @@ class _Mining:
         while len(left):
             best, kept_qC, whole_q = self._candidates(left, depth, self._wanted)
             done_q = whole_q | (kept_qC.sum(axis=1) >= self._wanted)
-            columns_qK = self._columns(left, kept_qC, best)
-            rows_qK = np.take_along_axis(best.ids_QK, np.maximum(columns_qK, 0), axis=1)
-            out_QK[left[done_q]] = np.where(columns_qK == ABSENT, ABSENT, rows_qK)[done_q]
+            out_QK[left[done_q]] = picked(best.ids_QK, self._columns(left, kept_qC, best))[done_q]
             left, depth = left[~done_q], 4 * depth
         return out_QK
 
@@ -296,14 +292,10 @@ class _Mining:
         while True:
             best, kept_QC, whole_Q = self._candidates(np.arange(queries), depth, None)
             in_order_QC = first_allowed(kept_QC, best.k)
-            at_QC, absent_QC = np.maximum(in_order_QC, 0), in_order_QC == ABSENT
-            rows_QC = np.where(absent_QC, ABSENT, np.take_along_axis(best.ids_QK, at_QC, axis=1))
-            scores_QC = np.where(absent_QC, -np.inf, np.take_along_axis(best.scores_QK, at_QC, axis=1))
-            columns_QK = cap_documents(rows_QC, scores_QC, self.count, cap)
-            short_Q = (columns_QK == ABSENT).any(axis=1)
-            if (whole_Q | ~short_Q).all():
-                picked_QK = np.take_along_axis(rows_QC, np.maximum(columns_QK, 0), axis=1)
-                return np.where(columns_QK == ABSENT, ABSENT, picked_QK)
+            rows_QC = picked(best.ids_QK, in_order_QC)
+            columns_QK = cap_documents(rows_QC, picked(best.scores_QK, in_order_QC, -np.inf), self.count, cap)
+            if (whole_Q | (columns_QK != ABSENT).all(axis=1)).all():
+                return picked(rows_QC, columns_QK)
             depth *= 4
 
     @property
@@ -339,13 +331,11 @@ class _Mining:
         assert best is not None
         never_qC = known.never(queries_q, best.ids_QK, best.scores_QK)
         block = Block(best.scores_QK, np.isfinite(best.scores_QK), never_qC)
-        check = None
-        if known.max_similarity is not None:
 
-            def check(row: np.ndarray, column: np.ndarray) -> np.ndarray:
-                return known.too_similar(queries_q[row], best.ids_QK[row, column])
+        def check(row: np.ndarray, column: np.ndarray) -> np.ndarray:
+            return known.too_similar(queries_q[row], best.ids_QK[row, column])
 
-        kept_qC = decide(block, limits, count or depth, check)[1]
+        kept_qC = decide(block, limits, count or depth, None if known.max_similarity is None else check)[1]
         whole_q = ~np.isfinite(best.scores_QK[:, -1]) | (depth >= min(limits.last or documents, documents))
         return best, kept_qC, whole_q
 

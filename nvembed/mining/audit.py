@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -64,10 +64,9 @@ class Audit:
             name: np.zeros(len(SCORE_EDGES) - 1, dtype=np.int64) for name in ("positives", "negatives", "rejected")
         }
 
-    def add_scores(self, name: str, scores: Iterable[float]) -> None:
+    def add_scores(self, name: str, scores: np.ndarray) -> None:
         """Count scores into the histogram `positives`, `negatives` or `rejected`."""
-        numbers = scores if isinstance(scores, np.ndarray) else np.fromiter(scores, dtype=np.float64)
-        bins = np.searchsorted(_INNER_EDGES, numbers, side="right")  # scores outside count at the ends
+        bins = np.searchsorted(_INNER_EDGES, scores, side="right")  # scores outside count at the ends
         self.histograms[name] += np.bincount(bins, minlength=len(SCORE_EDGES) - 1)
 
     def add_ranks(self, rank_N: np.ndarray, depth: int) -> None:
@@ -132,24 +131,18 @@ class Audit:
 
     def dump(self) -> dict[str, Any]:
         """JSON form; see `merge`. Without the hubs, which are counted from the mined table (`add_hubs`)."""
-        return {
-            "counts": dict(self.counts),
-            "rejected": dict(self.rejected),
-            "per_example": dict(self.per_example),
-            "positive_ranks": dict(self.positive_ranks),
-            "refused_by": dict(self.refused_by),
-            "histograms": {name: counts.tolist() for name, counts in self.histograms.items()},
-        }
+        counters = {name: dict(counter) for name, counter in self._counters().items()}
+        return {**counters, "histograms": {name: counts.tolist() for name, counts in self.histograms.items()}}
 
     def merge(self, dumped: Mapping[str, Any]) -> None:
         """Add the JSON form of another part."""
-        self.counts.update(dumped["counts"])
-        self.rejected.update(dumped["rejected"])
-        self.per_example.update(dumped["per_example"])
-        self.positive_ranks.update(dumped["positive_ranks"])
-        self.refused_by.update(dumped["refused_by"])
+        for name, counter in self._counters().items():
+            counter.update(dumped[name])
         for name, counts in dumped["histograms"].items():
             self.histograms[name] += np.array(counts, dtype=np.int64)
+
+    def _counters(self) -> dict[str, Counter[str]]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Counter)}
 
     def summary(self, rule: str, task: str, layout: DatasetLayout | None) -> dict[str, Any]:
         """One data set's part of `audit.json`.
@@ -159,45 +152,33 @@ class Audit:
             task: of the data set.
             layout: counts of its examples; None for classes and clusters.
         """
-        if layout is None:
-            alone = self.counts["alone_in_its_class"]
-            dropped: Mapping[str, int] = {"alone_in_its_class": alone} if alone else {}
-            examples = self.counts["mined"] + alone
-        else:
-            dropped, examples = layout.dropped, layout.examples
-            if self.counts["inconsistent"]:
-                dropped = {**dropped, "positive_ranks_too_low": self.counts["inconsistent"]}
-        decided = self.counts["candidates_decided"]
-        mined = self.counts["mined"]
+        counts = self.counts
+        dropped = dict(layout.dropped) if layout else {}
+        for name, reason in (("alone_in_its_class", "alone_in_its_class"), ("inconsistent", "positive_ranks_too_low")):
+            if counts[name]:
+                dropped[reason] = counts[name]
+        rules = [rule_name(rule) for rule in COMPARED_RULES] if counts["compared"] else []
         ranks = sorted(
             self.positive_ranks.items(), key=lambda item: (item[0][0] == ">", int(item[0].split("-")[0].strip(">")))
         )
         return {
             "task": task,
             "way": _EXAMPLE_BASED if layout is None else _KINDS[rule],
-            "examples": examples,
-            "mined": mined,
-            "dropped": dict(dropped),
-            "negatives": self.counts["negatives"],
-            "negatives_given": self.counts["given"],
+            "examples": layout.examples if layout else counts["mined"] + counts["alone_in_its_class"],
+            "mined": counts["mined"],
+            "dropped": dropped,
+            "negatives": counts["negatives"],
+            "negatives_given": counts["given"],
             "negatives_per_example": dict(sorted(self.per_example.items(), key=lambda item: int(item[0]))),
-            "with_fewer": self.counts["with_fewer"],
-            "with_fewer_share": self.counts["with_fewer"] / mined if mined else 0.0,
-            "searched_below_the_ceiling": self.counts["deepened"],
-            "candidates_decided": decided,
+            "with_fewer": counts["with_fewer"],
+            "with_fewer_share": _share(counts["with_fewer"], counts["mined"])["share"],
+            "searched_below_the_ceiling": counts["deepened"],
+            "candidates_decided": counts["candidates_decided"],
             "rejected": {
-                reason.value: {
-                    "count": self.rejected[reason.value],
-                    "share": self.rejected[reason.value] / decided if decided else 0.0,
-                }
-                for reason in Reason
+                reason.value: _share(self.rejected[reason.value], counts["candidates_decided"]) for reason in Reason
             },
             "positive_ranks": dict(ranks),
-            "refused_by_rule": {
-                name: {"count": self.refused_by[name], "share": self.refused_by[name] / self.counts["compared"]}
-                for name in [rule_name(rule) for rule in COMPARED_RULES]
-                if self.counts["compared"]
-            },
+            "refused_by_rule": {name: _share(self.refused_by[name], counts["compared"]) for name in rules},
             "hubs": self.hub_summary(),
             "score_histograms": {
                 "edges": list(SCORE_EDGES),
@@ -217,6 +198,10 @@ class Audit:
             "largest": [{"id": row["id"], "queries": row["count"]} for row in largest],
             "share_of_top_percent": int(top.sum()) / int(counts.sum()) if len(counts) else 0.0,
         }
+
+
+def _share(count: int, total: int) -> dict[str, Any]:
+    return {"count": count, "share": count / total if total else 0.0}
 
 
 def rule_name(rule: CeilingRule) -> str:

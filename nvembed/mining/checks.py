@@ -19,12 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.core import storage
-from nvembed.core.parquet import list_shards, read_table
+from nvembed.core.parquet import list_shards, read_rows
 from nvembed.core.retry import placed
 from nvembed.core.vectors import table_matrix
-from nvembed.mining.config import MineConfig
-from nvembed.mining.layout import QueryTask
-from nvembed.mining.lists import flat
+from nvembed.mining.layout import NEEDED, QueryTask
+from nvembed.mining.lists import flat, owners
 from nvembed.mining.rules import ceilings
 from nvembed.mining.search import Searcher
 from nvembed.mining.selection import CODE, Check, Rankings, Reason
@@ -32,6 +31,7 @@ from nvembed.retrieval.exact.topk import gathered_scores
 from nvembed.text.identity import jaccard, word_triples
 
 _KEY = "key"
+_LARGE = {pa.string(): pa.large_string()}
 _AT_ONCE = 512  # queries whose candidates' texts or second vectors are in memory together
 
 
@@ -48,34 +48,29 @@ class CandidateChecks:
         self, searcher: Searcher, task: QueryTask, queries: pa.Table, rows_Q: np.ndarray, ids: pa.Array
     ) -> None:
         self._searcher, self._config, self._rows_Q = searcher, searcher.config, rows_Q
-        self._start_Q, self._positives = flat(queries.column("positives"))
+        self._positives = queries.column("positives")
         self._ceiling_Q = np.full(len(rows_Q), np.nan)  # of the filter, where it was needed
-        wanted = pc.unique(pa.concat_arrays([ids, self._positives]))
+        wanted = pc.unique(pa.concat_arrays([ids, flat(self._positives)[1]]))
         roots = searcher.paths.texts, searcher.paths.vectors_of("candidate_filter")
         texts, vectors = (storage.join(root, task.dataset, "documents") for root in roots)
-        reranks = self._config.cross_encoder is not None
-        if self._config.near_duplicate is not None or reranks:
+        reranker = self._config.cross_encoder
+        if self._config.near_duplicate is not None or reranker is not None:
             self._texts = PickedRows(texts, wanted, ["text"])
-        if reranks:
-            table = searcher.queries(task, ("key", "positives", "own", "text", "instruction")).take(pa.array(rows_Q))
+        if reranker is not None:
+            table = searcher.queries(task, (*NEEDED, "text", "instruction")).take(pa.array(rows_Q))
             self._queries = table.column("text").to_pylist()
-            if self._config.cross_encoder is not None and self._config.cross_encoder.instruction:
+            if reranker.instruction:
                 before = table.column("instruction").to_pylist()
                 self._queries = [left + right for left, right in zip(before, self._queries, strict=True)]
         elif self._config.candidate_filter is not None:
             self._vectors = PickedRows(vectors, wanted, ["vector"])
-            self._query_QD = searcher.query_vectors(task.dataset, task.shards, "candidate_filter")
-
-    @staticmethod
-    def needed(config: MineConfig) -> bool:
-        """Whether the recipe has a check that reads texts or asks another model."""
-        return config.near_duplicate is not None or config.candidate_filter is not None
+            self._query_QD = searcher.query_vectors(task, "candidate_filter")
 
     def of(self, rankings: Rankings) -> Check:
         """The check of rankings of these queries."""
 
         def check(owner_K: np.ndarray, at_K: np.ndarray) -> np.ndarray:
-            ids, first_U = rankings.ids(at_K), np.unique(owner_K, return_index=True)[1]
+            ids, first_U = rankings.candidates.ids.take(pa.array(at_K)), np.unique(owner_K, return_index=True)[1]
             edges = itertools.pairwise([*first_U[::_AT_ONCE].tolist(), len(owner_K)])
             return np.concatenate([self._codes(owner_K[first:last], ids[first:last]) for first, last in edges])
 
@@ -98,8 +93,8 @@ class CandidateChecks:
     def _near_duplicates(self, owner_K: np.ndarray, ids: pa.Array) -> np.ndarray:
         """bool [K]: candidates that share too many word triples with a positive of their query."""
         assert self._config.near_duplicate is not None
-        positives = {owner: self._positives_of(owner).to_pylist() for owner in np.unique(owner_K).tolist()}
-        names = ids.to_pylist()
+        owner_U, names = np.unique(owner_K), ids.to_pylist()
+        positives = dict(zip(owner_U.tolist(), self._positives.take(pa.array(owner_U)).to_pylist(), strict=True))
         texts = self._texts.take_column("text", {*names, *(key for keys in positives.values() for key in keys)})
         triples = {key: word_triples(text) for key, text in texts.items()}
         return np.array(
@@ -110,18 +105,14 @@ class CandidateChecks:
             dtype=bool,
         )
 
-    def _positives_of(self, owner: int) -> pa.Array:
-        return self._positives.slice(self._start_Q[owner], self._start_Q[owner + 1] - self._start_Q[owner])
-
     def _set_ceilings(self, owners_U: np.ndarray) -> None:
         """The filter's ceilings of some queries, by the scores it gives their positives."""
         assert self._config.candidate_filter is not None
         new_U = owners_U[np.isnan(self._ceiling_Q[owners_U])]
         if len(new_U):
-            ids = [self._positives_of(owner) for owner in new_U]
-            length_U = np.array([len(each) for each in ids])
-            score_N = self._scores(np.repeat(new_U, length_U), pa.concat_arrays(ids))
-            lowest_U = np.minimum.reduceat(score_N, np.cumsum(length_U) - length_U)
+            start_U, ids = flat(self._positives.take(pa.array(new_U)))
+            score_N = self._scores(new_U[owners(start_U)], ids)
+            lowest_U = np.minimum.reduceat(score_N, start_U[:-1])
             self._ceiling_Q[new_U] = ceilings(self._config.candidate_filter.ceiling, lowest_U)
 
     def _scores(self, owner_K: np.ndarray, ids: pa.Array) -> np.ndarray:
@@ -135,7 +126,7 @@ class CandidateChecks:
         for owner in np.unique(owner_K).tolist():  # only one query's documents share a batch
             at = np.flatnonzero(owner_K == owner)
             documents = [texts[names[place]] for place in at]
-            out_K[at] = self._searcher.reranker().scores(self._queries[owner], documents)
+            out_K[at] = self._searcher.reranker.scores(self._queries[owner], documents)
         return out_K
 
 
@@ -150,14 +141,12 @@ class PickedRows:
 
     def __init__(self, uri: str, wanted: pa.Array, columns: Sequence[str]) -> None:
         with placed(f"{tempfile.gettempdir()} (candidates lie there while they are checked; or set TMPDIR)"):
-            parts = _spilled(_rows_of_shard(storage.join(uri, name), wanted, columns) for name in list_shards(uri))
+            shards = (storage.join(uri, name) for name in list_shards(uri))
+            parts = _spilled(read_rows(shard, _KEY, wanted, [_KEY, *columns]) for shard in shards)
         empty = pa.table({name: pa.array([], pa.string()) for name in (_KEY, *columns)})
         self._table = pa.Table.from_batches(parts) if parts else empty
         # copied: index_in walks all of them, which should not read the file again
         self._keys = pa.array(self._table.column(_KEY).to_pylist(), pa.string())
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
     def take(self, keys: pa.Array) -> pa.Table:
         """Rows of the keys that were picked, in the order of `keys`."""
@@ -170,15 +159,14 @@ class PickedRows:
 
 
 def _spilled(tables: Iterable[pa.Table]) -> list[pa.RecordBatch]:
-    """The tables through a file that has no name."""
+    """The tables through a file that has no name, text as `large_string`."""
     with tempfile.TemporaryFile() as file:
         writer = None
         for table in tables:
-            if not table.num_rows:
-                continue
-            if writer is None:
-                writer = pa.ipc.new_file(file, table.schema)
-            writer.write_table(table)
+            if table.num_rows:
+                schema = pa.schema([field.with_type(_LARGE.get(field.type, field.type)) for field in table.schema])
+                writer = writer or pa.ipc.new_file(file, schema)
+                writer.write_table(table.cast(schema).combine_chunks())
         if writer is None:
             return []
         writer.close()
@@ -186,14 +174,3 @@ def _spilled(tables: Iterable[pa.Table]) -> list[pa.RecordBatch]:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(data)))
     return [reader.get_batch(number) for number in range(reader.num_record_batches)]
-
-
-def _rows_of_shard(uri: str, wanted: pa.Array, columns: Sequence[str]) -> pa.Table:
-    """Rows of one shard; only its keys are read where it has none of them. Text as `large_string`."""
-    hit = pc.is_in(read_table(uri, [_KEY]).column(_KEY), value_set=wanted)
-    if not pc.any(hit).as_py():
-        return pa.table({_KEY: pa.array([], pa.string())})
-    table = read_table(uri, [_KEY, *columns]).filter(hit)
-    large = [name for name in columns if table.schema.field(name).type == pa.string()]
-    fields = [field.with_type(pa.large_string()) if field.name in large else field for field in table.schema]
-    return table.cast(pa.schema(fields)).combine_chunks()

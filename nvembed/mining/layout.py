@@ -8,7 +8,7 @@ finds its vectors still valid.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from nvembed.core.parquet import iter_parquet
 from nvembed.core.vectors import write_shard_tables
 from nvembed.data.tables import document_text
 from nvembed.mining.config import MineConfig
-from nvembed.mining.lists import filtered, flat, list_array, owners, places
+from nvembed.mining.lists import filtered, flat, kept, owners, places
 from nvembed.text.identity import text_hash
 from nvembed.types import Artifact, TaskType
 
@@ -93,21 +93,13 @@ def lay_out(prepare: Artifact, dataset: str, info: Mapping[str, Any], config: Mi
     examples_uri = prepare.path(dataset, "examples-train.parquet")
     shared = _positives_of_repeated_queries(examples_uri, task, config)
     counts: Counter[str] = Counter()
-    queries = write_shard_tables(
-        _queries(examples_uri, task, info["instruction"], config, shared, counts),
-        storage.join(uri, "queries"),
-        config.encode.shard_rows,
-    )
-    documents = 0
+    tables = _queries(examples_uri, task, info["instruction"], config, shared, counts)
+    queries, documents = write_shard_tables(tables, storage.join(uri, "queries"), config.encode.shard_rows), 0
     if queries:
-        instruction = info["instruction"] if task.symmetric else ""
-        documents = write_shard_tables(
-            _documents(prepare.path(dataset, "corpus.parquet"), instruction),
-            storage.join(uri, "documents"),
-            config.encode.shard_rows,
-        )
-    dropped = {reason: count for reason, count in sorted(counts.items()) if reason != "examples"}
-    return DatasetLayout(counts["examples"], queries, documents, dropped)
+        tables = _documents(prepare.path(dataset, "corpus.parquet"), info["instruction"] if task.symmetric else "")
+        documents = write_shard_tables(tables, storage.join(uri, "documents"), config.encode.shard_rows)
+    examples = counts.pop("examples", 0)
+    return DatasetLayout(examples, queries, documents, dict(sorted(counts.items())))
 
 
 def positives_and_never(items: list[dict[str, Any]], task: TaskType, config: MineConfig) -> tuple[list[str], list[str]]:
@@ -117,7 +109,7 @@ def positives_and_never(items: list[dict[str, Any]], task: TaskType, config: Min
         return ids, ids
     positives = [item["id"] for item in items if (item["score"] or 0.0) >= config.sts_positive]
     close = [item["id"] for item in items if (item["score"] or 0.0) > STS_NEVER]
-    return positives, sorted({*positives, *close})
+    return positives, positives + close
 
 
 def _positives_of_repeated_queries(
@@ -131,9 +123,7 @@ def _positives_of_repeated_queries(
         np.array([text_hash(text) for text in table.column("query").to_pylist()], dtype=np.int64)
         for table in iter_parquet(uri, ["query"])
     ]
-    if not hashes:
-        return {}
-    values, counts = np.unique(np.concatenate(hashes), return_counts=True)
+    values, counts = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *hashes]), return_counts=True)
     shared: dict[int, tuple[set[str], set[str]]] = {int(value): (set(), set()) for value in values[counts > 1]}
     if not shared:
         return {}
@@ -172,7 +162,7 @@ def _queries(
                     "hash": digest,
                     # The example's own first; the rest are positives of the same query text in other examples.
                     "positives": own + sorted(all_positives - set(own)),
-                    "never": sorted(all_never | set(never)),
+                    "never": sorted(all_never),
                     "given": [item["id"] for item in row["negatives"]],
                     "own": len(own),
                 }
@@ -220,26 +210,23 @@ class Rejected:
     def __len__(self) -> int:
         return len(self.queries) + len(self.documents)
 
-    def usable(self, queries: pa.Table) -> np.ndarray:
-        """bool [Q]: examples that have a query and a positive of their own (columns `NEEDED`)."""
-        has_query_Q, _, own_Q = self._left(queries)
-        return has_query_Q & (own_Q > 0)
-
     def dropped(self, queries: pa.Table) -> dict[str, int]:
-        """How many examples are left out, by reason."""
+        """How many examples are left out, by reason (columns `NEEDED`)."""
         has_query_Q, _, own_Q = self._left(queries)
         counts = {"query_rejected": ~has_query_Q, "positives_rejected": has_query_Q & (own_Q == 0)}
         return {reason: int(count_Q.sum()) for reason, count_Q in counts.items() if count_Q.any()}
 
     def without(self, queries: pa.Table) -> pa.Table:
-        """The examples that are left, without the documents that were rejected (`never` stays as it is)."""
+        """The examples that have a query and a positive of their own (columns `NEEDED` and perhaps others), without the
+        documents that were rejected (`never` stays as it is)."""
+        if not len(self):
+            return queries
         has_query_Q, present_P, own_Q = self._left(queries)
         columns = {name: queries.column(name) for name in queries.column_names}
-        columns["positives"] = _filtered(queries.column("positives"), present_P)
+        columns["positives"] = kept(queries.column("positives"), present_P)
         columns["own"] = pa.array(own_Q, pa.int32())
         if "given" in columns:
-            given = flat(columns["given"])[1]
-            columns["given"] = _filtered(columns["given"], ~_among(given, self.documents))
+            columns["given"] = kept(columns["given"], ~_among(flat(columns["given"])[1], self.documents))
         return pa.table(columns).filter(pa.array(has_query_Q & (own_Q > 0)))
 
     def _left(self, queries: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -247,7 +234,7 @@ class Rejected:
         start_Q, ids = flat(queries.column("positives"))
         present_P, owner_P = ~_among(ids, self.documents), owners(start_Q)
         own_P = places(start_Q) < queries.column("own").to_numpy().astype(np.int64)[owner_P]
-        own_Q = np.bincount(owner_P[own_P & present_P], minlength=queries.num_rows)
+        own_Q = np.diff(filtered(start_Q, own_P & present_P))
         return ~_among(queries.column("key"), self.queries), present_P, own_Q
 
 
@@ -265,74 +252,69 @@ def _among(values: pa.Array | pa.ChunkedArray, keys: pa.Array) -> np.ndarray:
     return np.asarray(pc.is_in(values, value_set=keys)).astype(bool)
 
 
-def _filtered(column: pa.ChunkedArray, keep_P: np.ndarray) -> pa.ListArray:
-    start_Q, values = flat(column)
-    return list_array(filtered(start_Q, keep_P), values.filter(pa.array(keep_P)))
-
-
 # -- tasks ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class SearchTask:
-    """Search one part of a corpus for a group of queries; the task that completes the group selects as well.
+class Task:
+    """Work of an actor on one group of rows of a data set.
 
     Attributes:
         dataset, group: names of the data set and of the group's files.
-        rows: queries of the group.
-        shards: the group's shards of queries.
+        rows: of the group.
+    """
+
+    dataset: str
+    group: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class QueryTask(Task):
+    """Work on a group of queries, those of `shards`."""
+
+    shards: Sequence[str]
+
+
+@dataclass(frozen=True)
+class SearchTask(QueryTask):
+    """Search one part of a corpus for a group of queries; the task that completes the group selects as well.
+
+    Attributes:
         segment: the part of the corpus; None: all are searched, only the selection is missing.
         segments: parts of the corpus.
         documents: shards of the part.
         corpus: documents of the whole corpus.
     """
 
-    dataset: str
-    group: str
-    rows: int
-    shards: tuple[str, ...]
     segment: int | None
     segments: int
-    documents: tuple[str, ...]
+    documents: Sequence[str]
     corpus: int
 
 
 @dataclass(frozen=True)
-class ReuseTask:
-    """Select again for a group of queries from what the step `earlier` searched, from its row `start` on."""
+class ReuseTask(QueryTask):
+    """Select again for a group of queries from what an earlier step searched, from its row `start` on."""
 
-    dataset: str
-    group: str
-    rows: int
-    shards: tuple[str, ...]
     start: int
-    earlier: str
 
 
 @dataclass(frozen=True)
-class RandomTask:
+class RandomTask(QueryTask):
     """Draw negatives for a group of queries from `corpus` documents."""
 
-    dataset: str
-    group: str
-    rows: int
-    shards: tuple[str, ...]
     corpus: int
 
 
 @dataclass(frozen=True)
-class ClassesTask:
-    """Draw example-based pairs for `rows` rows of the file `examples` from row `start` on."""
+class ClassesTask(Task):
+    """Draw example-based pairs for rows of the file `examples` from row `start` on."""
 
-    dataset: str
-    group: str
-    rows: int
     examples: str
     start: int
 
 
-QueryTask = SearchTask | ReuseTask | RandomTask
-Task = QueryTask | ClassesTask
 _TASKS: dict[str, type[Task]] = {kind.__name__: kind for kind in (SearchTask, ReuseTask, RandomTask, ClassesTask)}
 
 
@@ -342,7 +324,5 @@ def task_to_json(task: Task) -> dict[str, Any]:
 
 
 def task_from_json(row: Mapping[str, Any]) -> Task:
-    """The inverse of `task_to_json`."""
-    names = (name for name in row if name != "type")
-    fields: dict[str, Any] = {name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in names}
-    return _TASKS[row["type"]](**fields)
+    """The inverse of `task_to_json`, with lists for tuples."""
+    return _TASKS[row["type"]](**{name: value for name, value in row.items() if name != "type"})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -88,9 +89,35 @@ def scored_array(start_Q: np.ndarray, ids: pa.Array, scores: pa.Array) -> pa.Lis
     return list_array(start_Q, pa.StructArray.from_arrays([ids, scores], fields=_FIELDS), SCORED_IDS)
 
 
+def grouped(owner_P: np.ndarray, lists: int) -> np.ndarray:
+    """int64 [Q + 1]: where the lists start, from the (rising) list that each element belongs to."""
+    return starts(np.bincount(owner_P, minlength=lists))
+
+
 def filtered(start_Q: np.ndarray, keep_P: np.ndarray) -> np.ndarray:
     """int64 [Q + 1]: where the lists start when only some elements stay."""
-    return starts(np.bincount(owners(start_Q)[keep_P], minlength=len(start_Q) - 1))
+    return grouped(owners(start_Q)[keep_P], len(start_Q) - 1)
+
+
+def kept(column: pa.ChunkedArray | pa.Array, keep_P: np.ndarray) -> pa.ListArray:
+    """A column of lists with only some of its elements."""
+    start_Q, values = flat(column)
+    return list_array(filtered(start_Q, keep_P), values.filter(pa.array(keep_P)), column.type)
+
+
+def padded(start_Q: np.ndarray, values_P: np.ndarray, fill: Any, width: int | None = None) -> np.ndarray:
+    """[Q, C] of lists that follow each other, `fill` behind the end of each; a view where all are of one length.
+
+    Args:
+        width: C, no shorter than the longest list; that one's length by default.
+    """
+    length_Q = np.diff(start_Q)
+    present_QC = np.arange(length_Q.max(initial=0) if width is None else width) < length_Q[:, None]
+    if len(values_P) == present_QC.size:
+        return values_P.reshape(present_QC.shape)
+    out_QC = np.full(present_QC.shape, fill, dtype=values_P.dtype)
+    out_QC[present_QC] = values_P
+    return out_QC
 
 
 def first_of_each(keep_P: np.ndarray, start_Q: np.ndarray, count: int) -> np.ndarray:
@@ -100,24 +127,34 @@ def first_of_each(keep_P: np.ndarray, start_Q: np.ndarray, count: int) -> np.nda
     return keep_P & (total_P - before_Q[owners(start_Q)] <= count)
 
 
-def codes(*arrays: pa.Array) -> tuple[list[np.ndarray], int]:
-    """The same int64 for the same string in all arrays, and a number above all of them."""
-    encoded = pa.concat_arrays(arrays).dictionary_encode()
-    edges = np.cumsum([len(array) for array in arrays])[:-1]
-    return np.split(np.asarray(encoded.indices).astype(np.int64), edges), max(len(encoded.dictionary), 1)
+def places_of(owner_N: np.ndarray, ids: pa.Array, start_Q: np.ndarray, values: pa.Array) -> np.ndarray:
+    """int64 [N]: where each id first occurs in its query's list, as a place among `values`; -1 where it does not."""
+    codes = pa.concat_arrays([ids, values]).dictionary_encode()
+    code_N, code_P = np.split(np.asarray(codes.indices).astype(np.int64), [len(ids)])
+    above = len(codes.dictionary)
+    pair_N, pair_P = pa.array(owner_N * above + code_N), pa.array(owners(start_Q) * above + code_P)
+    return np.asarray(pc.index_in(pair_N, value_set=pair_P).fill_null(-1)).astype(np.int64)
 
 
-def members(owner_H: np.ndarray, ids: pa.Array, start_Q: np.ndarray, values: pa.Array) -> np.ndarray:
-    """bool [H]: whether each id is in its query's list."""
-    (id_H, id_N), above = codes(ids, values)
-    return np.isin(owner_H * above + id_H, owners(start_Q) * above + id_N)
+def chained(*starts_of_columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of lists joined query by query: where the lists start, and the order of the columns' values."""
+    owner_P = np.concatenate([owners(start_Q) for start_Q in starts_of_columns])
+    length_Q = np.sum([np.diff(start_Q) for start_Q in starts_of_columns], axis=0)
+    return starts(length_Q), np.argsort(owner_P, kind="stable")
 
 
 def joined(left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Two columns of lists, (starts, values) each, query by query one behind the other."""
-    row_P = np.concatenate([owners(left[0]), owners(right[0])])
-    order_P = np.argsort(row_P, kind="stable")
-    return starts(np.diff(left[0]) + np.diff(right[0])), np.concatenate([left[1], right[1]])[order_P]
+    start_Q, order_P = chained(left[0], right[0])
+    return start_Q, np.concatenate([left[1], right[1]])[order_P]
+
+
+def lowest_scores(positives: pa.ChunkedArray) -> np.ndarray:
+    """float64 [Q], the lowest score in each of some lists (`SCORED_IDS`), none of which is empty."""
+    start_Q, values = flat(positives)
+    assert (np.diff(start_Q) > 0).all(), "a query without a positive"
+    score_P = np.asarray(values.field("score").to_numpy(zero_copy_only=False))
+    return np.minimum.reduceat(score_P, start_Q[:-1]) if len(score_P) else np.empty(0)
 
 
 # -- scored documents -------------------------------------------------------------------------------------------------
@@ -156,47 +193,45 @@ class ScoredLists:
         scored = scored_array(self.start_Q, self.ids, pa.array(self.score_P))
         return scored, list_array(self.start_Q, pa.array(self.hash_P))
 
-    def take(self, owner_K: np.ndarray, at_K: np.ndarray, queries: int) -> ScoredLists:
-        """The documents at some places of the flat arrays, as lists of their (rising) owners."""
-        start_Q = starts(np.bincount(owner_K, minlength=queries))
+    def take(self, start_Q: np.ndarray, at_K: np.ndarray) -> ScoredLists:
+        """The documents at some places of the flat arrays, as lists that start at `start_Q`."""
         return ScoredLists(start_Q, self.ids.take(pa.array(at_K)), self.score_P[at_K], self.hash_P[at_K])
 
     @staticmethod
+    def end_to_end(lists: Sequence[ScoredLists]) -> ScoredLists:
+        """All documents of some lists one behind the other, in one list."""
+        score_P = np.concatenate([each.score_P for each in lists])
+        ids, hash_P = pa.concat_arrays([each.ids for each in lists]), np.concatenate([each.hash_P for each in lists])
+        return ScoredLists(np.array([0, len(score_P)]), ids, score_P, hash_P)
+
+    @staticmethod
     def gather(parts: Sequence[tuple[np.ndarray, ScoredLists]], queries: int) -> ScoredLists:
-        """Lists of some queries each, by (rows, lists), as lists of all; a query's first part comes first."""
+        """Lists of some queries each, by (rows, lists), as lists of all; a query that is in several has its last."""
+        last_Q = np.zeros(queries, dtype=np.int64)
+        for number, (rows, _) in enumerate(parts):
+            last_Q[rows] = number
         owner_P = np.concatenate([rows[owners(lists.start_Q)] for rows, lists in parts])
-        whole = ScoredLists(
-            np.zeros(1, dtype=np.int64),
-            pa.concat_arrays([lists.ids for _, lists in parts]),
-            np.concatenate([lists.score_P for _, lists in parts]),
-            np.concatenate([lists.hash_P for _, lists in parts]),
-        )
-        order_P = np.argsort(owner_P, kind="stable")
-        return whole.take(owner_P[order_P], order_P, queries)
+        part_P = np.repeat(np.arange(len(parts)), [len(lists.ids) for _, lists in parts])
+        at_K = np.flatnonzero(part_P == last_Q[owner_P])
+        at_K = at_K[np.argsort(owner_P[at_K], kind="stable")]
+        return ScoredLists.end_to_end([lists for _, lists in parts]).take(grouped(owner_P[at_K], queries), at_K)
 
     def merge(self, other: ScoredLists, k: int) -> ScoredLists:
         """The best k of both, ties by id; each query's documents are in one of the two only."""
-        length_Q, more_Q = self.length_Q, other.length_Q
-        width = int(length_Q.max(initial=0))
-        scores_QC = np.full((len(length_Q), width + int(more_Q.max(initial=0))), -np.inf)
-        at_QC = np.zeros(scores_QC.shape, dtype=np.int64)
-        for lists, shift, offset in ((self, 0, 0), (other, width, len(self.score_P))):
-            row_P, column_P = owners(lists.start_Q), places(lists.start_Q) + shift
-            scores_QC[row_P, column_P] = lists.score_P
-            at_QC[row_P, column_P] = np.arange(len(row_P)) + offset
+        whole, length_Q, more_Q = ScoredLists.end_to_end([self, other]), self.length_Q, other.length_Q
+        at_P, count = np.arange(len(whole.ids)), len(self.ids)
+        both = ((self.start_Q, slice(count)), (other.start_Q, slice(count, None)))
+        scores_QC = np.hstack([padded(start_Q, whole.score_P[part], -np.inf) for start_Q, part in both])
+        at_QC = np.hstack([padded(start_Q, at_P[part], 0) for start_Q, part in both])
         order_QC = np.argsort(-scores_QC, axis=1, kind="stable")
         scores_QC = np.take_along_axis(scores_QC, order_QC, axis=1)
         at_QC = np.take_along_axis(at_QC, order_QC, axis=1)
-        ids = pa.concat_arrays([self.ids, other.ids])
         both_Q = (length_Q > 0) & (more_Q > 0)  # one alone is in order already
         at_qC = at_QC[both_Q]
-        _settle_ties(scores_QC[both_Q], at_qC, ids, k)
+        _settle_ties(scores_QC[both_Q], at_qC, whole.ids, k)
         at_QC[both_Q] = at_qC
         length_Q = np.minimum(length_Q + more_Q, k)
-        at_P = at_QC[np.arange(at_QC.shape[1]) < length_Q[:, None]]
-        score_P = np.concatenate([self.score_P, other.score_P])[at_P]
-        hash_P = np.concatenate([self.hash_P, other.hash_P])[at_P]
-        return ScoredLists(starts(length_Q), ids.take(pa.array(at_P)), score_P, hash_P)
+        return whole.take(starts(length_Q), at_QC[np.arange(at_QC.shape[1]) < length_Q[:, None]])
 
 
 def _settle_ties(scores_QC: np.ndarray, at_QC: np.ndarray, ids: pa.Array, k: int) -> None:
@@ -219,16 +254,15 @@ def _settle_ties(scores_QC: np.ndarray, at_QC: np.ndarray, ids: pa.Array, k: int
 def take_turns(lists: Sequence[ScoredLists], count: int) -> ScoredLists:
     """Up to `count` of each query: the best of every list in turn, then the second best, ...; every text once."""
     queries = len(lists[0].start_Q) - 1
-    whole = ScoredLists.gather([(np.arange(queries), each) for each in lists], queries)
-    owner_P, place_P = owners(whole.start_Q), np.concatenate([places(each.start_Q) for each in lists])
-    turn_P = np.repeat(np.arange(len(lists)), [len(each.score_P) for each in lists])
-    gathered_P = np.argsort(np.concatenate([owners(each.start_Q) for each in lists]), kind="stable")
-    order_P = np.lexsort((turn_P[gathered_P], place_P[gathered_P], owner_P))
-    pair_P = np.stack([owner_P[order_P], whole.hash_P[order_P]], axis=1)
+    owner_P = np.concatenate([owners(each.start_Q) for each in lists])
+    place_P = np.concatenate([places(each.start_Q) for each in lists])
+    order_P = np.lexsort((place_P, owner_P))  # stable: of equal places the first list's comes first
+    owner_P = owner_P[order_P]
+    whole = ScoredLists.end_to_end(lists).take(grouped(owner_P, queries), order_P)
     new_P = np.zeros(len(order_P), dtype=bool)
-    new_P[np.unique(pair_P, axis=0, return_index=True)[1]] = True
+    new_P[np.unique(np.stack([owner_P, whole.hash_P], axis=1), axis=0, return_index=True)[1]] = True
     new_P = first_of_each(new_P, whole.start_Q, count)
-    return whole.take(owner_P[new_P], order_P[new_P], queries)
+    return whole.take(grouped(owner_P[new_P], queries), np.flatnonzero(new_P))
 
 
 # -- what a search gives ----------------------------------------------------------------------------------------------
@@ -257,9 +291,7 @@ def merge_parts(parts: Iterable[pa.Table], depth: int) -> pa.Table:
 
 
 def _merge_two(left: pa.Table, right: pa.Table, depth: int) -> pa.Table:
-    columns: dict[str, pa.Array] = {
-        "above": pa.array(left.column("above").to_numpy() + right.column("above").to_numpy())
-    }
+    columns = {"above": pc.add(left.column("above"), right.column("above"))}
     for name in ("plain", "under"):
         first, second = (ScoredLists.read(part.column(name), part.column(f"{name}_hashes")) for part in (left, right))
         columns[name], columns[f"{name}_hashes"] = first.merge(second, depth).columns()

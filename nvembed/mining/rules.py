@@ -93,6 +93,12 @@ def first_allowed(allowed_QC: np.ndarray, count: int) -> np.ndarray:
     return out_QK
 
 
+def picked(values_QC: np.ndarray, columns_QK: np.ndarray, absent: float = ABSENT) -> np.ndarray:
+    """[Q, K]: the values in some columns of each query, `absent` where the column is -1."""
+    values_QK = np.take_along_axis(values_QC, np.maximum(columns_QK, 0), axis=1)
+    return np.where(columns_QK == ABSENT, absent, values_QK)
+
+
 def draw_sampled(
     allowed_QC: np.ndarray,
     scores_QC: np.ndarray,
@@ -111,19 +117,15 @@ def draw_sampled(
         document_keys_QC: uint64 [Q, C], the candidates' identities.
     """
     pool_QK = first_allowed(allowed_QC, rule.top)
-    absent_QK = pool_QK == ABSENT
-    at = np.where(absent_QK, 0, pool_QK)
-    noise_QK = gumbel(query_keys_Q[:, None], np.take_along_axis(document_keys_QC, at, axis=1))
+    noise_QK = gumbel(query_keys_Q[:, None], np.take_along_axis(document_keys_QC, np.maximum(pool_QK, 0), axis=1))
     if rule.temperature is not None:
-        noise_QK = noise_QK + np.take_along_axis(scores_QC, at, axis=1) / rule.temperature
-    noise_QK = np.where(absent_QK, -np.inf, noise_QK)
-    chosen_QK = np.argsort(-noise_QK, axis=1, kind="stable")[:, :count]
-    columns_QK = np.take_along_axis(pool_QK, chosen_QK, axis=1)
-    columns_QK = np.sort(np.where(columns_QK == ABSENT, np.iinfo(np.int64).max, columns_QK), axis=1)
-    columns_QK[columns_QK == np.iinfo(np.int64).max] = ABSENT
-    if columns_QK.shape[1] < count:
-        columns_QK = np.pad(columns_QK, ((0, 0), (0, count - columns_QK.shape[1])), constant_values=ABSENT)
-    return columns_QK
+        noise_QK = noise_QK + picked(scores_QC, pool_QK, 0.0) / rule.temperature
+    noise_QK = np.where(pool_QK == ABSENT, -np.inf, noise_QK)
+    drawn_QC = np.zeros(allowed_QC.shape, dtype=bool)
+    for column_Q in np.take_along_axis(pool_QK, np.argsort(-noise_QK, axis=1, kind="stable")[:, :count], axis=1).T:
+        row = np.flatnonzero(column_Q != ABSENT)
+        drawn_QC[row, column_Q[row]] = True
+    return first_allowed(drawn_QC, count)
 
 
 def gumbel(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -194,8 +196,6 @@ def draw_order(generator: np.random.Generator, population: int, count: int) -> l
 
     Each is a uniform draw without replacement; cost and memory depend on `count`, not on the population.
     """
-    if count >= population:
-        return [int(index) for index in generator.permutation(population)]
     if count * 4 >= population:
         return [int(index) for index in generator.permutation(population)[:count]]
     seen: dict[int, None] = {}

@@ -8,7 +8,7 @@ corpus (`PART_SCHEMA`). A file that exists is complete; the worker that writes t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import psutil
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.core import storage
-from nvembed.core.parquet import column_size, list_shards, read_table
+from nvembed.core.parquet import column_size, even_tables, list_shards, read_rows, read_table
 from nvembed.core.vectors import iter_vectors, table_matrix, write_shard
 from nvembed.data.tables import SCORED_IDS
 from nvembed.mining.config import Bm25Retriever, MineConfig, RandomNegatives
@@ -25,19 +25,21 @@ from nvembed.mining.lists import (
     PART_SCHEMA,
     filtered,
     flat,
+    kept,
     list_array,
+    lowest_scores,
     merge_parts,
     owners,
+    places_of,
     scored_array,
     search_table,
-    starts,
 )
 from nvembed.mining.rules import ceilings
 from nvembed.retrieval.ann import FaissPart
 from nvembed.retrieval.bm25 import Bm25Index, check_memory
 from nvembed.retrieval.config import ExactIndex
 from nvembed.retrieval.cross_encoder import CrossScorer
-from nvembed.retrieval.exact.search import Found, search_shards
+from nvembed.retrieval.exact.search import Found, Shards, search_shards
 from nvembed.retrieval.exact.topk import gathered_scores
 from nvembed.types import UserError
 
@@ -60,17 +62,15 @@ class Searcher:
         self.retrievers = 1 + len(config.more_retrievers)
         self.again = 0
         self._bm25: tuple[str, Bm25Index] | None = None  # of the last data set
-        self._parts: dict[int, tuple[tuple[str, tuple[str, ...]], FaissPart]] = {}  # by retriever
+        self._parts: dict[int, tuple[tuple[str, Sequence[str]], FaissPart]] = {}  # by retriever
         self._hashes: tuple[str, tuple[str, ...], pa.Table] | None = None  # last read, where a table has them all
-        self._reranker: CrossScorer | None = None
         self._rejected: dict[str, Rejected] = {}
 
+    @cached_property
     def reranker(self) -> CrossScorer:
         """The cross-encoder of the candidate filter, loaded once."""
-        if self._reranker is None:
-            assert self.config.cross_encoder is not None
-            self._reranker = CrossScorer(self.config.cross_encoder, self.config.search.device)
-        return self._reranker
+        assert self.config.cross_encoder is not None
+        return CrossScorer(self.config.cross_encoder, self.config.search.device)
 
     # -- queries and vectors ------------------------------------------------------------------------------------------
 
@@ -82,24 +82,19 @@ class Searcher:
 
     def queries(self, task: QueryTask, columns: Sequence[str] = QUERY_COLUMNS) -> pa.Table:
         """The group's queries with what is known about them (at least `layout.NEEDED`)."""
-        return self._queries(task.dataset, task.shards, columns)
+        root = storage.join(self.paths.texts, task.dataset, "queries")
+        table = pa.concat_tables([read_table(storage.join(root, name), columns) for name in task.shards])
+        return self.rejected(task.dataset).without(table)
 
-    def _queries(self, dataset: str, shards: Sequence[str], columns: Sequence[str]) -> pa.Table:
-        root = storage.join(self.paths.texts, dataset, "queries")
-        table = pa.concat_tables([read_table(storage.join(root, name), list(columns)) for name in shards])
-        rejected = self.rejected(dataset)
-        return rejected.without(table) if len(rejected) else table
-
-    def query_vectors(self, dataset: str, shards: Sequence[str], model: int | str) -> np.ndarray:
+    def query_vectors(self, task: QueryTask, model: int | str) -> np.ndarray:
         """float32 [Q, D] by a retriever or the "candidate_filter", in the order of `queries`."""
-        root = storage.join(self.paths.vectors_of(model), dataset, "queries")
-        tables = [read_table(storage.join(root, name)) for name in shards]
+        root = storage.join(self.paths.vectors_of(model), task.dataset, "queries")
+        tables = [read_table(storage.join(root, name)) for name in task.shards]
         query_QD = np.concatenate([table_matrix(table) for table in tables])
-        if not len(self.rejected(dataset)):
+        if not len(self.rejected(task.dataset)):
             return query_QD
         keys = pa.chunked_array([chunk for table in tables for chunk in table.column("key").chunks])
-        wanted = self._queries(dataset, shards, NEEDED).column("key").combine_chunks()
-        return query_QD[pc.index_in(wanted, value_set=keys.combine_chunks()).to_numpy()]
+        return query_QD[pc.index_in(self.queries(task, NEEDED).column("key"), value_set=keys).to_numpy()]
 
     def document_vectors(
         self, dataset: str, retriever: int = 0, names: Sequence[str] | None = None
@@ -113,20 +108,6 @@ class Searcher:
             else:
                 rows = [row for row, key in enumerate(keys) if key not in rejected]
                 yield [keys[row] for row in rows], matrix_ND[rows]
-
-    def _vectors_of(self, dataset: str, wanted: pa.Array, retriever: int) -> tuple[pa.Array, np.ndarray]:
-        """Ids and vectors of the named documents; of the other shards only the ids are read."""
-        root = storage.join(self.paths.vectors_of(retriever), dataset, "documents")
-        keys, parts = [pa.array([], pa.string())], []
-        for name in list_shards(root):
-            uri = storage.join(root, name)
-            # not pc.indices_nonzero, which dies on a shard without rows
-            rows = np.flatnonzero(np.asarray(pc.is_in(read_table(uri, ["key"]).column("key"), value_set=wanted)))
-            if len(rows):
-                table = read_table(uri, ["key", "vector"])
-                keys += table.column("key").take(pa.array(rows)).chunks
-                parts.append(table_matrix(table)[rows])
-        return pa.concat_arrays(keys), np.concatenate(parts) if parts else np.empty((0, 1), dtype=np.float32)
 
     # -- positives ----------------------------------------------------------------------------------------------------
 
@@ -147,18 +128,20 @@ class Searcher:
             score_N = np.array([score for scores in lists for score in scores], dtype=np.float64)
         else:
             score_N = self._scores(task, retriever, start_Q, ids)
-        pairs = pa.table({"owner": owners(start_Q), "id": ids, "at": np.arange(len(ids))})
-        first = pairs.group_by(["owner", "id"]).aggregate([("at", "min")]).column("at_min")
-        at_N = np.sort(first.to_numpy())  # an id that is named twice is scored once
-        start_Q = starts(np.bincount(owners(start_Q)[at_N], minlength=len(start_Q) - 1))
-        column = scored_array(start_Q, ids.take(pa.array(at_N)), pa.array(score_N[at_N]))
+        # an id that is named twice is scored once
+        first_N = places_of(owners(start_Q), ids, start_Q, ids) == np.arange(len(ids))
+        column = kept(scored_array(start_Q, ids, pa.array(score_N)), first_N)
         write_shard(pa.table({"positives": column}), uri)
         return pa.chunked_array([column])
 
     def _scores(self, task: SearchTask, retriever: int, start_Q: np.ndarray, ids: pa.Array) -> np.ndarray:
         """float64 [N] of lists of documents by a retriever's vectors."""
-        keys, matrix_ND = self._vectors_of(task.dataset, ids.unique(), retriever)
-        place = pc.index_in(ids, value_set=keys)
+        root = storage.join(self.paths.vectors_of(retriever), task.dataset, "documents")
+        tables = [
+            read_rows(storage.join(root, name), "key", ids.unique(), ["key", "vector"]) for name in list_shards(root)
+        ]
+        table = pa.concat_tables([table for table in tables if table.num_rows] or tables[:1])
+        place = pc.index_in(ids, value_set=table.column("key"))
         if place.null_count:
             at = int(np.argmin(place.is_valid().to_numpy(zero_copy_only=False)))
             example = self.queries(task, NEEDED).column("key")[int(owners(start_Q)[at])].as_py()
@@ -166,48 +149,29 @@ class Searcher:
                 f"example {example!r} names {ids[at].as_py()!r} as its positive, which is missing from the corpus of "
                 "its data set. Prepare it again."
             )
-        query_QD = self.query_vectors(task.dataset, task.shards, retriever)
-        return gathered_scores(query_QD, owners(start_Q), matrix_ND, place.to_numpy())
-
-    def lowest(self, positives: pa.ChunkedArray) -> np.ndarray:
-        """float64 [Q], the lowest score among each query's positives."""
-        start_Q, values = flat(positives)
-        assert (np.diff(start_Q) > 0).all(), "a query without a positive"
-        score_P = np.asarray(values.field("score").to_numpy(zero_copy_only=False))
-        return np.minimum.reduceat(score_P, start_Q[:-1]) if len(score_P) else np.empty(0)
+        query_QD = self.query_vectors(task, retriever)
+        return gathered_scores(query_QD, owners(start_Q), table_matrix(table), place.to_numpy())
 
     # -- text hashes --------------------------------------------------------------------------------------------------
 
-    def _key_hashes(self, dataset: str, names: Sequence[str]) -> Iterator[pa.Table]:
-        """Ids and text hashes of some shards of documents, many shards at a time."""
-        names = tuple(names)
+    def _key_hashes(self, dataset: str, names: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Ids and text hashes of some shards of documents (all, by default), many shards at a time."""
+        root, count = storage.join(self.paths.texts, dataset, "documents"), 0
+        names = tuple(list_shards(root) if names is None else names)
         if self._hashes is not None and self._hashes[:2] == (dataset, names):
             yield self._hashes[2]
             return
-        root = storage.join(self.paths.texts, dataset, "documents")
-        waiting: list[pa.Table] = []
-        count, whole = 0, True
-        for name in names:
-            table = read_table(storage.join(root, name), ["key", "hash"])
-            if waiting and count + table.num_rows > self._hashes_at_once:
-                yield pa.concat_tables(waiting).combine_chunks()
-                waiting, count, whole = [], 0, False
-            waiting.append(table)
-            count += table.num_rows
-        if not waiting:
-            return
-        last = pa.concat_tables(waiting).combine_chunks()
-        if whole:  # the next group needs the same
-            self._hashes = (dataset, names, last)
-        yield last
+        tables = (read_table(storage.join(root, name), ["key", "hash"]) for name in names)
+        for count, table in enumerate(even_tables(tables, self._hashes_at_once), start=1):  # noqa: B007
+            yield table
+        if count == 1:  # the next group needs the same
+            self._hashes = (dataset, names, table)
 
     def hashes_of(
         self, dataset: str, ids: pa.Array, names: Sequence[str] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """(int64 [N], bool [N]): text hashes of documents, and whether some shards (all, by default) hold them."""
         hash_N, present_N = np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=bool)
-        if names is None:
-            names = list_shards(storage.join(self.paths.texts, dataset, "documents"))
         left_N = np.arange(len(ids))
         for table in self._key_hashes(dataset, names) if len(ids) else ():
             few = ids if len(left_N) == len(ids) else ids.take(pa.array(left_N))
@@ -221,7 +185,7 @@ class Searcher:
     def documents_at(self, dataset: str, place_U: np.ndarray) -> tuple[pa.Array, np.ndarray]:
         """Ids and text hashes (int64) of documents by their places in the shards, which must rise."""
         ids, hashes, start = [pa.array([], pa.string())], [np.zeros(0, dtype=np.int64)], 0
-        for table in self._key_hashes(dataset, list_shards(storage.join(self.paths.texts, dataset, "documents"))):
+        for table in self._key_hashes(dataset):
             first, last = np.searchsorted(place_U, [start, start + table.num_rows])
             here = table.take(pa.array(place_U[first:last] - start))
             ids += here.column("key").chunks
@@ -230,7 +194,7 @@ class Searcher:
         return pa.concat_arrays(ids), np.concatenate(hashes)
 
     def hashed(self, dataset: str, table: pa.Table, queries: pa.Table, names: Sequence[str] | None = None) -> pa.Table:
-        """A search result with text hashes (`PART_SCHEMA`), read from the documents' shards.
+        """A search result with the hashes of `PART_SCHEMA` beside its columns, read from the documents' shards.
 
         Args:
             names: the shards that were searched; all by default.
@@ -239,14 +203,13 @@ class Searcher:
         never_Q, never = flat(queries.column("never"))
         ids = pa.concat_arrays([plain.field("id"), under.field("id"), never])
         hash_P, present_P = self.hashes_of(dataset, ids, names)
-        behind = len(plain) + len(under)
-        assert present_P[:behind].all(), "a document was searched that has no text"
-        columns: dict[str, Any] = {name: table.column(name) for name in PART_SCHEMA.names[:3]}
-        columns["plain_hashes"] = list_array(plain_Q, pa.array(hash_P[: len(plain)]))
-        columns["under_hashes"] = list_array(under_Q, pa.array(hash_P[len(plain) : behind]))
-        here_N = present_P[behind:]
-        columns["never_hashes"] = list_array(filtered(never_Q, here_N), pa.array(hash_P[behind:][here_N]))
-        return pa.table(columns, schema=PART_SCHEMA)
+        edges = np.cumsum([len(plain), len(under)])
+        (plain_P, under_P, never_P), (*searched, here_N) = np.split(hash_P, edges), np.split(present_P, edges)
+        assert all(present_P.all() for present_P in searched), "a document was searched that has no text"
+        lists = (plain_Q, plain_P), (under_Q, under_P), (filtered(never_Q, here_N), never_P[here_N])
+        for name, (start_Q, hashes) in zip(PART_SCHEMA.names[-3:], lists, strict=True):
+            table = table.append_column(name, list_array(start_Q, pa.array(hashes)))
+        return table
 
     # -- search -------------------------------------------------------------------------------------------------------
 
@@ -285,14 +248,14 @@ class Searcher:
 
     def _ceiling(self, positives: pa.ChunkedArray) -> np.ndarray:
         assert not isinstance(self.config.rule, RandomNegatives)
-        return ceilings(self.config.rule, self.lowest(positives))
+        return ceilings(self.config.rule, lowest_scores(positives))
 
     def _search(self, task: SearchTask, retriever: int, ceiling_Q: np.ndarray) -> Found:
         config, index = self.config, self.config.search.index
-        query_QD = self.query_vectors(task.dataset, task.shards, retriever)
+        query_QD = self.query_vectors(task, retriever)
         if isinstance(index, ExactIndex):
             shards = self.document_vectors(task.dataset, retriever, task.documents)
-            return self._search_exactly(query_QD, shards, ceiling_Q, config.depth, config.search.block_documents)
+            return self._search_exactly(query_QD, shards, ceiling_Q, config.depth)
         wanted = task.dataset, task.documents
         if retriever not in self._parts or self._parts[retriever][0] != wanted:
             self._parts.pop(retriever, None)  # freed before the next is built
@@ -303,7 +266,7 @@ class Searcher:
         under = config.depth if np.isfinite(ceiling_Q).any() else 0
         return self._parts[retriever][1].search(query_QD, plain=config.depth, under=under, ceiling_Q=ceiling_Q)
 
-    def _search_exactly(self, query_QD: np.ndarray, shards: Any, ceiling_Q: np.ndarray, depth: int, tile: int) -> Found:
+    def _search_exactly(self, query_QD: np.ndarray, shards: Shards, ceiling_Q: np.ndarray, depth: int) -> Found:
         return search_shards(
             query_QD,
             shards,
@@ -313,7 +276,7 @@ class Searcher:
             count_above=True,
             precision=self.config.search.precision,
             device=self.config.search.device,
-            tile=tile,
+            tile=self.config.search.block_documents,
         )
 
     def deeper(
@@ -321,8 +284,7 @@ class Searcher:
     ) -> pa.Table:
         """Some queries searched to another depth, over the whole corpus, by the first retriever: `PART_SCHEMA` and the
         column `ceiling`."""
-        shards = self.document_vectors(dataset)
-        result = self._search_exactly(query_qD, shards, ceiling_q, depth, self.config.search.block_documents)
+        result = self._search_exactly(query_qD, self.document_vectors(dataset), ceiling_q, depth)
         self.again += result.again
         table = self.hashed(dataset, search_table(result), queries)
         return table.append_column("ceiling", pa.array(ceiling_q))
@@ -350,8 +312,7 @@ class Searcher:
             self._bm25 = None  # freed before the next is built
             root = storage.join(self.paths.texts, dataset, "documents")
             uris = [storage.join(root, name) for name in list_shards(root)]
-            sizes = [column_size(uri, "text") for uri in uris]
-            documents, text_bytes = (sum(size[place] for size in sizes) for place in (0, 1))
+            documents, text_bytes = map(sum, zip(*(column_size(uri, "text") for uri in uris), strict=True))
             check_memory(dataset, documents, text_bytes, psutil.virtual_memory().available)
             rows = pa.concat_tables([read_table(uri, ["key", "text"]) for uri in uris])
             rejected = self.rejected(dataset).documents

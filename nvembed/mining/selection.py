@@ -20,7 +20,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from nvembed.mining.lists import ScoredLists, flat, joined, members, starts
+from nvembed.mining.lists import ScoredLists, flat, grouped, joined, padded, places_of
 from nvembed.mining.rules import ABSENT, Limits, first_allowed
 from nvembed.types import UserError
 
@@ -89,27 +89,22 @@ def decide(block: Block, limits: Limits, count: int, check: Check | None = None)
     if limits.last is not None:
         ranked_BC = ranked_BC & (rank <= limits.last)
     allowed_BC = free_BC & ranked_BC
-    refused_BC = None if check is None else np.zeros(free_BC.shape, dtype=np.int8)
-    checked_BC = np.zeros(free_BC.shape if check is not None else 0, dtype=bool)
+    refused_BC, checked_BC = np.zeros(free_BC.shape, dtype=np.int8), np.zeros(free_BC.shape, dtype=bool)
     while True:
         repeated_BC = _repeated(free_BC, allowed_BC, block.hash_BC, count)
         first_BC = allowed_BC if repeated_BC is None else allowed_BC & ~repeated_BC
         place_BC = np.cumsum(first_BC, axis=1, dtype=np.int32)
         kept_BC = first_BC & (place_BC <= count)
-        if check is None or refused_BC is None:
-            break
         row, column = np.nonzero(kept_BC & ~checked_BC)
-        code = check(row, column) if len(row) else np.zeros(0, dtype=np.int8)
-        if not code.any():
+        if check is None or not len(row):
             break
-        refused_BC[row, column] = code
+        refused_BC[row, column] = check(row, column)
         checked_BC[row, column] = True
         allowed_BC = allowed_BC & (refused_BC == 0)
     code_BC = np.where(free_BC, np.int8(CODE[Reason.OUTSIDE_RANKS]), np.int8(CODE[Reason.TOO_CLOSE]))
     if repeated_BC is not None:
         code_BC[repeated_BC] = CODE[Reason.REPEATED_TEXT]
-    if refused_BC is not None:
-        code_BC = np.where(refused_BC > 0, refused_BC, code_BC)
+    np.copyto(code_BC, refused_BC, where=refused_BC > 0)
     code_BC[block.never_BC] = CODE[Reason.DUPLICATE_TEXT]
     code_BC[kept_BC] = NEGATIVE
     code_BC[~(block.present_BC & ((place_BC < count) | kept_BC))] = UNDECIDED
@@ -205,59 +200,22 @@ class Rankings:
         """bool [Q]: whether the ranking continues below the ceiling, behind the plain list."""
         return (self.plain.length_Q == self.depth) & np.isfinite(self.searched_Q)
 
-    def ids(self, at_K: np.ndarray) -> pa.StringArray:
-        """Ids of candidates by their place among all plain and then all under candidates."""
-        count = len(self.plain.score_P)
-        front, back = np.flatnonzero(at_K < count), np.flatnonzero(at_K >= count)
-        order_K = np.empty(len(at_K), dtype=np.int64)
-        order_K[np.concatenate([front, back])] = np.arange(len(at_K))
-        ids = [self.plain.ids.take(pa.array(at_K[front])), self.under.ids.take(pa.array(at_K[back] - count))]
-        return pa.concat_arrays(ids).take(pa.array(order_K))
-
-    def values(self, name: str, at: np.ndarray) -> np.ndarray:
-        """Scores (`score_P`) or text hashes (`hash_P`) of candidates by their place, as for `ids`."""
-        plain, under = getattr(self.plain, name), getattr(self.under, name)
-        if not len(plain):
-            return np.zeros(at.shape, dtype=plain.dtype)
-        behind = at >= len(plain)
-        out: np.ndarray = plain[np.where(behind, 0, at)]
-        out[behind] = under[at[behind] - len(plain)]
-        return out
-
-    def take(self, owner_K: np.ndarray, at_K: np.ndarray) -> ScoredLists:
-        """Candidates by their place, as for `ids`, as lists of their (rising) queries."""
-        start_Q = starts(np.bincount(owner_K, minlength=len(self.above_Q)))
-        return ScoredLists(start_Q, self.ids(at_K), self.values("score_P", at_K), self.values("hash_P", at_K))
-
     @cached_property
-    def same_texts(self) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [H] each: place among all plain candidates, rising, and query of those with the text of the query or of
-        one that must not be its negative. Every known positive is among them."""
-        at_H = [np.empty(0, dtype=np.int64)]
-        for start in range(0, len(self.plain.start_Q) - 1, BLOCK):
-            rows_B = np.arange(start, min(start + BLOCK, len(self.plain.start_Q) - 1))
-            row, column = np.nonzero(self.plain_block(rows_B)[0].never_BC)
-            at_H.append(self.plain.start_Q[rows_B[row]] + column)
-        whole_H = np.concatenate(at_H)
-        return whole_H, np.searchsorted(self.plain.start_Q, whole_H, side="right") - 1
-
-    @cached_property
-    def known_H(self) -> np.ndarray:
-        """bool [H]: which of `same_texts` are known positives, not others with their text."""
-        at_H, owner_H = self.same_texts
-        return members(owner_H, self.plain.ids.take(pa.array(at_H)), *self.never)
+    def candidates(self) -> ScoredLists:
+        """All plain and then all under candidates, one behind the other."""
+        return ScoredLists.end_to_end([self.plain, self.under])
 
     def plain_block(self, rows_B: np.ndarray) -> tuple[Block, slice]:
         """The plain lists of successive queries, and where their elements lie."""
-        plain, length_B = self.plain, self.plain.length_Q[rows_B]
-        present_BC = np.arange(int(length_B.max(initial=0))) < length_B[:, None]
-        part = slice(plain.start_Q[rows_B[0]], plain.start_Q[rows_B[-1] + 1])
-        score_BC, hash_BC = (_padded(values[part], present_BC) for values in (plain.score_P, plain.hash_P))
+        start_B = self.plain.start_Q[rows_B[0] : rows_B[-1] + 2]
+        part = slice(start_B[0], start_B[-1])
+        score_BC, hash_BC = (padded(start_B, values[part], 0) for values in (self.plain.score_P, self.plain.hash_P))
+        present_BC = np.arange(score_BC.shape[1]) < np.diff(start_B)[:, None]
         never_BC = in_lists(self.never_hashes, rows_B, hash_BC) & present_BC
         return Block(score_BC, present_BC, never_BC, hash_BC), part
 
     def whole_block(self, rows_b: np.ndarray) -> tuple[Block, np.ndarray]:
-        """The whole rankings of some queries, and int64 [b, C]: each candidate's place (see `ids`)."""
+        """The whole rankings of some queries, and int64 [b, C]: each one's place among all `candidates`."""
         first_b, above_b = self.plain.length_Q[rows_b], self.above_Q[rows_b]
         known_b = np.maximum(first_b - above_b, 0)  # so many of the list under the ceiling are in the plain list
         more_b = np.maximum(self.under.length_Q[rows_b] - known_b, 0) * self.extended_Q[rows_b]
@@ -268,18 +226,9 @@ class Rankings:
         present_bC = column_C < (first_b + more_b)[:, None]
         at_bC[~present_bC] = 0
         rank_bC = np.where(behind_bC, (above_b + known_b - first_b)[:, None], 0) + column_C + 1
-        score_bC, hash_bC = self.values("score_P", at_bC), self.values("hash_P", at_bC)
+        score_bC, hash_bC = self.candidates.score_P[at_bC], self.candidates.hash_P[at_bC]
         never_bC = in_lists(self.never_hashes, rows_b, hash_bC) & present_bC
         return Block(score_bC, present_bC, never_bC, hash_bC, rank_bC), at_bC
-
-
-def _padded(values_P: np.ndarray, present_BC: np.ndarray) -> np.ndarray:
-    """[B, C] of lists that follow each other; a view where all are of one length."""
-    if len(values_P) == present_BC.size:
-        return values_P.reshape(present_BC.shape)
-    out_BC = np.zeros(present_BC.shape, dtype=values_P.dtype)
-    out_BC[present_BC] = values_P
-    return out_BC
 
 
 @dataclass(frozen=True)
@@ -289,12 +238,15 @@ class Selection:
     Attributes:
         code_P: int8, of every plain candidate: `UNDECIDED`, `NEGATIVE` or the `CODE` of a reason, without the check.
         plain_Q: int64, negatives of each plain list, without the check.
+        same_texts: int64 [H] each: place among all plain candidates, rising, and query of those with the text of the
+            query or of one that must not be its negative. Every known positive is among them.
         selected: the negatives. Sampled rules: the pool to draw from.
         missing_Q: a message for each query whose selection depends on what was not searched, else "".
     """
 
     code_P: np.ndarray
     plain_Q: np.ndarray
+    same_texts: tuple[np.ndarray, np.ndarray]
     selected: ScoredLists
     missing_Q: np.ndarray
 
@@ -308,16 +260,19 @@ def select(
         limits: the rule's.
         enough: how many a query has to have.
         capped: whether more than enough are wanted only as a choice; then nothing behind them is missing.
-        check: by query and place, as for `Rankings.ids`.
+        check: by query and place among `Rankings.candidates`.
     """
     plain = rankings.plain
     queries = len(plain.start_Q) - 1
     code_P, plain_Q = np.zeros(len(plain.score_P), dtype=np.int8), np.zeros(queries, dtype=np.int64)
     missing_Q = np.full(queries, "", dtype=object)
-    owner_K, at_K = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    owner_K, at_K, owner_H, at_H = ([np.empty(0, dtype=np.int64)] for _ in range(4))
     for start in range(0, queries, BLOCK):
         rows_B = np.arange(start, min(start + BLOCK, queries))
         block, part = rankings.plain_block(rows_B)
+        row, column = np.nonzero(block.never_BC)
+        owner_H.append(rows_B[row])
+        at_H.append(plain.start_Q[rows_B[row]] + column)
         code_BC, kept_BC = decide(block, limits.of(rows_B), count)
         code_P[part] = code_BC[block.present_BC]
         plain_Q[rows_B] = kept_BC.sum(axis=1)
@@ -328,7 +283,7 @@ def select(
         if short_B.any():
             rows_b = rows_B[short_B]
             block, at_bC = rankings.whole_block(rows_b)
-            refuse = None if check is None else _by_place(check, rows_b, at_bC)
+            refuse = check and _by_place(check, rows_b, at_bC)
             code_bC, kept_bC = decide(block, limits.of(rows_b), count, refuse)
             row, column = np.nonzero(kept_bC)
             owner_K.append(rows_b[row])
@@ -339,10 +294,12 @@ def select(
                 missing_b[enough_b] = ""
             missing_Q[rows_b] = missing_b
     order_K = np.argsort(np.concatenate(owner_K), kind="stable")
-    selected = rankings.take(np.concatenate(owner_K)[order_K], np.concatenate(at_K)[order_K])
-    at_H = rankings.same_texts[0]
-    code_P[at_H[(code_P[at_H] != UNDECIDED) & rankings.known_H]] = CODE[Reason.KNOWN_POSITIVE]
-    return Selection(code_P, plain_Q, selected, missing_Q)
+    start_Q = grouped(np.concatenate(owner_K), queries)
+    selected = rankings.candidates.take(start_Q, np.concatenate(at_K)[order_K])
+    same_H, whose_H = np.concatenate(at_H), np.concatenate(owner_H)
+    known_H = places_of(whose_H, plain.ids.take(pa.array(same_H)), *rankings.never) >= 0
+    code_P[same_H[(code_P[same_H] != UNDECIDED) & known_H]] = CODE[Reason.KNOWN_POSITIVE]
+    return Selection(code_P, plain_Q, (same_H, whose_H), selected, missing_Q)
 
 
 def _by_place(check: Check, rows_b: np.ndarray, at_bC: np.ndarray) -> Check:

@@ -10,42 +10,33 @@ retriever's best after another's, without repeating a text.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-import xxhash
 
 from nvembed.core import storage
-from nvembed.core.parquet import iter_parquet, read_slice
+from nvembed.core.parquet import read_slice, read_table
 from nvembed.core.vectors import write_shard
 from nvembed.mining.audit import Audit
 from nvembed.mining.checks import CandidateChecks
 from nvembed.mining.config import MineConfig, RandomNegatives, SampledTopK
 from nvembed.mining.finish import MINED_SCHEMA, best_rank, mined_table, own_positives, ranks_of
-from nvembed.mining.layout import (
-    ClassesTask,
-    MinePaths,
-    QueryTask,
-    RandomTask,
-    ReuseTask,
-    SearchTask,
-    Task,
-    task_from_json,
-)
+from nvembed.mining.layout import ClassesTask, MinePaths, RandomTask, ReuseTask, SearchTask, Task, task_from_json
 from nvembed.mining.lists import (
     SEARCHED_SCHEMA,
     ScoredLists,
     filtered,
     flat,
+    grouped,
     joined,
-    members,
+    lowest_scores,
     one_array,
-    owners,
-    places,
+    padded,
+    places_of,
     scored_array,
-    starts,
     take_turns,
 )
 from nvembed.mining.rules import (
@@ -63,7 +54,7 @@ from nvembed.mining.rules import (
 from nvembed.mining.search import Searcher
 from nvembed.mining.selection import Block, NeedsSearchError, Rankings, Selection, decide, in_lists, select
 from nvembed.retrieval.config import ExactIndex
-from nvembed.text.identity import text_hash
+from nvembed.text.identity import stable_hash, text_hash
 from nvembed.types import UserError
 
 _DEEPENED = 512  # queries that are searched deeper together
@@ -118,22 +109,17 @@ class MineWorker:
         Raises:
             UserError: that step had other examples, or other positives.
         """
-        uri = storage.join(task.earlier, task.dataset, "searched.parquet")
-        table = read_slice(uri, task.start, task.rows)
-        same = table.column("example_id").to_pylist() == queries.column("key").to_pylist()
-        (old_Q, old), (now_Q, now) = flat(table.column("positives")), flat(queries.column("positives"))
-        if same and not (np.array_equal(old_Q, now_Q) and old.field("id").equals(now)):  # in another order?
-            listed = [{item["id"] for item in items} for items in table.column("positives").to_pylist()]
-            same = listed == [set(keys) for keys in queries.column("positives").to_pylist()]
+        earlier = self._paths.searched
+        table = read_slice(storage.join(earlier, task.dataset, "searched.parquet"), task.start, task.rows)
+        same = table.column("example_id").to_pylist() == queries.column("key").to_pylist() and [
+            {item["id"] for item in items} for items in table.column("positives").to_pylist()
+        ] == [set(keys) for keys in queries.column("positives").to_pylist()]
         if not same:
             raise UserError(
-                f"{task.earlier} did not search for the examples of {task.dataset!r} with the positives they have now. "
+                f"{earlier} did not search for the examples of {task.dataset!r} with the positives they have now. "
                 "Mine again without `reuse`."
             )
-        hashed = self._searcher.hashed(task.dataset, table, queries)
-        for name in ("example_id", "positives", "ceiling"):
-            hashed = hashed.append_column(name, table.column(name))
-        return hashed
+        return self._searcher.hashed(task.dataset, table, queries)
 
     def _file(self, task: Task) -> str:
         return storage.join(self._paths.select, task.dataset, task.group)
@@ -158,76 +144,102 @@ def select_negatives(
     Raises:
         NeedsSearchError: the rule depends on what an earlier step did not search.
     """
-    config, audit, positives = searcher.config, Audit(), tables[0].column("positives")
+    group, config, audit = _Group(searcher, task, queries, tables), searcher.config, Audit()
     rankings = Rankings.read(queries, tables[0], config.depth)
-    selection, lists = _choices(searcher, task, queries, tables, rankings)
-    own, negatives, rows = own_positives(queries, positives), lists.columns()[0], queries
-    best_Q = _count(audit, config, rankings, positives, searcher.lowest(positives), selection, own)
+    selection, lists = group.choices(rankings)
+    own, negatives, rows = own_positives(queries, tables[0].column("positives")), lists.columns()[0], queries
+    best_Q = group.count(audit, rankings, selection, own)
     if config.max_positive_rank is not None:
         good_Q = consistent(best_Q, config.max_positive_rank)
         audit.counts["inconsistent"] += int(np.count_nonzero(~good_Q))
         negatives, own, rows = (each.filter(pa.array(good_Q)) for each in (negatives, own, rows))
-    capped = config.max_per_document is not None
-    mined, given = mined_table(rows, own, negatives, config.num_negatives, capped=capped)
+    return _mined(audit, config, rows, own, negatives)
+
+
+def _mined(
+    audit: Audit, config: MineConfig, queries: pa.Table, own: pa.ListArray, negatives: pa.ListArray
+) -> tuple[pa.Table, Audit]:
+    """`mined_table`, counted; with a cap on documents, negatives are counted when it has been applied."""
+    mined, given = mined_table(queries, own, negatives, config)
     audit.counts["given"] += given
-    if not capped:
+    if config.max_per_document is None:
         audit.add_examples(one_array(mined.column("negatives")), config.num_negatives)
     return mined, audit
 
 
-def _count(
-    audit: Audit,
-    config: MineConfig,
-    rankings: Rankings,
-    positives: pa.ChunkedArray,
-    lowest_Q: np.ndarray,
-    selection: Selection,
-    own: pa.ListArray,
-) -> np.ndarray:
-    """Count what was decided and where the positives rank; int64 [Q], the best rank of each query's own."""
-    plain = rankings.plain
-    audit.add_decisions(selection.code_P, plain.score_P)
-    audit.counts["deepened"] += int(np.count_nonzero(selection.plain_Q < config.num_negatives))
-    at_H, owner_H = rankings.same_texts
-    own_Q, values = flat(own)
-    rank_N = ranks_of(plain.start_Q, plain.ids, at_H, owner_H, own)
-    audit.add_ranks(rank_N, config.depth)
-    audit.add_scores("positives", np.asarray(values.field("score")))
-    positive_Q, positive = flat(positives)
-    positive_H = members(owner_H, plain.ids.take(pa.array(at_H)), positive_Q, positive.field("id"))
-    audit.add_rules(plain.start_Q, plain.score_P, lowest_Q, at_H[positive_H], owner_H[positive_H])
-    return best_rank(rank_N, own_Q)
+@dataclass(frozen=True)
+class _Group:
+    """A group of queries, and what each retriever searched for it; see `select_negatives`."""
 
+    searcher: Searcher
+    task: SearchTask | ReuseTask
+    queries: pa.Table
+    tables: Sequence[pa.Table]
 
-def _choices(
-    searcher: Searcher,
-    task: SearchTask | ReuseTask,
-    queries: pa.Table,
-    tables: Sequence[pa.Table],
-    rankings: Rankings,
-) -> tuple[Selection, ScoredLists]:
-    """The selection from the first retriever's search, and the choice of all retrievers."""
-    config, rule = searcher.config, searcher.config.rule
-    assert not isinstance(rule, RandomNegatives)
-    checks = _checks(searcher, task, queries, np.arange(queries.num_rows), tables)
-    selections, lists = [], []
-    for retriever, table in enumerate(tables):
-        ranked = Rankings.read(queries, table, config.depth) if retriever else rankings
-        limits = rule_limits(rule, searcher.lowest(table.column("positives")))
-        selections.append(_select(config, ranked, limits, checks))
-        pool = selections[-1].selected if retriever else _completed(searcher, task, queries, limits, selections[0])
-        lists.append(_drawn(config, rule, task.dataset, queries, pool) if isinstance(rule, SampledTopK) else pool)
-    count = config.num_negatives if config.max_per_document is None else config.depth
-    return selections[0], take_turns(lists, count) if len(lists) > 1 else lists[0]
+    def count(self, audit: Audit, rankings: Rankings, selection: Selection, own: pa.ListArray) -> np.ndarray:
+        """Count what was decided and where the positives rank; int64 [Q], the best rank of each query's own."""
+        plain, config, positives = rankings.plain, self.searcher.config, self.tables[0].column("positives")
+        audit.add_decisions(selection.code_P, plain.score_P)
+        audit.counts["deepened"] += int(np.count_nonzero(selection.plain_Q < config.num_negatives))
+        at_H, owner_H = selection.same_texts
+        own_Q, values = flat(own)
+        rank_N = ranks_of(plain.start_Q, plain.ids, at_H, owner_H, own)
+        audit.add_ranks(rank_N, config.depth)
+        audit.add_scores("positives", np.asarray(values.field("score")))
+        positive_Q, positive = flat(positives)
+        positive_H = places_of(owner_H, plain.ids.take(pa.array(at_H)), positive_Q, positive.field("id")) >= 0
+        audit.add_rules(plain.start_Q, plain.score_P, lowest_scores(positives), at_H[positive_H], owner_H[positive_H])
+        return best_rank(rank_N, own_Q)
 
+    def choices(self, rankings: Rankings) -> tuple[Selection, ScoredLists]:
+        """The selection from the first retriever's search, and the choice of all retrievers."""
+        config, rule, queries = self.searcher.config, self.searcher.config.rule, self.queries
+        assert not isinstance(rule, RandomNegatives)
+        checks = self._checks(queries, np.arange(queries.num_rows), self.tables)
+        limits = [rule_limits(rule, lowest_scores(table.column("positives"))) for table in self.tables]
+        selection = _select(config, rankings, limits[0], checks)
+        lists = [self._completed(limits[0], selection)]
+        for table, limit in zip(self.tables[1:], limits[1:], strict=True):
+            lists.append(_select(config, Rankings.read(queries, table, config.depth), limit, checks).selected)
+        if isinstance(rule, SampledTopK):
+            lists = [_drawn(config, rule, self.task.dataset, queries, pool) for pool in lists]
+        count = config.num_negatives if config.max_per_document is None else config.depth
+        return selection, take_turns(lists, count) if len(lists) > 1 else lists[0]
 
-def _checks(
-    searcher: Searcher, task: QueryTask, queries: pa.Table, rows_Q: np.ndarray, tables: Sequence[pa.Table]
-) -> CandidateChecks | None:
-    if not CandidateChecks.needed(searcher.config):
-        return None
-    ids = [flat(table.column(name))[1].field("id") for table in tables for name in ("plain", "under")]
-    return CandidateChecks(searcher, task, queries, rows_Q, pa.concat_arrays(ids))
+    def _checks(self, queries: pa.Table, rows_Q: np.ndarray, tables: Sequence[pa.Table]) -> CandidateChecks | None:
+        """The recipe's checks of candidates that read texts or ask another model."""
+        config = self.searcher.config
+        if config.near_duplicate is None and config.candidate_filter is None:
+            return None
+        ids = [flat(table.column(name))[1].field("id") for table in tables for name in ("plain", "under")]
+        return CandidateChecks(self.searcher, self.task, queries, rows_Q, pa.concat_arrays(ids))
+
+    def _completed(self, limits: Limits, selection: Selection) -> ScoredLists:
+        """The candidates of a selection; where a query's lists were too short, of ever deeper ones.
+
+        Raises:
+            NeedsSearchError: the lists are an earlier step's.
+        """
+        searcher, task, queries, config = self.searcher, self.task, self.queries, self.searcher.config
+        short = np.flatnonzero(selection.missing_Q != "")
+        if len(short) and isinstance(task, ReuseTask):
+            example = queries.column("key")[short[0]].as_py()
+            raise NeedsSearchError(f"example {example!r}: {selection.missing_Q[short[0]]}")
+        if not len(short) or not isinstance(task, SearchTask) or not isinstance(config.search.index, ExactIndex):
+            return selection.selected  # an approximate index has nothing more
+        parts = [(np.arange(queries.num_rows), selection.selected)]
+        query_QD = searcher.query_vectors(task, 0)
+        for start in range(0, len(short), _DEEPENED):
+            rows, depth = short[start : start + _DEEPENED], config.depth
+            while len(rows):
+                depth = min(4 * depth, task.corpus + 1)  # one more than there are: then nothing is missing
+                few = queries.take(pa.array(rows))
+                table = searcher.deeper(task.dataset, few, query_QD[rows], limits.ceiling_Q[rows], depth)
+                checks = self._checks(few, rows, [table])
+                deeper = _select(config, Rankings.read(few, table, depth), limits.of(rows), checks)
+                parts.append((rows, deeper.selected))
+                rows = rows[deeper.missing_Q != ""]
+        return ScoredLists.gather(parts, queries.num_rows)
 
 
 def _select(config: MineConfig, rankings: Rankings, limits: Limits, checks: CandidateChecks | None) -> Selection:
@@ -239,61 +251,16 @@ def _select(config: MineConfig, rankings: Rankings, limits: Limits, checks: Cand
     return select(rankings, limits, config.depth if capped else enough, enough, capped=capped, check=check)
 
 
-def _completed(
-    searcher: Searcher, task: SearchTask | ReuseTask, queries: pa.Table, limits: Limits, selection: Selection
-) -> ScoredLists:
-    """The candidates of a selection; where a query's lists were too short, of ever deeper ones.
-
-    Raises:
-        NeedsSearchError: the lists are an earlier step's.
-    """
-    config, pool = searcher.config, selection.selected
-    short = np.flatnonzero(selection.missing_Q != "")
-    if len(short) and isinstance(task, ReuseTask):
-        raise NeedsSearchError(f"example {queries.column('key')[short[0]].as_py()!r}: {selection.missing_Q[short[0]]}")
-    if not len(short) or not isinstance(task, SearchTask) or not isinstance(config.search.index, ExactIndex):
-        return pool  # an approximate index has nothing more
-    parts = [(np.arange(queries.num_rows), _of_queries(pool, selection.missing_Q == ""))]
-    query_QD = searcher.query_vectors(task.dataset, task.shards, 0)
-    for start in range(0, len(short), _DEEPENED):
-        rows, depth = short[start : start + _DEEPENED], config.depth
-        while len(rows):
-            depth = min(4 * depth, task.corpus + 1)  # one more than there are: then nothing is missing
-            few = queries.take(pa.array(rows))
-            table = searcher.deeper(task.dataset, few, query_QD[rows], limits.ceiling_Q[rows], depth)
-            checks = _checks(searcher, task, few, rows, [table])
-            deeper = _select(config, Rankings.read(few, table, depth), limits.of(rows), checks)
-            parts.append((rows, _of_queries(deeper.selected, deeper.missing_Q == "")))
-            rows = rows[deeper.missing_Q != ""]
-    return ScoredLists.gather(parts, queries.num_rows)
-
-
-def _of_queries(lists: ScoredLists, wanted_Q: np.ndarray) -> ScoredLists:
-    """The lists of some queries, empty ones for the others."""
-    owner_P = owners(lists.start_Q)
-    at_K = np.flatnonzero(wanted_Q[owner_P])
-    return lists.take(owner_P[at_K], at_K, len(wanted_Q))
-
-
 def _drawn(config: MineConfig, rule: SampledTopK, dataset: str, queries: pa.Table, pool: ScoredLists) -> ScoredLists:
     """The draw from every query's pool."""
-    names = queries.column("key").to_pylist()
-    key_Q = np.array([_key(f"{config.seed}\0{dataset}\0{name}") for name in names], dtype=np.uint64)
-    owner_P, column_P = owners(pool.start_Q), places(pool.start_Q)
-    shape = len(names), rule.top
-    allowed_QT, score_QT = np.zeros(shape, dtype=bool), np.zeros(shape)
-    key_QT, at_QT = np.zeros(shape, dtype=np.uint64), np.zeros(shape, dtype=np.int64)
-    allowed_QT[owner_P, column_P] = True
-    score_QT[owner_P, column_P] = pool.score_P
-    key_QT[owner_P, column_P] = [_key(name) for name in pool.ids.to_pylist()]
-    at_QT[owner_P, column_P] = np.arange(len(owner_P))
+    keys = queries.column("key").to_pylist()
+    key_Q = np.array([stable_hash(config.seed, dataset, key) for key in keys], dtype=np.uint64)
+    key_P = np.array([stable_hash(name) for name in pool.ids.to_pylist()], dtype=np.uint64)
+    flat_P = np.ones(len(key_P), dtype=bool), pool.score_P, key_P, np.arange(len(key_P))
+    allowed_QT, score_QT, key_QT, at_QT = (padded(pool.start_Q, values_P, 0, rule.top) for values_P in flat_P)
     column_QK = draw_sampled(allowed_QT, score_QT, config.num_negatives, rule, key_Q, key_QT)
     row, place = np.nonzero(column_QK != ABSENT)
-    return pool.take(row, at_QT[row, column_QK[row, place]], len(names))
-
-
-def _key(name: str) -> int:
-    return xxhash.xxh3_64_intdigest(name.encode())
+    return pool.take(grouped(row, len(keys)), at_QT[row, column_QK[row, place]])
 
 
 # -- drawn negatives --------------------------------------------------------------------------------------------------
@@ -301,12 +268,9 @@ def _key(name: str) -> int:
 
 def draw_negatives(searcher: Searcher, task: RandomTask) -> tuple[pa.Table, Audit]:
     """Rows of `MINED_SCHEMA` with uniform draws from the corpus, and their numbers."""
-    config, audit, queries = searcher.config, Audit(), searcher.queries(task)
+    queries = searcher.queries(task)
     negatives = random_lists(searcher, task, queries)
-    mined, given = mined_table(queries, own_positives(queries, None), negatives, config.num_negatives, capped=False)
-    audit.counts["given"] += given
-    audit.add_examples(one_array(mined.column("negatives")), config.num_negatives)
-    return mined, audit
+    return _mined(Audit(), searcher.config, queries, own_positives(queries, None), negatives)
 
 
 def random_lists(searcher: Searcher, task: RandomTask, queries: pa.Table) -> pa.ListArray:
@@ -338,7 +302,7 @@ def random_lists(searcher: Searcher, task: RandomTask, queries: pa.Table) -> pa.
         ids.append(id_U.take(pa.array(at_RC[row, column])))
         rows_R, drawn = rows_R[~done_R], 4 * drawn
     order_K = np.argsort(np.concatenate(owner_K), kind="stable")
-    start_Q = starts(np.bincount(np.concatenate(owner_K), minlength=queries.num_rows))
+    start_Q = grouped(np.concatenate(owner_K), queries.num_rows)
     return scored_array(start_Q, pa.concat_arrays(ids).take(pa.array(order_K)), pa.nulls(len(order_K), pa.float64()))
 
 
@@ -349,8 +313,7 @@ def draw_pairs(config: MineConfig, task: ClassesTask) -> tuple[pa.Table, Audit]:
         UserError: an example without a label.
     """
     audit = Audit()
-    columns = ["id", "query", "label", "positives", "negatives"]
-    table = pa.concat_tables(iter_parquet(task.examples, columns))
+    table = read_table(task.examples, ["id", "query", "label", "positives", "negatives"])
     ids, labels = table.column("id").to_pylist(), table.column("label").to_pylist()
     if None in labels:
         raise UserError(

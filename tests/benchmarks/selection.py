@@ -137,7 +137,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         searcher = Searcher(config, MinePaths.under(root))
         write_shard(corpus, f"{searcher.paths.texts}/set/documents/part-00000.parquet")
-        task = ReuseTask("set", "part-00000", arguments.queries, (), 0, "nowhere")  # nothing is searched deeper
+        task = ReuseTask("set", "part-00000", arguments.queries, (), 0)  # nothing is searched deeper
         result = searched.select(["above", "plain", "under"])
         mined = select_negatives(searcher, task, queries, [searched])[0]
         query_rows, searched_rows, section = queries.to_pylist(), searched.to_pylist(), config.model_dump()

@@ -1,9 +1,8 @@
 """What mining does with poisoned texts, a disk that is full, and a store that answers 5xx: the whole step, for real."""
 
-import importlib.util
-from pathlib import Path
-
+import mining_kit
 import pytest
+import weaknesses
 
 from nvembed.core import retry, storage
 from nvembed.core.parquet import read_table
@@ -11,13 +10,6 @@ from nvembed.core.steps import MANIFEST, CorruptArtifactError, load_artifact
 from nvembed.mining.config import MineConfig
 from nvembed.mining.step import MINE
 from nvembed.retrieval.config import EncodeConfig, PretrainedModel
-
-spec = importlib.util.spec_from_file_location("weaknesses", Path(__file__).with_name("weaknesses.py"))
-weaknesses = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(weaknesses)
-spec = importlib.util.spec_from_file_location("local", Path(__file__).with_name("local.py"))
-local = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(local)
 
 CONFIG = MineConfig(
     num_negatives=3, depth=8, encode=EncodeConfig(actors=1, shard_rows=16, precision="fp32", max_rejected_share=0.2)
@@ -113,8 +105,8 @@ def test_a_full_disk_stops_mining_and_room_lets_it_finish(tmp_path, ray_session,
 @pytest.mark.slow
 def test_a_store_that_answers_5xx_changes_nothing(store, caplog):
     """Every seventh request of each kind is refused."""
-    prepared = local.prepare("s3://bucket")
-    local.MINE.run(local.CONFIG, {"prepare": prepared}, "s3://bucket/clean")
+    prepared = mining_kit.prepare("s3://bucket")
+    mining_kit.MINE.run(mining_kit.CONFIG, {"prepare": prepared}, "s3://bucket/clean")
     requests = {}
 
     def refuse(method, path):
@@ -123,7 +115,7 @@ def test_a_store_that_answers_5xx_changes_nothing(store, caplog):
 
     store.refuse = refuse
     with caplog.at_level("WARNING", "nvembed.core.retry"):
-        local.MINE.run(local.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
+        mining_kit.MINE.run(mining_kit.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
     store.refuse = lambda method, path: False
     assert store.refused["PUT"] > 3 and store.refused["GET"] > 3 and "trying again" in caplog.text
     assert files("s3://bucket/mine") == files("s3://bucket/clean")
@@ -133,7 +125,7 @@ def test_a_store_that_answers_5xx_changes_nothing(store, caplog):
 @pytest.mark.parametrize("allowed", [2, 9, 14, 20])
 def test_a_store_that_stays_away_stops_mining_with_nothing_published(store, allowed):
     """Writing ends after some objects: at the texts, the vectors, the search, the selection."""
-    prepared = local.prepare("s3://bucket")
+    prepared = mining_kit.prepare("s3://bucket")
     written = []
 
     def refuse(method, path):
@@ -144,12 +136,12 @@ def test_a_store_that_stays_away_stops_mining_with_nothing_published(store, allo
 
     store.refuse = refuse
     with pytest.raises(OSError, match="try later"):
-        local.MINE.run(local.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
+        mining_kit.MINE.run(mining_kit.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
     assert store.refused.total() >= retry.ATTEMPTS
     store.refuse = lambda method, path: False
     assert not storage.exists("s3://bucket/mine/manifest.json")
     with pytest.raises(CorruptArtifactError, match="not a published artifact"):
         load_artifact("s3://bucket/mine")
-    local.MINE.run(local.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
-    local.MINE.run(local.CONFIG, {"prepare": prepared}, "s3://bucket/clean")
+    mining_kit.MINE.run(mining_kit.CONFIG, {"prepare": prepared}, "s3://bucket/mine")
+    mining_kit.MINE.run(mining_kit.CONFIG, {"prepare": prepared}, "s3://bucket/clean")
     assert files("s3://bucket/mine") == files("s3://bucket/clean")

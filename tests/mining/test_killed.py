@@ -1,29 +1,26 @@
 """kill -9 in every write phase of mining: the rerun goes on from what is there and ends with a clean run's bytes.
 
-The runs are processes of their own with `local.py`'s in-process pool; each kills itself at a chosen write: before
+The runs are processes of their own with `mining_kit.py`'s in-process pool; each kills itself at a chosen write: before
 it, with half of the file written, or right after. Killing an actor, and the driver under Ray: `test_step.py`.
 """
 
-import importlib.util
 import os
 import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
+import mining_kit
 import pytest
 
 from nvembed.mining.step import mine_step
 
 DRIVER = """
-import importlib.util, os, re, signal, sys
+import os, re, signal, sys
 import pyarrow.parquet as pq
-spec = importlib.util.spec_from_file_location("local", sys.argv[1])
-local = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(local)
+import mining_kit
 from nvembed.core import storage
-prepared, out, phase, moment, left = *sys.argv[2:6], int(sys.argv[6])
+prepared, out, phase, moment, left = *sys.argv[1:5], int(sys.argv[5])
 write, write_table = storage.write_bytes, pq.ParquetWriter.write_table
 
 def dying(uri, data):
@@ -48,13 +45,10 @@ def dying_table(self, *arguments, **options):
 
 from nvembed.core.steps import load_artifact
 storage.write_bytes, pq.ParquetWriter.write_table = dying, dying_table
-config = local.MineConfig.model_validate(
-    {**local.CONFIG.model_dump(), "more_retrievers": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows":
-    15}}
-)
-local.MINE.run(config, {"prepare": load_artifact(prepared)}, out)
+settings = {"more_retrievers": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows": 15}}
+config = mining_kit.MineConfig.model_validate({**mining_kit.CONFIG.model_dump(), **settings})
+mining_kit.MINE.run(config, {"prepare": load_artifact(prepared)}, out)
 """
-LOCAL = Path(__file__).with_name("local.py")
 PHASES = (
     "step.json",
     "texts/set/queries",
@@ -76,30 +70,22 @@ PHASES = (
 def world(tmp_path_factory):
     """Where the data lies, the files of a clean run (in this process), and its parts of the search."""
     root = tmp_path_factory.mktemp("killed")
-    local = load_local()
-    prepared = local.prepare(str(root))
+    prepared = mining_kit.prepare(str(root))
     searched = []
 
     def counted(factory, arguments, tasks, **options):
         searched.extend(tasks)
-        return local.pool(factory, arguments, tasks, **options)
+        return mining_kit.pool(factory, arguments, tasks, **options)
 
     settings = {"more_retrievers": [{"type": "bm25"}], "search": {"query_rows": 12, "document_rows": 15}}
-    config = local.MineConfig.model_validate({**local.CONFIG.model_dump(), **settings})
-    mine_step(local.encode, counted).run(config, {"prepare": prepared}, str(root / "clean"))
+    config = mining_kit.MineConfig.model_validate({**mining_kit.CONFIG.model_dump(), **settings})
+    mine_step(mining_kit.encode, counted).run(config, {"prepare": prepared}, str(root / "clean"))
     return root, files(root / "clean"), len(searched)
 
 
-def load_local():
-    spec = importlib.util.spec_from_file_location("local", LOCAL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def start(root, out, phase="", moment="", left=1):
-    arguments = [sys.executable, "-c", DRIVER, str(LOCAL), str(root / "prepare"), str(root / out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", DRIVER, str(root / "prepare"), str(root / out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run([*arguments, phase, moment, str(left)], env=environment, timeout=250).returncode
 
 

@@ -1,27 +1,20 @@
 """The `mine` step's kinds of work and settings, in this process: reuse, candidate filter, several retrievers, cap,
 consistency, near duplicates, FAISS, any division."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from artifacts import publish
+from mining_kit import CONFIG, MINE, TEXTS, mine, retriever, vectors
+from mining_kit import prepare as prepare_set
 
 from nvembed.core import storage
 from nvembed.core.parquet import read_table
-from nvembed.core.steps import Step, StepResult
-from nvembed.data.config import PrepareConfig
 from nvembed.mining.config import CandidateFilter, MineConfig, TopKAbs
 from nvembed.retrieval.config import EncodeConfig, FaissFlat, FaissHnsw, PretrainedModel, SearchConfig
 from nvembed.types import UserError
-
-spec = importlib.util.spec_from_file_location("local", Path(__file__).with_name("local.py"))
-local = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(local)
-CONFIG, MINE, TEXTS, mine, retriever, vectors = (
-    local.CONFIG, local.MINE, local.TEXTS, local.mine, local.retriever, local.vectors
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +25,7 @@ def no_fsync(monkeypatch):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    return local.prepare(str(tmp_path_factory.mktemp("prepared")))
+    return prepare_set(str(tmp_path_factory.mktemp("prepared")))
 
 
 def negatives(rows):
@@ -87,9 +80,7 @@ def test_any_division_gives_the_same_bytes(tmp_path, prepared):
 
 
 def test_a_trained_model_is_the_first_retriever_and_its_search_is_not_the_named_ones(tmp_path, prepared):
-    trained = Step("train", 1, lambda config, inputs, work: StepResult()).run(
-        PrepareConfig(sources=()), {}, str(tmp_path / "train")
-    )
+    trained = publish(tmp_path / "train", "train")
     again = MINE.run(CONFIG, {"prepare": prepared, "model": trained}, str(tmp_path / "again"))
     _, named, _ = mine(prepared, tmp_path / "named", retriever=retriever("model"))
     rows = read_table(again.path("set", "mined.parquet")).to_pylist()

@@ -1,12 +1,10 @@
 """The texts of mining: which documents are positives, which are never negatives, which take part."""
 
 import pytest
+from artifacts import PreparedSet, publish_prepared
 
-from nvembed.core.parquet import list_shards, read_table, write_table, write_tables
-from nvembed.core.steps import Step, StepResult
-from nvembed.data.config import CweSource, HpoSimilaritySource, PrepareConfig
-from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table
+from nvembed.core.parquet import list_shards, read_table
+from nvembed.data.tables import Document
 from nvembed.mining.config import MineConfig
 from nvembed.mining.layout import lay_out
 from nvembed.types import ScoredId, TaskType, TrainingExample
@@ -14,13 +12,8 @@ from nvembed.types import ScoredId, TaskType, TrainingExample
 CONFIG = MineConfig(sts_positive=0.8)
 
 
-def artifact(tmp_path, source, task, documents, examples):
-    def build(config, inputs, work):
-        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, f"{work}/{source.name}/corpus.parquet")
-        write_table(examples_table(examples), f"{work}/{source.name}/examples-train.parquet")
-        return StepResult(metrics={"datasets": {source.name: {"task": task, "instruction": "Instruct: t\nQuery: "}}})
-
-    return Step("prepare", 1, build).run(PrepareConfig(sources=(source,)), {}, str(tmp_path / "prepare"))
+def artifact(tmp_path, task, documents, examples):
+    return publish_prepared(tmp_path / "prepare", {"set": PreparedSet(task, documents, examples)})
 
 
 def shards(tmp_path, prepare, dataset, task):
@@ -45,7 +38,7 @@ def test_positives_of_the_same_query_text_are_shared(tmp_path):
         example("e4", "nothing known", []),
     ]
     documents = [Document(key, "Title" if key == "a" else "", f"text {key}") for key in "abcd"]
-    prepare = artifact(tmp_path, CweSource(name="set", instruction="cwe"), "retrieval", documents, examples)
+    prepare = artifact(tmp_path, TaskType.RETRIEVAL, documents, examples)
     result, queries, texts = shards(tmp_path, prepare, "set", "retrieval")
     by_key = {row["key"]: row for row in queries}
     assert by_key["e1"]["positives"] == ["a", "b"] and by_key["e1"]["own"] == 1
@@ -67,8 +60,7 @@ def test_sts_takes_graded_pairs_and_only_train_texts(tmp_path):
         example("e4", "text b", [("a", 0.9)], TaskType.STS),
     ]
     documents = [Document(key, "", f"text {key}", split="test" if key == "z" else "train") for key in "abcdz"]
-    source = HpoSimilaritySource(name="set", instruction="hpo_similarity")
-    prepare = artifact(tmp_path, source, "sts", documents, examples)
+    prepare = artifact(tmp_path, TaskType.STS, documents, examples)
     result, queries, texts = shards(tmp_path, prepare, "set", "sts")
     assert [row["key"] for row in queries] == ["e1", "e4"]
     assert queries[0]["positives"] == ["b"] and queries[0]["never"] == ["b", "c"]  # 0.6 is no positive, nor a negative
@@ -81,7 +73,7 @@ def test_sts_takes_graded_pairs_and_only_train_texts(tmp_path):
 def test_equal_inputs_give_equal_bytes(tmp_path, count):
     examples = [example(f"e{index}", f"query {index}", [("a",)]) for index in range(count)]
     documents = [Document("a", "", "text a")]
-    prepare = artifact(tmp_path, CweSource(name="set", instruction="cwe"), "retrieval", documents, examples)
+    prepare = artifact(tmp_path, TaskType.RETRIEVAL, documents, examples)
     written = []
     for run in ("one", "two"):
         lay_out(prepare, "set", {"task": "retrieval", "instruction": ""}, CONFIG, str(tmp_path / run))

@@ -1,11 +1,10 @@
 """The selection over arrays decides and counts what the plain oracle does, and refuses alike; what may never happen."""
 
-import importlib.util
 import math
-from pathlib import Path
 from random import Random
 
 import numpy as np
+import oracle
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -39,10 +38,6 @@ from nvembed.mining.selection import (
 from nvembed.mining.worker import select_negatives
 from nvembed.retrieval.config import ExactIndex, FaissFlat, SearchConfig
 
-spec = importlib.util.spec_from_file_location("oracle", Path(__file__).with_name("oracle.py"))
-oracle = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(oracle)
-
 CEILINGS = st.one_of(
     st.builds(TopKAbs, max_score=st.sampled_from([-0.5, 0.0, 0.25, 0.5])),
     st.builds(TopKMarginPos, margin=st.sampled_from([0.0, 0.1, 0.3])),
@@ -57,7 +52,7 @@ RULES = st.one_of(
 )
 SCHEMA = pa.schema([*SEARCHED_SCHEMA, *(field for field in PART_SCHEMA if field.name.endswith("_hashes"))])
 SEARCH = SearchTask("set", "part-00000", 1, (), None, 1, (), 1)
-REUSE = ReuseTask("set", "part-00000", 1, (), 0, "nowhere")
+REUSE = ReuseTask("set", "part-00000", 1, (), 0)
 
 
 def by_score(item):
@@ -187,7 +182,7 @@ def test_a_check_is_called_once_about_each_candidate_that_nothing_else_refuses(d
         return Random(f"{salt} {number} {key}").random() < 0.5
 
     def codes(owner_K, at_K):
-        pairs = list(zip(owner_K.tolist(), rankings.ids(at_K).to_pylist(), strict=True))
+        pairs = list(zip(owner_K.tolist(), rankings.candidates.ids.take(pa.array(at_K)).to_pylist(), strict=True))
         checked.extend(pairs)
         return np.array([CODE[Reason.FILTERED] * refused(*pair) for pair in pairs], dtype=np.int8)
 

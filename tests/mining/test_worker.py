@@ -1,10 +1,8 @@
 """The mining worker in one process, on made-up vectors: equal to a naive "filter the whole ranking, take the top";
 random negatives of a group are those that each example draws alone from the whole corpus."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
+import oracle
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -21,10 +19,6 @@ from nvembed.mining.worker import MineWorker, random_lists, select_negatives
 from nvembed.retrieval.config import SearchConfig
 from nvembed.retrieval.exact.topk import pair_scores
 from nvembed.types import UserError
-
-spec = importlib.util.spec_from_file_location("oracle", Path(__file__).with_name("oracle.py"))
-oracle = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(oracle)
 
 DOCUMENTS, QUERIES, DIM = 90, 25, 8
 

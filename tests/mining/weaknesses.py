@@ -3,12 +3,9 @@
 import json
 import shutil
 
-from nvembed.core.parquet import write_table, write_tables
-from nvembed.core.steps import Step, StepResult
-from nvembed.core.storage import join
-from nvembed.data.config import FilesSource, PrepareConfig
-from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table
+from artifacts import PreparedSet, publish_prepared
+
+from nvembed.data.tables import Document
 from nvembed.retrieval.encoders import package_folder
 from nvembed.types import ScoredId, TaskType, TrainingExample
 
@@ -35,14 +32,7 @@ def examples():
 
 def prepare(uri, rows, queries):
     """The artifact of a `prepare` step that read just these."""
-
-    def build(config, inputs, work):
-        write_tables(Documents.of(rows).tables, CORPUS_SCHEMA, join(work, "set", "corpus.parquet"))
-        write_table(examples_table(queries), join(work, "set", "examples-train.parquet"))
-        return StepResult(metrics={"datasets": {"set": {"task": "retrieval", "instruction": ""}}})
-
-    source = FilesSource(name="set", instruction="web_search", uris=("nowhere.jsonl",))
-    return Step("prepare", 1, build).run(PrepareConfig(sources=(source,)), {}, str(uri))
+    return publish_prepared(uri, {"set": PreparedSet(TaskType.RETRIEVAL, rows, queries, prompt="")})
 
 
 def poisoned_model(folder):

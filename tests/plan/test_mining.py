@@ -133,7 +133,7 @@ def test_mining_cuts_its_work_as_planned(
 ) -> None:
     from nvembed.core.parquet import list_shards
     from nvembed.core.vectors import write_text_shards
-    from nvembed.mining.step import corpus_segments, query_groups
+    from nvembed.mining.step import corpus_parts, query_groups
 
     config = MineConfig.model_validate(
         {
@@ -148,10 +148,10 @@ def test_mining_cuts_its_work_as_planned(
     assert cut.document_shards == len(list_shards(str(tmp_path / "set/documents")))
     paths = replace(MinePaths.under(str(tmp_path)), texts=str(tmp_path))
     groups = query_groups(paths, "set", config)
-    segments, _ = corpus_segments(str(tmp_path / "set/documents"), config)
+    segments = corpus_parts(str(tmp_path / "set/documents"), config)
     assert (cut.passes, cut.parts) == (len(groups), len(segments))
     assert cut.tasks == len(groups) * len(segments)
-    assert max(group.rows for group in groups) == cut.group_rows
+    assert max(rows for _, rows in groups) == cut.group_rows
 
 
 def test_ten_million_queries_and_a_billion_documents_are_counted_exactly() -> None:

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from artifacts import PreparedSet, publish_prepared
 
-from nvembed.core.parquet import list_shards, read_table, write_table, write_tables
-from nvembed.core.steps import Step, StepResult
-from nvembed.core.vectors import vector_table
-from nvembed.core.vectors import write_shard as write_vectors
-from nvembed.data.config import CweSource, PrepareConfig
-from nvembed.data.documents import Documents
-from nvembed.data.tables import CORPUS_SCHEMA, Document, examples_table
+from nvembed.core import storage
+from nvembed.core.parquet import list_shards, read_table
+from nvembed.core.vectors import vector_table, write_shard
+from nvembed.data.tables import Document
 from nvembed.mining.config import MineConfig
 from nvembed.mining.step import mine_step
 from nvembed.retrieval.config import EncodeConfig
@@ -61,7 +59,7 @@ def encode(source, model, out, config, may_reject=()):
         table = read_table(f"{source}/{name}", ["key", "text"])
         salt = model.package if hasattr(model, "package") else Path(model.name).name
         matrix = vectors(table.column("text").to_pylist(), salt)
-        write_vectors(vector_table(table.column("key"), matrix), f"{out}/{name}")
+        write_shard(vector_table(table.column("key"), matrix), f"{out}/{name}")
     return EncodeReport()
 
 
@@ -80,13 +78,8 @@ def prepare(uri):
     ]
     examples.append(TrainingExample("far", "set", TaskType.RETRIEVAL, "race in the kernel", (ScoredId("d00"),)))
 
-    def build(config, inputs, work):
-        write_tables(Documents.of(documents).tables, CORPUS_SCHEMA, f"{work}/set/corpus.parquet")
-        write_table(examples_table(examples), f"{work}/set/examples-train.parquet")
-        return StepResult(metrics={"datasets": {"set": {"task": "retrieval", "instruction": ""}}})
-
-    config = PrepareConfig(sources=(CweSource(name="set", instruction="cwe"),))
-    return Step("prepare", 1, build).run(config, {}, f"{uri}/prepare")
+    sets = {"set": PreparedSet(TaskType.RETRIEVAL, documents, examples, prompt="")}
+    return publish_prepared(storage.join(uri, "prepare"), sets)
 
 
 def mine(prepared, out, **changes):
