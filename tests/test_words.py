@@ -32,7 +32,6 @@ MAX_LOOSE, MAX_MINING, MIN_LINES = 4, 13, 60
 # Modules under `MIN_LINES` lines other than config.py, __init__.py and commands/*, with the reason for each.
 SHORT = {
     "nvembed/cli.py": "the entry point: loads a command only when it is given",
-    "nvembed/core/ray_cluster.py": "the one place that starts or joins Ray",
     "nvembed/core/messages.py": "wording shared by rooms that may not import each other",
     "nvembed/jobs/submit.py": "imports every backend, and every backend imports backend.py",
     "nvembed/losses/distillation.py": "one objective; torch only",
@@ -40,7 +39,6 @@ SHORT = {
     "nvembed/modeling/bidirectional.py": "goes into exported model folders as code",
     "nvembed/modeling/exports/stock.py": "the one place that may run a folder's own code",
     "nvembed/modeling/pooling.py": "goes into exported model folders as code",
-    "nvembed/modeling/precision.py": "the one home of bf16 detection and autocast; needs torch",
     "nvembed/pipeline/steps.py": "pipeline files list steps by it without loading torch",
     "nvembed/recipe/diff.py": "shared by a command and the report",
     "nvembed/preflight/findings.py": "imports nothing: jobs, pipeline and all checks share it",

@@ -217,8 +217,14 @@ class Rejected:
         return {reason: int(count_Q.sum()) for reason, count_Q in counts.items() if count_Q.any()}
 
     def without(self, queries: pa.Table) -> pa.Table:
-        """The examples that have a query and a positive of their own (columns `NEEDED` and perhaps others), without the
-        documents that were rejected (`never` stays as it is)."""
+        """The usable examples, without their rejected documents.
+
+        Args:
+            queries: columns `NEEDED` and perhaps others; `never` stays as it is.
+
+        Returns:
+            The examples that have a query and a positive of their own.
+        """
         if not len(self):
             return queries
         has_query_Q, present_P, own_Q = self._left(queries)
