@@ -31,7 +31,6 @@ SHORT = {
     "nvembed/modeling/bidirectional.py": "goes into exported model folders as code",
     "nvembed/modeling/exports/stock.py": "the one place that may run a folder's own code",
     "nvembed/modeling/pooling.py": "goes into exported model folders as code",
-    "nvembed/modeling/precision.py": "the one home of bf16 detection and autocast; needs torch",
     "nvembed/pipeline/steps.py": "pipeline files list steps by it without loading torch",
     "nvembed/recipe/diff.py": "shared by a command and the report",
     "nvembed/report/attempts.py": "read here, below the pipeline that writes the file",
