@@ -89,6 +89,11 @@ def check_count(name: str, value: Any, *, least: int | None = 1, most: int | Non
     return number
 
 
+def check_optional_count(name: str, value: Any) -> int | None:
+    """`check_count` of at least 1, or None."""
+    return None if value is None else check_count(name, value)
+
+
 def check_number(name: str, value: Any, low: float, high: float) -> float:
     """A real number between two bounds, both included; a bool and NaN are none.
 

@@ -79,16 +79,8 @@ def evaluate_retrieval(
     k, intervals = check_count("k", k), check_flag("intervals", intervals)
     if instruction is not None and not isinstance(instruction, str):
         raise UserError(f"instruction is {shown(instruction)}; give one task sentence or its key, or None for none.")
-    check_mapping("corpus", corpus, "Give document id -> text, such as dict(zip(ids, texts)).")
-    check_mapping("queries", queries, "Give query id -> text, such as dict(zip(ids, texts)).")
-    _check_ids("corpus", corpus)
-    _check_ids("queries", queries)
-    _check_rows(corpus)
-    documents = {key: _document(row) for key, row in corpus.items()}
-    gains = _gains(queries, documents, _grades(qrels))
-    _check_texts("document", documents)
-    _check_texts("query", {key: queries[key] for key in gains})
-    choose_prompts(0, instruction or "")  # an unknown key, before the model is loaded
+    documents, gains = _checked(corpus, queries, qrels)
+    choose_prompts(1, instruction or "")  # an unknown key, before the model is loaded
     encoder = encoder_of(model, with_prompt=instruction is not None, precision=precision)
     query_QD = encode_texts([queries[key] for key in gains], encoder, instruction=instruction or "")
     document_ND = encode_texts(list(documents.values()), encoder)
@@ -99,6 +91,25 @@ def evaluate_retrieval(
         for metric, row in values.items()
     }
     return dict(scores) if intervals else {metric: interval["value"] for metric, interval in scores.items()}
+
+
+def _checked(
+    corpus: Mapping[str, Any], queries: Mapping[str, str], qrels: Mapping[str, Mapping[str, float]]
+) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
+    """The texts of the documents and the grades of the scored queries.
+
+    Raises:
+        UserError: see `evaluate_retrieval`.
+    """
+    for name, mapping, kind in (("corpus", corpus, "document"), ("queries", queries, "query")):
+        check_mapping(name, mapping, f"Give {kind} id -> text, such as dict(zip(ids, texts)).")
+        _check_ids(name, mapping)
+    _check_rows(corpus)
+    documents = {key: _document(row) for key, row in corpus.items()}
+    gains = _gains(queries, documents, _grades(qrels))
+    _check_texts("document", documents)
+    _check_texts("query", {key: queries[key] for key in gains})
+    return documents, gains
 
 
 def _check_ids(name: str, mapping: Mapping[Any, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from nvembed.core.arguments import check_count, check_list, check_number, public, shown
+from nvembed.core.arguments import check_count, check_list, check_number, check_optional_count, public, shown
 from nvembed.core.messages import nearest
 from nvembed.core.validation import describe_error, tagged_models
 from nvembed.mining.config import (
@@ -85,8 +85,7 @@ def mine_vectors(
             {"type": "rank_window", "first": 30, "last": 100}: those ranks, positives counted;
             {"type": "sampled_topk", "top": 10, "temperature": 0.1, "ceiling": {...}}: a draw from the best ten under a
             ceiling; {"type": "random"}: a uniform draw.
-        max_similarity_to_positive: refuse documents whose cosine with a positive of the query is at least this
-            (-1 to 1).
+        max_similarity_to_positive: refuse documents whose cosine with a positive of the query is at least this.
         max_per_document: a document is a negative of this many queries at most; see `rules.cap_documents`.
         seed: of the draws. A query's draw depends on its row number and the seed only.
         precision, device: see `search_vectors`; they never change the result.
@@ -95,9 +94,8 @@ def mine_vectors(
         int64 [Q, K] row numbers of documents, best first (random: in drawn order), -1 where fewer qualify.
 
     Raises:
-        UserError: an unknown rule (with everything that is wrong with it), wrong shapes, a query without a positive or
-            with one that is no row number, a count or similarity out of range, NaN, infinity, an unknown precision or
-            device.
+        UserError: an unknown rule (all that is wrong with it), wrong shapes, a query without a positive or with one
+            that is no row, a count or similarity out of range, NaN, infinity, an unknown precision or device.
 
     Example:
         >>> import numpy as np; from nvembed import mine_vectors
@@ -107,29 +105,34 @@ def mine_vectors(
 
     Source: NV-Retriever (arXiv 2407.15831), section 3.
     """
-    query_QD = as_matrix(queries, "queries")
-    config = _read_rule(rule)
+    query_QD, document_ND = as_matrix(queries, "queries"), as_array(documents, "documents")
+    config = _read_rule(rule, len(document_ND))
     num_negatives = check_results("num_negatives", num_negatives, len(query_QD))
-    seed = check_count("seed", seed, least=None, most=None)
+    max_per_document, seed = _checked_options(config, max_similarity_to_positive, max_per_document, seed)
     choose_precision(precision, device)
-    if max_per_document is not None:
-        max_per_document = check_count("max_per_document", max_per_document)
-    if max_similarity_to_positive is not None:
-        check_number("max_similarity_to_positive", max_similarity_to_positive, -1, 1)
-    document_ND = as_array(documents, "documents")
     known = _Positives(query_QD, document_ND, _row_lists(positives), max_similarity_to_positive)
-    if isinstance(config, SampledTopK):  # no list is longer than the documents
-        config = config.model_copy(update={"top": min(config.top, max(len(document_ND), 1))})
-    if isinstance(config, RandomNegatives | SampledTopK) and max_per_document is not None:
-        raise UserError(f"max_per_document needs candidates in order of preference; {config.type} draws them")
     if isinstance(config, RandomNegatives):
         return _random(known, num_negatives, seed)
     mining = _Mining(known, config, rule_limits(config, known.lowest(config)), num_negatives, seed, precision, device)
     return mining.run() if max_per_document is None else mining.run_capped(max_per_document)
 
 
-def _read_rule(rule: Mapping[str, Any] | RuleConfig) -> RuleConfig:
-    """The rule that a mapping describes.
+def _checked_options(rule: RuleConfig, max_similarity: Any, cap: Any, seed: Any) -> tuple[int | None, int]:
+    """The cap on documents and the seed.
+
+    Raises:
+        UserError: one of them is out of range, or the rule takes no cap.
+    """
+    cap = check_optional_count("max_per_document", cap)
+    if max_similarity is not None:
+        check_number("max_similarity_to_positive", max_similarity, -1, 1)
+    if isinstance(rule, RandomNegatives | SampledTopK) and cap is not None:
+        raise UserError(f"max_per_document needs candidates in order of preference; {rule.type} draws them")
+    return cap, check_count("seed", seed, least=None, most=None)
+
+
+def _read_rule(rule: Mapping[str, Any] | RuleConfig, documents: int) -> RuleConfig:
+    """The rule that a mapping describes; `top` is no more than there are documents.
 
     Raises:
         UserError: an unknown type or key, a value out of range.
@@ -152,6 +155,8 @@ def _read_rule(rule: Mapping[str, Any] | RuleConfig) -> RuleConfig:
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError("\n  ".join([f"rule {shown(rule)}: {count}", *problems]))
+    if isinstance(config, SampledTopK):
+        return config.model_copy(update={"top": min(config.top, max(documents, 1))})
     return config
 
 

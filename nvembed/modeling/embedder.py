@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nvembed.core.arguments import check_count, check_list, public, shown
+from nvembed.core.arguments import check_count, check_list, check_optional_count, public, shown
 from nvembed.losses.matryoshka import prefix_rows
 from nvembed.modeling.bidirectional import set_bidirectional
 from nvembed.modeling.config import HEADS, EmbedderConfig, FoldedLatentAttentionConfig, LastTokenConfig
@@ -146,7 +146,7 @@ class Embedder(nn.Module):
             prompts,
             token_budget=check_count("token_budget", token_budget),
             precision=precision,
-            max_length=None if max_length is None else check_count("max_length", max_length),
+            max_length=check_optional_count("max_length", max_length),
         )
         return matrix_ND if dim is None else prefix_rows(matrix_ND, dim)
 

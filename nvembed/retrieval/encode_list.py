@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nvembed.core import storage
-from nvembed.core.arguments import check_address, check_count, check_list, public
+from nvembed.core.arguments import check_address, check_count, check_list, check_optional_count, public
 from nvembed.core.secrets import mask
 from nvembed.retrieval.cache import VectorCache, fingerprint
 from nvembed.retrieval.encoders import Encoder, Model, as_model_config, encoder_of, model_identity
@@ -71,14 +71,11 @@ def encode_texts(
         (2, 384)
     """
     texts = check_list("texts", texts, "texts", " The texts come first: encode_texts(texts, model).")
-    if max_length is not None:
-        max_length = check_count("max_length", max_length)
-    token_budget = check_count("token_budget", token_budget)
+    max_length, token_budget = check_optional_count("max_length", max_length), check_count("token_budget", token_budget)
     prompts = None if prompt_name is not None else choose_prompts(len(texts), instruction, prompt)
     with_prompt = not (is_none(instruction) and (prompt is None or is_none(prompt)) and not prompt_name)
     encoder = encoder_of(model, with_prompt, precision, token_budget, device)
-    if prompts is None:  # the model knows its names
-        prompts = choose_prompts(len(texts), instruction, prompt, prompt_name, encoder.prompts)
+    prompts = prompts or choose_prompts(len(texts), instruction, prompt, prompt_name, encoder.prompts)
     known = None if cache is None else _named_cache(cache, model, with_prompt, encoder.precision)
     encoded = encode_checked(encoder, texts, prompts, [max_length] * len(texts), cache=known)
     if known is not None and encoded.embedded:

@@ -246,7 +246,7 @@ def _as_ceiling(ceiling: Any, queries: int) -> np.ndarray:
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"ceiling is {shown(ceiling)}; give one number for each query.") from error
     if ceiling_Q.shape != (queries,):
-        raise UserError(f"ceiling has shape {ceiling_Q.shape}; give one number for each of the {queries} queries.")
+        raise UserError(f"ceiling has shape {ceiling_Q.shape}; give one number per query, ({queries},).")
     if np.isnan(ceiling_Q).any():
         row = int(np.isnan(ceiling_Q).argmax())
         raise UserError(f"ceiling[{row}] is not a number; give inf where a query has no ceiling.")
@@ -322,7 +322,7 @@ def _parts(documents: Any) -> Iterator[np.ndarray]:
     whole = isinstance(documents, str | bytes | Mapping | set | frozenset) or not isinstance(documents, Iterable)
     streamed = not whole and not hasattr(documents, "__array__")
     if isinstance(documents, list | tuple):
-        streamed = not documents or getattr(documents[0], "ndim", _depth(documents[0])) == 2
+        streamed = not documents or _depth(documents[0]) == 2
     if not streamed:
         yield as_array(documents, "documents")
         return
@@ -331,8 +331,10 @@ def _parts(documents: Any) -> Iterator[np.ndarray]:
 
 
 def _depth(item: Any) -> int:
-    """2 for a list of lists, else 1 or 0."""
-    return (1 + _depth(item[0]) if len(item) else 1) if isinstance(item, list | tuple) else 0
+    """Dimensions of an array, or of nested lists by their first items."""
+    if isinstance(item, list | tuple):
+        return 1 + (_depth(item[0]) if item else 0)
+    return int(getattr(item, "ndim", 0))
 
 
 def _release(array: np.ndarray) -> None:

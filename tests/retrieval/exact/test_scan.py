@@ -208,7 +208,8 @@ def test_search_vectors_says_what_is_wrong_and_pads():
         ((good[0], good, 1), "queries has shape"),
         ((good, good[:, :2], 1), "3 dimensions"),
         ((good, good, 0), "k is 0"),
-        ((good * np.nan, good, 1), "query vector is not finite"),
+        ((good * np.nan, good, 1), r"queries\[0\] holds NaN"),
+        ((good * 1e20, good, 1), "query vector is not finite, or longer than"),
     ):
         with pytest.raises(UserError, match=message):
             search_vectors(*arguments)
