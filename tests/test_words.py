@@ -45,25 +45,8 @@ SHORT = {
     "nvembed/training/errors.py": "shared by the loop and by the launcher, which loads no torch",
 }
 
-# Docstrings whose first line is no sentence, to be rewritten. A change of sentence_modules.py changes the content of
-# model folders, into which it is copied.
-BROKEN = {
-    "nvembed/mining/finish.py:finish",
-    "nvembed/mining/layout.py:layout",
-    "nvembed/mining/rules.py:draw_accepted",
-    "nvembed/mining/search.py:deeper",
-    "nvembed/mining/selection.py:Rankings",
-    "nvembed/mining/selection.py:same_texts",
-    "nvembed/mining/worker.py:random_lists",
-    "nvembed/modeling/sentence_modules.py:sentence_modules",
-}
-
-# Names of tests with such words, to be renamed.
-MISNAMED = {
-    "tests/mining/test_kinds.py:test_an_index_that_memory_cannot_hold_is_refused_before_anything_is_laid_out",
-    "tests/mining/test_rejected.py:test_the_share_of_cut_texts_is_told",
-    "tests/mining/test_worker.py:test_deepened_like_a_walk_down_the_whole_ranking",
-}
+# First lines that are no sentence: sentence_modules.py is copied into model folders, so a change changes their content.
+BROKEN = {"nvembed/modeling/sentence_modules.py:sentence_modules"}
 
 
 def place(path: Path) -> str:
@@ -158,8 +141,7 @@ def test_the_word_test_finds_faults(tmp_path: Path) -> None:
 
 
 def test_names_of_tests_are_plain_english() -> None:
-    assert sorted(misnamed_tests(TESTS) - MISNAMED) == []
-    assert sorted(MISNAMED - misnamed_tests(TESTS)) == [], "these are renamed: drop them from MISNAMED"
+    assert sorted(misnamed_tests(TESTS)) == []
 
 
 def test_documents_are_plain_english() -> None:

@@ -1,5 +1,6 @@
-"""The mined table: the rows of a group, groups joined into one file per data set, the cap on documents; the checks of
-`reuse` and of an approximate index.
+"""The mined table: the rows of a group, the files of the data sets, the cap on documents.
+
+Also the checks of `reuse` and of an approximate index.
 
 Shapes: Q queries, P candidates of all queries together, N positives, G negatives that the data gives, K mined ones.
 """

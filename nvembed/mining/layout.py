@@ -1,4 +1,4 @@
-"""What mining works on: texts written as shards, texts without a vector, and the tasks of the actors.
+"""The inputs of mining: texts written as shards, texts without a vector, and the tasks of the actors.
 
 Under `<work>/checkpoints/texts/<dataset>/`: `queries/part-*.parquet` (one row per training example that has a positive,
 with what is known about it) and `documents/part-*.parquet`. The same inputs give the same bytes, so a restarted run

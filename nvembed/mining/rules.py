@@ -208,8 +208,10 @@ def draw_order(generator: np.random.Generator, population: int, count: int) -> l
 def draw_accepted(
     generator: np.random.Generator, population: int, count: int, accept: Callable[[list[int]], list[int]]
 ) -> list[int]:
-    """Up to `count` positions of `range(population)` that `accept` lets through of a random order; more are drawn while
-    too few qualify."""
+    """Up to `count` positions of `range(population)` in a random order, those that `accept` lets through.
+
+    More are drawn while too few qualify.
+    """
     drawn = first_draw(count)
     while True:
         order = draw_order(generator, population, drawn)

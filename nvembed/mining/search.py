@@ -282,8 +282,11 @@ class Searcher:
     def deeper(
         self, dataset: str, queries: pa.Table, query_qD: np.ndarray, ceiling_q: np.ndarray, depth: int
     ) -> pa.Table:
-        """Some queries searched to another depth, over the whole corpus, by the first retriever: `PART_SCHEMA` and the
-        column `ceiling`."""
+        """Some queries searched to another depth, over the whole corpus, by the first retriever.
+
+        Returns:
+            `PART_SCHEMA` and the column `ceiling`.
+        """
         result = self._search_exactly(query_qD, self.document_vectors(dataset), ceiling_q, depth)
         self.again += result.again
         table = self.hashed(dataset, search_table(result), queries)

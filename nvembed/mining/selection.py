@@ -160,7 +160,7 @@ def in_lists(lists: tuple[np.ndarray, np.ndarray], rows_B: np.ndarray, values_BC
 
 @dataclass(frozen=True)
 class Rankings:
-    """What a search stored for a group of queries, and what can never be their negatives.
+    """The stored rankings of a group of queries, and the documents that can never be their negatives.
 
     Attributes:
         plain: the best documents.

@@ -274,8 +274,9 @@ def draw_negatives(searcher: Searcher, task: RandomTask) -> tuple[pa.Table, Audi
 
 
 def random_lists(searcher: Searcher, task: RandomTask, queries: pa.Table) -> pa.ListArray:
-    """`num_negatives` documents for each query in drawn order (`SCORED_IDS`, no score), known positives and repeated
-    texts left out.
+    """`num_negatives` documents for each query in drawn order (`SCORED_IDS`, no score).
+
+    Known positives and repeated texts are left out.
 
     Every example draws from a generator of its own, so the division into groups changes nothing. Documents of a whole
     group are looked up together: memory depends on the draws, not on the corpus.

@@ -102,5 +102,5 @@ def _named_cache(cache: str, model: Model | Encoder | Embedder, with_prompt: boo
 
 
 def open_cache(cache_uri: str, model: Model, precision: str, kind: VectorType = "fp32") -> VectorCache:
-    """The cached vectors of a model, as they stand now; `precision` resolved to fp32 or bf16."""
+    """The cached vectors of a model at this moment; `precision` resolved to fp32 or bf16."""
     return VectorCache(cache_uri, fingerprint(model_identity(model), precision, kind), kind)

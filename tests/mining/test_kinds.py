@@ -176,7 +176,7 @@ def test_several_retrievers_take_turns(tmp_path, prepared):
     assert negatives(merged) != negatives(first)
 
 
-def test_an_index_that_memory_cannot_hold_is_refused_before_anything_is_laid_out(tmp_path, prepared, monkeypatch):
+def test_an_index_beyond_memory_is_refused_before_texts_are_written(tmp_path, prepared, monkeypatch):
     class Small:
         total = 20_000
 

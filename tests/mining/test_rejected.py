@@ -210,7 +210,7 @@ def test_more_than_the_allowed_share_stops_the_step(sets, poisoned_model, tmp_pa
     assert not (tmp_path / "mine" / MANIFEST).exists()
 
 
-def test_the_share_of_cut_texts_is_told(sets, tmp_path):
+def test_the_share_of_cut_texts_is_in_the_audit(sets, tmp_path):
     """Queries and documents have lengths of their own."""
     encoding = {**CONFIG["encode"], "max_document_length": 8, "max_query_length": 64}
     _, _, audit = mined({**CONFIG, "encode": encoding}, sets["clean"], tmp_path / "mine")

@@ -141,7 +141,7 @@ def test_negatives_equal_filtering_the_whole_ranking(tmp_path, world, depth, sha
         {"rule": {"type": "topk_abs", "max_score": 0.2}, "max_per_document": 2},
     ],
 )
-def test_deepened_like_a_walk_down_the_whole_ranking(tmp_path, world, changes):
+def test_deepened_search_equals_the_whole_ranking(tmp_path, world, changes):
     rows = world[3]
     config = MineConfig.model_validate({"depth": 5, "num_negatives": 4, **changes})
     mine(tmp_path, world, config)
