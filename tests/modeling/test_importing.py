@@ -253,7 +253,8 @@ def test_one_optimiser_step_from_an_imported_model(checkpoint, tmp_path):
     record = import_nv_embed(checkpoint, tmp_path / "model", max_length=64)
     section = yaml.safe_load(record["recipe"])["initialise"]
     datasets = {"cwe": {"instruction": "Instruct: Find\nQuery: ", "task": "retrieval"}}
-    prepare = Artifact(str(tmp_path / "prepare"), {"metrics": {"datasets": datasets}, "content_hash": "p"})
+    manifest = {"metrics": {"datasets": datasets}, "config": {"sources": [{"name": "cwe"}]}, "content_hash": "p"}
+    prepare = Artifact(str(tmp_path / "prepare"), manifest)
     start = INITIALISE.run(InitialiseConfig(**section), {"prepare": prepare}, str(tmp_path / "initialise"))
     card = start.manifest["metrics"]["started_from"]["card"]
     assert card["license"] == "cc-by-nc-4.0" and card["base_model"] == ["x/y"]
