@@ -21,9 +21,9 @@ class UserError(ValueError):
 
 
 class Config(BaseModel):
-    """Base of every configuration section: unknown keys are errors, values never change."""
+    """Base of every configuration section: unknown keys are errors, numbers are finite, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TaskType(enum.StrEnum):

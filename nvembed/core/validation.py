@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,8 @@ from pydantic import BaseModel
 from nvembed.core.messages import nearest
 
 Path = tuple[str | int, ...]
+LARGEST = 2**53  # integers up to here are exact in JSON and as a float
+LONGEST = 4096  # letters of a text in a configuration
 _SHOWN = 60  # characters of a wrong value
 
 
@@ -49,6 +52,17 @@ def describe_error(
     if error["type"] in ("model_type", "dict_type", "model_attributes_type"):
         message = "must be a section (a mapping of keys)"
     return path, _wrong(value, message[0].lower() + message[1:], ""), False
+
+
+def why_out_of_bounds(value: Any) -> str:
+    """Why a plain value is refused whatever its key: not finite, too large, too long; "" where it is not."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}: must be a finite number"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"a number of {len(str(abs(value)))} digits: must be at most {LARGEST}"
+    if isinstance(value, str) and len(value) > LONGEST:
+        return f"a text of {len(value)} letters: must have at most {LONGEST}"
+    return ""
 
 
 def unknown_key(key: str, allowed: Sequence[str]) -> str:

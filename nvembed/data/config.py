@@ -10,7 +10,7 @@ from nvembed.types import Config
 class Source(Config):
     """Options of every source. `name` is the data set's name everywhere; `instruction` a key of the catalogue."""
 
-    name: str = Field(description="Name of the data set, in `weights`, in outputs and in reports.")
+    name: str = Field(max_length=100, description="Name of the data set, in `weights`, in outputs and in reports.")
     instruction: str = Field(description="Task sentence of the data set, or its key in the catalogue of instructions.")
     max_documents: int | None = Field(
         None, ge=10, description="Cap on the corpus; documents of held-out examples always stay; null: no cap."
@@ -21,6 +21,11 @@ class Source(Config):
     max_test: int | None = Field(
         None, ge=1, description="Cap on the examples of test, and on those of dev; null: no cap."
     )
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether its positives are texts of the query's own class."""
+        return False
 
 
 class CweSource(Source):
@@ -39,6 +44,11 @@ class HpoClassesSource(Source):
     """Phenotype name + definition -> class under its top-level branch; also clustered. Split by top-level branch."""
 
     type: Literal["hpo_classes"] = Field("hpo_classes", description="Kind of the source.")
+
+    @property
+    def has_classes(self) -> bool:
+        """See `Source.has_classes`."""
+        return True
 
 
 class HpoSimilaritySource(Source):
@@ -104,6 +114,11 @@ class RowSource(OwnedSource):
             raise ValueError(f"score_range {list(self.score_range)}: give the lowest score first, then the highest")
         return self
 
+    @property
+    def has_classes(self) -> bool:
+        """See `Source.has_classes`."""
+        return self.task in ("classification", "clustering")
+
 
 class FilesSource(RowSource):
     """Files of rows: jsonl, csv, tsv (also .gz, .zst, ...), parquet, or folders of them, at any fsspec URI.
@@ -112,7 +127,7 @@ class FilesSource(RowSource):
     """
 
     type: Literal["files"] = Field("files", description="Kind of the source.")
-    uris: tuple[str, ...] = Field(description="Files, or folders of files, local or at any fsspec URI.")
+    uris: tuple[str, ...] = Field(min_length=1, description="Files, or folders of files, local or at any fsspec URI.")
 
 
 class HubSource(RowSource):
@@ -188,7 +203,7 @@ class PrepareConfig(Config):
     """The `prepare` step."""
 
     sources: tuple[SourceConfig, ...] = Field(description="Data sets of the run.")
-    seed: int = Field(0, description="Seed of the samples that the caps of the sources take.")
+    seed: int = Field(0, ge=0, description="Seed of the samples that the caps of the sources take.")
     near_duplicates: NearDuplicateConfig = Field(
         NearDuplicateConfig(),
         description="Near duplicates across splits; a training or dev example that nearly copies a held-out one "

@@ -24,7 +24,7 @@ class TeacherEmbeddingsConfig(Config):
         lt=0.5,
         description="Share of the texts that the student never sees, to measure its cosine to the teacher.",
     )
-    seed: int = Field(0, description="Seed of the sample of texts and of the holdout.")
+    seed: int = Field(0, ge=0, description="Seed of the sample of texts and of the holdout.")
 
 
 class CompareConfig(Config):
@@ -42,4 +42,4 @@ class CompareConfig(Config):
         description="Precision of teacher and student; auto: bf16 where the processor has it, else fp32.",
     )
     bootstrap_samples: int = Field(1000, ge=100, description="Draws of the bootstrap behind each 95 % interval.")
-    seed: int = Field(0, description="Seed of the bootstrap.")
+    seed: int = Field(0, ge=0, description="Seed of the bootstrap.")

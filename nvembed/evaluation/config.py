@@ -22,7 +22,9 @@ class EvaluateConfig(Config):
     neighbours: int = Field(5, ge=1, description="k of k-NN classification.")
     clusterings: int = Field(5, ge=1, description="k-means runs (seeds) whose v-measures are averaged.")
     seed: int = Field(
-        0, description="Seed of the bootstrap and of k-means; for `baselines` also of the dev comparison's sample."
+        0,
+        ge=0,
+        description="Seed of the bootstrap and of k-means; for `baselines` also of the dev comparison's sample.",
     )
 
 

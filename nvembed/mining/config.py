@@ -158,7 +158,9 @@ class MineConfig(Config):
     audit_samples: int = Field(
         0, ge=0, description="Examples whose texts the audit shows; 0 by default, as texts are private."
     )
-    seed: int = Field(0, description="Seed of drawn negatives: rules random and sampled_topk, classes and clusters.")
+    seed: int = Field(
+        0, ge=0, description="Seed of drawn negatives: rules random and sampled_topk, classes and clusters."
+    )
 
     @property
     def cross_encoder(self) -> CrossEncoderModel | None:

@@ -46,11 +46,11 @@ class RandomBackbone(Config):
     type: Literal["random"] = Field("random", description="Kind of the backbone.")
     family: Literal["llama", "mistral", "qwen2", "qwen3"] = Field("llama", description="Architecture of the decoder.")
     vocab_size: int = Field(2000, ge=300, description="Tokens of the vocabulary.")
-    hidden_size: int = Field(64, description="Width of the hidden states.")
-    intermediate_size: int = Field(128, description="Width of the MLP of a layer.")
+    hidden_size: int = Field(64, ge=2, description="Width of the hidden states.")
+    intermediate_size: int = Field(128, ge=1, description="Width of the MLP of a layer.")
     num_layers: int = Field(2, ge=1, description="Number of layers.")
-    num_heads: int = Field(4, description="Attention heads of a layer.")
-    num_key_value_heads: int = Field(2, description="Key and value heads of a layer (grouped-query attention).")
+    num_heads: int = Field(4, ge=1, description="Attention heads of a layer.")
+    num_key_value_heads: int = Field(2, ge=1, description="Key and value heads of a layer (grouped-query attention).")
 
 
 BackboneConfig = Annotated[
@@ -71,7 +71,7 @@ class LatentAttentionConfig(Config):
     )
     num_heads: int = Field(8, ge=1, description="Attention heads of the latent attention.")
     head_dim: int | None = Field(
-        None, description="Width of a head; null: hidden size / num_heads. NV-Embed uses the full hidden size."
+        None, ge=1, description="Width of a head; null: hidden size / num_heads. NV-Embed uses the full hidden size."
     )
     mlp_ratio: int = Field(
         4, ge=1, description="Width of the MLP after the attention, as a multiple of the hidden size."
@@ -124,7 +124,7 @@ class InitialiseConfig(Config):
 
     backbone: BackboneConfig = Field(description="Decoder, or finished model folder, that training starts from.")
     embedder: EmbedderConfig = Field(EmbedderConfig(), description="Attention, pooling and tokens of the embedder.")
-    seed: int = Field(0, description="Seed of the first weights of the pooling and of a random backbone.")
+    seed: int = Field(0, ge=0, description="Seed of the first weights of the pooling and of a random backbone.")
 
 
 class TruncateConfig(Config):

@@ -38,7 +38,7 @@ def cross_checks(sections: Sections, document: Document) -> list[Problem]:
     for stage in ("stage_1", "stage_2", "student"):
         wrong += [*_stage(stage, sections), *_widths((stage, "train", "objective", "matryoshka_dims"), sections)]
     for stage in ("stage_1", "stage_2"):
-        wrong += _weights(stage, sections, document)
+        wrong += [*_weights(stage, sections, document), *_class_sets(stage, sections)]
     for path in (("evaluate", "dims"), ("student", "evaluate", "dims"), ("baselines", "evaluate", "dims")):
         wrong += _widths(path, sections)
     if document.data.get("stage_1") is not None and document.data.get("initialise") is None:
@@ -127,6 +127,21 @@ def _weights(stage: str, sections: Sections, document: Document) -> Mistakes:
     for name in _attribute(sections, (stage, "stream", "caps")) or {}:
         if name not in weights:
             yield (stage, "stream", "caps", name), f"not among {stage}.stream.weights.{nearest(name, weights)}"
+
+
+def _class_sets(stage: str, sections: Sections) -> Mistakes:
+    """Class sets under an in-batch objective: it does not know the classes of a batch."""
+    if _attribute(sections, (stage, "train", "objective", "in_batch")) is not True:
+        return
+    weights = _attribute(sections, (stage, "stream", "weights"))
+    for source in _attribute(sections, ("prepare", "sources")) or ():
+        if source.has_classes and (not weights or source.name in weights):
+            yield (
+                (stage, "train", "objective", "in_batch"),
+                f"true with {source.name}, whose positives are texts of the query's class: in-batch negatives would be "
+                f"of that class too (half of them with two classes). Set it to false, or leave {source.name} out of "
+                f"{stage}.stream.weights",
+            )
 
 
 def _floors(sections: Sections, document: Document) -> Mistakes:

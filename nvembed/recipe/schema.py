@@ -74,7 +74,9 @@ class Recipe(Config):
 
     version: Literal[1] = Field(1, description="Version of the recipe format.")
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the run, and of its default output, runs/<name>."
+        max_length=100,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="Name of the run, and of its default output, runs/<name>.",
     )
     description: str = Field("", description="Purpose of the recipe, for the report.")
     prepare: PrepareConfig = Field(description="Data sets, their splits, filters and near-duplicate checks.")

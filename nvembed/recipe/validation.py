@@ -8,7 +8,14 @@ from typing import Annotated, Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from nvembed.core.validation import alternatives, describe_error, is_model, tagged_models, unknown_key
+from nvembed.core.validation import (
+    alternatives,
+    describe_error,
+    is_model,
+    tagged_models,
+    unknown_key,
+    why_out_of_bounds,
+)
 from nvembed.recipe.document import Document, Path, Problem
 
 
@@ -43,6 +50,8 @@ def _section(model: type[BaseModel], path: Path, document: Document, sections: d
 def _field(info: FieldInfo, path: Path, document: Document, sections: dict[Path, Any]) -> list[Problem]:
     value = document.get(path)
     inner = _model_of(info.annotation, value)
+    if inner is None and (problems := _out_of_bounds(value, path, document)):
+        return problems
     if inner is not None and (problems := _section(inner, path, document, sections)):
         return problems
     annotated: Any = Annotated[(info.annotation, info)]  # with the field's constraints
@@ -51,6 +60,15 @@ def _field(info: FieldInfo, path: Path, document: Document, sections: dict[Path,
     except ValidationError as error:
         return [_problem(detail, path, annotated, document) for detail in error.errors()]
     return []
+
+
+def _out_of_bounds(value: Any, path: Path, document: Document) -> list[Problem]:
+    """Plain values, of lists and mappings too, that no key may have."""
+    if isinstance(value, Mapping | list):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        return [problem for key, item in items for problem in _out_of_bounds(item, (*path, key), document)]
+    why = why_out_of_bounds(value)
+    return [Problem(document.position(path), path, why)] if why else []
 
 
 def _model_of(annotation: Any, value: Any) -> type[BaseModel] | None:

@@ -1,5 +1,7 @@
 """Configuration of registration and of the gate before `champion`."""
 
+from typing import Annotated
+
 from pydantic import Field
 
 from nvembed.types import Config
@@ -16,11 +18,11 @@ class GateConfig(Config):
         "this; with 0 it must be above 0.",
     )
     floor: float = Field(0.03, ge=0, le=1, description="Largest loss against the champion on any single data set.")
-    floors: dict[str, float] = Field(
+    floors: dict[str, Annotated[float, Field(ge=-1, le=1)]] = Field(
         default_factory=dict, description="Data set -> lowest primary score, with or without a champion."
     )
     samples: int = Field(1000, ge=100, description="Draws of the bootstrap.")
-    seed: int = Field(0, description="Seed of the bootstrap.")
+    seed: int = Field(0, ge=0, description="Seed of the bootstrap.")
 
 
 class RegisterConfig(Config):

@@ -1,6 +1,6 @@
 """Configuration of the training streams."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ class StreamConfig(Config):
         min_length=1,
         description="Data set -> weight; its share of the examples is in proportion to weight x size ** size_exponent.",
     )
-    caps: dict[str, int] = Field(
+    caps: dict[str, Annotated[int, Field(ge=1)]] = Field(
         {}, description="Data set -> most examples of it that are used, sampled by seeded hash."
     )
     size_exponent: float = Field(
@@ -39,7 +39,7 @@ class StreamConfig(Config):
         "homogeneous",
         description="Data sets of a global batch: one (homogeneous), or all (blended, as in NV-Embed's stage 2).",
     )
-    seed: int = Field(0, description="Seed of order, caps, positives and negatives.")
+    seed: int = Field(0, ge=0, description="Seed of order, caps, positives and negatives.")
 
 
 class DistillStreamConfig(Config):
@@ -47,4 +47,4 @@ class DistillStreamConfig(Config):
 
     steps: int = Field(ge=1, description="Optimiser steps of the student's training.")
     global_batch_size: int = Field(ge=1, description="Texts of one optimiser step, over all ranks.")
-    seed: int = Field(0, description="Seed of the order.")
+    seed: int = Field(0, ge=0, description="Seed of the order.")

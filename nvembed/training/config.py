@@ -8,6 +8,8 @@ from nvembed.losses.config import ContrastiveConfig, ObjectiveConfig
 from nvembed.modeling.config import AdapterConfig, FullConfig
 from nvembed.types import Config
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimiserConfig(Config):
     """AdamW with a warm-up and a linear or cosine decay to `final_share` of the peak."""
@@ -20,7 +22,7 @@ class OptimiserConfig(Config):
     weight_decay: float = Field(
         0.0, ge=0, description="Weight decay of matrices; biases, norms and the temperature are not decayed."
     )
-    betas: tuple[float, float] = Field(
+    betas: tuple[_Decay, _Decay] = Field(
         (0.9, 0.999), description="AdamW: decay rates of the first and the second moment of the gradient."
     )
     eps: float = Field(1e-8, gt=0, description="AdamW: number added to the denominator for numerical stability.")
@@ -103,4 +105,4 @@ class TrainConfig(Config):
     max_failures: int = Field(
         2, ge=0, description="Worker failures after which the run restarts from the newest checkpoint."
     )
-    seed: int = Field(0, description="Seed of dropout and of LoRA's first weights.")
+    seed: int = Field(0, ge=0, description="Seed of dropout and of LoRA's first weights.")
