@@ -16,7 +16,15 @@ from nvembed.data.sources.base import RejectLog, SourceRows
 from nvembed.data.sources.beir import read_beir
 from nvembed.data.sources.files import read_file, read_files
 from nvembed.data.sources.hub import read_hub
-from nvembed.data.sources.rows import PairRow, RawRow, good_rows, pairs_to_rows, parse_row, rows_of_records
+from nvembed.data.sources.rows import (
+    MalformedRowError,
+    PairRow,
+    RawRow,
+    good_rows,
+    pairs_to_rows,
+    parse_row,
+    rows_of_records,
+)
 from nvembed.data.tables import Document
 from nvembed.data.writers import (
     write_beir,
@@ -433,3 +441,16 @@ def test_hub_reads_a_folder_that_datasets_can_load(tmp_path: Path, monkeypatch: 
     assert content(rows) == EXPECTED
     with pytest.raises(UserError, match="cannot be loaded"):
         read_hub(HubSource(name="mine", instruction="web_search", path=str(folder), split="nowhere"))
+
+
+def test_the_querys_own_text_is_neither_its_positive_nor_its_negative() -> None:
+    row = parse_row(
+        {"query": "A heap  overflow", "positive": "CWE-122", "negative": "a heap overflow", "negative_1": "b"}
+    )
+    assert [item.text for item in row.negatives] == ["b"]
+    row = parse_row({"query": "q", "pos": ["Q ", "other"], "neg": ["q", "n"]})
+    assert [item.text for item in row.positives] == ["other"] and [item.text for item in row.negatives] == ["n"]
+    with pytest.raises(MalformedRowError, match="the positive is the query's own text"):
+        parse_row({"anchor": "same text", "positive": "Same  text"})
+    titled = [{"title": "t", "text": "q"}]  # a title makes another text of it
+    assert len(parse_row({"query": "q", "positive_passages": titled}).positives) == 1

@@ -18,7 +18,7 @@ import numpy as np
 from nvembed.data.documents import Documents, DocumentWriter
 from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, is_unicode, split_by_hash, too_long
 from nvembed.data.tables import SPLITS, Document
-from nvembed.text.identity import MAX_TEXT_BYTES, stable_hash
+from nvembed.text.identity import MAX_TEXT_BYTES, folded_hash, stable_hash
 from nvembed.types import ScoredId, TaskType, TrainingExample, UserError
 
 QUERY_COLUMNS = ("anchor", "query")
@@ -89,7 +89,8 @@ def parse_row(columns: Mapping[str, Any]) -> PairRow:
     """Check one row of any shape.
 
     Raises:
-        MalformedRowError: query or positive missing, empty, not text, or not readable as UTF-8.
+        MalformedRowError: query or positive missing, empty, not text, or not readable as UTF-8; no positive but the
+            query's own text.
     """
     name = next((name for name in QUERY_COLUMNS if columns.get(name) is not None), None)
     if name is None:
@@ -110,6 +111,13 @@ def parse_row(columns: Mapping[str, Any]) -> PairRow:
         raise MalformedRowError("positive missing")
     if not positives:
         raise MalformedRowError("positive missing")
+    same = folded_hash(query)  # the query's own text teaches nothing as its positive, and the wrong as its negative
+    positives, negatives = (
+        tuple(item for item in items if item.title or folded_hash(item.text) != same)
+        for items in (positives, negatives)
+    )
+    if not positives:
+        raise MalformedRowError("the positive is the query's own text")
     own = {item.key for item in positives}
     return PairRow(query, positives, tuple(item for item in negatives if item.key not in own))
 
