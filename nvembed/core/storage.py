@@ -40,6 +40,11 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, path
 
 
+def uri_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """The URI, or plain local path, of a path inside a filesystem; what `filesystem` takes apart."""
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
 def is_local(uri: str) -> bool:
     """True when the URI is on this machine's file system."""
     return isinstance(filesystem(uri)[0], LocalFileSystem)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from nvembed.core import storage
+from nvembed.core.lines import MAX_LINE_BYTES, bounded_lines
 from nvembed.text.identity import text_problem
 from nvembed.types import UserError
 
@@ -116,33 +117,37 @@ def _numbered(texts: TextFile) -> Iterator[tuple[int, Any]]:
     if not fs.exists(path) or fs.isdir(path):
         raise UserError(f"{texts.uri}: no such file.")
     with fs.open(path, "rb") as file:
-        rows = _parquet(file, texts) if kind == ".parquet" else map(_LINES[kind], _lines(file))
+        rows = _parquet(file, texts) if kind == ".parquet" else map(_LINES[kind], _lines(file, texts.uri))
         yield from enumerate(rows, start=1)
 
 
-def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    for line in file:  # only \n ends a line: splitlines would also cut at U+2028 and the like
-        yield line.rstrip(b"\r\n")
+def _lines(file: IO[bytes], name: str) -> Iterator[bytes | BadRow]:
+    for _, line in bounded_lines(file, name):
+        yield BadRow(f"longer than {MAX_LINE_BYTES:,} bytes") if line is None else line
 
 
-def _text_line(line: bytes) -> Any:
+def _text_line(line: bytes | BadRow) -> Any:
+    if isinstance(line, BadRow):
+        return line
     try:
-        return line.decode("utf-8-sig")
+        return line.decode("utf-8")
     except UnicodeDecodeError as error:
         return BadRow(f"not UTF-8 (byte {error.start + 1})")
 
 
-def _json_line(line: bytes) -> Any:
+def _json_line(line: bytes | BadRow) -> Any:
+    if isinstance(line, BadRow):
+        return line
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRow(f"not UTF-8 (byte {error.start + 1})")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return BadRow(f"not JSON ({error})" if line.strip() else "empty")
     return row if isinstance(row, dict) else BadRow(f"a JSON {type(row).__name__}, not an object")
 
 
-_LINES: dict[str, Callable[[bytes], Any]] = {".txt": _text_line, ".jsonl": _json_line, ".ndjson": _json_line}
+_LINES: dict[str, Callable[[bytes | BadRow], Any]] = {".txt": _text_line, ".jsonl": _json_line, ".ndjson": _json_line}
 
 
 def _parquet(file: Any, texts: TextFile) -> Iterator[Any]:

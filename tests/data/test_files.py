@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvembed.data.config import BeirSource, FilesSource, HubSource
+from nvembed.data.sources import files
 from nvembed.data.sources.base import RejectLog, SourceRows
 from nvembed.data.sources.beir import read_beir
 from nvembed.data.sources.files import read_file, read_files
@@ -454,3 +455,54 @@ def test_the_querys_own_text_is_neither_its_positive_nor_its_negative() -> None:
         parse_row({"anchor": "same text", "positive": "Same  text"})
     titled = [{"title": "t", "text": "q"}]  # a title makes another text of it
     assert len(parse_row({"query": "q", "positive_passages": titled}).positives) == 1
+
+
+def delimited(tmp_path: Path, name: str, content: bytes) -> tuple[list[PairRow], RejectLog]:
+    (tmp_path / name).write_bytes(content)
+    rejects = RejectLog()
+    return list(good_rows(read_file(str(tmp_path / name)), parse_row, rejects)), rejects
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x.csv"])
+def test_an_unbalanced_quote_costs_one_row_at_most(tmp_path: Path, name: str) -> None:
+    sign = "\t" if name.endswith("tsv") else ","
+    lines = [f"q{index}{sign}p{index}" for index in range(200)]
+    lines[20], lines[120], lines[121] = f'"open{sign}p', f'5" pipe{sign}p', f'a{sign}"b'
+    lines[50], lines[60] = f'"a ""quoted"" word"{sign}p', f'q{sign}"two\r\nlines"'
+    rows, rejects = delimited(tmp_path, name, "\n".join([f"query{sign}positive", *lines, ""]).encode())
+    faults = {"x.tsv": 0, "x.csv": 2}[name]
+    assert len(rows) == 200 - faults and rejects.total == faults and rejects.rows == 200
+    by_query = {row.query: row.positives[0].text for row in rows}
+    assert by_query['a "quoted" word'] == "p" and by_query["q"] == "two\r\nlines" and by_query['5" pipe'] == "p"
+    if not faults:
+        assert by_query['"open'] == "p" and by_query["a"] == '"b'
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.tsv"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path, name: str) -> None:
+    text = {
+        "x.jsonl": '{"query": "q", "positive": "p"}\n',
+        "x.csv": "query,positive\nq,p\n",
+        "x.tsv": "query\tpositive\nq\tp\n",
+    }[name]
+    rows, rejects = delimited(tmp_path, name, b"\xef\xbb\xbf" + text.encode())
+    assert len(rows) == 1 and not rejects.total
+    with pytest.raises(UserError, match=r"is UTF-16 or UTF-32\. Convert it: iconv"):
+        delimited(tmp_path, name, text.encode("utf-16"))
+
+
+def test_columns_of_one_name_and_hidden_files_are_not_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="two columns called positive"):
+        list(read_file_of_pairs(tmp_path, b"query,positive,positive\nq,p,r\n"))
+    folder = tmp_path / "data 50%20 [x]"
+    (folder / "_temporary").mkdir(parents=True)
+    for place in ("a.jsonl", ".b.jsonl", "_temporary/c.jsonl", "_metadata.json"):
+        (folder / place).write_text('{"query": "q", "positive": "p"}\n')
+    assert files._expand(str(folder)) == [str(folder / "a.jsonl")]
+    assert files._expand(str(folder / "a.jsonl")) == [str(folder / "a.jsonl")]
+
+
+def read_file_of_pairs(tmp_path: Path, content: bytes) -> Iterator[RawRow]:
+    (tmp_path / "pairs.csv").write_bytes(content)
+    config = FilesSource(name="x", instruction="cwe", uris=(str(tmp_path / "pairs.csv"),))
+    return read_file(config.uris[0], files.column_check(config))

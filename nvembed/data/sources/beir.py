@@ -11,6 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from nvembed.core import storage
+from nvembed.core.lines import bounded_lines
 from nvembed.data.config import BeirSource
 from nvembed.data.documents import Documents, DocumentWriter
 from nvembed.data.sources.base import RejectLog, SourceRows, empty_splits, is_unicode, split_by_hash, too_long
@@ -151,7 +152,7 @@ def _texts(folder: str, name: str, rejects: RejectLog) -> Iterator[tuple[int, Do
 def _rows(uri: str, name: str) -> Iterator[tuple[int, list[str]]]:
     """Line and fields of the rows of a qrels file."""
     with storage.open_reader(uri) as file:
-        yield from _json_fields(file, name) if uri.endswith(".jsonl") else _fields(file)
+        yield from _json_fields(file, name) if uri.endswith(".jsonl") else _fields(file, name)
 
 
 def _named_documents(uri: str) -> set[str]:
@@ -188,9 +189,12 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _fields(file: IO[bytes]) -> Iterator[tuple[int, list[str]]]:
+def _fields(file: IO[bytes], name: str) -> Iterator[tuple[int, list[str]]]:
     """Lines of query, document, score (BEIR) or query, 0, document, score (TREC), the header left out."""
-    for number, line in enumerate(file, start=1):
+    for number, line in bounded_lines(file, name):
+        if line is None:
+            yield number, []
+            continue
         fields = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
         if (number == 1 and fields[0] == "query-id") or not line.strip():
             continue

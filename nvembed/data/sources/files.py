@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, cast
@@ -14,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nvembed.core import storage
+from nvembed.core.lines import MAX_LINE_BYTES, bounded_lines
 from nvembed.core.retry import retried
 from nvembed.data.config import FilesSource, RowSource
 from nvembed.data.sources.base import SourceRows
@@ -31,11 +34,13 @@ from nvembed.data.sources.rows import (
     require_every_split,
     rows_of_records,
 )
+from nvembed.text.identity import MAX_TEXT_BYTES
 from nvembed.types import UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 ADVICE = "Give more rows or raise test_share; rows that share a query or a positive cannot be divided."
+_JOINED_LINES = 200  # of one row
 CheckColumns = Callable[[Iterable[str], str], None]
 
 
@@ -56,6 +61,8 @@ def column_check(config: RowSource) -> CheckColumns:
 
     def checked(names: Iterable[str], place: str) -> None:
         given = list(names)
+        if twice := sorted({name for name in given if given.count(name) > 1}):
+            raise UserError(f"{place} has two columns called {', '.join(twice)}. Rename or remove one.")
         if missing := [theirs for theirs in ours if theirs not in given]:
             raise UserError(
                 f"{place} has the columns {', '.join(given) or '(none)'}; `columns` maps {', '.join(missing)}, which "
@@ -87,19 +94,25 @@ def rows_of_task(raw_rows: Iterable[RawRow], config: RowSource) -> SourceRows:
 def _expand(uri: str) -> list[str]:
     """URIs of the files a pattern or a folder names."""
     fs, path = storage.filesystem(uri)
-    if not any(character in path for character in "*?["):
+    if fs.exists(path) or not any(character in path for character in "*?["):
         if fs.isdir(path):
-            names = sorted(str(name) for name in fs.find(path) if _kind(str(name)) is not None)
+            found = storage.files_below(uri)
+            names = [found[name] for name in found if _kind(name) is not None and not _hidden(name)]
             if not names:
                 raise UserError(f"{uri}: the folder holds no file of a known kind ({', '.join(FORMATS)}).")
-            return [fs.unstrip_protocol(name) for name in names]
+            return [storage.uri_of(fs, name) for name in names]
         if not fs.exists(path):
             raise UserError(f"{uri}: no such file. Give the uris of a files source as paths or fsspec URIs.")
         return [uri]
     names = sorted(str(name) for name in fs.glob(path))
     if not names:
         raise UserError(f"{uri}: the pattern matches no file.")
-    return [fs.unstrip_protocol(name) for name in names]
+    return [storage.uri_of(fs, name) for name in names]
+
+
+def _hidden(name: str) -> bool:
+    """Whether a file below a folder is no data by the convention of Hadoop, Arrow and Spark: `.x`, `_SUCCESS`."""
+    return any(part.startswith((".", "_")) for part in name.split("/"))
 
 
 def _kind(name: str) -> str | None:
@@ -145,7 +158,10 @@ def read_file(uri: str, check: CheckColumns = check_columns) -> Iterator[RawRow]
 
 def json_lines(file: IO[bytes], name: str) -> Iterator[RawRow]:
     """One JSON object a line; blank lines are skipped, not counted."""
-    for number, line in enumerate(file, start=1):
+    for number, line in bounded_lines(file, name):
+        if line is None:
+            yield RawRow(name, number, None, f"longer than {MAX_LINE_BYTES:,} bytes")
+            continue
         if not line.strip():
             continue
         try:
@@ -162,21 +178,101 @@ def json_lines(file: IO[bytes], name: str) -> Iterator[RawRow]:
 def _csv_rows(file: IO[bytes], name: str, check: CheckColumns, delimiter: str) -> Iterator[RawRow]:
     """Rows of a csv or tsv file with a header; broken bytes become surrogates, which `parse_row` refuses."""
     csv.field_size_limit(2**31 - 1)  # of the process; the default refuses texts over 128 kB
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.DictReader(text, strict=True, delimiter=delimiter)
-    check(reader.fieldnames or (), name)
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            yield RawRow(name, reader.line_num, None, "not CSV")
-            continue
-        if None in row:
-            yield RawRow(name, reader.line_num, None, "more fields than the header")
+    lines = _Lines(bounded_lines(file, name, keep_ends=True))
+    header = next((fields for _, fields in _fields_of_rows(lines, delimiter, None)), None) or []
+    check(header, name)
+    for number, fields in _fields_of_rows(lines, delimiter, len(header)):
+        if isinstance(fields, str):
+            yield RawRow(name, number, None, fields)
+        elif len(fields) > len(header):
+            yield RawRow(name, number, None, "more fields than the header")
+        elif fields:
+            yield RawRow(name, number, dict(itertools.zip_longest(header, fields)))
+
+
+def _fields_of_rows(lines: _Lines, delimiter: str, width: int | None) -> Iterator[tuple[int, list[str] | str]]:
+    """Line and fields of every row, or what is wrong with it; an unbalanced quote costs one line, never what follows.
+
+    A quoted field may hold line ends: lines are joined where that gives a row of `width` fields. Where none does, the
+    quote is a letter of a tsv file, which has no quoting, and a fault in a csv file.
+    """
+    for number, line in lines:
+        if line is None:
+            yield number, f"longer than {MAX_LINE_BYTES:,} bytes"
+        elif '"' not in line or (fields := _quoted(line, lines, delimiter, width)) is None:
+            plain = line.rstrip("\r\n")
+            yield number, plain.split(delimiter) if plain else []
         else:
-            yield RawRow(name, reader.line_num, row)
+            yield number, fields
+
+
+def _quoted(line: str, lines: _Lines, delimiter: str, width: int | None) -> list[str] | str | None:
+    """The fields of a line with quotes, a fault, or None where the quotes are letters."""
+    fields = _parsed(line, delimiter)
+    if fields is not None and (width is None or len(fields) == width):
+        return fields
+    joined = _joined(line, lines, delimiter, width)
+    if joined is not None or delimiter == "\t":
+        return joined
+    return "a quote that is not closed" if fields is None else fields
+
+
+def _parsed(text: str, delimiter: str) -> list[str] | None:
+    """The fields of one row; None where its quotes are not well-formed."""
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error:
+        return None
+    return rows[0] if len(rows) == 1 else None
+
+
+def _joined(line: str, lines: _Lines, delimiter: str, width: int | None) -> list[str] | None:
+    """The fields of a row over several lines, which are then read; None, and no line is read, where there is none."""
+    ahead: list[str] = []
+    for following in lines.ahead():
+        ahead.append(following)
+        whole = "".join((line, *ahead))
+        if len(ahead) > _JOINED_LINES or len(whole) > MAX_TEXT_BYTES:
+            return None
+        if following.count('"') and whole.count('"') % 2 == 0:
+            fields = _parsed(whole, delimiter)
+            if fields is not None and (width is None or len(fields) == width):
+                lines.skip(len(ahead))
+                return fields
+    return None
+
+
+class _Lines:
+    """Numbered lines as text, some of which can be looked at before they are read."""
+
+    def __init__(self, lines: Iterable[tuple[int, bytes | None]]) -> None:
+        self._lines = iter(lines)
+        self._seen: deque[tuple[int, str | None]] = deque()
+
+    def __iter__(self) -> Iterator[tuple[int, str | None]]:
+        while self._seen or self._look():
+            yield self._seen.popleft()
+
+    def _look(self) -> bool:
+        number, line = next(self._lines, (0, None))
+        if number:
+            self._seen.append((number, None if line is None else line.decode("utf-8", "surrogateescape")))
+        return bool(number)
+
+    def ahead(self) -> Iterator[str]:
+        """The lines that follow, up to one that is too long."""
+        place = 0
+        while place < len(self._seen) or self._look():
+            line = self._seen[place][1]
+            if line is None:
+                return
+            yield line
+            place += 1
+
+    def skip(self, count: int) -> None:
+        """Read some of the lines that were looked at."""
+        for _ in range(count):
+            self._seen.popleft()
 
 
 def _parquet_rows(file: IO[bytes], name: str, check: CheckColumns) -> Iterator[RawRow]:
