@@ -506,3 +506,9 @@ def read_file_of_pairs(tmp_path: Path, content: bytes) -> Iterator[RawRow]:
     (tmp_path / "pairs.csv").write_bytes(content)
     config = FilesSource(name="x", instruction="cwe", uris=(str(tmp_path / "pairs.csv"),))
     return read_file(config.uris[0], files.column_check(config))
+
+
+def test_an_empty_split_names_the_malformed_rows_first(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"query": "q", "positive": "p"}\n' + 9 * '{"query": "q"}\n')
+    with pytest.raises(UserError, match=r"a split is empty .* 9 of 10 rows are malformed \(9 x positive missing\)"):
+        read_files(FilesSource(name="x", instruction="cwe", uris=(str(tmp_path / "x.jsonl"),)))

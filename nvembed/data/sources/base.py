@@ -35,6 +35,10 @@ class RejectLog:
         if len(self.listed) < MAX_LISTED:
             self.listed.append({"file": file, "line": line, "reason": reason})
 
+    def reasons(self) -> str:
+        """Why rows were refused, the most frequent reason first."""
+        return "; ".join(f"{count} x {reason}" for reason, count in self.by_reason.most_common())
+
     def check(self, dataset: str, max_share: float) -> None:
         """Refuse a data set with too many malformed rows.
 
@@ -43,7 +47,7 @@ class RejectLog:
         """
         if self.total <= max_share * self.rows:
             return
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in self.by_reason.most_common())
+        reasons = self.reasons()
         places = "; ".join(f"{row['file']}:{row['line']} {row['reason']}" for row in self.listed[:5])
         raise UserError(
             f"data set {dataset}: {self.total} of {self.rows} rows are malformed, more than "

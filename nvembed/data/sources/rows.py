@@ -199,6 +199,9 @@ def require_every_split(rows: SourceRows, dataset: str, advice: str) -> None:
     counts = {split: len(rows.examples[split]) for split in SPLITS}
     if rows.rejects.total < rows.rejects.rows and not all(counts.values()):
         listed = ", ".join(f"{split} {count}" for split, count in counts.items())
+        if rows.rejects.total:
+            log = rows.rejects
+            advice = f"{log.total} of {log.rows} rows are malformed ({log.reasons()}): mend them first. {advice}"
         raise UserError(f"data set {dataset}: a split is empty ({listed} examples). {advice}")
 
 
