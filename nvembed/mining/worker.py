@@ -339,5 +339,6 @@ def draw_pairs(config: MineConfig, task: ClassesTask) -> tuple[pa.Table, Audit]:
         known = sorted({ids[index], *(item["id"] for item in positives)})
         rows.append((ids[index], positives, negatives, known))
     mined = pa.Table.from_pylist([dict(zip(MINED_SCHEMA.names, row, strict=True)) for row in rows], schema=MINED_SCHEMA)
-    audit.add_examples(one_array(mined.column("negatives")), config.num_negatives)
+    if config.max_per_document is None:  # else counted when the cap has been applied
+        audit.add_examples(one_array(mined.column("negatives")), config.num_negatives)
     return mined, audit

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mining_kit
+
 from nvembed.core import storage
 from nvembed.core.parquet import read_table
 from nvembed.data.config import FilesSource, PrepareConfig
@@ -11,6 +13,7 @@ from nvembed.data.prepare import PREPARE
 from nvembed.data.tables import dataset_info, read_corpus
 from nvembed.mining.config import MineConfig
 from nvembed.mining.layout import ClassesTask, MinePaths, task_to_json
+from nvembed.mining.step import mine_step
 from nvembed.mining.worker import MineWorker
 from nvembed.stream.steps import _files
 from nvembed.types import Artifact
@@ -70,3 +73,14 @@ def test_examples_are_drawn_where_the_set_gives_none(tmp_path: Path) -> None:
     for row in mined(prepare, tmp_path):
         assert label[row["positives"][0]["id"]] == label[row["example_id"]]
         assert all(label[item["id"]] != label[row["example_id"]] for item in row["negatives"])
+
+
+def test_a_cap_on_documents_counts_labelled_examples_once(tmp_path: Path) -> None:
+    step = mine_step(encode=mining_kit.encode, pool=mining_kit.pool)
+    prepare = prepared(tmp_path, "examples")
+    for cap in (None, 5):
+        config = MineConfig(num_negatives=3, max_per_document=cap)
+        artifact = step.run(config, {"prepare": prepare}, str(tmp_path / f"mine-{cap}"))
+        audit = storage.read_json(artifact.path("audit.json"))["datasets"]["mine"]
+        rows = read_table(artifact.path("mine", "mined.parquet")).num_rows
+        assert audit["mined"] == sum(audit["negatives_per_example"].values()) == rows
