@@ -37,6 +37,7 @@ SHORT = {
     "nvembed/losses/distillation.py": "one objective; torch only",
     "nvembed/losses/matryoshka.py": "prefixes of embeddings, shared by all objectives; torch only",
     "nvembed/modeling/bidirectional.py": "goes into exported model folders as code",
+    "nvembed/core/lines.py": "sources of data and searched files both read foreign lines",
     "nvembed/modeling/exports/stock.py": "the one place that may run a folder's own code",
     "nvembed/modeling/pooling.py": "goes into exported model folders as code",
     "nvembed/pipeline/steps.py": "pipeline files list steps by it without loading torch",

@@ -1,4 +1,4 @@
-"""Lines of a text file of somebody else: any byte-order mark, and no line that fills the memory."""
+"""Lines of foreign text files: any byte-order mark, and no line that fills the memory."""
 
 from __future__ import annotations
 

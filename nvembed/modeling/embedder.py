@@ -133,10 +133,10 @@ class Embedder(nn.Module):
             float32 [N, dim or D], rows of length 1, in the order of `texts`.
 
         Raises:
-            UserError: not a list; a text that cannot be embedded (not a string, empty, longer than 1 MB, ...); not N
+            UserError: not a list; a text that cannot be embedded (not a string, longer than 1 MB, ...); not N
                 instructions or prompts; an unknown key or name; a wrong `dim`, length, budget or precision.
         """
-        texts = check_texts("encode", check_list("texts", texts, "texts"))
+        texts = check_texts("encode", check_list("texts", texts, "texts"), allow_empty=True)
         prompts = choose_prompts(len(texts), instruction, prompt, prompt_name, self.prompts)
         if dim is not None and not 1 <= check_count("dim", dim, least=None) <= self.dim:
             raise UserError(f"dim={dim}: this model's vectors have {self.dim} numbers; choose 1 to {self.dim}.")

@@ -23,6 +23,11 @@ _LISTED = 5
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
+def is_blank(text: object) -> bool:
+    """Whether something is a text without a letter."""
+    return isinstance(text, str) and not text.strip()
+
+
 def text_problem(text: object, max_bytes: int = MAX_TEXT_BYTES) -> str | None:
     """Why a text is not embedded; None where it is.
 
@@ -35,7 +40,7 @@ def text_problem(text: object, max_bytes: int = MAX_TEXT_BYTES) -> str | None:
     """
     if not isinstance(text, str):
         return "is missing" if text is None else f"is {type(text).__name__}, not a text"
-    if not text.strip():
+    if is_blank(text):
         return "is empty"
     try:
         size = len(text.encode("utf-8"))
@@ -63,13 +68,17 @@ def refuse_texts(where: str, problems: Mapping[str, str], advice: str = "") -> N
         raise UserError(f"{where}: {count} cannot be embedded: {listed}. Correct or remove them.{advice}")
 
 
-def check_texts(where: str, texts: list[Any]) -> list[str]:
+def check_texts(where: str, texts: list[Any], *, allow_empty: bool = False) -> list[str]:
     """A list of texts that can all be embedded.
+
+    Args:
+        allow_empty: whether texts may be empty: a model gives them a vector too.
 
     Raises:
         UserError: with the places of those that cannot.
     """
-    problems = {index: problem for index, text in enumerate(texts) if (problem := text_problem(text)) is not None}
+    checked = {index: text for index, text in enumerate(texts) if not (allow_empty and is_blank(text))}
+    problems = {index: problem for index, text in checked.items() if (problem := text_problem(text)) is not None}
     refuse_texts(where, {f"texts[{index}]": problem for index, problem in problems.items()})
     return texts
 

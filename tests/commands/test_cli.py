@@ -105,17 +105,17 @@ def test_a_matryoshka_prefix_is_scaled_to_length_1(model: Path, tmp_path: Path) 
 
 
 def test_a_cache_knows_the_texts_of_the_last_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nvembed.modeling.embedder import Embedder
+    from nvembed.modeling import embedder
 
     seen: list[str] = []
-    encode = Embedder.encode
+    encode = embedder.encode_prompted
 
-    def counted(self: Embedder, texts: list[str], *arguments: Any, **options: Any) -> Any:
+    def counted(model: embedder.Embedder, texts: list[str], *arguments: Any, **options: Any) -> Any:
         seen.extend(texts)
-        return encode(self, texts, *arguments, **options)
+        return encode(model, texts, *arguments, **options)
 
     monkeypatch.setattr("nvembed.modeling.probes.check_probes", lambda *_: None)  # it encodes, too
-    monkeypatch.setattr(Embedder, "encode", counted)
+    monkeypatch.setattr(embedder, "encode_prompted", counted)
     source, cache = write_input(tmp_path, "txt"), tmp_path / "cache"
     for name in ("first", "second"):
         assert run("embed", model, source, "--out", tmp_path / f"{name}.npy", "--cache", cache)[0] == 0

@@ -80,7 +80,7 @@ def test_any_division_gives_the_same_bytes(tmp_path, prepared):
 
 
 def test_a_trained_model_is_the_first_retriever_and_its_search_is_not_the_named_ones(tmp_path, prepared):
-    trained = publish(tmp_path / "train", "train")
+    trained = publish(tmp_path / "train", "train", lambda uri: storage.write_bytes(f"{uri}/model/weights", b"trained"))
     again = MINE.run(CONFIG, {"prepare": prepared, "model": trained}, str(tmp_path / "again"))
     _, named, _ = mine(prepared, tmp_path / "named", retriever=retriever("model"))
     rows = read_table(again.path("set", "mined.parquet")).to_pylist()

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from nvembed.modeling.config import LastTokenConfig, MeanConfig
-from nvembed.modeling.embedder import encode_prompted
 from nvembed.modeling.precision import resolve_precision
 from nvembed.text.instructions import CATALOGUE, instruction_prefix
 from nvembed.types import UserError
@@ -58,13 +57,11 @@ def test_an_instruction_is_a_sentence_or_a_key(embedder):
             embedder.encode(["a"], **options)
 
 
-def test_an_empty_text_is_embedded_by_the_machinery_only(embedder):
-    """Probes and mteb's tasks hold some; a user's empty text is a mistake."""
-    vectors = encode_prompted(embedder, [*TEXTS, ""], [PREFIX] * 8)
+def test_an_empty_text_has_a_vector(embedder):
+    """As with sentence-transformers; `encode_texts`, `embed` and mining count empty texts as mistakes."""
+    vectors = embedder.encode([*TEXTS, ""], prompt=[PREFIX] * 8)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(vectors[:7], embedder.encode(TEXTS, prompt=PREFIX), atol=1e-5)
-    with pytest.raises(UserError, match=r"1 text cannot be embedded: texts\[1\] is empty"):
-        embedder.encode(["a", ""])
 
 
 def test_it_repeats_to_the_bit(embedder):

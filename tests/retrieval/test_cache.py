@@ -182,7 +182,7 @@ def test_encode_texts(tmp_path):
     assert encode_texts([], encoder).shape == (0, 384)
     for problem, arguments in (
         (r"texts\[1\] is empty", (["a", " "], encoder)),
-        ("not one string", ("a", encoder)),
+        ("not a list of texts", ("a", encoder)),
         ("512 positions", (["a"], encoder, "", 513)),
     ):
         with pytest.raises(UserError, match=problem):
