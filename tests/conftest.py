@@ -26,9 +26,26 @@ settings.load_profile("nvembed")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """`pytest -n 2 -m "not ray and not slow"` (pytest-xdist) keeps a file's tests together: they share fixtures."""
+    """`pytest -n 2` (pytest-xdist) keeps a file's tests together, as they share fixtures, and files in our order."""
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "loadfile"
+        config.option.loadscopereorder = False
+
+
+# The longest files, in minutes: started last, they would leave all workers but one idle at the end.
+LONGEST = (
+    "pipelines/test_tiny.py", "training/test_equality.py", "training/test_resume.py", "training/test_launch.py",
+    "evaluation/test_run.py", "retrieval/test_encode.py", "stream/test_steps.py", "mining/test_step.py",
+    "pipeline/test_run.py", "distill/test_teacher_embeddings.py", "data/test_prepare.py", "mining/test_rejected.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest files first, where several processes share the files."""
+    if getattr(config.option, "dist", "no") != "no" or os.environ.get("PYTEST_XDIST_WORKER"):
+        place = {name: number for number, name in enumerate(LONGEST)}
+        tests = Path(__file__).parent
+        items.sort(key=lambda item: place.get(item.path.relative_to(tests).as_posix(), len(place)))
 
 
 @pytest.fixture(scope="session")

@@ -109,13 +109,11 @@ def _checked_datasets(config: StreamConfig, prepare: Artifact) -> dict[str, dict
     for name, weight in config.weights.items():
         if name not in info:
             problems.append(f"weights.{name}: no such data set, there are {', '.join(info)}.{nearest(name, info)}")
-        if not weight > 0 or weight == float("inf"):
+        if weight <= 0:
             problems.append(f"weights.{name}: {weight} is not a positive number; leave the data set out instead")
-    for name, cap in config.caps.items():
+    for name in config.caps:
         if name not in config.weights:
             problems.append(f"caps.{name}: no data set of the weights, which are {', '.join(config.weights)}")
-        elif cap < 1:
-            problems.append(f"caps.{name}: {cap} is not a number of examples; leave the data set out instead")
     if problems:
         raise UserError("stream: " + "; ".join(problems))
     return info
