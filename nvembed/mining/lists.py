@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nvembed.data.tables import SCORED_IDS
-from nvembed.retrieval.exact.search import Found
+from nvembed.retrieval.exact.search import SearchResult
 from nvembed.retrieval.exact.topk import Best, tree_merge
 
 # What a search of one part of a corpus gives for each query: how many documents reach the ceiling, the best documents,
@@ -268,7 +268,7 @@ def take_turns(lists: Sequence[ScoredLists], count: int) -> ScoredLists:
 # -- what a search gives ----------------------------------------------------------------------------------------------
 
 
-def search_table(result: Found) -> pa.Table:
+def search_table(result: SearchResult) -> pa.Table:
     """The result of one search, a row per query: the columns of `PART_SCHEMA` without the hashes."""
     queries = len(result.above_Q)
     lists = {"plain": _best_lists(result.plain, queries), "under": _best_lists(result.under, queries)}

@@ -39,7 +39,7 @@ from nvembed.retrieval.ann import FaissPart
 from nvembed.retrieval.bm25 import Bm25Index, check_memory
 from nvembed.retrieval.config import ExactIndex
 from nvembed.retrieval.cross_encoder import CrossScorer
-from nvembed.retrieval.exact.search import Found, Shards, search_shards
+from nvembed.retrieval.exact.search import SearchResult, Shards, search_shards
 from nvembed.retrieval.exact.topk import gathered_scores
 from nvembed.types import UserError
 
@@ -250,7 +250,7 @@ class Searcher:
         assert not isinstance(self.config.rule, RandomNegatives)
         return ceilings(self.config.rule, lowest_scores(positives))
 
-    def _search(self, task: SearchTask, retriever: int, ceiling_Q: np.ndarray) -> Found:
+    def _search(self, task: SearchTask, retriever: int, ceiling_Q: np.ndarray) -> SearchResult:
         config, index = self.config, self.config.search.index
         query_QD = self.query_vectors(task, retriever)
         if isinstance(index, ExactIndex):
@@ -266,7 +266,7 @@ class Searcher:
         under = config.depth if np.isfinite(ceiling_Q).any() else 0
         return self._parts[retriever][1].search(query_QD, plain=config.depth, under=under, ceiling_Q=ceiling_Q)
 
-    def _search_exactly(self, query_QD: np.ndarray, shards: Shards, ceiling_Q: np.ndarray, depth: int) -> Found:
+    def _search_exactly(self, query_QD: np.ndarray, shards: Shards, ceiling_Q: np.ndarray, depth: int) -> SearchResult:
         return search_shards(
             query_QD,
             shards,

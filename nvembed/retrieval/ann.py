@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nvembed.retrieval.config import ExactIndex, FaissFlat, FaissHnsw, FaissIvf
-from nvembed.retrieval.exact.search import Found
+from nvembed.retrieval.exact.search import SearchResult
 from nvembed.retrieval.exact.topk import Best, gathered_scores
 from nvembed.types import UserError
 
@@ -70,7 +70,9 @@ class FaissPart:
         self._document_ND = np.ascontiguousarray(document_ND, dtype=np.float32)
         self._index = build_index(config, self._document_ND, threads) if len(ids_N) else None
 
-    def search(self, query_QD: np.ndarray, *, plain: int, under: int = 0, ceiling_Q: np.ndarray | None = None) -> Found:
+    def search(
+        self, query_QD: np.ndarray, *, plain: int, under: int = 0, ceiling_Q: np.ndarray | None = None
+    ) -> SearchResult:
         """`search_shards` over this part, by FAISS.
 
         Candidates are the best `plain + under` that FAISS finds; the list below the ceiling and the count above it are
@@ -93,4 +95,4 @@ class FaissPart:
                 below_P = scores_P < ceiling_Q[rows_P]
                 below.add(rows_P[below_P], scores_P[below_P], ids_N[columns_P[below_P]])
                 above_Q += np.bincount(rows_P[~below_P], minlength=queries)
-        return Found(best, below, above_Q, np.full(queries, -np.inf), 0, len(ids_N))
+        return SearchResult(best, below, above_Q, np.full(queries, -np.inf), 0, len(ids_N))

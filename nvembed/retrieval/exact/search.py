@@ -25,14 +25,14 @@ from nvembed.retrieval.exact.scan import QUERY_BLOCK, TILE, QueryBlock, Segment
 from nvembed.retrieval.exact.topk import Best, order_by_score, pair_scores
 from nvembed.types import UserError
 
-__all__ = ["Found", "order_by_score", "pair_scores", "search_exact", "search_shards", "search_vectors"]
+__all__ = ["SearchResult", "order_by_score", "pair_scores", "search_exact", "search_shards", "search_vectors"]
 
 SEGMENT_BYTES = 96 * 2**20  # fp32 bytes of the documents that are searched together; bf16 adds half of it
 Shards = Iterable[tuple[Sequence[str] | np.ndarray, np.ndarray]]
 
 
 @dataclass
-class Found:
+class SearchResult:
     """Result of a search for Q queries.
 
     Attributes:
@@ -156,7 +156,7 @@ def search_shards(
     device: str = "cpu",
     tile: int = TILE,
     id_type: np.dtype | type = object,
-) -> Found:
+) -> SearchResult:
     """Search every shard for every query: the whole of it, or one part whose `Best` lists are merged with others.
 
     Args:
@@ -194,7 +194,7 @@ def search_shards(
         documents += len(segment)
         for block in blocks:
             block.add(segment)
-    return Found(
+    return SearchResult(
         _joined([block.plain for block in blocks]),
         _joined([block.under for block in blocks]),
         np.concatenate([block.above_Q for block in blocks]),
