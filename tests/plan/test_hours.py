@@ -51,7 +51,7 @@ def outside(planned_over_measured: dict[str, float]) -> list[str]:
 
 
 def test_the_plan_of_the_quickstart_is_what_it_took() -> None:
-    assert sum(MEASURED["seconds"].values()) == pytest.approx(15 * 60 + 48, abs=6), "the README's 15:48"
+    assert sum(MEASURED["seconds"].values()) == pytest.approx(15 * 60 + 48, abs=6), "the run of 15:48"
     laptop = find_hardware("laptop")
     planned_over_measured = ratios(laptop)
     assert len(planned_over_measured) == 10 and not outside(planned_over_measured), planned_over_measured
