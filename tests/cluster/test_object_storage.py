@@ -43,7 +43,10 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing-secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("bucket")
+    client = s3fs.S3FileSystem()
+    if client.exists("bucket"):  # the server's store is the process'; another test may have used it
+        client.rm("bucket", recursive=True)
+    client.mkdir("bucket")
     yield "s3://bucket"
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
