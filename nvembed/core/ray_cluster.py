@@ -2,8 +2,8 @@
 
 `ray.init()` without an address joins any cluster it finds on the machine, another user's included; hence
 `address="local"` here. A private cluster is private to its user: its ports are open on the loopback interface only,
-clients need a token, and token, sockets and logs lie in a folder that no other user can enter. Whoever reaches a port
-of Ray and has the token runs code as its owner.
+clients need a token, and token, sockets and logs lie in a folder that no other user can enter. A process that
+reaches a port of Ray and has the token runs code as its owner.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ OBJECT_STORE_BYTES = 200 * 2**20  # vectors go file -> actor -> file; the store 
 SPARE_CPUS = 2
 _LONGEST_TEMPORARY = 35  # bytes; a socket's path has 107 (AF_UNIX), and Ray adds some 65 of its own
 _LOOPBACK = "127.0.0.1"
+RAYS_TOKEN = Path("~/.ray/auth_token")
 
 
 def ensure_ray(num_cpus: int | None = None, *, object_store_bytes: int = OBJECT_STORE_BYTES) -> None:
@@ -107,7 +108,7 @@ def use_token(folder: Path) -> None:
     Ray asks for it by itself, unless RAY_AUTH_MODE is `disabled`. Ray's own `~/.ray/auth_token` is made readable by its
     owner only where it is not.
     """
-    tighten(Path.home() / ".ray" / "auth_token")
+    tighten(RAYS_TOKEN)
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(make_token(folder / "auth_token"))
@@ -116,16 +117,21 @@ def use_token(folder: Path) -> None:
 def make_token(path: Path) -> Path:
     """The file with a token, made if it is missing, readable by its owner only; returns its path."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
     try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
+        os.link(part, path)  # whole or not at all: another run may read it at this moment
     except FileExistsError:
         tighten(path)
+    finally:
+        part.unlink()
     return path
 
 
 def tighten(path: Path) -> bool:
-    """Take group and others the rights to a file of this user; True where they had some."""
+    """Remove the rights of group and others to a file of this user; True where they had some."""
+    path = Path(os.path.expanduser(path))  # unlike Path.expanduser, it takes a user without a home
     try:
         found = path.stat()
         if found.st_uid != os.getuid() or not found.st_mode & 0o077:

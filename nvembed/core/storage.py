@@ -107,7 +107,7 @@ def list_directory(uri: str) -> list[str]:
 def files_below(uri: str) -> dict[str, str]:
     """Every file under a URI, at any depth: its name relative to the URI -> its path in the filesystem; sorted.
 
-    A store of somebody else may list anything (the key of an object, the member of an archive), and what is fetched is
+    A foreign store may list anything (the key of an object, the member of an archive), and what is fetched is
     joined to a folder here.
 
     Raises:

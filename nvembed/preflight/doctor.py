@@ -16,6 +16,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from nvembed.core.ray_cluster import RAYS_TOKEN
 from nvembed.core.runtime import processor_flags
 from nvembed.core.secrets import mask
 from nvembed.preflight.findings import NOTE, OK, PROBLEM, Finding
@@ -127,7 +128,7 @@ def _ray() -> Iterator[Finding]:
         yield Finding("ray authentication", PROBLEM, "disabled by RAY_AUTH_MODE", fix)
     else:
         yield Finding("ray authentication", OK, mode or "token (Ray's default)")
-    token = Path.home() / ".ray" / "auth_token"
+    token = Path(os.path.expanduser(RAYS_TOKEN))
     if token.exists() and token.stat().st_mode & 0o077:
         message = f"{token} can be read by other users of this machine"
         yield Finding("ray token", PROBLEM, message, f"chmod 600 {token} (the next local run does it)")

@@ -492,6 +492,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path, name: str
 
 
 def test_columns_of_one_name_and_hidden_files_are_not_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="its first line, the header, is a quote that is not closed"):
+        list(read_file_of_pairs(tmp_path, b'query,"positive\nq,p\n'))
     with pytest.raises(UserError, match="two columns called positive"):
         list(read_file_of_pairs(tmp_path, b"query,positive,positive\nq,p,r\n"))
     folder = tmp_path / "data 50%20 [x]"

@@ -179,7 +179,9 @@ def _csv_rows(file: IO[bytes], name: str, check: CheckColumns, delimiter: str) -
     """Rows of a csv or tsv file with a header; broken bytes become surrogates, which `parse_row` refuses."""
     csv.field_size_limit(2**31 - 1)  # of the process; the default refuses texts over 128 kB
     lines = _Lines(bounded_lines(file, name, keep_ends=True))
-    header = next((fields for _, fields in _fields_of_rows(lines, delimiter, None)), None) or []
+    header = next((fields for _, fields in _fields_of_rows(lines, delimiter, None)), [])
+    if isinstance(header, str):
+        raise UserError(f"{name}: its first line, the header, is {header}. Correct it.")
     check(header, name)
     for number, fields in _fields_of_rows(lines, delimiter, len(header)):
         if isinstance(fields, str):
@@ -227,19 +229,23 @@ def _parsed(text: str, delimiter: str) -> list[str] | None:
 
 
 def _joined(line: str, lines: _Lines, delimiter: str, width: int | None) -> list[str] | None:
-    """The fields of a row over several lines, which are then read; None, and no line is read, where there is none."""
-    ahead: list[str] = []
-    for following in lines.ahead():
-        ahead.append(following)
-        whole = "".join((line, *ahead))
-        if len(ahead) > _JOINED_LINES or len(whole) > MAX_TEXT_BYTES:
+    """The fields of a row over several lines, which are then read; None, and no line is read, where there is none.
+
+    A row ends with the first line after which every quote has its partner: only that one is tried.
+    """
+    parts, quotes, size = [line], line.count('"'), len(line)
+    ahead = lines.ahead()
+    while quotes % 2:
+        following = next(ahead, None)
+        if following is None or len(parts) > _JOINED_LINES or size > MAX_TEXT_BYTES:
             return None
-        if following.count('"') and whole.count('"') % 2 == 0:
-            fields = _parsed(whole, delimiter)
-            if fields is not None and (width is None or len(fields) == width):
-                lines.skip(len(ahead))
-                return fields
-    return None
+        parts.append(following)
+        quotes, size = quotes + following.count('"'), size + len(following)
+    fields = _parsed("".join(parts), delimiter) if len(parts) > 1 else None
+    if fields is None or (width is not None and len(fields) != width):
+        return None
+    lines.skip(len(parts) - 1)
+    return fields
 
 
 class _Lines:
